@@ -1,0 +1,23 @@
+"""A mixture-of-experts layer for medical imaging and vision whose router knows the attribute."""
+
+from .attributes import MissingAttributesError
+from .layer import DMoE
+from .losses import importance_loss, load_balancing_loss, router_z_loss
+from .router import AttributeRouter, Routing
+from .scope import carry_routing, routing
+from .swap import swap_mlps
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttributeRouter",
+    "DMoE",
+    "MissingAttributesError",
+    "Routing",
+    "carry_routing",
+    "importance_loss",
+    "load_balancing_loss",
+    "router_z_loss",
+    "routing",
+    "swap_mlps",
+]

@@ -1,0 +1,181 @@
+"""Reads and checks the attributes a user hands over, once, where they enter."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+
+class MissingAttributesError(ValueError):
+    """A layer or router with ``attribute_sizes`` was called, and nobody said which attributes.
+
+    Open ``with routing(attributes):`` around the forward pass, or pass
+    ``layer(x, attributes)``. There is no default route: a sample sent through the router of
+    somebody else's attribute value would be wrong without a sign of it.
+    """
+
+
+class Attributes(NamedTuple):
+    """Attributes as a scope or an explicit call carries them to the check.
+
+    ``bounds_2N`` holds the smallest and largest value of each attribute in CPU memory, so that
+    a layer can check values that live on an accelerator without waiting for it. ``None`` means
+    that the check itself must look.
+    """
+
+    values: Tensor
+    bounds_2N: Tensor | None = None
+
+
+def as_attributes(attributes: Any) -> Attributes:
+    """Whatever a user passes as attributes (tensor, array, list, int), as a tensor, unchecked."""
+    if isinstance(attributes, Attributes):
+        return attributes
+    if not isinstance(attributes, Tensor):
+        try:
+            attributes = torch.as_tensor(attributes)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"attributes: expected an integer tensor, got {type(attributes).__name__} "
+                f"({attributes!r:.80}), which torch cannot read as one: {error}"
+            ) from error
+    return Attributes(attributes)
+
+
+def snapshot(attributes: Any) -> Attributes:
+    """A checked copy with its bounds: the one look at the values that a scope takes.
+
+    Copied, because a loader that reuses its buffers may write to the tensor while the scope is
+    open, and the bounds would no longer speak of the values.
+
+    Raises:
+        TypeError: if they are not integers.
+        ValueError: if they have more than two dimensions, or no column.
+    """
+    values = as_attributes(attributes).values.detach()
+    _check_form(values)
+    values = values.to(torch.int64, copy=True)
+    return Attributes(values, _bounds_2N(values))
+
+
+def per_token(values_BN: Tensor, n_tokens: int, tokens_per_sample_B: Tensor | None) -> Tensor:
+    """Each token's attributes: (T,) for one attribute, (T, n) for several."""
+    if tokens_per_sample_B is None:
+        batch = values_BN.shape[0]
+        tokens = n_tokens // max(batch, 1)
+        values_TN = repeat(values_BN, "b n -> (b t) n", t=tokens)
+    else:
+        values_TN = values_BN.repeat_interleave(tokens_per_sample_B, dim=0, output_size=n_tokens)
+    return values_TN.squeeze(1) if values_TN.shape[1] == 1 else values_TN
+
+
+def _columns(values: Tensor) -> Tensor:
+    return values if values.ndim == 2 else values.reshape(-1, 1)
+
+
+def _bounds_2N(values: Tensor) -> Tensor:
+    values_BN = _columns(values)
+    if values_BN.shape[0] == 0:
+        return torch.zeros(2, values_BN.shape[1], dtype=torch.int64)
+    return torch.stack(torch.aminmax(values_BN, dim=0)).to("cpu", torch.int64)
+
+
+def _check_form(values: Tensor) -> None:
+    shape = tuple(values.shape)
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(
+            f"attributes: expected integers, got {values.dtype} of shape {shape}. "
+            "Attributes are class indices 0 .. size-1; convert them with .long()."
+        )
+    if values.ndim > 2 or (values.ndim == 2 and values.shape[1] == 0):
+        raise ValueError(
+            f"attributes: expected shape (batch,), or (batch, n) for n attributes, got {shape}."
+        )
+
+
+# An operator and not plain Python, because a compiled graph must check too: there, an `if` on a
+# tensor's value breaks the graph, and torch._assert_async is dropped by some backends. Its output
+# feeds the router, so no compiler can drop it.
+@torch.library.custom_op("dmoe_layer::check_attributes", mutates_args=())
+def check_attributes(
+    x: Tensor,
+    batch: int,
+    attributes: Tensor | None,
+    bounds_2N: Tensor | None,
+    sizes: list[int] | None,
+    unknown: str,
+) -> Tensor:
+    """One row of attribute values for every sample, or an error that says why not.
+
+    Args:
+        x: any tensor on the device where the values are wanted.
+        batch: the number of samples.
+        attributes: (), (batch,), (1,), (batch, n) or (1, n), integers.
+        bounds_2N: their smallest and largest values, on the CPU; looked up here when None.
+        sizes: how many values each attribute has; None accepts any (a plain MoE records them).
+        unknown: what -1 means; "error" refuses it.
+
+    Returns:
+        (batch, n) int64 on ``x``'s device.
+    """
+    if attributes is None:
+        raise MissingAttributesError(
+            f"this layer routes by attribute (attribute_sizes={_show(sizes)}) and got none. Open "
+            "`with routing(attributes):` around the forward pass, or pass `layer(x, attributes)`."
+        )
+    _check_form(attributes)
+    values_BN = _columns(attributes)
+    shape = tuple(attributes.shape)
+    n = values_BN.shape[1] if sizes is None else len(sizes)
+    expected = f"({batch},)" if n == 1 else f"({batch}, {n})"
+    if values_BN.shape[1] != n:
+        raise ValueError(
+            f"attributes: got shape {shape}, {values_BN.shape[1]} a sample, but "
+            f"attribute_sizes={_show(sizes)} needs {n}: expected {expected}."
+        )
+    if values_BN.shape[0] not in (1, batch):
+        raise ValueError(
+            f"attributes: got shape {shape} for a batch of {batch} samples: expected {expected}, "
+            "or a batch of 1 that applies to every sample."
+        )
+    if sizes is not None:
+        bounds = _bounds_2N(attributes) if bounds_2N is None else bounds_2N
+        _check_values(values_BN, bounds, sizes, unknown)
+    values_BN = values_BN.to(x.device, torch.int64, non_blocking=True)
+    return values_BN.expand(batch, n).clone()
+
+
+@check_attributes.register_fake
+def _(x, batch, attributes, bounds_2N, sizes, unknown):  # type: ignore[no-untyped-def]
+    # Promises the right shape even for wrong input: the error is the real operator's to raise,
+    # at run time, where it reaches the user as it is.
+    n = len(sizes) if sizes is not None else _columns(attributes).shape[1]
+    return x.new_empty((batch, n), dtype=torch.int64)
+
+
+def _check_values(values_BN: Tensor, bounds_2N: Tensor, sizes: list[int], unknown: str) -> None:
+    lows, highs = bounds_2N.tolist()
+    for column, (size, low, high) in enumerate(zip(sizes, lows, highs, strict=True)):
+        lowest = 0 if unknown == "error" else -1
+        if low >= lowest and high < size:
+            continue
+        wrong = high if high >= size else low
+        sample = int((values_BN[:, column] == wrong).nonzero()[0])
+        name = "attributes" if len(sizes) == 1 else f"attributes[:, {column}]"
+        meaning = (
+            f" {wrong} stands for unknown, which unknown='error' refuses: choose "
+            "unknown='average' or unknown='learned' to allow it."
+            if wrong == -1
+            else ""
+        )
+        raise ValueError(
+            f"{name}: got {wrong} (sample {sample}), expected {lowest} .. {size - 1} "
+            f"(attribute_sizes={_show(sizes)}, unknown={unknown!r}).{meaning}"
+        )
+
+
+def _show(sizes: list[int] | None) -> str:
+    return str(sizes[0] if sizes is not None and len(sizes) == 1 else tuple(sizes or ()))

@@ -1,0 +1,207 @@
+"""The eager backend: the experts' MLPs in plain PyTorch, for any device and dtype.
+
+Tokens are sorted by expert and computed in blocks of one expert. The hidden layer of a block is
+never kept: backward computes it again, block by block, and draws the same dropout from the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import Dispatch
+from .operators import refuse_double_backward, seeded_generator
+
+aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """An activation, and its derivative: (gradient of the output, input) to that of the input."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "relu": Activation(F.relu, lambda dh, z: aten.threshold_backward(dh, z, 0)),
+    "gelu": Activation(F.gelu, lambda dh, z: aten.gelu_backward(dh, z)),
+    "gelu_tanh": Activation(
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda dh, z: aten.gelu_backward(dh, z, approximate="tanh"),
+    ),
+    "silu": Activation(F.silu, aten.silu_backward),
+}
+
+
+@torch.library.custom_op("dmoe_layer::experts", mutates_args=())
+def experts(
+    x_TD: Tensor,
+    expert_indices_TK: Tensor,
+    gates_TK: Tensor,
+    w1_EHD: Tensor,
+    b1_EH: Tensor | None,
+    w2_EDH: Tensor,
+    b2_ED: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Σ_j gates[t, j] · Expert_{indices[t, j]}(x[t]) for every token: (T, D).
+
+    Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2); without a seed nothing is dropped.
+    """
+    with torch.autocast(x_TD.device.type, enabled=False):
+        dispatch = Dispatch(expert_indices_TK, len(w1_EHD))
+        drop = Dropout(dropout, seed, x_TD)
+        rows_RD = x_TD.new_empty(dispatch.order.numel(), x_TD.shape[1])
+        for block in dispatch.blocks:
+            e, rows = block.expert, slice(block.start, block.stop)
+            x_RD = x_TD.index_select(0, dispatch.token_of_row[rows])
+            h_RH = ACTIVATIONS[activation].forward(_linear(x_RD, w1_EHD[e], b1_EH, e))
+            y_RD = _linear(h_RH, w2_EDH[e], b2_ED, e)
+            rows_RD[rows] = drop(y_RD)
+        return dispatch.combine(rows_RD, gates_TK * drop.scale)
+
+
+@experts.register_fake
+def _(x_TD, expert_indices_TK, gates_TK, *weights_and_options):  # type: ignore[no-untyped-def]
+    return x_TD.new_empty(x_TD.shape)
+
+
+@torch.library.custom_op("dmoe_layer::experts_backward", mutates_args=())
+def experts_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    expert_indices_TK: Tensor,
+    gates_TK: Tensor,
+    w1_EHD: Tensor,
+    b1_EH: Tensor | None,
+    w2_EDH: Tensor,
+    b2_ED: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gates, w1, b1, w2, b2; an empty tensor where ``needed`` says no.
+
+    The gate's gradient needs no output of the expert: with dO the gradient of the token's output
+    after dropout and dA' = dO·w2, it is <dA', h> + <dO, b2> (SonicMoE's formula).
+    """
+    need_x, need_gates, need_w1, need_b1, need_w2, need_b2 = needed
+    act = ACTIVATIONS[activation]
+    with torch.autocast(x_TD.device.type, enabled=False):
+        dispatch = Dispatch(expert_indices_TK, len(w1_EHD))
+        drop = Dropout(dropout, seed, x_TD)
+        gates_R = (gates_TK * drop.scale).reshape(-1)[dispatch.order]
+        dgates_R = torch.empty_like(gates_R)
+        dx_RD = x_TD.new_empty((dispatch.order.numel(), x_TD.shape[1]) if need_x else 0)
+        dw1, dw2 = _sum_like(w1_EHD, need_w1), _sum_like(w2_EDH, need_w2)
+        db1, db2 = _sum_like(b1_EH, need_b1), _sum_like(b2_ED, need_b2)
+        for block in dispatch.blocks:
+            e, rows = block.expert, slice(block.start, block.stop)
+            tokens = dispatch.token_of_row[rows]
+            do_RD = drop(dy_TD.index_select(0, tokens))
+            x_RD = x_TD.index_select(0, tokens)
+            z_RH = _linear(x_RD, w1_EHD[e], b1_EH, e)
+            h_RH = act.forward(z_RH)
+            dh_RH = do_RD @ w2_EDH[e]
+            if need_gates:
+                dgates_R[rows] = (dh_RH.to(dgates_R.dtype) * h_RH).sum(dim=1)
+                if b2_ED is not None:
+                    dgates_R[rows] += (do_RD @ b2_ED[e]).to(dgates_R.dtype)
+            gates = gates_R[rows, None].to(x_TD.dtype)
+            do_RD = do_RD * gates
+            if need_w2:
+                _add_product(dw2[e], do_RD.mT, h_RH)
+            if need_b2:
+                db2[e] += do_RD.sum(dim=0, dtype=db2.dtype)
+            if not (need_x or need_w1 or need_b1):
+                continue
+            dz_RH = act.backward(dh_RH.mul_(gates), z_RH)
+            if need_w1:
+                _add_product(dw1[e], dz_RH.mT, x_RD)
+            if need_b1:
+                db1[e] += dz_RH.sum(dim=0, dtype=db1.dtype)
+            if need_x:
+                torch.mm(dz_RH, w1_EHD[e], out=dx_RD[rows])
+        dgates_TK = dgates_R[dispatch.rows_TK] * drop.scale
+        dx_TD = dispatch.combine(dx_RD) if need_x else dx_RD
+        dtype = x_TD.dtype
+        return dx_TD, dgates_TK, dw1.to(dtype), db1.to(dtype), dw2.to(dtype), db2.to(dtype)
+
+
+@experts_backward.register_fake
+def _(dy_TD, x_TD, expert_indices_TK, gates_TK, w1, b1, w2, b2, activation, dropout, seed, needed):  # type: ignore[no-untyped-def]
+    inputs = (x_TD, gates_TK, w1, b1, w2, b2)
+    return tuple(
+        x_TD.new_empty(i.shape if n and i is not None else 0, dtype=None if i is None else i.dtype)
+        for i, n in zip(inputs, needed, strict=True)
+    )
+
+
+class Dropout:
+    """Zeroes entries of block after block of rows, the same ones whenever the seed is the same.
+
+    A random int64 holds four 16-bit numbers, each compared with a threshold: a tenth of the time
+    of ``F.dropout``, which draws a float an entry. The price: p is rounded to 1/65536, and
+    ``scale`` makes up for the p that is really used.
+    """
+
+    def __init__(self, p: float, seed: Tensor | None, like: Tensor) -> None:
+        dropped = 0 if seed is None else round(p * 2**16)
+        self.all_dropped = dropped == 2**16
+        self.scale = 1.0 if self.all_dropped else 2**16 / (2**16 - dropped)
+        self.threshold = dropped - 2**15
+        self.generator = (
+            seeded_generator(like.device, seed) if seed is not None and dropped else None
+        )
+
+    def __call__(self, rows_RD: Tensor) -> Tensor:
+        if self.generator is None:
+            return rows_RD
+        if self.all_dropped:
+            return torch.zeros_like(rows_RD)
+        words = torch.empty((rows_RD.numel() + 3) // 4, dtype=torch.int64, device=rows_RD.device)
+        bits = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)
+        return rows_RD * (bits[: rows_RD.numel()] >= self.threshold).view(rows_RD.shape)
+
+
+def _linear(x_RI: Tensor, w_OI: Tensor, b_EO: Tensor | None, expert: int) -> Tensor:
+    return F.linear(x_RI, w_OI, None if b_EO is None else b_EO[expert])
+
+
+def _sum_like(parameter: Tensor | None, needed: bool) -> Tensor:
+    """Zeros to sum a gradient in: fp32 at least, since one sum has a term for every token."""
+    if parameter is None or not needed:
+        return torch.empty(0)
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.activation, ctx.dropout, seed = inputs
+    ctx.save_for_backward(*tensors, seed)
+
+
+def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    need_x, _, need_gates, *need_weights = ctx.needs_input_grad[:7]
+    needed = [need_x, need_gates, *need_weights]
+    grads = experts_backward(dy_TD, *tensors, ctx.activation, ctx.dropout, seed, needed)
+    dx, dgates, *dweights = [g if need else None for g, need in zip(grads, needed, strict=True)]
+    return dx, None, dgates, *dweights, None, None, None
+
+
+experts.register_autograd(_backward, setup_context=_save_for_backward)
+refuse_double_backward(experts_backward)

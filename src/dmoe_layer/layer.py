@@ -1,0 +1,363 @@
+"""DMoE, the layer: a mixture of expert MLPs whose router knows the sample's attribute."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attributes import Attributes, as_attributes, check_attributes, per_token
+from .eager import ACTIVATIONS, experts
+from .lazy import LazyDim
+from .mlp import read_activation, read_dropout, read_linears
+from .operators import draw_seed
+from .options import check_choice, check_count, check_flag
+from .router import AttributeRouter, Routing
+from .scope import current_attributes, record
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+BACKENDS = ("auto", "eager")
+
+
+class DMoE(LazyDim):
+    """Distribution-aware mixture of experts: a drop-in for a transformer's or U-Net's MLP.
+
+    For a token x of a sample whose attribute has value a (Oh et al., ICML 2025,
+    arXiv:2502.00619, Sec. 4)::
+
+        y = Σ_i K_i(x) · Expert_i(x)        K: the k gates of a's own router (AttributeRouter)
+        Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2)
+
+    All attribute values share the experts. The defaults are the paper's, except for the
+    placement: there the layer is added to the block's output (``residual=True``), here it takes
+    an MLP's place and the host block adds its own residual.
+
+    Args:
+        dim: width D of a token; None learns it from the first input or a state_dict.
+        n_experts: E.
+        k: experts a token.
+        attribute_sizes: None (one router for all: a plain mixture of experts), an int (one
+            attribute with that many values) or a tuple (several attributes).
+        unknown: what the attribute value -1 does: "error", "average" or "learned".
+        hidden_dim: width H inside an expert; None for 4·dim.
+        activation: "relu", "gelu", "gelu_tanh" or "silu".
+        bias: whether the experts have biases; the router keeps its own.
+        dropout: probability of zeroing an entry of an expert's output in training, rounded to
+            1/65536.
+        noise: when the router's scores are noisy: "train", "always" (what the paper's released
+            code does) or "never".
+        residual: adds x to the output.
+        zero_init: starts w2 and b2 at zero, so that the layer adds nothing at first.
+        channel_dim: the axis of x that holds D: 1 for (B, C, H, W) and (B, C, D, H, W).
+        backend: "auto" or "eager" (plain PyTorch, any device and dtype).
+        device, dtype: of the parameters.
+
+    Parameters, one tensor for all experts, so that an idle expert still gets a zero gradient:
+        w1_EHD (E, H, D), b1_EH (E, H), w2_EDH (E, D, H), b2_ED (E, D), and the router's.
+
+    Raises:
+        ValueError, TypeError: for options that do not fit, at construction.
+
+    Example:
+        >>> import torch
+        >>> from dmoe_layer import DMoE
+        >>> layer = DMoE(n_experts=8, k=2, attribute_sizes=3)
+        >>> x = torch.randn(2, 10, 16)
+        >>> layer(x, torch.tensor([0, 2])).shape
+        torch.Size([2, 10, 16])
+    """
+
+    _dim_from = "w1_EHD"
+    w1_EHD: Tensor
+    b1_EH: Tensor | None
+    w2_EDH: Tensor
+    b2_ED: Tensor | None
+
+    def __init__(
+        self,
+        dim: int | None = None,
+        *,
+        n_experts: int = 8,
+        k: int = 2,
+        attribute_sizes: int | tuple[int, ...] | None = None,
+        unknown: str = "error",
+        hidden_dim: int | None = None,
+        activation: str = "relu",
+        bias: bool = True,
+        dropout: float = 0.1,
+        noise: str = "train",
+        residual: bool = False,
+        zero_init: bool = False,
+        channel_dim: int = -1,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_dim is not None:
+            check_count("hidden_dim", hidden_dim)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("backend", backend, BACKENDS)
+        check_flag("bias", bias)
+        check_flag("residual", residual)
+        check_flag("zero_init", zero_init)
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+            raise TypeError(f"dropout: got {dropout!r}, expected a number from 0 to 1.")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: got {dropout}, expected a number from 0 to 1.")
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"channel_dim: got {channel_dim!r}, expected an int.")
+        if channel_dim == 0:
+            raise ValueError("channel_dim: got 0, which is the batch axis; expected another.")
+        self.hidden_dim, self.activation, self.bias = hidden_dim, activation, bias
+        self.dropout, self.residual, self.zero_init = float(dropout), residual, zero_init
+        self.channel_dim, self.backend = channel_dim, backend
+        self.router = AttributeRouter(
+            dim,
+            n_experts,
+            k,
+            attribute_sizes=attribute_sizes,
+            unknown=unknown,
+            noise=noise,
+            device=device,
+            dtype=dtype,
+        )
+        self.n_experts, self.k = n_experts, k
+        self.attribute_sizes = attribute_sizes
+        if not bias:
+            self.register_parameter("b1_EH", None)
+            self.register_parameter("b2_ED", None)
+        self._create_parameters(dim, device, dtype)
+
+    @classmethod
+    def from_mlp(cls, mlp: nn.Module, n_experts: int = 8, k: int = 2, **options: Any) -> Self:
+        """Upcycling: a layer whose every expert starts as ``mlp``.
+
+        In eval mode its output equals the MLP's whatever is routed where, since gates sum to 1
+        (Komatsuzaki et al., arXiv:2212.05055). Width, biases, activation, dropout rate, device,
+        dtype and train/eval state are the MLP's. An MLP with a dropout after its activation
+        loses that one: an expert has one dropout, at its end.
+
+        Args:
+            mlp: a block D -> H -> D with one of the known activations between its two linear
+                layers (``nn.Linear``, or Hugging Face's ``Conv1D``).
+            n_experts: E.
+            k: experts a token.
+            options: further arguments of :class:`DMoE`; ``dropout`` replaces the MLP's.
+
+        Raises:
+            ValueError: saying which part of the MLP could not be read.
+            TypeError: for an option that the MLP decides.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from dmoe_layer import DMoE
+            >>> mlp = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).eval()
+            >>> x = torch.randn(2, 10, 16)
+            >>> torch.allclose(DMoE.from_mlp(mlp, k=3)(x), mlp(x), atol=1e-5)
+            True
+        """
+        decided = {"dim", "hidden_dim", "activation", "bias", "zero_init", "device", "dtype"}
+        if clash := sorted(decided & options.keys()):
+            raise TypeError(f"from_mlp: {', '.join(clash)} is decided by the MLP; leave it out.")
+        linears = read_linears(mlp)
+        w1, w2 = linears.w1_HD, linears.w2_DH
+        layer = cls(
+            linears.dim,
+            n_experts=n_experts,
+            k=k,
+            hidden_dim=linears.hidden_dim,
+            activation=read_activation(mlp),
+            bias=linears.b1_H is not None or linears.b2_D is not None,
+            device=w1.device,
+            dtype=w1.dtype,
+            **{"dropout": read_dropout(mlp), **options},
+        )
+        with torch.no_grad():
+            layer.w1_EHD.copy_(w1.expand_as(layer.w1_EHD))
+            layer.w2_EDH.copy_(w2.expand_as(layer.w2_EDH))
+            for bias_EX, bias_X in ((layer.b1_EH, linears.b1_H), (layer.b2_ED, linears.b2_D)):
+                if bias_EX is not None:
+                    bias_EX.zero_() if bias_X is None else bias_EX.copy_(bias_X.expand_as(bias_EX))
+        return layer.train(mlp.training)
+
+    def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+        n_experts, hidden = self.n_experts, self.hidden_dim or 4 * dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "w1_EHD": (n_experts, hidden, dim),
+            "b1_EH": (n_experts, hidden),
+            "w2_EDH": (n_experts, dim, hidden),
+            "b2_ED": (n_experts, dim),
+        }
+        return shapes if self.bias else {n: s for n, s in shapes.items() if n[0] == "w"}
+
+    def reset_parameters(self) -> None:
+        """Draws the experts as ``nn.Linear`` does, each on its own; zeros w2, b2 if zero_init."""
+        for weight, bias in ((self.w1_EHD, self.b1_EH), (self.w2_EDH, self.b2_ED)):
+            bound = 1 / math.sqrt(weight.shape[-1])
+            if self.zero_init and weight is self.w2_EDH:
+                bound = 0.0
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+    def initialize_parameters(
+        self,
+        x: Tensor,
+        attributes: Any = None,
+        *,
+        mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> None:
+        """Learns ``dim`` from the first input, once nothing is wrong with it."""
+        self._check_input(x, mask)
+        wanted, _ = self._find_attributes(x, attributes)
+        self.router.check(x, len(x), wanted)
+        self._learn_dim(x.shape[self.channel_dim])
+        self.router._learn_dim(x.shape[self.channel_dim])
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, n_experts={self.n_experts}, k={self.k}, "
+            f"attribute_sizes={self.attribute_sizes}, hidden_dim={self.hidden_dim}, "
+            f"activation={self.activation!r}, bias={self.bias}, dropout={self.dropout}, "
+            f"residual={self.residual}, channel_dim={self.channel_dim}, backend={self.backend!r}"
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        attributes: Any = None,
+        *,
+        mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """Routes every token and sums its experts' outputs.
+
+        Args:
+            x: (batch, ..., D), or any layout with D at ``channel_dim``.
+            attributes: integers, (batch,) or (batch, n); a batch of 1 or a scalar applies to
+                every sample; -1 is unknown. They win over those of the open scope.
+            mask: bool, the shape of x without ``channel_dim``. Tokens outside are not computed
+                and come out as zero (as x, if ``residual``).
+            return_routing: also returns the call's :class:`Routing`.
+
+        Returns:
+            A tensor of x's shape, dtype and memory format; or that and the routing.
+
+        Raises:
+            MissingAttributesError: if the layer has ``attribute_sizes`` and there are none.
+            ValueError, TypeError: for input that does not fit, before anything is computed.
+        """
+        self._check_input(x, mask)
+        wanted, recorded_BN = self._find_attributes(x, attributes)
+        x_BTD = rearrange(x.movedim(self.channel_dim, -1), "b ... d -> b (...) d")
+        if mask is None:
+            tokens_TD, tokens_per_sample, kept_T = x_BTD.flatten(0, 1), None, None
+            routing = self.router(x_BTD, wanted)
+        else:
+            mask_BT = mask.to(x.device).reshape(x_BTD.shape[:2])
+            tokens_per_sample, kept_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
+            tokens_TD = x_BTD.flatten(0, 1).index_select(0, kept_T)
+            routing = self.router(tokens_TD, wanted, tokens_per_sample=tokens_per_sample)
+        if recorded_BN is not None:
+            attributes_T = per_token(recorded_BN, len(tokens_TD), tokens_per_sample)
+            routing = routing._replace(attributes=attributes_T)
+
+        y_TD = self._run_experts(tokens_TD, routing).to(x.dtype)
+        if kept_T is not None:
+            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_copy(0, kept_T, y_TD)
+        y = y_TD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
+        y = _in_memory_format_of(x, y)
+        y = x + y if self.residual else y
+        record(routing, self.router.sizes)
+        return (y, routing) if return_routing else y
+
+    def _run_experts(self, tokens_TD: Tensor, routing: Routing) -> Tensor:
+        dtype = _autocast_dtype(tokens_TD) or tokens_TD.dtype
+        seed = draw_seed() if self.training and self.dropout > 0 else None
+        w1_EHD, b1_EH, w2_EDH, b2_ED = (
+            None if p is None else p.to(dtype)
+            for p in (self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
+        )
+        return experts(
+            tokens_TD.to(dtype),
+            routing.expert_indices,
+            routing.gates,
+            w1_EHD,
+            b1_EH,
+            w2_EDH,
+            b2_ED,
+            self.activation,
+            self.dropout,
+            seed,
+        )
+
+    def _find_attributes(
+        self, x: Tensor, attributes: Any
+    ) -> tuple[Attributes | None, Tensor | None]:
+        """What the router shall check and use; and, for a plain layer, what is only recorded."""
+        scoped = current_attributes()
+        if self.attribute_sizes is not None:
+            return (scoped if attributes is None else as_attributes(attributes)), None
+        if attributes is not None:
+            return as_attributes(attributes), None  # for the router to refuse
+        if scoped is None:
+            return None, None
+        return None, check_attributes(x, len(x), *scoped, None, self.router.unknown)
+
+    def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x: got {_describe(x)}, expected a floating-point tensor.")
+        axis = self.channel_dim + x.ndim if self.channel_dim < 0 else self.channel_dim
+        if x.ndim < 2 or not 0 < axis < x.ndim:
+            raise ValueError(
+                f"x: got {_describe(x)}, expected (batch, ..., dim), with dim at "
+                f"channel_dim={self.channel_dim} and the batch first."
+            )
+        if self.dim not in (None, x.shape[axis]):
+            raise ValueError(
+                f"x: got {_describe(x)}, which has {x.shape[axis]} at "
+                f"channel_dim={self.channel_dim}, expected dim={self.dim}."
+            )
+        if x.dtype != self.w1_EHD.dtype and _autocast_dtype(x) is None:
+            raise TypeError(
+                f"x: got {x.dtype}, but the layer's parameters are {self.w1_EHD.dtype}. Convert "
+                "one with .to(dtype), or run under torch.autocast."
+            )
+        if mask is None:
+            return
+        expected = (*x.shape[:axis], *x.shape[axis + 1 :])
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask: got {_describe(mask)}, expected a bool tensor {expected}.")
+        if mask.shape != expected:
+            raise ValueError(
+                f"mask: got shape {tuple(mask.shape)}, expected {expected}: one entry a token, "
+                f"x's shape {tuple(x.shape)} without axis {axis}."
+            )
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for, if it is on. Like PyTorch's own, it leaves fp64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _in_memory_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` with its axes in memory in the order of ``x``'s, as element-wise operators do."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    return y.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,96 @@
+"""Modules whose width is learned from the first input or from a state_dict."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
+
+# Two threads may make the first call of one module; the second must find it finished.
+_MATERIALIZING = threading.Lock()
+
+
+class LazyDim(LazyModuleMixin, nn.Module):
+    """Holds parameters whose shapes depend on ``dim``, known at construction or later.
+
+    A subclass says in ``_shapes(dim)`` which parameters it has, calls ``_create_parameters`` at
+    the end of its ``__init__``, and names in ``_dim_from`` the parameter whose last axis is
+    ``dim``. Unlike ``nn.LazyLinear`` it stays one class, so that a user's subclass stays itself.
+    """
+
+    _dim_from: str
+
+    @abstractmethod
+    def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]: ...
+
+    @abstractmethod
+    def reset_parameters(self) -> None: ...
+
+    @property
+    def dim(self) -> int | None:
+        """The width, or None as long as it is not known."""
+        parameter = getattr(self, self._dim_from)
+        return None if isinstance(parameter, UninitializedParameter) else parameter.shape[-1]
+
+    def _create_parameters(self, dim: int | None, device: Any, dtype: Any) -> None:
+        lazy_parameter: Any = UninitializedParameter
+        for name in self._shapes(1):
+            self.register_parameter(name, lazy_parameter(device=device, dtype=dtype))
+        if dim is not None:
+            self._learn_dim(dim)
+
+    def _learn_dim(self, dim: int) -> None:
+        """Gives the parameters their shapes if they have none yet, and ends being lazy."""
+        if self.dim is None:
+            self._materialize(dim)
+        if hasattr(self, "_initialize_hook"):
+            self._initialize_hook.remove()
+            self._load_hook.remove()
+            del self._initialize_hook, self._load_hook
+
+    def _materialize(self, dim: int) -> None:
+        with torch.no_grad():
+            for name, shape in self._shapes(dim).items():
+                getattr(self, name).materialize(shape)
+        self.reset_parameters()
+
+    def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
+        with _MATERIALIZING:
+            if hasattr(self, "_initialize_hook"):
+                self.initialize_parameters(*args, **(kwargs or {}))
+
+    def _lazy_load_hook(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        source = state_dict.get(prefix + self._dim_from)
+        lazy_source = not isinstance(source, Tensor) or isinstance(source, UninitializedParameter)
+        if self.dim is not None or lazy_source:
+            return
+        shapes = self._shapes(source.shape[-1]) if source.ndim else {}
+        found = {n: tuple(state_dict[prefix + n].shape) for n in shapes if prefix + n in state_dict}
+        wrong = [
+            f"{prefix}{name}: found {shape}, expected {shapes[name]}"
+            for name, shape in found.items()
+            if shape != shapes[name]
+        ]
+        if wrong or not shapes:
+            errors.extend(wrong or [f"{prefix}{self._dim_from}: found a scalar"])
+        else:
+            self._materialize(source.shape[-1])
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.dim is None:
+            return super()._replicate_for_data_parallel()
+        return nn.Module._replicate_for_data_parallel(self)

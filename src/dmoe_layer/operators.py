@@ -1,0 +1,34 @@
+"""What the layer's registered operators share: their seed, and their answer to double backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def draw_seed() -> Tensor:
+    """A seed from PyTorch's global CPU generator, so that manual_seed and checkpointing rule it.
+
+    On the CPU whatever the device of the data: an operator reads it without waiting for the GPU.
+    """
+    return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
+
+
+def seeded_generator(device: torch.device, seed: Tensor) -> torch.Generator:
+    """A generator of its own for one operator call, so that its backward can draw again."""
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def refuse_double_backward(backward_operator: Any) -> None:
+    """Makes second derivatives through a backward operator an error that says so."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{backward_operator._qualname}: DMoE has no second derivatives (gradient penalties, "
+            "Hessians). Take them with respect to inputs that do not pass through the layer, or "
+            "detach its output there."
+        )
+
+    backward_operator.register_autograd(refuse)

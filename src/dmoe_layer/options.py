@@ -1,0 +1,27 @@
+"""Checks of constructor options: which argument, what came, what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless ``value`` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an int >= 1.")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises unless ``value`` is one of the names in ``choices``."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True or False.")

@@ -1,0 +1,244 @@
+"""The scope: carries attributes into every DMoE of a model, and the routings out of it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attributes import Attributes, snapshot
+from .losses import count_assignments, importance_loss, load_balancing_loss, router_z_loss
+from .router import Routing
+
+
+class _Call:
+    """One recorded call and the one before it.
+
+    A chain and not a list: torch.compile guards on a list's length and on every item in it, and
+    would compile each of a model's blocks anew for its place in the list.
+    """
+
+    def __init__(self, routed: Routing, sizes: tuple[int, ...] | None, before: Any) -> None:
+        self.routed = routed
+        self.sizes = sizes
+        self.before = before
+
+
+class _NoCall:
+    """The end of the chain."""
+
+
+class _Current(threading.local):
+    """The open scope of each thread: two threads may use one model at once."""
+
+    scope: routing | None = None
+    recording: bool = True
+
+
+_current = _Current()
+
+
+class routing:
+    """Scope around a forward pass: every DMoE inside reads the attributes and is recorded.
+
+    Args:
+        attributes: integers, (batch,), or (batch, n) for n attributes; a batch of 1 or a scalar
+            applies to every sample; -1 is unknown. None: only records. They are copied when the
+            scope opens; on a GPU that costs the one wait of the whole pass.
+
+    An inner scope hides the outer one, its attributes and its record. The scope belongs to the
+    thread that opened it. Routings keep their autograd graph, so let go of the scope after the
+    step; in evaluation use ``torch.no_grad()``.
+
+    Raises:
+        TypeError, ValueError: for attributes that are no integers, or of more than 2 dimensions.
+
+    Example:
+        >>> import torch
+        >>> from dmoe_layer import DMoE, routing
+        >>> layer = DMoE(16, n_experts=8, k=2, attribute_sizes=3)
+        >>> with routing(torch.tensor([0, 2])) as r:
+        ...     y = layer(torch.randn(2, 10, 16))
+        >>> loss = y.square().mean() + 0.01 * r.load_balancing_loss()
+        >>> r.load_table().shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(self, attributes: Any = None) -> None:
+        self._attributes = None if attributes is None else snapshot(attributes)
+        self._last_call: Any = _NoCall()
+        self._outer: tuple[routing | None, bool] | None = None
+
+    def __enter__(self) -> routing:
+        if self._outer is not None:
+            raise RuntimeError("routing: this scope is already open; make a new one.")
+        self._outer = (_current.scope, _current.recording)
+        _current.scope, _current.recording = self, True
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._outer is not None:
+            _current.scope, _current.recording = self._outer
+        self._outer = None
+
+    @property
+    def attributes(self) -> Tensor | None:
+        """The scope's copy of the attributes, int64, in the shape that was given."""
+        return None if self._attributes is None else self._attributes.values
+
+    @property
+    def routings(self) -> list[Routing]:
+        """What every DMoE call inside the scope routed, in call order."""
+        return [call.routed for call in self._calls()]
+
+    def load_balancing_loss(self, *, per_attribute: bool = False) -> Tensor:
+        """Mean over the calls of :func:`load_balancing_loss`; 0 if there was no call."""
+        return self._mean(load_balancing_loss, per_attribute=per_attribute)
+
+    def importance_loss(self) -> Tensor:
+        """Mean over the calls of :func:`importance_loss`; 0 if there was no call."""
+        return self._mean(importance_loss)
+
+    def router_z_loss(self) -> Tensor:
+        """Mean over the calls of :func:`router_z_loss`; 0 if there was no call."""
+        return self._mean(router_z_loss)
+
+    def load_table(self, *, per_call: bool = False, attribute: int = 0) -> Tensor:
+        """Each attribute value's share of tokens by expert.
+
+        Args:
+            per_call: one table a call instead of one over all calls together.
+            attribute: which one, where samples have several.
+
+        Returns:
+            (A, E) fp32, or (calls, A, E). Row a says how the (token, slot) pairs of value a were
+            shared among the experts and sums to 1; it is all 0 where value a has no tokens.
+            Unknown (-1) has no row. Without attributes there is one row, for all tokens.
+
+        Raises:
+            ValueError: if there was no call, if the calls have different numbers of experts, or
+                if there is no such attribute.
+        """
+        calls = self._calls()
+        n_experts = sorted({call.routed.logits.shape[-1] for call in calls})
+        if len(n_experts) != 1:
+            raise ValueError(
+                "load_table: no DMoE was called inside this scope."
+                if not calls
+                else f"load_table: the calls have different numbers of experts, {n_experts}; "
+                "look at `routings` one by one."
+            )
+        values = [_values_of(call.routed, attribute) for call in calls]
+        n_values = max(_n_values(call, v, attribute) for call, v in zip(calls, values, strict=True))
+        counts = [_count(call.routed, v, n_values) for call, v in zip(calls, values, strict=True)]
+        counts_CAE = torch.stack(counts) if per_call else torch.stack(counts).sum(dim=0)
+        return counts_CAE / counts_CAE.sum(dim=-1, keepdim=True).clamp(min=1)
+
+    def _calls(self) -> list[_Call]:
+        calls, call = [], self._last_call
+        while isinstance(call, _Call):
+            calls.append(call)
+            call = call.before
+        return calls[::-1]
+
+    def _mean(self, loss_of: Callable[..., Tensor], **options: Any) -> Tensor:
+        losses = [loss_of(routed, **options) for routed in self.routings]
+        if not losses:
+            return torch.zeros(())
+        # A model may be spread over devices.
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+def current_attributes() -> Attributes | None:
+    """The attributes of this thread's open scope, if it has any."""
+    scope = _current.scope
+    return None if scope is None else scope._attributes
+
+
+def record(routed: Routing, sizes: tuple[int, ...] | None) -> None:
+    """Adds a call to this thread's open scope, if there is one that listens."""
+    scope = _current.scope
+    if scope is not None and _current.recording:
+        scope._last_call = _Call(routed, sizes, scope._last_call)
+
+
+class _Carried(AbstractContextManager[None]):
+    """Puts a scope (or the lack of one) in place again; may be entered many times."""
+
+    def __init__(self, scope: routing | None, recording: bool) -> None:
+        self.state = (scope, recording)
+        self.hidden: list[tuple[routing | None, bool]] = []
+
+    def __enter__(self) -> None:
+        self.hidden.append((_current.scope, _current.recording))
+        _current.scope, _current.recording = self.state
+
+    def __exit__(self, *error: Any) -> None:
+        _current.scope, _current.recording = self.hidden.pop()
+
+
+def carry_routing(fn: Callable[..., Any] | None = None) -> Any:
+    """Makes a function safe to recompute: it will find the scope that is open now.
+
+    Activation checkpointing calls a block a second time, during backward: by then the scope may
+    have closed, another may be open, or another thread may be at work. The recompute finds the
+    attributes of the first call and records nothing.
+
+    Args:
+        fn: what the checkpoint is to run; without it, the pair of contexts that
+            ``checkpoint(..., context_fn=carry_routing)`` asks for.
+
+    Use it with ``use_reentrant=False``; the reentrant variant runs the first call without
+    autograd, so that what it records carries no gradient.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> from dmoe_layer import DMoE, carry_routing, routing
+        >>> layer, x = DMoE(16, attribute_sizes=3), torch.randn(2, 10, 16, requires_grad=True)
+        >>> with routing(torch.tensor([0, 2])):
+        ...     y = checkpoint(carry_routing(layer), x, use_reentrant=False)
+        >>> y.sum().backward()
+    """
+    scope, recording = _current.scope, _current.recording
+    if fn is None:
+        return _Carried(scope, recording), _Carried(scope, False)
+
+    @functools.wraps(fn)
+    def carried(*args: Any, **kwargs: Any) -> Any:
+        with _Carried(scope, recording and not _in_backward()):
+            return fn(*args, **kwargs)
+
+    return carried
+
+
+def _in_backward() -> bool:
+    """Whether the autograd engine is at work in this thread: then a call is a recompute."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _values_of(routed: Routing, attribute: int) -> Tensor:
+    """Each token's value of one attribute: (T,)."""
+    if routed.attributes is None:
+        return routed.expert_indices.new_zeros(len(routed.logits))
+    n = 1 if routed.attributes.ndim == 1 else routed.attributes.shape[1]
+    if not 0 <= attribute < n:
+        raise ValueError(f"attribute: got {attribute}, expected 0 .. {n - 1}.")
+    return routed.attributes if n == 1 else routed.attributes[:, attribute]
+
+
+def _n_values(call: _Call, values_T: Tensor, attribute: int) -> int:
+    if call.sizes is not None:
+        return call.sizes[attribute]
+    return max(int(values_T.max()) + 1, 1) if len(values_T) else 1
+
+
+def _count(routed: Routing, values_T: Tensor, n_values: int) -> Tensor:
+    # Row 0 takes the unknown, and is dropped.
+    shape = (n_values + 1, routed.logits.shape[-1])
+    return count_assignments(routed.expert_indices, values_T + 1, shape)[1:]
