@@ -18,6 +18,9 @@ from .operators import refuse_double_backward, seeded_generator
 
 aten = torch.ops.aten
 
+# From 8 rows on, rows of MKL's GEMMs were the same to the bit whatever the number of rows.
+MIN_GEMM_ROWS = 16
+
 
 class Activation(NamedTuple):
     """An activation, and its derivative: (gradient of the output, input) to that of the input."""
@@ -172,7 +175,12 @@ class Dropout:
 
 
 def _linear(x_RI: Tensor, w_OI: Tensor, b_EO: Tensor | None, expert: int) -> Tensor:
-    return F.linear(x_RI, w_OI, None if b_EO is None else b_EO[expert])
+    rows = len(x_RI)
+    # BLAS rounds otherwise in GEMMs of a few rows. A sample's output shall not depend on how many
+    # tokens of its batch-mates share an expert with it, not even in the last bit.
+    if rows < MIN_GEMM_ROWS:
+        x_RI = F.pad(x_RI, (0, 0, 0, MIN_GEMM_ROWS - rows))
+    return F.linear(x_RI, w_OI, None if b_EO is None else b_EO[expert])[:rows]
 
 
 def _sum_like(parameter: Tensor | None, needed: bool) -> Tensor:

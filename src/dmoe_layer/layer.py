@@ -353,7 +353,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _in_memory_format_of(x: Tensor, y: Tensor) -> Tensor:
     """``y`` with its axes in memory in the order of ``x``'s, as element-wise operators do."""
-    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    dense = torch.empty_like(x, device="meta")
+    order = sorted(range(x.ndim), key=dense.stride, reverse=True)
     return y.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
 
 

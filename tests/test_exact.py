@@ -1,0 +1,423 @@
+"""Output and every gradient equal the naive loop, for random configurations and every dtype."""
+
+import math
+
+import naive
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoe_layer import DMoE, dispatch, eager, router
+from dmoe_layer.dispatch import Dispatch
+from dmoe_layer.operators import draw_seed
+
+# Largest difference over the largest true value.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def assert_close(found, true, dtype, what):
+    true = true.to(torch.float64)
+    assert found.shape == true.shape, what
+    assert torch.isfinite(found).all(), what
+    scale = true.abs().max().item() if true.numel() else 0.0
+    error = (found.double() - true).abs().max().item() if true.numel() else 0.0
+    assert error <= TOLERANCE[dtype] * max(scale, 1e-3), f"{what}: {error} of {scale}"
+
+
+@st.composite
+def configurations(draw):
+    n_experts = draw(st.integers(1, 6))
+    sizes = draw(st.sampled_from([None, 3, (3,), (2, 3), (1, 2, 2)]))
+    columns = () if sizes is None else (sizes,) if isinstance(sizes, int) else sizes
+    unknown = draw(st.sampled_from(["error", "average", "learned"]))
+    batch = draw(st.integers(0, 4))
+    lowest = 0 if unknown == "error" else -1
+    values = [[draw(st.integers(lowest, size - 1)) for size in columns] for _ in range(batch)]
+    return {
+        "dim": draw(st.integers(1, 9)),
+        "hidden_dim": draw(st.sampled_from([None, 1, 5, 16])),
+        "n_experts": n_experts,
+        "k": draw(st.integers(1, n_experts)),
+        "attribute_sizes": sizes,
+        "unknown": unknown,
+        "activation": draw(st.sampled_from(sorted(naive.ACTIVATIONS))),
+        "bias": draw(st.booleans()),
+        "noise": draw(st.sampled_from(["train", "always", "never"])),
+        "dropout": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+        "residual": draw(st.booleans()),
+    }, {
+        "batch": batch,
+        "tokens": draw(st.integers(0, 7)),
+        "values": values,
+        "training": draw(st.booleans()),
+        "masked": draw(st.booleans()),
+        "block_rows": draw(st.sampled_from([3, 8192])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def true_noise(noisy, tokens, n_experts, dtype):
+    """The draws of the call that follows, (T, E), as the router will make them."""
+    if not noisy:
+        return None
+    return router._noise(torch.empty(tokens, n_experts, dtype=dtype), draw_seed())
+
+
+def true_dropout(p, indices_TK, n_experts, dim, dtype):
+    """The factors of the call that follows, (T, k, D): drawn row by row in sorted order."""
+    plan = Dispatch(indices_TK, n_experts)
+    like = torch.ones(indices_TK.numel(), dim, dtype=dtype)
+    drop = eager.Dropout(p, draw_seed(), like)
+    rows = [drop(like[block.start : block.stop]) * drop.scale for block in plan.blocks]
+    return torch.cat([*rows, like[:0]])[plan.rows_TK]
+
+
+def run_both(options, call, dtype):
+    """(found, true) pairs of y, the routing, and every gradient of a loss on all of them."""
+    generator = torch.Generator().manual_seed(call["seed"])
+    layer = DMoE(**options, dtype=dtype).train(call["training"])
+    dim, n_experts, k = layer.dim, layer.n_experts, layer.k
+    batch, tokens = call["batch"], call["tokens"]
+    shape = (batch, tokens, dim)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    mask = torch.rand(batch, tokens, generator=generator) < 0.6 if call["masked"] else None
+    kept = torch.ones(batch, tokens, dtype=torch.bool) if mask is None else mask
+    sizes = layer.router.sizes
+    values = None
+    if sizes is not None:
+        values = torch.tensor(call["values"], dtype=torch.int64).reshape(batch, len(sizes))
+
+    torch.manual_seed(call["seed"])
+    y, routing = layer(x, values, mask=mask, return_routing=True)
+
+    torch.manual_seed(call["seed"])
+    score_dtype = torch.promote_types(dtype, torch.float32)
+    noisy = options["noise"] == "always" or (options["noise"] == "train" and call["training"])
+    noise_TE = true_noise(noisy, int(kept.sum()), n_experts, score_dtype)
+    noise_BTE = None
+    if noise_TE is not None:
+        noise_BTE = torch.zeros(batch, tokens, n_experts, dtype=torch.float64)
+        noise_BTE[kept] = noise_TE.double()
+    drop_BTKD = None
+    if call["training"] and options["dropout"]:
+        factors = true_dropout(
+            options["dropout"], routing.expert_indices, n_experts, dim, torch.float64
+        )
+        drop_BTKD = torch.zeros(batch, tokens, k, dim, dtype=torch.float64)
+        drop_BTKD[kept] = factors
+    chosen_BTK = torch.zeros(batch, tokens, k, dtype=torch.int64)
+    chosen_BTK[kept] = routing.expert_indices
+    true_x = x.detach().double().requires_grad_()
+    true_params = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
+    true_y, logits, experts, gates = naive.dmoe(
+        true_x,
+        call["values"],
+        true_params,
+        sizes=sizes,
+        unknown=options["unknown"],
+        k=k,
+        activation=options["activation"],
+        noise_BTE=noise_BTE,
+        mask_BT=mask,
+        drop_BTKD=drop_BTKD,
+        chosen_BTK=None if dtype == torch.float64 else chosen_BTK,
+    )
+    if options["residual"]:
+        true_y = true_y + true_x
+    pairs = {"y": (y, true_y)}
+    if logits:
+        pairs["logits"] = (routing.logits, torch.stack(logits))
+        pairs["gates"] = (routing.gates, torch.stack(gates))
+        assert routing.expert_indices.tolist() == torch.stack(experts).tolist()
+    weights = {
+        n: torch.randn(f.shape, generator=generator, dtype=torch.float64)
+        for n, (f, _) in pairs.items()
+    }
+    sum((f * weights[n].to(f.dtype)).sum().double() for n, (f, _) in pairs.items()).backward()
+    true_loss = sum((t * weights[n]).sum() for n, (_, t) in pairs.items())
+    if true_loss.requires_grad:  # not where there are no tokens
+        true_loss.backward()
+    pairs["dx"] = (x.grad, zero_if_none(true_x))
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient"
+        pairs[f"d{name}"] = (parameter.grad, zero_if_none(true_params[name]))
+    return pairs
+
+
+def zero_if_none(tensor):
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+@settings(max_examples=150)
+@given(configurations())
+def test_double_precision_equals_the_naive_loop(configuration):
+    options, call = configuration
+    original, dispatch.BLOCK_ROWS = dispatch.BLOCK_ROWS, call["block_rows"]
+    try:
+        pairs = run_both(options, call, torch.float64)
+    finally:
+        dispatch.BLOCK_ROWS = original
+    for what, (found, true) in pairs.items():
+        assert_close(found, true, torch.float64, what)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", sorted(naive.ACTIVATIONS))
+@pytest.mark.parametrize("masked", [False, True])
+def test_lower_precision_equals_the_naive_loop(dtype, activation, masked):
+    options = {
+        "dim": 24,
+        "hidden_dim": 40,
+        "n_experts": 8,
+        "k": 2,
+        "attribute_sizes": 3,
+        "unknown": "error",
+        "activation": activation,
+        "bias": True,
+        "noise": "train",
+        "dropout": 0.1,
+        "residual": False,
+    }
+    call = {
+        "batch": 3,
+        "tokens": 21,
+        "values": [[0], [2], [2]],
+        "training": True,
+        "masked": masked,
+        "seed": 5,
+    }
+    for what, (found, true) in run_both(options, call, dtype).items():
+        assert_close(found, true, dtype, what)
+
+
+def test_gradcheck_of_the_whole_layer():
+    layer = DMoE(4, n_experts=3, k=2, attribute_sizes=(2, 2), activation="silu", hidden_dim=5)
+    layer = layer.double()
+    attributes = torch.tensor([[0, 1], [1, 1]])
+    names = [n for n, _ in layer.named_parameters()]
+
+    def run(x, *parameters):
+        torch.manual_seed(0)  # the same noise and dropout in every evaluation
+        params = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, params, (x, attributes))
+
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("needs", ["x", "experts", "router"])
+def test_only_what_is_not_frozen_gets_a_gradient_and_it_is_the_same(needs):
+    layer = DMoE(6, attribute_sizes=2, hidden_dim=8, dropout=0.0, noise="never").double()
+    x, attributes = torch.randn(2, 5, 6, dtype=torch.float64), torch.tensor([0, 1])
+    full_x = x.clone().requires_grad_()
+    layer(full_x, attributes).square().sum().backward()
+    full = {n: p.grad.clone() for n, p in layer.named_parameters()}
+    layer.zero_grad()
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(needs == ("router" if "router" in name else "experts"))
+    some_x = x.clone().requires_grad_(needs == "x")
+    layer(some_x, attributes).square().sum().backward()
+    if needs == "x":
+        torch.testing.assert_close(some_x.grad, full_x.grad)
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, full[name])
+        else:
+            assert parameter.grad is None
+
+
+def test_second_derivatives_are_refused_in_words():
+    layer = DMoE(4, attribute_sizes=2, noise="never")
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x, 0).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        dx.sum().backward()
+
+
+def eval_layer(**options):
+    return DMoE(16, attribute_sizes=3, **options).eval()
+
+
+def test_in_eval_a_sample_does_not_depend_on_its_batch_mates():
+    layer, x, a = eval_layer(), torch.randn(6, 11, 16), torch.tensor([0, 1, 2, 0, 1, 2])
+    together = layer(x, a)
+    alone = torch.cat([layer(x[i : i + 1], a[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-6)
+    assert torch.equal(layer(x, a), together)
+
+
+def test_permuting_tokens_permutes_the_output():
+    layer, x, order = eval_layer(), torch.randn(2, 50, 16), torch.randperm(50)
+    torch.testing.assert_close(layer(x[:, order], 1), layer(x, 1)[:, order], rtol=1e-6, atol=1e-6)
+
+
+def test_all_tokens_to_one_expert_and_idle_experts_get_zero_gradients():
+    layer = eval_layer(n_experts=4, k=1)
+    with torch.no_grad():
+        layer.router.w_A2ED.zero_()
+        layer.router.b_A2E.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
+    x = torch.randn(2, 7, 16)
+    y, routing = layer(x, 0, return_routing=True)
+    assert (routing.expert_indices == 1).all()
+    h = torch.relu(x @ layer.w1_EHD[1].mT + layer.b1_EH[1])
+    torch.testing.assert_close(y, h @ layer.w2_EDH[1].mT + layer.b2_ED[1], rtol=1e-5, atol=1e-6)
+    y.sum().backward()
+    for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED):
+        assert parameter.grad[1].abs().sum() > 0
+        assert not parameter.grad[[0, 2, 3]].any()
+    assert not layer.router.w_A2ED.grad[1:].any()
+
+
+def test_with_all_experts_chosen_the_output_is_the_softmax_mixture():
+    layer, x = eval_layer(n_experts=3, k=3), torch.randn(1, 5, 16)
+    y, routing = layer(x, 2, return_routing=True)
+    every = [
+        torch.relu(x[0] @ layer.w1_EHD[e].mT + layer.b1_EH[e]) @ layer.w2_EDH[e].mT + layer.b2_ED[e]
+        for e in range(3)
+    ]
+    gates = routing.logits.softmax(dim=-1)
+    mixture = sum(gates[:, e, None] * every[e] for e in range(3))
+    torch.testing.assert_close(y[0], mixture, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (3, 0, 16), (0, 0, 16), (3, 16), (1, 1, 16)])
+def test_empty_and_tiny_batches_run_forward_and_backward(shape):
+    layer, x = eval_layer().train(), torch.randn(shape, requires_grad=True)
+    y = layer(x, torch.zeros(shape[0], dtype=torch.int64))
+    assert y.shape == shape
+    y.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_a_mask_that_keeps_nothing_gives_zero_and_zero_gradients():
+    layer, x = eval_layer().train(), torch.randn(2, 4, 16, requires_grad=True)
+    y = layer(x, 0, mask=torch.zeros(2, 4, dtype=torch.bool))
+    assert not y.any()
+    y.sum().backward()
+    assert not x.grad.any()
+
+
+def test_the_mask_gives_the_same_as_computing_the_kept_tokens_alone():
+    layer, x = eval_layer(), torch.randn(3, 9, 16)
+    mask, a = torch.rand(3, 9) < 0.4, torch.tensor([2, 0, 1])
+    y = layer(x, a, mask=mask)
+    for b in range(3):
+        alone = layer(x[b : b + 1, mask[b]], a[b])
+        torch.testing.assert_close(y[b, mask[b]], alone[0], rtol=1e-6, atol=1e-6)
+    assert not y[~mask].any()
+    residual = eval_layer(residual=True)
+    assert torch.equal(residual(x, a, mask=mask)[~mask], x[~mask])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_nan_outside_the_mask_reaches_nothing(residual):
+    layer = DMoE(8, attribute_sizes=2, residual=residual)
+    x, mask = torch.randn(2, 6, 8), torch.rand(2, 6) < 0.5
+    results = []
+    for fill in (0.0, math.nan, math.inf):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        spoiled = x.masked_fill(~mask[..., None], fill).requires_grad_()
+        y, routing = layer(spoiled, torch.tensor([0, 1]), mask=mask, return_routing=True)
+        (y[mask].square().sum() + routing.logits.square().sum()).backward()
+        results.append(
+            [y[mask], routing.logits, spoiled.grad, *(p.grad for p in layer.parameters())]
+        )
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nan_in_one_sample_stays_in_that_sample():
+    layer, x, a = eval_layer(), torch.randn(3, 5, 16), torch.tensor([0, 1, 2])
+    clean = layer(x, a)
+    x[1, 2, 3] = math.nan
+    x.requires_grad_()
+    y = layer(x, a)
+    assert torch.isnan(y[1, 2]).all()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    y[[0, 2]].sum().backward()
+    assert torch.isfinite(x.grad[[0, 2]]).all()
+    assert torch.isfinite(layer.router.w_A2ED.grad[[0, 2]]).all()
+
+
+def test_noise_is_normal_and_scaled_by_the_softplus_of_its_own_scores():
+    layer = DMoE(4, n_experts=2, k=1)
+    x = torch.randn(1, 1, 4).expand(1, 200_000, 4)
+    _, routing = layer(x, return_routing=True)
+    clean, noise = (
+        (layer.router.w_A2ED[0, i] @ x[0, 0] + layer.router.b_A2E[0, i]).detach() for i in (0, 1)
+    )
+    z = (routing.logits.detach() - clean) / torch.nn.functional.softplus(noise)
+    assert z.mean().abs() < 0.01
+    assert abs(z.std() - 1) < 0.01
+    assert abs((z.abs() < 1).float().mean() - 0.6827) < 0.01
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_zeroes_the_share_p_of_the_entries_and_keeps_the_mean(p):
+    layer = DMoE(32, n_experts=2, k=1, dropout=p, noise="never")
+    x = torch.randn(1, 1, 32).expand(1, 20_000, 32)
+    y, kept = layer(x)[0], layer.eval()(x)[0, 0]
+    dropped = (y == 0).float().mean()
+    assert abs(dropped - p) < 0.005
+    torch.testing.assert_close(
+        y.max(dim=0).values.abs() + y.min(dim=0).values.abs(),
+        kept.abs() / (1 - p),
+        rtol=1e-3,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("noise", "in_train", "in_eval"),
+    [("train", True, False), ("always", True, True), ("never", False, False)],
+)
+def test_noise_modes(noise, in_train, in_eval):
+    layer, x = DMoE(8, noise=noise, dropout=0.0), torch.randn(1, 20, 8)
+    assert (not torch.equal(layer(x), layer(x))) == in_train
+    layer.eval()
+    assert (not torch.equal(layer(x), layer(x))) == in_eval
+
+
+def test_the_seed_decides_noise_and_dropout():
+    layer, x = DMoE(8), torch.randn(1, 20, 8)
+    torch.manual_seed(3)
+    first = layer(x)
+    assert not torch.equal(layer(x), first)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+
+
+def test_deterministic_algorithms_are_honoured():
+    layer, x = DMoE(8, attribute_sizes=2), torch.randn(2, 30, 8, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            mask = torch.ones(2, 30, dtype=torch.bool)
+            y = layer(x, torch.tensor([0, 1]), mask=mask)
+            grads.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_what_is_saved_for_backward_is_about_x():
+    tokens, dim = 4096, 64
+    layer, x = DMoE(dim, attribute_sizes=2), torch.randn(2, tokens // 2, dim, requires_grad=True)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x, torch.tensor([0, 1]))
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    held = sum(n for pointer, n in saved.items() if pointer not in own)
+    assert held < 1.35 * x.nbytes, f"{held / x.nbytes:.2f} of x"
+    y.sum().backward()
