@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from dmoe_layer import AttributeRouter, DMoE, routing
+from dmoe_layer import AttributeRouter, DMoE, carry_routing, routing
 
 A3 = torch.tensor([0, 2, 1])
 
@@ -310,6 +311,43 @@ def test_a_compiled_layer_takes_a_mask_where_dynamic_shapes_are_allowed():
     # Without that setting, and without fullgraph, the mask breaks the graph and nothing else.
     torch.compiler.reset()
     assert torch.equal(torch.compile(layer, backend="aot_eager")(x, A3, mask=mask), y)
+
+
+def test_a_checkpoint_inside_a_compiled_model_gives_the_same_and_records_once():
+    layer = DMoE(8, attribute_sizes=3)
+    x = torch.randn(3, 7, 8)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return checkpoint(carry_routing(layer), x, use_reentrant=False)
+
+    results = []
+    for model in (layer, torch.compile(Model(), backend="aot_eager")):
+        torch.manual_seed(0)
+        with routing(A3) as r:
+            y = model(x)
+        assert len(r.routings) == 1
+        loss = y.square().sum() + r.load_balancing_loss()
+        results.append([y, *torch.autograd.grad(loss, list(layer.parameters()))])
+    for eager, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, eager)
+
+
+def test_inductor_draws_the_same_noise_and_dropout_in_backward_as_in_forward():
+    layer = DMoE(8, attribute_sizes=3, dropout=0.5)
+    compiled = torch.compile(layer, fullgraph=True)
+    x, direction = torch.randn(3, 7, 8), torch.randn(3, 7, 8)
+
+    def run(x):
+        torch.manual_seed(4)
+        return compiled(x, A3).sum()
+
+    assert run(x) == run(x)
+    leaf = x.clone().requires_grad_()
+    run(leaf).backward()
+    step = 1e-3 * direction
+    slope = (run((x + step).requires_grad_()) - run((x - step).requires_grad_())) / 2e-3
+    torch.testing.assert_close(slope, (leaf.grad * direction).sum(), rtol=0.05, atol=0.05)
 
 
 def test_opcheck_of_the_registered_operators():

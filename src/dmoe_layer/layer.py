@@ -14,7 +14,7 @@ from .eager import ACTIVATIONS, experts
 from .lazy import LazyDim
 from .mlp import read_activation, read_dropout, read_linears
 from .operators import draw_seed
-from .options import check_choice, check_count, check_flag
+from .options import check_choice, check_count, check_flag, describe
 from .router import AttributeRouter, Routing
 from .scope import current_attributes, record
 
@@ -314,16 +314,16 @@ class DMoE(LazyDim):
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x: got {_describe(x)}, expected a floating-point tensor.")
+            raise TypeError(f"x: got {describe(x)}, expected a floating-point tensor.")
         axis = self.channel_dim + x.ndim if self.channel_dim < 0 else self.channel_dim
         if x.ndim < 2 or not 0 < axis < x.ndim:
             raise ValueError(
-                f"x: got {_describe(x)}, expected (batch, ..., dim), with dim at "
+                f"x: got {describe(x)}, expected (batch, ..., dim), with dim at "
                 f"channel_dim={self.channel_dim} and the batch first."
             )
         if self.dim not in (None, x.shape[axis]):
             raise ValueError(
-                f"x: got {_describe(x)}, which has {x.shape[axis]} at "
+                f"x: got {describe(x)}, which has {x.shape[axis]} at "
                 f"channel_dim={self.channel_dim}, expected dim={self.dim}."
             )
         if x.dtype != self.w1_EHD.dtype and _autocast_dtype(x) is None:
@@ -335,7 +335,7 @@ class DMoE(LazyDim):
             return
         expected = (*x.shape[:axis], *x.shape[axis + 1 :])
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: got {_describe(mask)}, expected a bool tensor {expected}.")
+            raise TypeError(f"mask: got {describe(mask)}, expected a bool tensor {expected}.")
         if mask.shape != expected:
             raise ValueError(
                 f"mask: got shape {tuple(mask.shape)}, expected {expected}: one entry a token, "
@@ -356,9 +356,3 @@ def _in_memory_format_of(x: Tensor, y: Tensor) -> Tensor:
     dense = torch.empty_like(x, device="meta")
     order = sorted(range(x.ndim), key=dense.stride, reverse=True)
     return y.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return type(value).__name__

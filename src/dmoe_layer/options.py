@@ -1,9 +1,11 @@
-"""Checks of constructor options: which argument, what came, what was expected."""
+"""Checks of arguments, whose errors say which one, what came and what was expected."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 
 def check_count(name: str, value: Any) -> None:
@@ -25,3 +27,10 @@ def check_flag(name: str, value: Any) -> None:
     """Raises unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True or False.")
+
+
+def describe(value: Any) -> str:
+    """What came, in an error's words."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return f"{value!r:.60} ({type(value).__name__})"

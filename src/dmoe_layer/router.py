@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attributes import as_attributes, check_attributes, per_token
 from .lazy import LazyDim
 from .operators import draw_seed, refuse_double_backward, seeded_generator
-from .options import check_choice, check_count
+from .options import check_choice, check_count, describe
 
 UNKNOWN = ("error", "average", "learned")
 NOISE = ("train", "always", "never")
@@ -119,8 +119,11 @@ class AttributeRouter(LazyDim):
         nn.init.uniform_(self.w_A2ED, -bound, bound)
         nn.init.uniform_(self.b_A2E, -bound, bound)
 
-    def initialize_parameters(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Learns ``dim`` from the first input; called by the first forward pass."""
+    def initialize_parameters(
+        self, x: Tensor, attributes: Any = None, *, tokens_per_sample: Tensor | None = None
+    ) -> None:
+        """Learns ``dim`` from the first input, once nothing is wrong with it."""
+        self.check(x, self._check_input(x, tokens_per_sample), attributes)
         self._learn_dim(x.shape[-1])
 
     def extra_repr(self) -> str:
@@ -149,8 +152,7 @@ class AttributeRouter(LazyDim):
         Returns:
             Routing, over all tokens sample after sample.
         """
-        self._check_input(x, tokens_per_sample)
-        batch = len(x if tokens_per_sample is None else tokens_per_sample)
+        batch = self._check_input(x, tokens_per_sample)
         values_BN = self.check(x, batch, attributes)
         w_B2ED, b_B2E = self._sample_routers(values_BN, batch)
         noisy = self.noise == "always" or (self.noise == "train" and self.training)
@@ -175,13 +177,15 @@ class AttributeRouter(LazyDim):
         values, bounds = (None, None) if given is None else given
         return check_attributes(x, batch, values, bounds, list(self.sizes), self.unknown)
 
-    def _check_input(self, x: Tensor, tokens_per_sample: Tensor | None) -> None:
-        form = "(B, T, {})" if tokens_per_sample is None else "(tokens, {})"
-        if x.ndim != form.count(",") + 1 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}, expected {form.format(self.dim)}: "
-                f"this router has dim={self.dim}."
-            )
+    def _check_input(self, x: Tensor, tokens_per_sample: Tensor | None) -> int:
+        """The batch size, or an error."""
+        ragged = tokens_per_sample is not None
+        form = f"({'tokens' if ragged else 'B, T'}, {self.dim or 'dim'})"
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x: got {describe(x)}, expected a floating-point tensor {form}.")
+        if x.ndim != (2 if ragged else 3) or self.dim not in (None, x.shape[-1]):
+            raise ValueError(f"x: got {describe(x)}, expected {form}.")
+        return len(x if tokens_per_sample is None else tokens_per_sample)
 
     def _sample_routers(self, values_BN: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         """Each sample's own weights (B, 2, E, D) and biases (B, 2, E).

@@ -218,8 +218,11 @@ def carry_routing(fn: Callable[..., Any] | None = None) -> Any:
 
 
 def _in_backward() -> bool:
-    """Whether the autograd engine is at work in this thread: then a call is a recompute."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether the autograd engine is at work in this thread: then a call is a recompute.
+
+    A compiled graph holds the recompute itself and does not come here for it.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _values_of(routed: Routing, attribute: int) -> Tensor:

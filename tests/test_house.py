@@ -1,0 +1,167 @@
+"""The house stays as the README draws it: imports run one way, and its pages are true."""
+
+import ast
+import email
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dmoe_layer
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "dmoe_layer"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# Which rooms a room may import.
+MAY_IMPORT = {
+    "options": set(),
+    "operators": set(),
+    "attributes": set(),
+    "lazy": set(),
+    "router": {"attributes", "lazy", "operators", "options"},
+    "losses": {"router"},
+    "scope": {"attributes", "losses", "router"},
+    "dispatch": set(),
+    "eager": {"dispatch", "operators"},
+    "mlp": {"eager"},
+    "layer": {"attributes", "eager", "lazy", "mlp", "operators", "options", "router", "scope"},
+    "swap": {"layer", "mlp"},
+    "__init__": {"attributes", "layer", "losses", "router", "scope", "swap"},
+}
+STANDARD_OR_CORE = set(sys.stdlib_module_names) | {"torch", "einops", "numpy", "typing_extensions"}
+
+
+def imports_of(path):
+    """(modules of this package, top-level names of others) that a file imports."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            own |= {node.module} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+    return own, others
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_imports_run_one_way_and_to_core_dependencies_only(path):
+    own, others = imports_of(path)
+    assert own <= MAY_IMPORT[path.stem]
+    assert others <= STANDARD_OR_CORE
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reference_models").rglob("*.py")), ids=str)
+def test_reference_models_use_public_names_only(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmoe_layer"):
+            assert node.module == "dmoe_layer"
+            assert {alias.name for alias in node.names} <= set(dmoe_layer.__all__)
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("dmoe_layer.") for alias in node.names)
+
+
+def test_importing_the_package_imports_neither_triton_nor_the_reference_models():
+    code = (
+        "import torch, sys; before = set(sys.modules)\n"
+        "import dmoe_layer; new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
+        "print(sorted(new & {'triton', 'reference_models', 'monai', 'transformers', 'nilearn'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_the_designs_and_each_has_a_docstring():
+    assert set(dmoe_layer.__all__) == {
+        "DMoE", "AttributeRouter", "Routing", "routing", "carry_routing", "load_balancing_loss",
+        "importance_loss", "router_z_loss", "swap_mlps", "MissingAttributesError",
+    }  # fmt: skip
+    assert all(getattr(dmoe_layer, name).__doc__ for name in dmoe_layer.__all__)
+    assert issubclass(dmoe_layer.MissingAttributesError, ValueError)
+
+
+def snippets(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def side(diff, drop):
+    """One side of a unified diff: all lines but those that begin with ``drop``."""
+    return "\n".join(line[1:] for line in diff.splitlines() if not line.startswith(drop))
+
+
+@pytest.mark.parametrize("drop", ["-", "+"])
+def test_both_sides_of_the_readme_diff_run(drop):
+    (diff,) = snippets("diff")
+    namespace = {}
+    exec(compile(side(diff, drop), "README.md", "exec"), namespace)
+    assert namespace["y"].shape == (2, 196, 64)
+
+
+@pytest.mark.parametrize("snippet", snippets("python"))
+def test_readme_snippets_run(snippet):
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_readme_commands_are_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = re.findall(r"^make (\w+)", "\n".join(snippets("bash")), flags=re.MULTILINE)
+    assert commands == ["demo", "test"]
+    for command in commands:
+        assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE)
+
+
+def test_every_row_of_works_with_names_a_test():
+    table = README.split("## Works with")[1].split("##")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    assert len(rows) >= 6
+    for row in rows:
+        (name,) = re.findall(r"`(test_\w+)`", row)
+        assert f"def {name}(" in tests, name
+
+
+def test_readme_draws_every_room():
+    picture = README.split("## The house")[1]
+    for path in PACKAGE.glob("*.py"):
+        assert path.stem == "__init__" or path.name in picture, path.name
+
+
+def test_the_wheel_holds_the_package_alone_and_runs_the_readmes_first_snippet(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith("/METADATA")]
+        header = email.message_from_bytes(archive.read(metadata))
+    assert {n.split("/")[0] for n in names} == {
+        "dmoe_layer", f"dmoe_layer-{dmoe_layer.__version__}.dist-info"
+    }  # fmt: skip
+    assert "dmoe_layer/py.typed" in names
+    needs = [n for n in header.get_all("Requires-Dist") if "extra ==" not in n]
+    assert {re.match(r"\w+", n).group() for n in needs} == {"torch", "einops", "numpy"}
+
+    # A new environment that holds the wheel; torch, einops and numpy are borrowed by path, which
+    # does not bring this checkout along.
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True
+    )
+    run = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip())
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    (diff,) = snippets("diff")
+    code = side(diff, "-") + "\nimport dmoe_layer; print(dmoe_layer.__file__, tuple(y.shape))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site))
+    assert done.stdout.strip().endswith("(2, 196, 64)")
