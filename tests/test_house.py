@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "options": set(),
     "operators": set(),
     "attributes": set(),
-    "lazy": set(),
+    "lazy": {"operators"},
     "router": {"attributes", "lazy", "operators", "options"},
     "losses": {"router"},
     "scope": {"attributes", "losses", "router"},
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "eager": {"dispatch", "operators"},
     "mlp": {"eager"},
     "layer": {"attributes", "eager", "lazy", "mlp", "operators", "options", "router", "scope"},
-    "swap": {"layer", "mlp"},
+    "swap": {"layer", "mlp", "options"},
     "__init__": {"attributes", "layer", "losses", "router", "scope", "swap"},
 }
 STANDARD_OR_CORE = set(sys.stdlib_module_names) | {"torch", "einops", "numpy", "typing_extensions"}

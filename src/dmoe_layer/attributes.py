@@ -77,10 +77,10 @@ def _columns(values: Tensor) -> Tensor:
 
 
 def _bounds_2N(values: Tensor) -> Tensor:
-    values_BN = _columns(values)
+    values_BN = _columns(values).to(torch.int64)
     if values_BN.shape[0] == 0:
         return torch.zeros(2, values_BN.shape[1], dtype=torch.int64)
-    return torch.stack(torch.aminmax(values_BN, dim=0)).to("cpu", torch.int64)
+    return torch.stack(torch.aminmax(values_BN, dim=0)).to("cpu")
 
 
 def _check_form(values: Tensor) -> None:
@@ -115,7 +115,8 @@ def check_attributes(
         batch: the number of samples.
         attributes: (), (batch,), (1,), (batch, n) or (1, n), integers.
         bounds_2N: their smallest and largest values, on the CPU; looked up here when None.
-        sizes: how many values each attribute has; None accepts any (a plain MoE records them).
+        sizes: how many values each attribute has. None accepts any: a plain mixture of experts
+            records a scope's attributes. An empty list refuses all: it takes none of its own.
         unknown: what -1 means; "error" refuses it.
 
     Returns:
@@ -125,6 +126,12 @@ def check_attributes(
         raise MissingAttributesError(
             f"this layer routes by attribute (attribute_sizes={_show(sizes)}) and got none. Open "
             "`with routing(attributes):` around the forward pass, or pass `layer(x, attributes)`."
+        )
+    if sizes == []:
+        raise ValueError(
+            f"attributes: got shape {tuple(attributes.shape)}, but attribute_sizes=None makes a "
+            "plain mixture of experts that does not look at them. Set attribute_sizes, or pass "
+            "none."
         )
     _check_form(attributes)
     values_BN = _columns(attributes)
@@ -141,9 +148,8 @@ def check_attributes(
             f"attributes: got shape {shape} for a batch of {batch} samples: expected {expected}, "
             "or a batch of 1 that applies to every sample."
         )
-    if sizes is not None:
-        bounds = _bounds_2N(attributes) if bounds_2N is None else bounds_2N
-        _check_values(values_BN, bounds, sizes, unknown)
+    bounds = _bounds_2N(attributes) if bounds_2N is None else bounds_2N
+    _check_values(values_BN, bounds, sizes, unknown)
     values_BN = values_BN.to(x.device, torch.int64, non_blocking=True)
     return values_BN.expand(batch, n).clone()
 
@@ -152,19 +158,23 @@ def check_attributes(
 def _(x, batch, attributes, bounds_2N, sizes, unknown):  # type: ignore[no-untyped-def]
     # Promises the right shape even for wrong input: the error is the real operator's to raise,
     # at run time, where it reaches the user as it is.
-    n = len(sizes) if sizes is not None else _columns(attributes).shape[1]
+    n = len(sizes) if sizes else _columns(attributes).shape[1]
     return x.new_empty((batch, n), dtype=torch.int64)
 
 
-def _check_values(values_BN: Tensor, bounds_2N: Tensor, sizes: list[int], unknown: str) -> None:
+def _check_values(
+    values_BN: Tensor, bounds_2N: Tensor, sizes: list[int] | None, unknown: str
+) -> None:
+    lowest = 0 if unknown == "error" and sizes is not None else -1
     lows, highs = bounds_2N.tolist()
-    for column, (size, low, high) in enumerate(zip(sizes, lows, highs, strict=True)):
-        lowest = 0 if unknown == "error" else -1
-        if low >= lowest and high < size:
+    for column, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        highest = high if sizes is None else sizes[column] - 1
+        if low >= lowest and high <= highest:
             continue
-        wrong = high if high >= size else low
+        wrong = high if high > highest else low
         sample = int((values_BN[:, column] == wrong).nonzero()[0])
-        name = "attributes" if len(sizes) == 1 else f"attributes[:, {column}]"
+        name = "attributes" if len(lows) == 1 else f"attributes[:, {column}]"
+        expected = "-1 or more" if sizes is None else f"{lowest} .. {highest}"
         meaning = (
             f" {wrong} stands for unknown, which unknown='error' refuses: choose "
             "unknown='average' or unknown='learned' to allow it."
@@ -172,10 +182,12 @@ def _check_values(values_BN: Tensor, bounds_2N: Tensor, sizes: list[int], unknow
             else ""
         )
         raise ValueError(
-            f"{name}: got {wrong} (sample {sample}), expected {lowest} .. {size - 1} "
+            f"{name}: got {wrong} (sample {sample}), expected {expected} "
             f"(attribute_sizes={_show(sizes)}, unknown={unknown!r}).{meaning}"
         )
 
 
 def _show(sizes: list[int] | None) -> str:
-    return str(sizes[0] if sizes is not None and len(sizes) == 1 else tuple(sizes or ()))
+    if sizes is None:
+        return "None"
+    return str(sizes[0] if len(sizes) == 1 else tuple(sizes))

@@ -197,15 +197,15 @@ class DMoE(LazyDim):
         }
         return shapes if self.bias else {n: s for n, s in shapes.items() if n[0] == "w"}
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the experts as ``nn.Linear`` does, each on its own; zeros w2, b2 if zero_init."""
         for weight, bias in ((self.w1_EHD, self.b1_EH), (self.w2_EDH, self.b2_ED)):
             bound = 1 / math.sqrt(weight.shape[-1])
             if self.zero_init and weight is self.w2_EDH:
                 bound = 0.0
-            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(weight, -bound, bound, generator)
             if bias is not None:
-                nn.init.uniform_(bias, -bound, bound)
+                nn.init.uniform_(bias, -bound, bound, generator)
 
     def initialize_parameters(
         self,
@@ -303,14 +303,12 @@ class DMoE(LazyDim):
         self, x: Tensor, attributes: Any
     ) -> tuple[Attributes | None, Tensor | None]:
         """What the router shall check and use; and, for a plain layer, what is only recorded."""
-        scoped = current_attributes()
-        if self.attribute_sizes is not None:
-            return (scoped if attributes is None else as_attributes(attributes)), None
-        if attributes is not None:
-            return as_attributes(attributes), None  # for the router to refuse
-        if scoped is None:
-            return None, None
-        return None, check_attributes(x, len(x), *scoped, None, self.router.unknown)
+        given = current_attributes() if attributes is None else as_attributes(attributes)
+        if self.attribute_sizes is not None or given is None:
+            return given, None
+        # A plain layer records a scope's attributes, and refuses those that are meant for it.
+        accepted: list[int] | None = None if attributes is None else []
+        return None, check_attributes(x, len(x), *given, accepted, self.router.unknown)
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -321,10 +319,10 @@ class DMoE(LazyDim):
                 f"x: got {describe(x)}, expected (batch, ..., dim), with dim at "
                 f"channel_dim={self.channel_dim} and the batch first."
             )
-        if self.dim not in (None, x.shape[axis]):
+        if x.shape[axis] == 0 or (self.dim is not None and self.dim != x.shape[axis]):
             raise ValueError(
                 f"x: got {describe(x)}, which has {x.shape[axis]} at "
-                f"channel_dim={self.channel_dim}, expected dim={self.dim}."
+                f"channel_dim={self.channel_dim}, expected dim={self.dim or 'at least 1'}."
             )
         if x.dtype != self.w1_EHD.dtype and _autocast_dtype(x) is None:
             raise TypeError(
@@ -352,7 +350,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _in_memory_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """``y`` with its axes in memory in the order of ``x``'s, as element-wise operators do."""
-    dense = torch.empty_like(x, device="meta")
-    order = sorted(range(x.ndim), key=dense.stride, reverse=True)
-    return y.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
+    """``y`` in the memory format of ``x``, as element-wise operators choose it."""
+    if y.stride() == torch.empty_like(x, device="meta").stride():
+        return y
+    return torch.empty_like(x).copy_(y)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
+from .operators import draw_seed, seeded_generator
+
 # Two threads may make the first call of one module; the second must find it finished.
 _MATERIALIZING = threading.Lock()
 
@@ -29,7 +31,7 @@ class LazyDim(LazyModuleMixin, nn.Module):
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]: ...
 
     @abstractmethod
-    def reset_parameters(self) -> None: ...
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None: ...
 
     @property
     def dim(self) -> int | None:
@@ -41,6 +43,9 @@ class LazyDim(LazyModuleMixin, nn.Module):
         lazy_parameter: Any = UninitializedParameter
         for name in self._shapes(1):
             self.register_parameter(name, lazy_parameter(device=device, dtype=dtype))
+        # Drawn now, so that the first call leaves the global generator alone: when activation
+        # checkpointing repeats that call, it must find the same noise without drawing weights.
+        self._init_seed = None if dim is not None else draw_seed()
         if dim is not None:
             self._learn_dim(dim)
 
@@ -57,7 +62,11 @@ class LazyDim(LazyModuleMixin, nn.Module):
         with torch.no_grad():
             for name, shape in self._shapes(dim).items():
                 getattr(self, name).materialize(shape)
-        self.reset_parameters()
+        device = getattr(self, self._dim_from).device
+        if self._init_seed is None or device.type == "meta":
+            self.reset_parameters()
+        else:
+            self.reset_parameters(seeded_generator(device, self._init_seed))
 
     def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
         with _MATERIALIZING:

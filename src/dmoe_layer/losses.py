@@ -119,6 +119,7 @@ def _grouped_balance(
     """The load-balancing loss within each group: (G,)."""
     k, n_experts = routing.expert_indices.shape[-1], probabilities_TE.shape[-1]
     counts_GE = count_assignments(routing.expert_indices, groups_T, (n_groups, n_experts))
+    counts_GE = counts_GE.to(probabilities_TE.dtype)
     tokens_G1 = counts_GE.sum(dim=1, keepdim=True).clamp(min=1) / k
     f_GE = counts_GE / (tokens_G1 * k)
     summed_GE = probabilities_TE.new_zeros(n_groups, n_experts).index_add(

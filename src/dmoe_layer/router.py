@@ -113,11 +113,11 @@ class AttributeRouter(LazyDim):
             routers += len(self.sizes)
         return {"w_A2ED": (routers, 2, self.n_experts, dim), "b_A2E": (routers, 2, self.n_experts)}
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws weights and biases as ``nn.Linear`` does."""
         bound = 1 / math.sqrt(self.w_A2ED.shape[-1])
-        nn.init.uniform_(self.w_A2ED, -bound, bound)
-        nn.init.uniform_(self.b_A2E, -bound, bound)
+        nn.init.uniform_(self.w_A2ED, -bound, bound, generator)
+        nn.init.uniform_(self.b_A2E, -bound, bound, generator)
 
     def initialize_parameters(
         self, x: Tensor, attributes: Any = None, *, tokens_per_sample: Tensor | None = None
@@ -166,16 +166,11 @@ class AttributeRouter(LazyDim):
 
     def check(self, x: Tensor, batch: int, attributes: Any) -> Tensor | None:
         """The attribute values of ``batch`` samples, (B, n) on ``x``'s device, or an error."""
-        if self.sizes is None:
-            if attributes is not None:
-                raise ValueError(
-                    "attributes: got some, but attribute_sizes=None makes a plain mixture of "
-                    "experts that does not look at them. Set attribute_sizes, or pass none."
-                )
+        if attributes is None and self.sizes is None:
             return None
         given = None if attributes is None else as_attributes(attributes)
         values, bounds = (None, None) if given is None else given
-        return check_attributes(x, batch, values, bounds, list(self.sizes), self.unknown)
+        return check_attributes(x, batch, values, bounds, list(self.sizes or ()), self.unknown)
 
     def _check_input(self, x: Tensor, tokens_per_sample: Tensor | None) -> int:
         """The batch size, or an error."""
@@ -183,17 +178,18 @@ class AttributeRouter(LazyDim):
         form = f"({'tokens' if ragged else 'B, T'}, {self.dim or 'dim'})"
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x: got {describe(x)}, expected a floating-point tensor {form}.")
-        if x.ndim != (2 if ragged else 3) or self.dim not in (None, x.shape[-1]):
+        other_dim = self.dim is not None and self.dim != x.shape[-1]
+        if x.ndim != (2 if ragged else 3) or other_dim or x.shape[-1] == 0:
             raise ValueError(f"x: got {describe(x)}, expected {form}.")
         return len(x if tokens_per_sample is None else tokens_per_sample)
 
-    def _sample_routers(self, values_BN: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+    def _sample_routers(self, values_BN: Any, batch: int) -> tuple[Tensor, Tensor]:
         """Each sample's own weights (B, 2, E, D) and biases (B, 2, E).
 
         Rows are picked and summed, never multiplied with a one-hot matrix: a NaN that reaches
         one value's gradient must not spread to the others as 0 * NaN.
         """
-        if values_BN is None:
+        if self.sizes is None:
             w_2ED, b_2E = self.w_A2ED[0], self.b_A2E[0]
             return w_2ED.expand(batch, *w_2ED.shape), b_2E.expand(batch, *b_2E.shape)
         rows_BN = self._rows(values_BN)

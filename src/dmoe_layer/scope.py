@@ -36,8 +36,10 @@ class _NoCall:
 class _Current(threading.local):
     """The open scope of each thread: two threads may use one model at once."""
 
-    scope: routing | None = None
-    recording: bool = True
+    # Set in every thread's own instance: torch.compile does not guard on a class's default.
+    def __init__(self) -> None:
+        self.scope: routing | None = None
+        self.recording = True
 
 
 _current = _Current()
@@ -88,8 +90,8 @@ class routing:
 
     @property
     def attributes(self) -> Tensor | None:
-        """The scope's copy of the attributes, int64, in the shape that was given."""
-        return None if self._attributes is None else self._attributes.values
+        """A copy of the attributes, int64, in the shape that was given."""
+        return None if self._attributes is None else self._attributes.values.clone()
 
     @property
     def routings(self) -> list[Routing]:
@@ -118,7 +120,8 @@ class routing:
         Returns:
             (A, E) fp32, or (calls, A, E). Row a says how the (token, slot) pairs of value a were
             shared among the experts and sums to 1; it is all 0 where value a has no tokens.
-            Unknown (-1) has no row. Without attributes there is one row, for all tokens.
+            Unknown (-1) has no row. Calls without attributes are left out; where no call has
+            any, there is one row, for all tokens.
 
         Raises:
             ValueError: if there was no call, if the calls have different numbers of experts, or
@@ -133,11 +136,14 @@ class routing:
                 else f"load_table: the calls have different numbers of experts, {n_experts}; "
                 "look at `routings` one by one."
             )
+        # Without attributes at all, one row for everybody; beside calls that have some, none.
+        if any(call.routed.attributes is not None for call in calls):
+            calls = [call for call in calls if call.routed.attributes is not None]
         values = [_values_of(call.routed, attribute) for call in calls]
         n_values = max(_n_values(call, v, attribute) for call, v in zip(calls, values, strict=True))
         counts = [_count(call.routed, v, n_values) for call, v in zip(calls, values, strict=True)]
         counts_CAE = torch.stack(counts) if per_call else torch.stack(counts).sum(dim=0)
-        return counts_CAE / counts_CAE.sum(dim=-1, keepdim=True).clamp(min=1)
+        return counts_CAE.float() / counts_CAE.sum(dim=-1, keepdim=True).clamp(min=1)
 
     def _calls(self) -> list[_Call]:
         calls, call = [], self._last_call
@@ -226,13 +232,14 @@ def _in_backward() -> bool:
 
 
 def _values_of(routed: Routing, attribute: int) -> Tensor:
-    """Each token's value of one attribute: (T,)."""
-    if routed.attributes is None:
-        return routed.expert_indices.new_zeros(len(routed.logits))
-    n = 1 if routed.attributes.ndim == 1 else routed.attributes.shape[1]
+    """Each token's value of one attribute, 0 where there are no attributes: (T,)."""
+    values = routed.attributes
+    n = values.shape[1] if values is not None and values.ndim == 2 else 1
     if not 0 <= attribute < n:
         raise ValueError(f"attribute: got {attribute}, expected 0 .. {n - 1}.")
-    return routed.attributes if n == 1 else routed.attributes[:, attribute]
+    if values is None:
+        return routed.expert_indices.new_zeros(len(routed.logits))
+    return values if values.ndim == 1 else values[:, attribute]
 
 
 def _n_values(call: _Call, values_T: Tensor, attribute: int) -> int:

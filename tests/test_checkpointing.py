@@ -1,0 +1,528 @@
+"""Activation checkpointing: recomputed blocks give the gradients, noise and losses of kept ones."""
+
+import functools
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dmoe_layer import DMoE, MissingAttributesError, carry_routing, routing
+
+B, T, D, E, A = 4, 3, 6, 4, 3
+GOOD = torch.tensor([0, 2, 1, 2])
+OTHER = torch.tensor([1, 1, 0, 0])
+
+
+def make(**options):
+    """A noisy layer with dropout: a recompute that drew anew would be found out."""
+    options = {"n_experts": E, "attribute_sizes": A, "hidden_dim": 5, "dropout": 0.3, **options}
+    return DMoE(D, **{"noise": "always", "dtype": torch.float64, **options})
+
+
+def make_x(tokens=T):
+    return torch.randn(B, tokens, D, dtype=torch.float64, requires_grad=True)
+
+
+class Block(nn.Module):
+    """Several DMoEs, one of them shared, dropout, and an operation after the last of them.
+
+    That last operation matters: a recompute stops as soon as it has all saved tensors, and would
+    otherwise end before the last layer could record anything.
+    """
+
+    def __init__(self, **options):
+        super().__init__()
+        self.norm = nn.LayerNorm(D, dtype=torch.float64)
+        self.first, self.last = make(**options), make(attribute_sizes=None, k=3)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        x = x + self.first(self.norm(x))
+        x = x + self.dropout(self.last(x))
+        return torch.tanh(x + self.first(x))
+
+
+def keep(fn, *args, **kwargs):
+    return fn(*args, **kwargs)
+
+
+def wrapped(fn, *args, **kwargs):
+    return checkpoint(carry_routing(fn), *args, use_reentrant=False, **kwargs)
+
+
+def with_contexts(fn, *args, **kwargs):
+    return checkpoint(fn, *args, use_reentrant=False, context_fn=carry_routing, **kwargs)
+
+
+both_ways = pytest.mark.parametrize("recompute", [wrapped, with_contexts])
+
+
+class Everything(nn.Module):
+    """Counts how often the block runs, so that a test can tell a recompute has taken place."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.runs = block, 0
+
+    def forward(self, *args, **kwargs):
+        self.runs += 1
+        return self.block(*args, **kwargs)
+
+
+def loss_of(y, scope):
+    loss = y.square().sum()
+    if scope is not None and scope.routings:
+        loss = loss + scope.load_balancing_loss() + scope.importance_loss() + scope.router_z_loss()
+    return loss
+
+
+def grads_of(loss, model, *xs):
+    return torch.autograd.grad(loss, [*xs, *model.parameters()], allow_unused=True)
+
+
+def assert_equal(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+    assert any(e is not None and e.any() for e in expected)
+
+
+def in_a_thread(work):
+    results = []
+
+    def target():
+        try:
+            results.append(work())
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join(60)
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
+
+
+def step(run, model, x, attributes=GOOD, backward="after", seed=0):
+    """One training step: the loss, every gradient, and what the scope recorded."""
+    torch.manual_seed(seed)
+    with routing(attributes) as scope:
+        y = run(model, x)
+        loss = loss_of(y, scope)
+        n_calls = len(scope.routings)
+        grads = grads_of(loss, model, x) if backward == "inside" else None
+    if backward == "after":
+        grads = grads_of(loss, model, x)
+    elif backward == "in_another_scope":
+        with routing(OTHER) as other:
+            grads = grads_of(loss, model, x)
+        assert other.routings == []
+    elif backward == "in_another_thread":
+        grads = in_a_thread(lambda: grads_of(loss, model, x))
+    elif backward == "in_another_threads_scope":
+
+        def work():
+            with routing(OTHER) as other:
+                return grads_of(loss, model, x), other.routings
+
+        grads, of_other = in_a_thread(work)
+        assert of_other == []
+    assert len(scope.routings) == n_calls
+    return [loss.detach(), *grads], scope
+
+
+WHEN = ["inside", "after", "in_another_scope", "in_another_thread", "in_another_threads_scope"]
+
+
+# ---------------------------------------------------------------- the whole step
+
+
+@pytest.mark.parametrize("backward", WHEN)
+@both_ways
+def test_a_recomputed_block_gives_the_same_loss_and_gradients(recompute, backward):
+    model, x = Everything(Block()), make_x()
+    expected, kept = step(keep, model, x)
+    assert model.runs == 1
+    actual, scope = step(recompute, model, x, backward=backward)
+    assert model.runs == 3
+    assert_equal(actual, expected)
+    assert len(scope.routings) == len(kept.routings) == 3
+    for mine, true in zip(scope.routings, kept.routings, strict=True):
+        assert torch.equal(mine.logits, true.logits)
+        assert torch.equal(mine.expert_indices, true.expert_indices)
+        assert torch.equal(mine.attributes, true.attributes)
+
+
+@both_ways
+def test_the_seed_decides_the_noise_of_a_recomputed_block(recompute):
+    model, x = Block(), make_x()
+    one, _ = step(recompute, model, x, seed=0)
+    other, _ = step(recompute, model, x, seed=1)
+    assert not torch.equal(one[0], other[0])
+    assert_equal(step(recompute, model, x, seed=1)[0], other)
+
+
+@both_ways
+def test_a_loss_of_the_scope_alone_reaches_the_router(recompute):
+    model, x = make(), make_x()
+    grads = []
+    for run in (keep, recompute):
+        torch.manual_seed(0)
+        with routing(GOOD) as scope:
+            run(model, x)
+        loss = scope.load_balancing_loss(per_attribute=True) + scope.router_z_loss()
+        grads.append(grads_of(loss, model, x))
+    assert_equal(*grads)
+
+
+@both_ways
+def test_several_attributes_and_unknowns_survive_the_recompute(recompute):
+    model, x = Block(attribute_sizes=(3, 2), unknown="learned"), make_x()
+    attributes = torch.tensor([[0, -1], [2, 1], [-1, -1], [1, 0]])
+    expected, _ = step(keep, model, x, attributes)
+    assert_equal(step(recompute, model, x, attributes, "in_another_scope")[0], expected)
+
+
+@both_ways
+def test_a_model_of_many_recomputed_blocks_equals_the_kept_one(recompute):
+    model, x = nn.ModuleList([Block() for _ in range(3)]), make_x()
+
+    def through(run):
+        def forward(blocks, x):
+            for block in blocks:
+                x = run(block, x)
+            return x
+
+        return forward
+
+    expected, kept = step(through(keep), model, x)
+    actual, scope = step(through(recompute), model, x, backward="in_another_scope")
+    assert_equal(actual, expected)
+    assert len(scope.routings) == len(kept.routings) == 9
+
+
+@both_ways
+def test_attributes_changed_in_place_before_backward_change_nothing(recompute):
+    model, x = Block(), make_x()
+    expected, _ = step(keep, model, x)
+    mine = GOOD.clone()
+    torch.manual_seed(0)
+    with routing(mine) as scope:
+        y = recompute(model, x)
+    mine.fill_(0)
+    loss = loss_of(y, scope)
+    assert_equal([loss.detach(), *grads_of(loss, model, x)], expected)
+
+
+@both_ways
+def test_backward_may_run_twice(recompute):
+    model, x = Block(), make_x()
+    with routing(GOOD) as scope:
+        loss = loss_of(recompute(model, x), scope)
+    once = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(model.parameters()))
+    assert_equal(again, once)
+    assert len(scope.routings) == 3
+
+
+@both_ways
+def test_a_recompute_that_does_not_stop_early_records_nothing_either(recompute):
+    model, x = make(), make_x()
+    expected, _ = step(keep, model, x)
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        actual, scope = step(recompute, model, x, backward="inside")
+    assert_equal(actual, expected)
+    assert len(scope.routings) == 1
+
+
+@both_ways
+def test_the_first_step_of_a_lazy_layer_is_recomputed_alike(recompute):
+    """Drawing its first parameters must not shift the noise between forward and recompute."""
+    results, x = [], make_x()
+    for run in (keep, recompute):
+        torch.manual_seed(0)
+        model = DMoE(n_experts=E, attribute_sizes=A, dropout=0.3, dtype=torch.float64)
+        with routing(GOOD) as scope:
+            y = run(model, x)
+        loss = loss_of(y, scope)
+        results.append([loss.detach(), *grads_of(loss, model, x)])
+    assert_equal(*results)
+
+
+# ---------------------------------------------------------------- two forwards pending
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in_order", "last_first"])
+@both_ways
+def test_two_pending_forwards_are_recomputed_with_their_own_attributes(recompute, order):
+    model, xs, attributes = Block(), (make_x(), make_x()), (GOOD, OTHER)
+    expected = [step(keep, model, xs[i], attributes[i], seed=i)[0] for i in range(2)]
+    pending = []
+    for i, (x, values) in enumerate(zip(xs, attributes, strict=True)):
+        torch.manual_seed(i)
+        with routing(values) as scope:
+            y = recompute(model, x)
+        pending.append((y, scope))
+    for i in order:
+        loss = loss_of(*pending[i])
+        assert_equal([loss.detach(), *grads_of(loss, model, xs[i])], expected[i])
+    assert [len(scope.routings) for _, scope in pending] == [3, 3]
+
+
+@both_ways
+def test_two_pending_forwards_may_share_one_backward(recompute):
+    model, xs = Block(), (make_x(), make_x())
+    totals = []
+    for run in (keep, recompute):
+        torch.manual_seed(0)
+        with routing(GOOD) as first:
+            y_first = run(model, xs[0])
+        with routing(OTHER) as second:
+            y_second = run(model, xs[1])
+        loss = loss_of(y_first, first) + loss_of(y_second, second)
+        totals.append([loss.detach(), *grads_of(loss, model, *xs)])
+    assert_equal(*totals)
+
+
+@both_ways
+def test_two_threads_recompute_their_own_attributes(recompute):
+    model, xs, attributes = Block(), (make_x(), make_x()), (GOOD, OTHER)
+    # The global generator is shared by threads: without noise and dropout.
+    model.first.router.noise = model.last.router.noise = "never"
+    model.eval()
+    expected = [step(keep, model, x, a)[0] for x, a in zip(xs, attributes, strict=True)]
+    barrier, results = threading.Barrier(2, timeout=30), {}
+
+    def work(i):
+        with routing(attributes[i]) as scope:
+            barrier.wait()
+            y = recompute(model, xs[i])
+            loss = loss_of(y, scope)
+            barrier.wait()
+            results[i] = [loss.detach(), *grads_of(loss, model, xs[i])], len(scope.routings)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for i in range(2):
+        assert_equal(results[i][0], expected[i])
+        assert results[i][1] == 3
+
+
+# ---------------------------------------------------------------- what can be wrapped
+
+
+def test_one_wrapper_serves_several_calls():
+    model, x = make(), make_x()
+
+    def twice(call):
+        return lambda x: torch.tanh(call(torch.tanh(call(x))))
+
+    torch.manual_seed(0)
+    with routing(GOOD) as kept:
+        loss = loss_of(twice(model)(x), kept)
+    expected = [loss.detach(), *grads_of(loss, model, x)]
+    torch.manual_seed(0)
+    with routing(GOOD) as scope:
+        carried = carry_routing(model)
+        y = twice(lambda x: checkpoint(carried, x, use_reentrant=False))(x)
+    loss = loss_of(y, scope)
+    assert_equal([loss.detach(), *grads_of(loss, model, x)], expected)
+    assert len(scope.routings) == 2
+
+
+def test_a_wrapper_carries_its_scope_even_into_another():
+    layer, x = make(noise="never", dropout=0.0), make_x()
+    with routing(GOOD) as mine:
+        carried = carry_routing(layer)
+    with routing(OTHER) as other:
+        y = carried(x)
+        layer(x)
+    assert torch.equal(y, layer(x, GOOD))
+    assert [r.attributes.tolist() for r in mine.routings] == [GOOD.repeat_interleave(T).tolist()]
+    assert [r.attributes.tolist() for r in other.routings] == [OTHER.repeat_interleave(T).tolist()]
+
+
+@pytest.mark.parametrize("backward_in", [nullcontext, lambda: routing([0, 1])], ids=["", "scope"])
+@both_ways
+def test_a_plain_layer_needs_no_scope_to_be_recomputed(recompute, backward_in):
+    # The later scope is of another batch size: a recompute that looked at it would raise.
+    model, x = nn.Sequential(make(attribute_sizes=None), nn.Tanh()), make_x()
+    results = []
+    for run in (keep, recompute):
+        torch.manual_seed(0)
+        loss = run(model, x).square().sum()
+        with backward_in() as scope:
+            results.append([loss.detach(), *grads_of(loss, model, x)])
+        assert scope is None or scope.routings == []
+    assert_equal(*results)
+
+
+@both_ways
+def test_a_layer_with_explicit_attributes_needs_no_scope_to_be_recomputed(recompute):
+    model, x, results = make(), make_x(), []
+    for run in (keep, recompute):
+        torch.manual_seed(0)
+        y = run(lambda x, a: torch.tanh(model(x, a)), x, GOOD)
+        with routing(OTHER) as scope:
+            results.append(grads_of(y.square().sum(), model, x))
+        assert scope.routings == []
+    assert_equal(*results)
+
+
+@both_ways
+def test_a_recomputed_layer_without_attributes_says_so(recompute):
+    with pytest.raises(MissingAttributesError):
+        recompute(make(), make_x())
+
+
+@both_ways
+def test_keyword_arguments_and_the_routing_pass_through(recompute):
+    model, x, results = make(), make_x(), []
+    mask = torch.tensor([[1, 1, 0], [0, 0, 1], [1, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    for run in (keep, recompute):
+        torch.manual_seed(0)
+        with routing(GOOD) as scope:
+            y, routed = run(model, x, mask=mask, return_routing=True)
+        assert routed.attributes.tolist() == [0, 0, 2, 1, 1, 1, 2]
+        assert not y[~mask].any()
+        assert len(scope.routings) == 1
+        loss = y.square().sum() + routed.logits.logsumexp(-1).sum() + scope.importance_loss()
+        results.append([loss.detach(), *grads_of(loss, model, x)])
+    assert_equal(*results)
+
+
+def test_functions_methods_partials_and_modules_can_be_wrapped():
+    layer, x = make(noise="never", dropout=0.0), make_x()
+    expected = layer(x, GOOD)
+    with routing(GOOD):
+        for fn in (layer, layer.forward, lambda x: layer(x), functools.partial(layer, mask=None)):
+            assert torch.equal(carry_routing(fn)(x), expected)
+            y = checkpoint(carry_routing(fn), x, use_reentrant=False)
+            assert_equal(grads_of(y.sum(), layer, x), grads_of(layer(x).sum(), layer, x))
+
+
+def test_wrapping_leaves_the_wrapped_module_alone():
+    layer = make()
+    names = sorted(vars(layer))
+    with routing(GOOD):
+        carried = carry_routing(layer)
+        carried(make_x())
+    assert sorted(vars(layer)) == names
+    layer.eval()
+    assert not layer.training
+    with pytest.raises(MissingAttributesError):
+        layer(make_x())
+
+
+def test_a_library_that_only_takes_checkpoint_arguments_can_pass_the_contexts():
+    model, x = Block(), make_x()
+    expected, _ = step(keep, model, x)
+    library = functools.partial(checkpoint, use_reentrant=False, context_fn=carry_routing)
+    assert_equal(step(library, model, x, backward="in_another_scope")[0], expected)
+
+
+@both_ways
+def test_an_exception_in_a_carried_block_leaves_the_open_scope_in_place(recompute):
+    layer, x = make(), make_x()
+
+    def fails(x):
+        layer(x)
+        raise KeyError
+
+    with routing(OTHER):
+        carried_elsewhere = carry_routing(fails)
+    with routing(GOOD) as scope:
+        with pytest.raises(KeyError):
+            recompute(fails, x)
+        with pytest.raises(KeyError):
+            carried_elsewhere(x)
+        layer(x)
+    assert len(scope.routings) == 2
+    assert scope.routings[-1].attributes.tolist() == GOOD.repeat_interleave(T).tolist()
+    with pytest.raises(MissingAttributesError):
+        layer(x)
+
+
+@both_ways
+def test_the_scope_is_as_before_after_a_recompute(recompute):
+    layer, x = make(), make_x()
+    with routing(GOOD):
+        y = recompute(nn.Sequential(layer, nn.Tanh()), x)
+    with routing(OTHER) as scope:
+        y.sum().backward()
+        _, routed = layer(x, return_routing=True)
+    assert routed.attributes.tolist() == OTHER.repeat_interleave(T).tolist()
+    assert len(scope.routings) == 1
+
+
+# ---------------------------------------------------------------- nesting
+
+
+class Outer(nn.Module):
+    """A block whose middle part is checkpointed again."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.before, self.middle, self.after, self.run = make(), Block(), make(), run
+
+    def forward(self, x):
+        x = torch.tanh(self.before(x))
+        x = self.run(self.middle, x)
+        return torch.tanh(self.after(x))
+
+
+@pytest.mark.parametrize("backward", WHEN)
+@pytest.mark.parametrize("inner", [wrapped, with_contexts])
+@pytest.mark.parametrize("outer", [wrapped, with_contexts])
+def test_checkpoints_inside_checkpoints_give_the_same_gradients(outer, inner, backward):
+    model, x = Outer(inner), make_x()
+    model.run = keep
+    expected, kept = step(keep, model, x)
+    model.run = inner
+    actual, scope = step(outer, model, x, backward=backward)
+    assert_equal(actual, expected)
+    assert len(scope.routings) == len(kept.routings) == 5
+
+
+@both_ways
+def test_a_scope_opened_inside_the_block_is_opened_again_by_the_recompute(recompute):
+    layer, x, results = make(), make_x(), []
+
+    def block(x):
+        with routing(OTHER) as inner:
+            y = layer(x)
+        assert len(inner.routings) == 1
+        return torch.tanh(layer(x) + y) * inner.load_balancing_loss()
+
+    for run in (keep, recompute):
+        torch.manual_seed(0)
+        with routing(GOOD) as scope:
+            y = run(block, x)
+        results.append(grads_of(y.square().sum(), layer, x))
+        assert len(scope.routings) == 1
+    assert_equal(*results)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+@both_ways
+def test_a_compiled_block_is_recomputed_alike(recompute):
+    model, x = make(), make_x()
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, _ = step(lambda _, x: torch.tanh(run(x)), model, x)
+
+    def recomputed(_, x):
+        return recompute(lambda x: torch.tanh(run(x)), x)
+
+    actual, scope = step(recomputed, model, x, backward="in_another_scope")
+    assert_equal(actual, expected)
+    assert len(scope.routings) == 1
