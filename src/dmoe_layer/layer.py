@@ -167,6 +167,8 @@ class DMoE(LazyDim):
         if clash := sorted(decided & options.keys()):
             raise TypeError(f"from_mlp: {', '.join(clash)} is decided by the MLP; leave it out.")
         linears = read_linears(mlp)
+        if "dropout" not in options:
+            options["dropout"] = read_dropout(mlp)
         w1, w2 = linears.w1_HD, linears.w2_DH
         layer = cls(
             linears.dim,
@@ -177,7 +179,7 @@ class DMoE(LazyDim):
             bias=linears.b1_H is not None or linears.b2_D is not None,
             device=w1.device,
             dtype=w1.dtype,
-            **{"dropout": read_dropout(mlp), **options},
+            **options,
         )
         with torch.no_grad():
             layer.w1_EHD.copy_(w1.expand_as(layer.w1_EHD))

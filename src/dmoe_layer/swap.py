@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from .layer import DMoE
-from .mlp import read_linears
+from .mlp import ADVICE, find_linears, read_frame
+from .options import check_flag
 
 
 def swap_mlps(
@@ -24,16 +25,20 @@ def swap_mlps(
     """Replaces MLP blocks of ``model`` with :class:`DMoE` layers, in place.
 
     Each new layer takes its width (D and H), device, dtype and train/eval state from the block
-    it replaces. A block that stands in several places of the model is replaced by one layer.
-    Either all matching blocks are replaced or, if one cannot be read, none.
+    it replaces. A block that stands in several places of the model is replaced by one layer, in
+    all of them. Either all matching blocks are replaced or, if one cannot be read, none. Hooks on
+    a block go with it, and the new parameters require gradients even where the old were frozen.
 
     Args:
         model: any module that has MLP blocks D -> H -> D inside.
         pattern: a glob on the names that ``model.named_modules()`` gives (``*`` matches dots
-            too), or a predicate ``(name, module) -> bool``. A match inside a match is left out.
+            too), or a predicate ``(name, module) -> bool`` or ``(module) -> bool``. A match
+            inside a match is left out.
         upcycle: starts every expert as the old MLP (see :meth:`DMoE.from_mlp`): in eval mode
             the model's output stays what it was.
-        options: further arguments of :class:`DMoE`.
+        options: further arguments of :class:`DMoE`, such as ``attribute_sizes``. Without
+            ``upcycle`` the experts' activation and dropout are theirs to say, whatever the
+            block's are, and ``hidden_dim`` wins over the block's.
 
     Returns:
         The names of the replaced blocks.
@@ -50,71 +55,88 @@ def swap_mlps(
         >>> swap_mlps(model, "1", n_experts=8, k=2, attribute_sizes=3)
         ['1']
     """
-    matches = _is_match(pattern)
-    # Names of shared modules too: the block must be replaced wherever it stands.
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
+    check_flag("upcycle", upcycle)
+    # Names of shared modules too: a block must be replaced wherever it stands.
     named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n]
-    blocks: dict[str, nn.Module] = {}
-    for name, module in named:
-        inside_a_match = any(name.startswith(f"{outer}.") for outer in blocks)
-        if not inside_a_match and matches(name, module):
-            blocks[name] = module
-    if not blocks:
-        raise ValueError(f"pattern: {pattern!r} matches no module.{_suggest(pattern, named)}")
+    matching = {m for _, m in _outermost(named, _as_predicate(pattern))}
+    if not matching:
+        raise ValueError(f"pattern: {pattern!r} matches no module.{_hint(model, pattern, named)}")
+    blocks = _outermost(named, lambda name, module: module in matching)
     layers: dict[nn.Module, DMoE] = {}
-    for name, block in blocks.items():
+    for name, block in blocks:
         if block not in layers:
             try:
                 layers[block] = _replacement(block, upcycle, options)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    for name, block in blocks.items():
+    for name, block in blocks:
         model.set_submodule(name, layers[block])
-    return list(blocks)
+    return [name for name, _ in blocks]
 
 
 def _replacement(block: nn.Module, upcycle: bool, options: dict[str, Any]) -> DMoE:
+    if isinstance(block, DMoE):
+        raise ValueError("is a DMoE already; match the blocks that are not.")
     if upcycle:
         return DMoE.from_mlp(block, **options)
-    linears = read_linears(block)
-    layer = DMoE(
-        linears.dim,
-        device=linears.w1_HD.device,
-        dtype=linears.w1_HD.dtype,
-        **{"hidden_dim": linears.hidden_dim, **options},
-    )
-    return layer.train(block.training)
+    dim, hidden_dim, device, dtype = read_frame(block)
+    kept = {"hidden_dim": hidden_dim, "device": device, "dtype": dtype}
+    return DMoE(dim, **{**kept, **options}).train(block.training)
 
 
-def _is_match(pattern: Any) -> Callable[[str, nn.Module], bool]:
+def _outermost(
+    named: list[tuple[str, nn.Module]], matches: Callable[[str, nn.Module], bool]
+) -> list[tuple[str, nn.Module]]:
+    """The matching modules that are inside no other matching module."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in named:  # a module comes right before what is inside it
+        inside = bool(found) and name.startswith(f"{found[-1][0]}.")
+        if not inside and matches(name, module):
+            found.append((name, module))
+    return found
+
+
+def _as_predicate(pattern: Any) -> Callable[[str, nn.Module], bool]:
     if isinstance(pattern, str):
         return lambda name, module: fnmatch.fnmatchcase(name, pattern)
-    if not callable(pattern):
+    # A class is callable too, but does not say of a module whether it is one.
+    if not callable(pattern) or isinstance(pattern, (type, nn.Module)):
         raise TypeError(
-            f"pattern: got {pattern!r} ({type(pattern).__name__}), expected a glob on module "
-            "names such as '*.mlp', or a predicate (name, module) -> bool."
+            f"pattern: got {pattern!r}, expected a glob on module names such as '*.mlp', or a "
+            "predicate such as lambda name, module: isinstance(module, MLPBlock)."
         )
-    parameters = inspect.signature(pattern).parameters
-    if len(parameters) == 1:
+    # Arguments with a default (lambda module, kind=MLPBlock: ...) are not ours to fill.
+    required = [
+        parameter
+        for parameter in inspect.signature(pattern).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) == 1:
         return lambda name, module: bool(pattern(module))
     return lambda name, module: bool(pattern(name, module))
 
 
-def _suggest(pattern: Any, named: list[tuple[str, nn.Module]]) -> str:
-    """Names that were perhaps meant: of two-layer MLPs first, then by their spelling."""
-    candidates = [name for name, module in named if _is_readable(module)]
+def _hint(model: nn.Module, pattern: Any, named: list[tuple[str, nn.Module]]) -> str:
+    """What was perhaps meant: two-layer MLPs first, then names of a similar spelling."""
+    if _as_predicate(pattern)("", model):
+        return " Only the model itself does, and it cannot replace itself: see DMoE.from_mlp."
+    mlps = [name for name, module in named if _has_two_linears(module)]
+    alike = []
     if isinstance(pattern, str):
-        names = [name for name, _ in named]
-        candidates += difflib.get_close_matches(pattern.replace("*", ""), names, cutoff=0.4)
-    candidates = list(dict.fromkeys(candidates))
-    if not candidates:
-        return " The model has no two-layer MLP blocks."
+        mlps.sort(key=lambda name: -difflib.SequenceMatcher(None, pattern, name).ratio())
+        alike = difflib.get_close_matches(pattern, [name for name, _ in named])
+    candidates = list(dict.fromkeys([*mlps, *alike]))
     more = f" and {len(candidates) - 5} more" if len(candidates) > 5 else ""
-    return f" Close candidates: {', '.join(candidates[:5])}{more}."
+    close = f" Close candidates: {', '.join(candidates[:5])}{more}." if candidates else ""
+    return close if mlps else f"{close} The model has no block that is a two-layer MLP. {ADVICE}"
 
 
-def _is_readable(module: nn.Module) -> bool:
+def _has_two_linears(module: nn.Module) -> bool:
     try:
-        read_linears(module)
+        find_linears(module)
     except ValueError:
         return False
     return True
