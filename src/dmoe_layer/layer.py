@@ -166,7 +166,7 @@ class DMoE(LazyDim):
         decided = {"dim", "hidden_dim", "activation", "bias", "zero_init", "device", "dtype"}
         if clash := sorted(decided & options.keys()):
             raise TypeError(f"from_mlp: {', '.join(clash)} is decided by the MLP; leave it out.")
-        linears = read_linears(mlp)
+        linears, activation = read_linears(mlp), read_activation(mlp)
         if "dropout" not in options:
             options["dropout"] = read_dropout(mlp)
         w1, w2 = linears.w1_HD, linears.w2_DH
@@ -175,7 +175,7 @@ class DMoE(LazyDim):
             n_experts=n_experts,
             k=k,
             hidden_dim=linears.hidden_dim,
-            activation=read_activation(mlp),
+            activation=activation,
             bias=linears.b1_H is not None or linears.b2_D is not None,
             device=w1.device,
             dtype=w1.dtype,
