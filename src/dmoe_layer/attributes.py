@@ -36,12 +36,14 @@ def as_attributes(attributes: Any) -> Attributes:
         return attributes
     if not isinstance(attributes, Tensor):
         try:
-            attributes = torch.as_tensor(attributes)
+            values = torch.as_tensor(attributes)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"attributes: expected an integer tensor, got {type(attributes).__name__} "
                 f"({attributes!r:.80}), which torch cannot read as one: {error}"
             ) from error
+        # An empty list has no dtype of its own, and torch reads it as floats.
+        return Attributes(values if values.numel() else values.to(torch.int64))
     return Attributes(attributes)
 
 
@@ -124,8 +126,9 @@ def check_attributes(
     """
     if attributes is None:
         raise MissingAttributesError(
-            f"this layer routes by attribute (attribute_sizes={_show(sizes)}) and got none. Open "
-            "`with routing(attributes):` around the forward pass, or pass `layer(x, attributes)`."
+            f"attributes: got none, but attribute_sizes={_show(sizes)} routes by attribute. Pass "
+            "them, `layer(x, attributes)`, or open `with routing(attributes):` around the forward "
+            "pass of a model with DMoE layers."
         )
     if sizes == []:
         raise ValueError(

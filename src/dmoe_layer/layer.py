@@ -38,7 +38,8 @@ class DMoE(LazyDim):
     an MLP's place and the host block adds its own residual.
 
     Args:
-        dim: width D of a token; None learns it from the first input or a state_dict.
+        dim: width D of a token; None learns it from the first input or a state_dict. Deep copies
+            of such a layer start with equal weights, as deep copies of any layer do.
         n_experts: E.
         k: experts a token.
         attribute_sizes: None (one router for all: a plain mixture of experts), an int (one
@@ -322,9 +323,10 @@ class DMoE(LazyDim):
                 f"channel_dim={self.channel_dim} and the batch first."
             )
         if x.shape[axis] == 0 or (self.dim is not None and self.dim != x.shape[axis]):
+            expected = "at least 1" if self.dim is None else f"dim={self.dim}"
             raise ValueError(
                 f"x: got {describe(x)}, which has {x.shape[axis]} at "
-                f"channel_dim={self.channel_dim}, expected dim={self.dim or 'at least 1'}."
+                f"channel_dim={self.channel_dim}, expected {expected}."
             )
         if x.dtype != self.w1_EHD.dtype and _autocast_dtype(x) is None:
             raise TypeError(
@@ -333,12 +335,12 @@ class DMoE(LazyDim):
             )
         if mask is None:
             return
-        expected = (*x.shape[:axis], *x.shape[axis + 1 :])
+        tokens = (*x.shape[:axis], *x.shape[axis + 1 :])
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: got {describe(mask)}, expected a bool tensor {expected}.")
-        if mask.shape != expected:
+            raise TypeError(f"mask: got {describe(mask)}, expected a bool tensor {tokens}.")
+        if mask.shape != tokens:
             raise ValueError(
-                f"mask: got shape {tuple(mask.shape)}, expected {expected}: one entry a token, "
+                f"mask: got shape {tuple(mask.shape)}, expected {tokens}: one entry a token, "
                 f"x's shape {tuple(x.shape)} without axis {axis}."
             )
 

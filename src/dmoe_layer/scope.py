@@ -120,8 +120,8 @@ class routing:
         Returns:
             (A, E) fp32, or (calls, A, E). Row a says how the (token, slot) pairs of value a were
             shared among the experts and sums to 1; it is all 0 where value a has no tokens.
-            Unknown (-1) has no row. Calls without attributes are left out; where no call has
-            any, there is one row, for all tokens.
+            Unknown (-1) has no row, nor have calls without attributes beside calls with some;
+            where no call has any, there is one row, for all tokens.
 
         Raises:
             ValueError: if there was no call, if the calls have different numbers of experts, or
@@ -137,9 +137,8 @@ class routing:
                 "look at `routings` one by one."
             )
         # Without attributes at all, one row for everybody; beside calls that have some, none.
-        if any(call.routed.attributes is not None for call in calls):
-            calls = [call for call in calls if call.routed.attributes is not None]
-        values = [_values_of(call.routed, attribute) for call in calls]
+        some = any(call.routed.attributes is not None for call in calls)
+        values = [_values_of(call.routed, attribute, default=-1 if some else 0) for call in calls]
         n_values = max(_n_values(call, v, attribute) for call, v in zip(calls, values, strict=True))
         counts = [_count(call.routed, v, n_values) for call, v in zip(calls, values, strict=True)]
         counts_CAE = torch.stack(counts) if per_call else torch.stack(counts).sum(dim=0)
@@ -231,14 +230,14 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _values_of(routed: Routing, attribute: int) -> Tensor:
-    """Each token's value of one attribute, 0 where there are no attributes: (T,)."""
+def _values_of(routed: Routing, attribute: int, default: int) -> Tensor:
+    """Each token's value of one attribute, or the default where there are none: (T,)."""
     values = routed.attributes
-    n = values.shape[1] if values is not None and values.ndim == 2 else 1
-    if not 0 <= attribute < n:
-        raise ValueError(f"attribute: got {attribute}, expected 0 .. {n - 1}.")
     if values is None:
-        return routed.expert_indices.new_zeros(len(routed.logits))
+        values = routed.expert_indices.new_full((len(routed.logits),), default)
+    n = 1 if values.ndim == 1 else values.shape[1]
+    if not 0 <= attribute < n and not (routed.attributes is None and default == -1):
+        raise ValueError(f"attribute: got {attribute}, expected 0 .. {n - 1}.")
     return values if values.ndim == 1 else values[:, attribute]
 
 

@@ -1,0 +1,1 @@
+"""The data sets of the reference models, one file each."""
