@@ -20,6 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Which rooms a room may import.
 MAY_IMPORT = {
+    "activations": set(),
     "options": set(),
     "operators": set(),
     "attributes": set(),
@@ -28,9 +29,19 @@ MAY_IMPORT = {
     "losses": {"router"},
     "scope": {"attributes", "losses", "router"},
     "dispatch": set(),
-    "eager": {"dispatch", "operators"},
-    "mlp": {"eager"},
-    "layer": {"attributes", "eager", "lazy", "mlp", "operators", "options", "router", "scope"},
+    "eager": {"activations", "dispatch", "operators"},
+    "mlp": {"activations"},
+    "layer": {
+        "activations",
+        "attributes",
+        "eager",
+        "lazy",
+        "mlp",
+        "operators",
+        "options",
+        "router",
+        "scope",
+    },
     "swap": {"layer", "mlp", "options"},
     "__init__": {"attributes", "layer", "losses", "router", "scope", "swap"},
 }

@@ -9,8 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .activations import ACTIVATIONS
 from .attributes import Attributes, as_attributes, check_attributes, per_token
-from .eager import ACTIVATIONS, experts
+from .eager import experts
 from .lazy import LazyDim
 from .mlp import read_activation, read_dropout, read_linears
 from .operators import draw_seed

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .eager import ACTIVATIONS
+from .activations import ACTIVATIONS
 
 ADVICE = (
     "Where an MLP is no module of its own, as in torch.nn.TransformerEncoderLayer and BERT, move "
