@@ -361,13 +361,14 @@ def test_opcheck_of_the_registered_operators():
     gates = torch.rand(10, 2, requires_grad=True)
     flat = x.detach().flatten(0, 1).requires_grad_()
     ops = torch.ops.dmoe_layer
-    w = layer.router.w_A2ED.detach()[a].requires_grad_()
-    b = layer.router.b_A2E.detach()[a].requires_grad_()
+    w = layer.router.w_A2ED.detach().requires_grad_()
+    b = layer.router.b_A2E.detach().requires_grad_()
+    rows = torch.tensor([[0, 2], [1, 1]])
     counts = torch.tensor([4, 6])
     for op, args in (
         (ops.check_attributes, (x.detach(), 2, a, None, [3], "error")),
-        (ops.router_logits, (x, w, b, None, seed)),
-        (ops.router_logits, (flat, w, b, counts, None)),
+        (ops.router_logits, (x, w, b, rows, None, seed)),
+        (ops.router_logits, (flat, w, b, rows, counts, None)),
         (ops.experts, (flat, indices, gates, *weights, "gelu", 0.1, seed)),
         (
             ops.experts,

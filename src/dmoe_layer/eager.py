@@ -34,21 +34,23 @@ def experts(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """Σ_j gates[t, j] · Expert_{indices[t, j]}(x[t]) for every token: (T, D).
+    """Σ_j gates[t, j] · Expert_{indices[t, j]}(x[t]) for every token: (T, D), in x's dtype.
 
-    Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2); without a seed nothing is dropped.
+    Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), in the weights' dtype, which autocast may
+    have chosen: x is converted block by block, so that no second x is kept for backward. Without
+    a seed nothing is dropped.
     """
     with torch.autocast(x_TD.device.type, enabled=False):
         dispatch = Dispatch(expert_indices_TK, len(w1_EHD))
         drop = Dropout(dropout, seed, x_TD)
-        rows_RD = x_TD.new_empty(dispatch.order.numel(), x_TD.shape[1])
+        rows_RD = w2_EDH.new_empty(dispatch.order.numel(), x_TD.shape[1])
         for block in dispatch.blocks:
             e, rows = block.expert, slice(block.start, block.stop)
-            x_RD = x_TD.index_select(0, dispatch.token_of_row[rows])
+            x_RD = x_TD.index_select(0, dispatch.token_of_row[rows]).to(w1_EHD.dtype)
             h_RH = ACTIVATIONS[activation].forward(_linear(x_RD, w1_EHD[e], b1_EH, e))
             y_RD = _linear(h_RH, w2_EDH[e], b2_ED, e)
             rows_RD[rows] = drop(y_RD)
-        return dispatch.combine(rows_RD, gates_TK * drop.scale)
+        return dispatch.combine(rows_RD, gates_TK * drop.scale).to(x_TD.dtype)
 
 
 @experts.register_fake
@@ -83,14 +85,14 @@ def experts_backward(
         drop = Dropout(dropout, seed, x_TD)
         gates_R = (gates_TK * drop.scale).reshape(-1)[dispatch.order]
         dgates_R = torch.empty_like(gates_R)
-        dx_RD = x_TD.new_empty((dispatch.order.numel(), x_TD.shape[1]) if need_x else 0)
+        dx_RD = w1_EHD.new_empty((dispatch.order.numel(), x_TD.shape[1]) if need_x else 0)
         dw1, dw2 = _sum_like(w1_EHD, need_w1, x_TD), _sum_like(w2_EDH, need_w2, x_TD)
         db1, db2 = _sum_like(b1_EH, need_b1, x_TD), _sum_like(b2_ED, need_b2, x_TD)
         for block in dispatch.blocks:
             e, rows = block.expert, slice(block.start, block.stop)
             tokens = dispatch.token_of_row[rows]
-            do_RD = drop(dy_TD.index_select(0, tokens))
-            x_RD = x_TD.index_select(0, tokens)
+            do_RD = drop(dy_TD.index_select(0, tokens).to(w1_EHD.dtype))
+            x_RD = x_TD.index_select(0, tokens).to(w1_EHD.dtype)
             z_RH = _linear(x_RD, w1_EHD[e], b1_EH, e)
             h_RH = act.forward(z_RH)
             dh_RH = do_RD @ w2_EDH[e]
@@ -98,7 +100,7 @@ def experts_backward(
                 dgates_R[rows] = (dh_RH.to(dgates_R.dtype) * h_RH).sum(dim=1)
                 if b2_ED is not None:
                     dgates_R[rows] += (do_RD @ b2_ED[e]).to(dgates_R.dtype)
-            gates = gates_R[rows, None].to(x_TD.dtype)
+            gates = gates_R[rows, None].to(w1_EHD.dtype)
             do_RD = do_RD * gates
             if need_w2:
                 _add_product(dw2[e], do_RD.mT, h_RH)
@@ -114,8 +116,8 @@ def experts_backward(
             if need_x:
                 torch.mm(dz_RH, w1_EHD[e], out=dx_RD[rows])
         dgates_TK = dgates_R[dispatch.rows_TK] * drop.scale
-        dx_TD = dispatch.combine(dx_RD) if need_x else dx_RD
-        dtype = x_TD.dtype
+        dx_TD = (dispatch.combine(dx_RD) if need_x else dx_RD).to(x_TD.dtype)
+        dtype = w1_EHD.dtype
         return dx_TD, dgates_TK, dw1.to(dtype), db1.to(dtype), dw2.to(dtype), db2.to(dtype)
 
 

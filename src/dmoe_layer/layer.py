@@ -261,7 +261,8 @@ class DMoE(LazyDim):
         """
         self._check_input(x, mask)
         wanted, recorded_BN = self._find_attributes(x, attributes)
-        x_BTD = rearrange(x.movedim(self.channel_dim, -1), "b ... d -> b (...) d")
+        # One copy for router and experts, which keep it for backward.
+        x_BTD = rearrange(x.movedim(self.channel_dim, -1), "b ... d -> b (...) d").contiguous()
         if mask is None:
             tokens_TD, tokens_per_sample, kept_T = x_BTD.flatten(0, 1), None, None
             routing = self.router(x_BTD, wanted)
@@ -274,9 +275,9 @@ class DMoE(LazyDim):
             attributes_T = per_token(recorded_BN, len(tokens_TD), tokens_per_sample)
             routing = routing._replace(attributes=attributes_T)
 
-        y_TD = self._run_experts(tokens_TD, routing).to(x.dtype)
-        if kept_T is not None:
-            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_copy(0, kept_T, y_TD)
+        y_TD = self._run_experts(tokens_TD, routing)
+        if kept_T is not None:  # index_add, since index_copy would keep y_TD for backward
+            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_add(0, kept_T, y_TD)
         y = y_TD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
         y = _in_memory_format_of(x, y)
         y = x + y if self.residual else y
@@ -291,7 +292,7 @@ class DMoE(LazyDim):
             for p in (self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
         )
         return experts(
-            tokens_TD.to(dtype),
+            tokens_TD,
             routing.expert_indices,
             routing.gates,
             w1_EHD,
@@ -323,8 +324,10 @@ class DMoE(LazyDim):
                 f"x: got {describe(x)}, expected (batch, ..., dim), with dim at "
                 f"channel_dim={self.channel_dim} and the batch first."
             )
-        if x.shape[axis] == 0 or (self.dim is not None and self.dim != x.shape[axis]):
-            expected = "at least 1" if self.dim is None else f"dim={self.dim}"
+        # A state_dict of only one of them may have told experts or router the width.
+        dim = self.router.dim if self.dim is None else self.dim
+        if x.shape[axis] == 0 or (dim is not None and dim != x.shape[axis]):
+            expected = "at least 1" if dim is None else f"dim={dim}"
             raise ValueError(
                 f"x: got {describe(x)}, which has {x.shape[axis]} at "
                 f"channel_dim={self.channel_dim}, expected {expected}."

@@ -40,13 +40,22 @@ class LazyDim(LazyModuleMixin, nn.Module):
         return None if isinstance(parameter, UninitializedParameter) else parameter.shape[-1]
 
     def _create_parameters(self, dim: int | None, device: Any, dtype: Any) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype.")
         lazy_parameter: Any = UninitializedParameter
-        for name in self._shapes(1):
-            self.register_parameter(name, lazy_parameter(device=device, dtype=dtype))
-        # Drawn now, so that the first call leaves the global generator alone: when activation
+        for name, shape in self._shapes(dim or 1).items():
+            parameter = (
+                lazy_parameter(device=device, dtype=dtype)
+                if dim is None
+                else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            )
+            self.register_parameter(name, parameter)
+        # Drawn here, so that the first call leaves the global generator alone: when activation
         # checkpointing repeats that call, it must find the same noise without drawing weights.
-        self._init_seed = None if dim is not None else draw_seed()
-        if dim is not None:
+        if dim is None:
+            self._init_seed = draw_seed()
+        else:
+            self.reset_parameters()
             self._learn_dim(dim)
 
     def _learn_dim(self, dim: int) -> None:
@@ -59,14 +68,13 @@ class LazyDim(LazyModuleMixin, nn.Module):
             del self._initialize_hook, self._load_hook
 
     def _materialize(self, dim: int) -> None:
-        with torch.no_grad():
+        # The first call may be one in inference mode; training must still be possible later.
+        with torch.inference_mode(False), torch.no_grad():
             for name, shape in self._shapes(dim).items():
                 getattr(self, name).materialize(shape)
-        device = getattr(self, self._dim_from).device
-        if self._init_seed is None or device.type == "meta":
-            self.reset_parameters()
-        else:
-            self.reset_parameters(seeded_generator(device, self._init_seed))
+            device = getattr(self, self._dim_from).device
+            if device.type != "meta":
+                self.reset_parameters(seeded_generator(device, self._init_seed))
 
     def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
         with _MATERIALIZING:

@@ -21,14 +21,26 @@ def seeded_generator(device: torch.device, seed: Tensor) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed))
 
 
+def refuse_functional_derivatives() -> None:
+    """Raises inside torch.func's derivatives, of which jvp would silently be zero."""
+    if torch.compiler.is_compiling():
+        return
+    transforms = torch._C._functorch
+    for level in transforms.get_interpreter_stack() or ():
+        if level.key() != transforms.TransformType.Vmap:
+            raise RuntimeError(
+                "DMoE: torch.func's derivatives (grad, vjp, jvp, jacrev, hessian) do not pass "
+                "through its operators. Use torch.autograd.grad or .backward()."
+            )
+
+
 def refuse_double_backward(backward_operator: Any) -> None:
     """Makes second derivatives through a backward operator an error that says so."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
-            f"{backward_operator._qualname}: DMoE has no second derivatives (gradient penalties, "
-            "Hessians). Take them with respect to inputs that do not pass through the layer, or "
-            "detach its output there."
+            "DMoE: has no second derivatives (gradient penalties, Hessians). Take them with "
+            "respect to inputs that do not pass through the layer, or detach its output there."
         )
 
     backward_operator.register_autograd(refuse)

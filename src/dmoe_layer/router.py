@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from .attributes import as_attributes, check_attributes, per_token
 from .lazy import LazyDim
-from .operators import draw_seed, refuse_double_backward, seeded_generator
+from .operators import (
+    draw_seed,
+    refuse_double_backward,
+    refuse_functional_derivatives,
+    seeded_generator,
+)
 from .options import check_choice, check_count, describe
 
 UNKNOWN = ("error", "average", "learned")
@@ -152,12 +157,14 @@ class AttributeRouter(LazyDim):
         Returns:
             Routing, over all tokens sample after sample.
         """
+        refuse_functional_derivatives()
         batch = self._check_input(x, tokens_per_sample)
         values_BN = self.check(x, batch, attributes)
-        w_B2ED, b_B2E = self._sample_routers(values_BN, batch)
         noisy = self.noise == "always" or (self.noise == "train" and self.training)
         seed = draw_seed() if noisy else None
-        logits_TE = router_logits(x, w_B2ED, b_B2E, tokens_per_sample, seed)
+        w_A2ED, b_A2E = self._table(self.w_A2ED), self._table(self.b_A2E)
+        rows_BN = None if self.sizes is None or values_BN is None else self._rows(values_BN)
+        logits_TE = router_logits(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, seed)
         scores_TK, indices_TK = logits_TE.topk(self.k, dim=-1)
         attributes_T = (
             None if values_BN is None else per_token(values_BN, len(logits_TE), tokens_per_sample)
@@ -178,29 +185,19 @@ class AttributeRouter(LazyDim):
         form = f"({'tokens' if ragged else 'B, T'}, {self.dim or 'dim'})"
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x: got {describe(x)}, expected a floating-point tensor {form}.")
-        other_dim = self.dim is not None and self.dim != x.shape[-1]
-        if x.ndim != (2 if ragged else 3) or other_dim or x.shape[-1] == 0:
+        if (
+            x.ndim != (2 if ragged else 3)
+            or x.shape[-1] == 0
+            or (self.dim is not None and self.dim != x.shape[-1])
+        ):
             raise ValueError(f"x: got {describe(x)}, expected {form}.")
         return len(x if tokens_per_sample is None else tokens_per_sample)
 
-    def _sample_routers(self, values_BN: Any, batch: int) -> tuple[Tensor, Tensor]:
-        """Each sample's own weights (B, 2, E, D) and biases (B, 2, E).
-
-        Rows are picked and summed, never multiplied with a one-hot matrix: a NaN that reaches
-        one value's gradient must not spread to the others as 0 * NaN.
-        """
-        if self.sizes is None:
-            w_2ED, b_2E = self.w_A2ED[0], self.b_A2E[0]
-            return w_2ED.expand(batch, *w_2ED.shape), b_2E.expand(batch, *b_2E.shape)
-        rows_BN = self._rows(values_BN)
-        return _sum_rows(self._table(self.w_A2ED), rows_BN), _sum_rows(
-            self._table(self.b_A2E), rows_BN
-        )
-
     def _table(self, parameter: Tensor) -> Tensor:
         """All rows that a value can point to: every value's router, then the unknown ones."""
-        if self.unknown != "average":
+        if self.unknown != "average" or self.sizes is None:
             return parameter
+        parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         means = [part.mean(dim=0, keepdim=True) for part in parameter.split(self.sizes)]
         return torch.cat([parameter, *means])
 
@@ -226,26 +223,27 @@ def _as_sizes(sizes: Any) -> tuple[int, ...] | None:
     return sizes
 
 
-def _sum_rows(table: Tensor, rows_BN: Tensor) -> Tensor:
-    batch, n = rows_BN.shape
-    picked = table.index_select(0, rows_BN.reshape(-1))
-    return picked.reshape(batch, n, *table.shape[1:]).sum(dim=1)
-
-
 # One operator with its own backward: autograd's would keep the scores, the noise and their
-# intermediate products, 5·T·E numbers, as much as x itself at the widths of a 3D U-Net. This one
-# keeps x, the weights and a seed, and draws the same noise again.
+# intermediate products, 5·T·E numbers, as much as x itself at the widths of a 3D U-Net, and each
+# sample's weights, many times x where a sample has few tokens. This one keeps x and a seed beside
+# the parameters, and draws the same noise again.
 @torch.library.custom_op("dmoe_layer::router_logits", mutates_args=())
 def router_logits(
     x: Tensor,
-    w_B2ED: Tensor,
-    b_B2E: Tensor,
+    w_A2ED: Tensor,
+    b_A2E: Tensor,
+    rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
-    """Scores of every token, (T, E): clean, plus noise when a seed is given."""
+    """Scores of every token, (T, E): clean, plus noise when a seed is given.
+
+    Sample b's router is the sum of the table's rows ``rows_BN[b]``; without rows, all samples
+    have the table's only one.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        tokens = _Tokens(x, w_B2ED, tokens_per_sample)
+        tokens = _Tokens(x, w_A2ED, rows_BN, tokens_per_sample)
+        w_B2ED, b_B2E = tokens.routers(w_A2ED), tokens.routers(b_A2E)
         clean_TE = tokens.project(w_B2ED[:, 0], b_B2E[:, 0])
         if seed is None:
             return clean_TE
@@ -254,56 +252,72 @@ def router_logits(
 
 
 @router_logits.register_fake
-def _(x, w_B2ED, b_B2E, tokens_per_sample, seed):  # type: ignore[no-untyped-def]
+def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, seed):  # type: ignore[no-untyped-def]
     tokens = x.shape[0] * x.shape[1] if tokens_per_sample is None else x.shape[0]
-    return x.new_empty((tokens, w_B2ED.shape[2]), dtype=_score_dtype(x, w_B2ED))
+    return x.new_empty((tokens, w_A2ED.shape[2]), dtype=_score_dtype(x, w_A2ED))
 
 
 @torch.library.custom_op("dmoe_layer::router_logits_backward", mutates_args=())
-def _router_logits_backward(
+def router_logits_backward(
     dlogits_TE: Tensor,
     x: Tensor,
-    w_B2ED: Tensor,
-    b_B2E: Tensor,
+    w_A2ED: Tensor,
+    b_A2E: Tensor,
+    rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w and b."""
     with torch.autocast(x.device.type, enabled=False):
-        tokens = _Tokens(x, w_B2ED, tokens_per_sample)
+        tokens = _Tokens(x, w_A2ED, rows_BN, tokens_per_sample)
+        w_B2ED, b_B2E = tokens.routers(w_A2ED), tokens.routers(b_A2E)
         dscores = [tokens.by_sample(dlogits_TE)]
         if seed is not None:
             # softplus' is the logistic function.
             slope_TE = tokens.project(w_B2ED[:, 1], b_B2E[:, 1]).sigmoid_()
             dnoise_TE = slope_TE.mul_(_noise(dlogits_TE, seed)).mul_(dlogits_TE)
             dscores.append(tokens.by_sample(dnoise_TE))
-        dw_B2ED, db_B2E = torch.zeros_like(w_B2ED), torch.zeros_like(b_B2E)
-        dx = torch.zeros_like(tokens.x_BTD)
+        dw_A2ED, db_A2E = (torch.zeros_like(p, dtype=tokens.dtype) for p in (w_A2ED, b_A2E))
+        dx_BTD = torch.zeros_like(tokens.x_BTD)
         for i, dscores_BTE in enumerate(dscores):
-            dw_B2ED[:, i] = dscores_BTE.mT @ tokens.x_BTD
-            db_B2E[:, i] = dscores_BTE.sum(dim=1)
-            dx.baddbmm_(dscores_BTE, w_B2ED[:, i].to(dx.dtype))
-        return tokens.packed(dx).to(x.dtype).reshape(x.shape), dw_B2ED, db_B2E
+            tokens.add_to_routers(dw_A2ED[:, i], dscores_BTE.mT @ tokens.x_BTD)
+            tokens.add_to_routers(db_A2E[:, i], dscores_BTE.sum(dim=1))
+            dx_BTD.baddbmm_(dscores_BTE, w_B2ED[:, i])
+        dx = tokens.packed(dx_BTD).to(x.dtype).reshape(x.shape)
+        return dx, dw_A2ED.to(w_A2ED.dtype), db_A2E.to(b_A2E.dtype)
 
 
-@_router_logits_backward.register_fake
-def _(dlogits_TE, x, w_B2ED, b_B2E, tokens_per_sample, seed):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), w_B2ED.new_empty(w_B2ED.shape), b_B2E.new_empty(b_B2E.shape)
+@router_logits_backward.register_fake
+def _(dlogits_TE, x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, seed):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (x, w_A2ED, b_A2E))
 
 
 class _Tokens:
     """The tokens of a batch as (B, T, D) in the precision of the scores, one matmul for all.
 
-    A ragged batch is padded with zeros to its longest sample, and unpadded on the way out.
+    Where all samples share a router they are one long sample. A ragged batch is padded with zeros
+    to its longest sample, and unpadded on the way out.
     """
 
-    def __init__(self, x: Tensor, w_B2ED: Tensor, tokens_per_sample_B: Tensor | None) -> None:
-        self.dtype = _score_dtype(x, w_B2ED)
+    def __init__(
+        self, x: Tensor, w_A2ED: Tensor, rows_BN: Tensor | None, tokens_per_sample_B: Tensor | None
+    ) -> None:
+        self.dtype = _score_dtype(x, w_A2ED)
+        self.rows_BN = rows_BN
         self.positions_T: Tensor | None = None
-        if tokens_per_sample_B is None:
+        counts_B = tokens_per_sample_B
+        if counts_B is not None and int(counts_B.sum()) != len(x):
+            raise ValueError(
+                f"tokens_per_sample: got a sum of {int(counts_B.sum())}, expected x's {len(x)} "
+                "tokens."
+            )
+        if rows_BN is None:
+            self.batch, self.longest = 1, x.numel() // x.shape[-1]
+            self.x_BTD = x.to(self.dtype).reshape(1, self.longest, x.shape[-1])
+        elif counts_B is None:
             self.batch, self.longest = x.shape[:2]
             self.x_BTD = x.to(self.dtype)
         else:
-            counts_B = tokens_per_sample_B
             self.batch = len(counts_B)
             self.longest = int(counts_B.max()) if self.batch else 0
             # Each sample's tokens move from their packed place to the start of its padded row.
@@ -312,6 +326,26 @@ class _Tokens:
             self.positions_T = torch.arange(len(x), device=x.device)
             self.positions_T += shift_B.repeat_interleave(counts_B, output_size=len(x))
             self.x_BTD = self.by_sample(x.to(self.dtype))
+
+    def routers(self, table: Tensor) -> Tensor:
+        """(A, ...) to each sample's sum of its rows, (B, ...).
+
+        Rows are picked and added, never multiplied with a one-hot matrix: a NaN of one value's
+        router must not reach the others as 0 * NaN. Nor may it on the way back.
+        """
+        table = table.to(self.dtype)
+        if self.rows_BN is None:
+            return table
+        picked = table.index_select(0, self.rows_BN.reshape(-1))
+        return picked.unflatten(0, self.rows_BN.shape).sum(dim=1)
+
+    def add_to_routers(self, total: Tensor, values_B: Tensor) -> None:
+        """The way back: adds each sample's values to all of its rows."""
+        if self.rows_BN is None:
+            total += values_B
+        else:
+            for rows_B in self.rows_BN.unbind(dim=1):
+                total.index_add_(0, rows_B, values_B)
 
     def by_sample(self, values: Tensor) -> Tensor:
         """(T, any) to (B, longest, any)."""
@@ -326,12 +360,11 @@ class _Tokens:
         return values if self.positions_T is None else values.index_select(0, self.positions_T)
 
     def project(self, w_BED: Tensor, b_BE: Tensor) -> Tensor:
-        w_BED, b_BE = w_BED.to(self.dtype), b_BE.to(self.dtype)
         return self.packed(torch.baddbmm(b_BE[:, None], self.x_BTD, w_BED.mT))
 
 
-def _score_dtype(x: Tensor, w_B2ED: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, w_B2ED.dtype), torch.float32)
+def _score_dtype(x: Tensor, w_A2ED: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, w_A2ED.dtype), torch.float32)
 
 
 def _noise(like_TE: Tensor, seed: Tensor) -> Tensor:
@@ -343,8 +376,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, ...]:
-    return *_router_logits_backward(dlogits_TE, *ctx.saved_tensors), None, None
+    return *router_logits_backward(dlogits_TE, *ctx.saved_tensors), None, None, None
 
 
 router_logits.register_autograd(_backward, setup_context=_save_for_backward)
-refuse_double_backward(_router_logits_backward)
+refuse_double_backward(router_logits_backward)

@@ -17,20 +17,16 @@ from .router import Routing
 
 
 class _Call:
-    """One recorded call and the one before it.
+    """One recorded call and the one before it; the first of a chain is empty.
 
     A chain and not a list: torch.compile guards on a list's length and on every item in it, and
     would compile each of a model's blocks anew for its place in the list.
     """
 
-    def __init__(self, routed: Routing, sizes: tuple[int, ...] | None, before: Any) -> None:
-        self.routed = routed
+    def __init__(self, routed: Any, sizes: tuple[int, ...] | None, before: Any) -> None:
+        self.routed: Routing = routed
         self.sizes = sizes
-        self.before = before
-
-
-class _NoCall:
-    """The end of the chain."""
+        self.before: _Call = before
 
 
 class _Current(threading.local):
@@ -39,7 +35,6 @@ class _Current(threading.local):
     # Set in every thread's own instance: torch.compile does not guard on a class's default.
     def __init__(self) -> None:
         self.scope: routing | None = None
-        self.recording = True
 
 
 _current = _Current()
@@ -73,20 +68,21 @@ class routing:
 
     def __init__(self, attributes: Any = None) -> None:
         self._attributes = None if attributes is None else snapshot(attributes)
-        self._last_call: Any = _NoCall()
-        self._outer: tuple[routing | None, bool] | None = None
+        self._last_call = _Call(None, None, None)
+        self._is_open = False
+        self._outer: routing | None = None
+        self._backward_pass = -1
 
     def __enter__(self) -> routing:
-        if self._outer is not None:
+        if self._is_open:
             raise RuntimeError("routing: this scope is already open; make a new one.")
-        self._outer = (_current.scope, _current.recording)
-        _current.scope, _current.recording = self, True
+        self._is_open, self._backward_pass = True, _backward_pass()
+        self._outer, _current.scope = _current.scope, self
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._outer is not None:
-            _current.scope, _current.recording = self._outer
-        self._outer = None
+        _current.scope, self._outer = self._outer, None
+        self._is_open = False
 
     @property
     def attributes(self) -> Tensor | None:
@@ -146,7 +142,7 @@ class routing:
 
     def _calls(self) -> list[_Call]:
         calls, call = [], self._last_call
-        while isinstance(call, _Call):
+        while call.before is not None:
             calls.append(call)
             call = call.before
         return calls[::-1]
@@ -166,25 +162,46 @@ def current_attributes() -> Attributes | None:
 
 
 def record(routed: Routing, sizes: tuple[int, ...] | None) -> None:
-    """Adds a call to this thread's open scope, if there is one that listens."""
+    """Adds a call to this thread's open scope, unless it is a recompute."""
     scope = _current.scope
-    if scope is not None and _current.recording:
+    if scope is not None and _backward_pass() == scope._backward_pass:
         scope._last_call = _Call(routed, sizes, scope._last_call)
+
+
+def _backward_pass() -> int:
+    """Which backward pass this thread is at work in, -1 if none.
+
+    A call during another pass than that in which its scope was opened is a recompute of
+    activation checkpointing. A compiled graph holds its recomputes itself.
+    """
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _unheard(scope: routing | None) -> routing | None:
+    """A scope of the same attributes whose record nobody reads.
+
+    Not a flag: a compiled block that is recomputed reads the current scope and nothing else.
+    """
+    if scope is None:
+        return None
+    twin = routing()
+    twin._attributes = scope._attributes
+    return twin
 
 
 class _Carried(AbstractContextManager[None]):
     """Puts a scope (or the lack of one) in place again; may be entered many times."""
 
-    def __init__(self, scope: routing | None, recording: bool) -> None:
-        self.state = (scope, recording)
-        self.hidden: list[tuple[routing | None, bool]] = []
+    def __init__(self, scope: routing | None) -> None:
+        self.scope = scope
+        self.hidden: list[routing | None] = []
 
     def __enter__(self) -> None:
-        self.hidden.append((_current.scope, _current.recording))
-        _current.scope, _current.recording = self.state
+        self.hidden.append(_current.scope)
+        _current.scope = self.scope
 
     def __exit__(self, *error: Any) -> None:
-        _current.scope, _current.recording = self.hidden.pop()
+        _current.scope = self.hidden.pop()
 
 
 def carry_routing(fn: Callable[..., Any] | None = None) -> Any:
@@ -210,24 +227,17 @@ def carry_routing(fn: Callable[..., Any] | None = None) -> Any:
         ...     y = checkpoint(carry_routing(layer), x, use_reentrant=False)
         >>> y.sum().backward()
     """
-    scope, recording = _current.scope, _current.recording
+    scope = _current.scope
     if fn is None:
-        return _Carried(scope, recording), _Carried(scope, False)
+        return _Carried(scope), _Carried(_unheard(scope))
 
     @functools.wraps(fn)
     def carried(*args: Any, **kwargs: Any) -> Any:
-        with _Carried(scope, recording and not _in_backward()):
+        first = scope is None or _backward_pass() == scope._backward_pass
+        with _Carried(scope if first else _unheard(scope)):
             return fn(*args, **kwargs)
 
     return carried
-
-
-def _in_backward() -> bool:
-    """Whether the autograd engine is at work in this thread: then a call is a recompute.
-
-    A compiled graph holds the recompute itself and does not come here for it.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _values_of(routed: Routing, attribute: int, default: int) -> Tensor:
