@@ -526,3 +526,12 @@ def test_a_compiled_block_is_recomputed_alike(recompute):
     actual, scope = step(recomputed, model, x, backward="in_another_scope")
     assert_equal(actual, expected)
     assert len(scope.routings) == 1
+
+
+def test_a_checkpoint_without_carry_routing_inside_the_scope_records_once():
+    layer = DMoE(8, attribute_sizes=3)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    with routing(torch.tensor([0, 2])) as r:
+        y = checkpoint(lambda x: torch.sin(layer(x)), x, use_reentrant=False)
+        y.sum().backward()
+    assert len(r.routings) == 1

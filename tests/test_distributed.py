@@ -17,10 +17,9 @@ RANKS, STEPS = 2, 3
 
 def make_model():
     torch.manual_seed(0)
-    dmoe = DMoE(8, n_experts=8, k=1, attribute_sizes=4, dropout=0.0, noise="never")
-    with torch.no_grad():  # value a goes to expert a: most experts and routers idle on every rank
-        dmoe.router.w_A2ED.zero_()
-        dmoe.router.b_A2E.copy_(9.0 * torch.eye(4, 8)[:, None].expand(4, 2, 8))
+    dmoe = DMoE(8, n_experts=8, k=2, attribute_sizes=4)
+    with torch.no_grad():  # value a goes to experts 2a and 2a+1: the others idle on every rank
+        dmoe.router.b_A2E[:, 0] = 9.0 * torch.eye(4).repeat_interleave(2, dim=1)
     return nn.Sequential(nn.Linear(8, 8), dmoe, nn.Linear(8, 4))
 
 
@@ -30,13 +29,20 @@ def batch_of(rank, step):
     return x, torch.tensor([[0, 0, 1], [2, 2, 2]])[rank]
 
 
-def train(model, batches):
+def loss_of(model, rank, step):
+    x, attributes = batch_of(rank, step)
+    torch.manual_seed(10 * step + rank)  # noise and dropout
+    with routing(attributes) as r:
+        y = model(x)
+    assert set(r.routings[0].expert_indices.unique().tolist()) <= {0, 1, 2, 3, 4, 5}
+    return y.square().mean() + 0.01 * r.load_balancing_loss()
+
+
+def train(model, rank):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for x, attributes in batches:
+    for step in range(STEPS):
         optimizer.zero_grad()
-        with routing(attributes) as r:
-            y = model(x)
-        (y.square().mean() + 0.01 * r.load_balancing_loss()).backward()
+        loss_of(model, rank, step).backward()
         optimizer.step()
 
 
@@ -49,7 +55,7 @@ def work(rank, kind, store, results):
         mesh = dist.init_device_mesh("cpu", (RANKS,))
         fully_shard(model[1], mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
-    train(wrapped, [batch_of(rank, step) for step in range(STEPS)])
+    train(wrapped, rank)
     state = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in model.named_parameters()}
     if rank == 0:
         torch.save({n: t.detach() for n, t in state.items()}, results)
@@ -64,10 +70,7 @@ def train_in_one_process():
     for step in range(STEPS):
         optimizer.zero_grad()
         for rank in range(RANKS):
-            x, attributes = batch_of(rank, step)
-            with routing(attributes) as r:
-                y = model(x)
-            ((y.square().mean() + 0.01 * r.load_balancing_loss()) / RANKS).backward()
+            (loss_of(model, rank, step) / RANKS).backward()
         optimizer.step()
     return {n: p.detach() for n, p in model.named_parameters()}
 

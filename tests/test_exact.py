@@ -245,7 +245,8 @@ def test_in_eval_a_sample_does_not_depend_on_its_batch_mates():
     together = layer(x, a)
     alone = torch.cat([layer(x[i : i + 1], a[i : i + 1]) for i in range(6)])
     torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-6)
-    assert torch.equal(layer(x, a), together)
+    if torch.backends.mkl.is_available():  # whose GEMMs keep a row's bits: see eager.py
+        assert torch.equal(alone, together)
 
 
 def test_permuting_tokens_permutes_the_output():
@@ -406,18 +407,49 @@ def test_deterministic_algorithms_are_honoured():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_what_is_saved_for_backward_is_about_x():
-    tokens, dim = 4096, 64
-    layer, x = DMoE(dim, attribute_sizes=2), torch.randn(2, tokens // 2, dim, requires_grad=True)
+@pytest.mark.parametrize("attribute_sizes", [None, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "channel_dim", "masked"),
+    [((2, 2048, 64), -1, False), ((2, 2048, 64), -1, True), ((4096, 64), -1, False),
+     ((2, 64, 32, 64), 1, False)],
+    ids=["tokens", "masked", "one token a sample", "channels first"],
+)  # fmt: skip
+def test_what_is_saved_for_backward_is_about_x(
+    shape, channel_dim, masked, autocast, attribute_sizes
+):
+    layer = DMoE(64, attribute_sizes=attribute_sizes, channel_dim=channel_dim)
+    x = torch.randn(shape, requires_grad=True)
+    mask = torch.ones(shape[:-1], dtype=torch.bool) if masked else None
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     saved = {}
 
     def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.shape[:1] != (layer.n_experts,):
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x, torch.tensor([0, 1]))
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    held = sum(n for pointer, n in saved.items() if pointer not in own)
-    assert held < 1.35 * x.nbytes, f"{held / x.nbytes:.2f} of x"
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        y = layer(x, None if attribute_sizes is None else 0, mask=mask)
+    # x itself; then 12 bytes for each of 2 slots a token: an index and a gate, beside 4·64 of x.
+    assert sum(saved.values()) <= 1.2 * x.nbytes
     y.sum().backward()
+
+
+def test_functional_derivatives_are_refused_in_words():
+    layer, x = eval_layer(), torch.randn(1, 3, 16)
+
+    def run(x):
+        return layer(x, 0).sum()
+
+    for derivative in (
+        lambda: torch.func.jvp(run, (x,), (x,)),
+        lambda: torch.func.jacfwd(run)(x),
+        lambda: torch.func.grad(run)(x),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.func's derivatives"):
+            derivative()

@@ -39,12 +39,20 @@ def layouts():
 )
 def test_every_layout_gives_what_its_tokens_give(name, x, channel_dim, residual):
     layer = DMoE(6, attribute_sizes=3, channel_dim=channel_dim, residual=residual).eval()
-    y = layer(x, A3)
+    x = x.detach().requires_grad_()
+    y, weights = layer(x, A3), torch.randn(x.shape)
     layer.channel_dim = -1
     tokens = x.movedim(channel_dim, -1).reshape(3, -1, 6)
     expected = layer(tokens, A3).reshape(x.movedim(channel_dim, -1).shape)
+    expected = expected.movedim(-1, channel_dim)
     assert y.shape == x.shape
-    torch.testing.assert_close(y, expected.movedim(-1, channel_dim), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(
+        torch.autograd.grad((y * weights).sum(), [x, *layer.parameters()]),
+        torch.autograd.grad((expected * weights).sum(), [x, *layer.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     # What element-wise operators of PyTorch do with the memory format.
     assert y.stride() == (x + 0).stride()
 
@@ -60,7 +68,8 @@ def test_channels_last_stays_channels_last_under_compile():
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_dtype_of_x_and_routes_in_fp32(x_dtype, dtype):
-    layer = DMoE(16, attribute_sizes=3, dropout=0.0, noise="never")
+    # GELU: where bf16 moves a hidden unit over ReLU's kink, gradients rightly differ.
+    layer = DMoE(16, attribute_sizes=3, activation="gelu", dropout=0.0, noise="never")
     x = torch.randn(3, 9, 16, dtype=x_dtype, requires_grad=True)
     true = layer(x.float(), A3)
     with torch.autocast("cpu", dtype=dtype), routing(A3) as r:
@@ -72,16 +81,22 @@ def test_autocast_keeps_the_dtype_of_x_and_routes_in_fp32(x_dtype, dtype):
     exact = x.detach().float()[0] @ layer.router.w_A2ED[0, 0].mT + layer.router.b_A2E[0, 0]
     torch.testing.assert_close(routed.logits[:9], exact, rtol=1e-5, atol=1e-6)
     assert (y.float() - true).abs().max() < 2e-2 * true.abs().max()
-    loss.backward()
-    assert x.grad.dtype == x_dtype
-    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    inputs = [x, *layer.parameters()]
+    with routing(A3) as exact:
+        true = layer(x.float())
+    true_loss = true.square().mean() + exact.load_balancing_loss() + exact.router_z_loss()
+    for found, gradient in zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(true_loss, inputs), strict=True
+    ):
+        assert found.dtype == gradient.dtype
+        assert (found - gradient).abs().max() <= 2e-2 * gradient.abs().max()
 
 
 def test_autocast_leaves_double_precision_alone():
     layer, x = DMoE(8, dtype=torch.float64).eval(), torch.randn(2, 3, 8, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer(x), layer(x))
-    assert layer(x).dtype == torch.float64
+        under_autocast = layer(x)
+    assert torch.equal(under_autocast, layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -172,6 +187,29 @@ def test_a_lazy_layer_refuses_a_state_dict_of_other_options(other):
     lazy = DMoE(attribute_sizes=3)
     with pytest.raises(RuntimeError, match=r"w1_EHD: found|w_A2ED: found"):
         lazy.load_state_dict(DMoE(6, **{"attribute_sizes": 3, **other}).state_dict())
+
+
+def test_bad_input_leaves_a_layer_alone_of_which_only_the_router_knows_the_width():
+    layer = DMoE(attribute_sizes=3)
+    layer.router.load_state_dict(DMoE(8, attribute_sizes=3).router.state_dict())
+    with pytest.raises(ValueError, match="expected dim=8"):
+        layer(torch.randn(3, 5, 12), A3)
+    assert layer.dim is None
+    assert layer(torch.randn(3, 5, 8), A3).shape == (3, 5, 8)
+
+
+def test_a_lazy_layer_first_called_in_inference_mode_trains_later():
+    layer, x = DMoE(attribute_sizes=3), torch.randn(3, 5, 6)
+    with torch.inference_mode():
+        layer(x, A3)
+    layer(x, A3).sum().backward()
+    assert layer.w1_EHD.grad is not None
+
+
+def test_replication_is_open_to_a_layer_that_knows_its_width():
+    assert DMoE(6)._replicate_for_data_parallel() is not None
+    with pytest.raises(RuntimeError, match="uninitialized"):
+        DMoE()._replicate_for_data_parallel()
 
 
 def test_a_state_dict_of_an_uninitialised_layer_loads_into_another():
@@ -290,16 +328,15 @@ def test_blocks_compiled_one_by_one_are_recorded_without_a_recompile_each():
         for _ in range(3)
     ]
     x = torch.randn(3, 5, 6)
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True), routing(A3) as warm_up:
-        blocks[0](x)
-    with routing(A3) as r:
-        for _ in range(3):
-            for block in blocks:
-                x = block(x)
-    assert len(warm_up.routings) == 1
-    assert len(r.routings) == 9
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    with routing(A3) as warm_up:
+        for block in blocks:
+            block(x)
+    # In a later place of a later scope, no block may need another graph.
+    with torch._dynamo.config.patch(error_on_recompile=True), routing(A3) as r:
+        for block in [*blocks, *blocks[::-1]]:
+            block(x)
+    assert len(warm_up.routings) == 3
+    assert len(r.routings) == 6
 
 
 def test_a_compiled_layer_takes_a_mask_where_dynamic_shapes_are_allowed():

@@ -276,8 +276,8 @@ class DMoE(LazyDim):
             routing = routing._replace(attributes=attributes_T)
 
         y_TD = self._run_experts(tokens_TD, routing)
-        if kept_T is not None:  # index_add, since index_copy would keep y_TD for backward
-            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_add(0, kept_T, y_TD)
+        if kept_T is not None:  # index_put, since index_copy and index_add keep y for backward
+            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((kept_T,), y_TD)
         y = y_TD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
         y = _in_memory_format_of(x, y)
         y = x + y if self.residual else y
