@@ -339,15 +339,12 @@ def test_blocks_compiled_one_by_one_are_recorded_without_a_recompile_each():
     assert len(r.routings) == 6
 
 
-def test_a_compiled_layer_takes_a_mask_where_dynamic_shapes_are_allowed():
+def test_a_compiled_layer_takes_masks_of_any_size():
     layer = DMoE(8, attribute_sizes=3).eval()
-    x, mask = torch.randn(3, 7, 8), torch.rand(3, 7) < 0.5
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, A3, mask=mask)
-    assert torch.equal(y, layer(x, A3, mask=mask))
-    # Without that setting, and without fullgraph, the mask breaks the graph and nothing else.
-    torch.compiler.reset()
-    assert torch.equal(torch.compile(layer, backend="aot_eager")(x, A3, mask=mask), y)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for share in (0.5, 0.0, 0.2, 1.0):
+        x, mask = torch.randn(3, 7, 8), torch.rand(3, 7) < share
+        assert torch.equal(compiled(x, A3, mask=mask), layer(x, A3, mask=mask))
 
 
 def test_a_checkpoint_inside_a_compiled_model_gives_the_same_and_records_once():

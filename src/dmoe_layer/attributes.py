@@ -15,6 +15,15 @@ class MissingAttributesError(ValueError):
     Open ``with routing(attributes):`` around the forward pass, or pass
     ``layer(x, attributes)``. There is no default route: a sample sent through the router of
     somebody else's attribute value would be wrong without a sign of it.
+
+    Example:
+        >>> import torch
+        >>> from dmoe_layer import DMoE, MissingAttributesError
+        >>> try:
+        ...     DMoE(16, attribute_sizes=3)(torch.randn(2, 10, 16))
+        ... except MissingAttributesError:
+        ...     print("which attributes?")
+        which attributes?
     """
 
 

@@ -1,4 +1,8 @@
-"""DMoE, the layer: a mixture of expert MLPs whose router knows the sample's attribute."""
+"""DMoE, the layer: a mixture of expert MLPs whose router knows the sample's attribute.
+
+Shape letters, here and everywhere: B batch, T tokens, D features, H hidden, E experts, K experts
+a token, R rows (token, slot) sorted by expert, A attribute values, N attributes a sample.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ class DMoE(LazyDim):
     """Distribution-aware mixture of experts: a drop-in for a transformer's or U-Net's MLP.
 
     For a token x of a sample whose attribute has value a (Oh et al., ICML 2025,
-    arXiv:2502.00619, Sec. 4)::
+    arXiv:2502.00619)::
 
         y = Σ_i K_i(x) · Expert_i(x)        K: the k gates of a's own router (AttributeRouter)
         Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2)

@@ -35,6 +35,14 @@ class Routing(NamedTuple):
             attributes, or None where no attributes were given.
 
     Tokens stand sample after sample, in the order of ``x`` with the channels moved last.
+
+    Example:
+        >>> import torch
+        >>> from dmoe_layer import DMoE
+        >>> layer, x = DMoE(16, attribute_sizes=3), torch.randn(2, 10, 16)
+        >>> y, routing = layer(x, torch.tensor([0, 2]), return_routing=True)
+        >>> routing.attributes
+        tensor([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     """
 
     expert_indices: Tensor
@@ -68,6 +76,7 @@ class AttributeRouter(LazyDim):
             attribute's routers' scores, "learned" has a router of its own.
         noise: "train" (in training only), "always" (what the paper's released code does),
             "never".
+        device, dtype: of the parameters.
 
     Raises:
         ValueError, TypeError: for an option that does not fit, at construction.

@@ -95,7 +95,10 @@ class routing:
         return [call.routed for call in self._calls()]
 
     def load_balancing_loss(self, *, per_attribute: bool = False) -> Tensor:
-        """Mean over the calls of :func:`load_balancing_loss`; 0 if there was no call."""
+        """Mean over the calls of :func:`load_balancing_loss`; 0 if there was no call.
+
+        With ``per_attribute`` each call's is the mean over the attribute values present.
+        """
         return self._mean(load_balancing_loss, per_attribute=per_attribute)
 
     def importance_loss(self) -> Tensor:
@@ -214,6 +217,9 @@ def carry_routing(fn: Callable[..., Any] | None = None) -> Any:
     Args:
         fn: what the checkpoint is to run; without it, the pair of contexts that
             ``checkpoint(..., context_fn=carry_routing)`` asks for.
+
+    Returns:
+        A function of ``fn``'s arguments and result; or that pair of contexts.
 
     Use it with ``use_reentrant=False``; the reentrant variant runs the first call without
     autograd, so that what it records carries no gradient.
