@@ -35,6 +35,9 @@ BATCH_SIZE = 8
 # at 4e-3, so that sharing one rate does not hold it back.
 LEARNING_RATE = 4e-3
 BALANCE_WEIGHT = 0.01
+# Of ES-Dice. With seeds 0, 1, 2 it was .571 each time for dense and for plain MoE, and .743, .753,
+# .676 for dMoE (its white matter, a tenth of the training, is what varies).
+CLEAR_GAIN = 0.05
 # What is swapped into each model; None leaves it as MONAI made it.
 MODELS: Mapping[str, dict[str, Any] | None] = {
     "dense": None,
@@ -44,17 +47,20 @@ MODELS: Mapping[str, dict[str, Any] | None] = {
 
 LIMITS = (
     "[bold]What it does not show.[/] This is one averaged, left-right symmetric head, an attribute "
-    "made up for the purpose, and settings chosen by looking at these very slices: nothing here "
-    "speaks of fairness in a clinic. What pays is knowing the attribute; a simpler way to tell the "
-    "model, such as FiLM, would be level with dMoE at this size. And that protocols use different "
-    "experts proves no specialisation, since they do so even where an attribute means nothing; the "
-    "shuffled attributes are the test of that."
+    "made up for the purpose, one seed, and settings chosen by looking at these very slices: "
+    "nothing here speaks of fairness in a clinic. What pays is knowing the attribute; a simpler "
+    "way to tell the model, such as FiLM, can be expected to do as well at this size. And "
+    "different loads prove no specialisation, since loads differ even where an attribute means "
+    "nothing; the shuffled attributes are the test of that."
 )
 
 
 def main() -> None:
     options = _parser().parse_args()
     console = Console()
+    # Two threads save about an eighth of the time on two idle cores, and take five times as long
+    # as one when something else runs there. One also gives the same numbers on any core count.
+    torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)  # fails here rather than after the training
     train, test = load_mni152()
     console.print(
@@ -98,7 +104,7 @@ def build_models(seed: int) -> dict[str, nn.Module]:
         # MONAI's default, instance norm, subtracts from each channel what is added to it evenly
         # over an image, and so much of what the transformer has to say about the protocol: dMoE
         # then reaches .76 and .70 on grey and white matter instead of .85 and .83 (400 steps).
-        # The dense model scores the same with either.
+        # The dense model scores about the same with either.
         norm_name=("group", {"num_groups": 4}),
     )
     models: dict[str, nn.Module] = {}
@@ -152,13 +158,14 @@ def _finding(outcomes: Mapping[str, Outcome], test: Contours) -> str:
         name: fairness.es_dice(outcome.by_protocol(test), SHARES)
         for name, outcome in outcomes.items()
     }
-    gains = score["dMoE"] > max(value for name, value in score.items() if name != "dMoE")
+    without = max(score["dense"], score["plain MoE"])
+    gains = score["dMoE"] > without + CLEAR_GAIN and score["dMoE shuffled"] < without
     verdict = (
         "So the layer trains inside a model that somebody else wrote, and routing by an attribute "
         "pays where the right outline depends on it and the image does not show it; experts "
         "without the attribute are not enough, and the wrong attribute undoes the gain."
         if gains
-        else "So the dMoE did not gain from the attribute in this run; it may need more steps."
+        else "So this run shows no clear gain from the attribute; it may need more steps."
     )
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
     return f"[bold]What this shows.[/] ES-Dice: {numbers}. {verdict}"
