@@ -17,7 +17,7 @@ from .activations import ACTIVATIONS
 from .attributes import Attributes, as_attributes, check_attributes, per_token
 from .eager import experts
 from .lazy import LazyDim
-from .mlp import read_activation, read_dropout, read_linears
+from .mlp import read_mlp
 from .operators import draw_seed
 from .options import check_choice, check_count, check_flag, describe
 from .router import AttributeRouter, Routing
@@ -172,27 +172,28 @@ class DMoE(LazyDim):
         decided = {"dim", "hidden_dim", "activation", "bias", "zero_init", "device", "dtype"}
         if clash := sorted(decided & options.keys()):
             raise TypeError(f"from_mlp: {', '.join(clash)} is decided by the MLP; leave it out.")
-        linears, activation = read_linears(mlp), read_activation(mlp)
-        if "dropout" not in options:
-            options["dropout"] = read_dropout(mlp)
-        w1, w2 = linears.w1_HD, linears.w2_DH
+        block = read_mlp(mlp, upcycle=True, dropout=options.pop("dropout", None))
         layer = cls(
-            linears.dim,
+            block.dim,
             n_experts=n_experts,
             k=k,
-            hidden_dim=linears.hidden_dim,
-            activation=activation,
-            bias=linears.b1_H is not None or linears.b2_D is not None,
-            device=w1.device,
-            dtype=w1.dtype,
+            hidden_dim=block.hidden_dim,
+            activation=block.activation,
+            bias=block.b1_H is not None or block.b2_D is not None,
+            dropout=block.dropout,
+            device=block.device,
+            dtype=block.dtype,
             **options,
         )
         with torch.no_grad():
-            layer.w1_EHD.copy_(w1.expand_as(layer.w1_EHD))
-            layer.w2_EDH.copy_(w2.expand_as(layer.w2_EDH))
-            for bias_EX, bias_X in ((layer.b1_EH, linears.b1_H), (layer.b2_ED, linears.b2_D)):
-                if bias_EX is not None:
-                    bias_EX.zero_() if bias_X is None else bias_EX.copy_(bias_X.expand_as(bias_EX))
+            for new_EX, old_X in (
+                (layer.w1_EHD, block.w1_HD),
+                (layer.b1_EH, block.b1_H),
+                (layer.w2_EDH, block.w2_DH),
+                (layer.b2_ED, block.b2_D),
+            ):
+                if new_EX is not None:
+                    new_EX.zero_() if old_X is None else new_EX.copy_(old_X.expand_as(new_EX))
         return layer.train(mlp.training)
 
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]:

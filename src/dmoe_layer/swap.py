@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import inspect
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .layer import DMoE
-from .mlp import ADVICE, find_linears, read_frame
+from .mlp import ADVICE, find_linears, read_mlp
 from .options import check_flag
 
 
@@ -37,8 +38,9 @@ def swap_mlps(
         upcycle: starts every expert as the old MLP (see :meth:`DMoE.from_mlp`): in eval mode
             the model's output stays what it was.
         options: further arguments of :class:`DMoE`, such as ``attribute_sizes``. Without
-            ``upcycle`` the experts' activation and dropout are theirs to say, whatever the
-            block's are, and ``hidden_dim`` wins over the block's.
+            ``upcycle`` new experts take only the width from the block (unless ``hidden_dim`` is
+            given): their activation (ReLU) and dropout (0.1) are DMoE's defaults, whatever the
+            block's are, unless given here.
 
     Returns:
         The names of the replaced blocks.
@@ -46,6 +48,8 @@ def swap_mlps(
     Raises:
         ValueError: if nothing matches (naming what could have), or if a matching block is no
             two-layer MLP (naming the part that could not be read).
+        TypeError: for a model, pattern or option of another kind, and, with ``upcycle``, for an
+            option that the block decides.
 
     Example:
         >>> from torch import nn
@@ -81,9 +85,9 @@ def _replacement(block: nn.Module, upcycle: bool, options: dict[str, Any]) -> DM
         raise ValueError("is a DMoE already; match the blocks that are not.")
     if upcycle:
         return DMoE.from_mlp(block, **options)
-    dim, hidden_dim, device, dtype = read_frame(block)
-    kept = {"hidden_dim": hidden_dim, "device": device, "dtype": dtype}
-    return DMoE(dim, **{**kept, **options}).train(block.training)
+    mlp = read_mlp(block, upcycle=False)
+    kept = {"hidden_dim": mlp.hidden_dim, "device": mlp.device, "dtype": mlp.dtype}
+    return DMoE(mlp.dim, **{**kept, **options}).train(block.training)
 
 
 def _outermost(
@@ -123,8 +127,11 @@ def _hint(model: nn.Module, pattern: Any, named: list[tuple[str, nn.Module]]) ->
     """What was perhaps meant: two-layer MLPs first, then names of a similar spelling."""
     if _as_predicate(pattern)("", model):
         return " Only the model itself does, and it cannot replace itself: see DMoE.from_mlp."
-    mlps = [name for name, module in named if _has_two_linears(module)]
-    alike = []
+    mlps, alike = [], []
+    for name, module in named:
+        with contextlib.suppress(ValueError):
+            find_linears(module)
+            mlps.append(name)
     if isinstance(pattern, str):
         mlps.sort(key=lambda name: -difflib.SequenceMatcher(None, pattern, name).ratio())
         alike = difflib.get_close_matches(pattern, [name for name, _ in named])
@@ -132,11 +139,3 @@ def _hint(model: nn.Module, pattern: Any, named: list[tuple[str, nn.Module]]) ->
     more = f" and {len(candidates) - 5} more" if len(candidates) > 5 else ""
     close = f" Close candidates: {', '.join(candidates[:5])}{more}." if candidates else ""
     return close if mlps else f"{close} The model has no block that is a two-layer MLP. {ADVICE}"
-
-
-def _has_two_linears(module: nn.Module) -> bool:
-    try:
-        find_linears(module)
-    except ValueError:
-        return False
-    return True
