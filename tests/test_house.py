@@ -68,7 +68,9 @@ def test_imports_run_one_way_and_to_core_dependencies_only(path):
     assert others <= STANDARD_OR_CORE
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "reference_models").rglob("*.py")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "reference_models").rglob("*.py")), ids=lambda p: p.stem
+)
 def test_reference_models_use_public_names_only(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmoe_layer"):
