@@ -394,6 +394,7 @@ def test_the_seed_decides_noise_and_dropout():
 
 def test_deterministic_algorithms_are_honoured():
     layer, x = DMoE(8, attribute_sizes=2), torch.randn(2, 30, 8, requires_grad=True)
+    # Refuses operators that are not deterministic, and fills torch.empty with NaN.
     torch.use_deterministic_algorithms(True)
     try:
         grads = []
@@ -405,6 +406,7 @@ def test_deterministic_algorithms_are_honoured():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.isfinite(g).all() for g in grads[0])
 
 
 @pytest.mark.parametrize("attribute_sizes", [None, 3])

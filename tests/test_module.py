@@ -206,6 +206,15 @@ def test_a_lazy_layer_first_called_in_inference_mode_trains_later():
     assert layer.w1_EHD.grad is not None
 
 
+def test_reset_parameters_draws_anew_and_leaves_a_lazy_layer_lazy():
+    layer, lazy = DMoE(8), DMoE()
+    before = layer.w1_EHD.detach().clone()
+    for module in (*layer.modules(), *lazy.modules()):
+        module.reset_parameters()
+    assert not torch.equal(layer.w1_EHD, before)
+    assert lazy.dim is None
+
+
 def test_replication_is_open_to_a_layer_that_knows_its_width():
     assert DMoE(6)._replicate_for_data_parallel() is not None
     with pytest.raises(RuntimeError, match="uninitialized"):

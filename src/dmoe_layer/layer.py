@@ -207,7 +207,12 @@ class DMoE(LazyDim):
         return shapes if self.bias else {n: s for n, s in shapes.items() if n[0] == "w"}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws the experts as ``nn.Linear`` does, each on its own; zeros w2, b2 if zero_init."""
+        """Draws the experts as ``nn.Linear`` does, each on its own; zeros w2, b2 if zero_init.
+
+        A layer that does not know its width yet has nothing to draw.
+        """
+        if self.dim is None:
+            return
         for weight, bias in ((self.w1_EHD, self.b1_EH), (self.w2_EDH, self.b2_ED)):
             bound = 1 / math.sqrt(weight.shape[-1])
             if self.zero_init and weight is self.w2_EDH:

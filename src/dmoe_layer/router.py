@@ -128,7 +128,9 @@ class AttributeRouter(LazyDim):
         return {"w_A2ED": (routers, 2, self.n_experts, dim), "b_A2E": (routers, 2, self.n_experts)}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws weights and biases as ``nn.Linear`` does."""
+        """Draws weights and biases as ``nn.Linear`` does; nothing if the width is not known."""
+        if self.dim is None:
+            return
         bound = 1 / math.sqrt(self.w_A2ED.shape[-1])
         nn.init.uniform_(self.w_A2ED, -bound, bound, generator)
         nn.init.uniform_(self.b_A2E, -bound, bound, generator)
