@@ -412,10 +412,22 @@ def test_opcheck_of_the_registered_operators():
         (ops.check_attributes, (x.detach(), 2, a, None, [3], "error")),
         (ops.router_logits, (x, w, b, rows, None, seed)),
         (ops.router_logits, (flat, w, b, rows, counts, None)),
-        (ops.experts, (flat, indices, gates, *weights, "gelu", 0.1, seed)),
+        (ops.experts, (flat, indices, gates, *weights, "gelu", 0.1, seed, torch.float32)),
         (
             ops.experts,
-            (flat, indices, gates, weights[0], None, weights[2], None, "relu", 0.0, None),
+            (
+                flat,
+                indices,
+                gates,
+                weights[0],
+                None,
+                weights[2],
+                None,
+                "relu",
+                0.0,
+                None,
+                torch.float32,
+            ),
         ),
     ):
         torch.library.opcheck(op.default, args)

@@ -14,11 +14,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .dispatch import Dispatch
-from .operators import refuse_double_backward, seeded_generator
-
-# From 8 rows on, a row of MKL's GEMMs is the same to the bit whatever the number of rows; measured
-# with torch 2.13 at widths from 16 to 3072.
-MIN_GEMM_ROWS = 8
+from .operators import MIN_GEMM_ROWS, refuse_double_backward, seeded_generator
 
 
 @torch.library.custom_op("dmoe_layer::experts", mutates_args=())
@@ -33,23 +29,23 @@ def experts(
     activation: str,
     dropout: float,
     seed: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Σ_j gates[t, j] · Expert_{indices[t, j]}(x[t]) for every token: (T, D), in x's dtype.
 
-    Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), in the weights' dtype, which autocast may
-    have chosen: x is converted block by block, so that no second x is kept for backward. Without
-    a seed nothing is dropped.
+    Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), computed in ``dtype``, which autocast may have
+    chosen: x and weights are converted block by block, so that no copy of them is kept for
+    backward. Without a seed nothing is dropped.
     """
     with torch.autocast(x_TD.device.type, enabled=False):
         dispatch = Dispatch(expert_indices_TK, len(w1_EHD))
         drop = Dropout(dropout, seed, x_TD)
-        rows_RD = w2_EDH.new_empty(dispatch.order.numel(), x_TD.shape[1])
-        for block in dispatch.blocks:
-            e, rows = block.expert, slice(block.start, block.stop)
-            x_RD = x_TD.index_select(0, dispatch.token_of_row[rows]).to(w1_EHD.dtype)
-            h_RH = ACTIVATIONS[activation].forward(_linear(x_RD, w1_EHD[e], b1_EH, e))
-            y_RD = _linear(h_RH, w2_EDH[e], b2_ED, e)
-            rows_RD[rows] = drop(y_RD)
+        rows_RD = x_TD.new_empty((dispatch.order.numel(), x_TD.shape[1]), dtype=dtype)
+        for e, start, stop in dispatch.blocks:
+            w1_HD, b1_H, w2_DH, b2_D = _of_expert(e, dtype, w1_EHD, b1_EH, w2_EDH, b2_ED)
+            x_RD = x_TD.index_select(0, dispatch.token_of_row[start:stop]).to(dtype)
+            h_RH = ACTIVATIONS[activation].forward(_linear(x_RD, w1_HD, b1_H))
+            rows_RD[start:stop] = drop(_linear(h_RH, w2_DH, b2_D))
         return dispatch.combine(rows_RD, gates_TK * drop.scale).to(x_TD.dtype)
 
 
@@ -71,6 +67,7 @@ def experts_backward(
     activation: str,
     dropout: float,
     seed: Tensor | None,
+    dtype: torch.dtype,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w1, b1, w2, b2; an empty tensor where ``needed`` says no.
@@ -85,22 +82,25 @@ def experts_backward(
         drop = Dropout(dropout, seed, x_TD)
         gates_R = (gates_TK * drop.scale).reshape(-1)[dispatch.order]
         dgates_R = torch.empty_like(gates_R)
-        dx_RD = w1_EHD.new_empty((dispatch.order.numel(), x_TD.shape[1]) if need_x else 0)
+        dx_RD = x_TD.new_empty(
+            (dispatch.order.numel(), x_TD.shape[1]) if need_x else 0, dtype=dtype
+        )
         dw1, dw2 = _sum_like(w1_EHD, need_w1, x_TD), _sum_like(w2_EDH, need_w2, x_TD)
         db1, db2 = _sum_like(b1_EH, need_b1, x_TD), _sum_like(b2_ED, need_b2, x_TD)
-        for block in dispatch.blocks:
-            e, rows = block.expert, slice(block.start, block.stop)
+        for e, start, stop in dispatch.blocks:
+            rows = slice(start, stop)
+            w1_HD, b1_H, w2_DH, b2_D = _of_expert(e, dtype, w1_EHD, b1_EH, w2_EDH, b2_ED)
             tokens = dispatch.token_of_row[rows]
-            do_RD = drop(dy_TD.index_select(0, tokens).to(w1_EHD.dtype))
-            x_RD = x_TD.index_select(0, tokens).to(w1_EHD.dtype)
-            z_RH = _linear(x_RD, w1_EHD[e], b1_EH, e)
+            do_RD = drop(dy_TD.index_select(0, tokens).to(dtype))
+            x_RD = x_TD.index_select(0, tokens).to(dtype)
+            z_RH = _linear(x_RD, w1_HD, b1_H)
             h_RH = act.forward(z_RH)
-            dh_RH = do_RD @ w2_EDH[e]
+            dh_RH = do_RD @ w2_DH
             if need_gates:
                 dgates_R[rows] = (dh_RH.to(dgates_R.dtype) * h_RH).sum(dim=1)
-                if b2_ED is not None:
-                    dgates_R[rows] += (do_RD @ b2_ED[e]).to(dgates_R.dtype)
-            gates = gates_R[rows, None].to(w1_EHD.dtype)
+                if b2_D is not None:
+                    dgates_R[rows] += (do_RD @ b2_D).to(dgates_R.dtype)
+            gates = gates_R[rows, None].to(dtype)
             do_RD = do_RD * gates
             if need_w2:
                 _add_product(dw2[e], do_RD.mT, h_RH)
@@ -114,19 +114,20 @@ def experts_backward(
             if need_b1:
                 db1[e] += dz_RH.sum(dim=0, dtype=db1.dtype)
             if need_x:
-                torch.mm(dz_RH, w1_EHD[e], out=dx_RD[rows])
+                torch.mm(dz_RH, w1_HD, out=dx_RD[rows])
         dgates_TK = dgates_R[dispatch.rows_TK] * drop.scale
         dx_TD = (dispatch.combine(dx_RD) if need_x else dx_RD).to(x_TD.dtype)
-        dtype = w1_EHD.dtype
-        return dx_TD, dgates_TK, dw1.to(dtype), db1.to(dtype), dw2.to(dtype), db2.to(dtype)
+        own = w1_EHD.dtype
+        return dx_TD, dgates_TK, dw1.to(own), db1.to(own), dw2.to(own), db2.to(own)
 
 
 @experts_backward.register_fake
-def _(dy_TD, x_TD, expert_indices_TK, gates_TK, w1, b1, w2, b2, activation, dropout, seed, needed):  # type: ignore[no-untyped-def]
-    inputs = (x_TD, gates_TK, w1, b1, w2, b2)
+def _(dy_TD, x_TD, expert_indices_TK, gates_TK, w1, b1, w2, b2, *options):  # type: ignore[no-untyped-def]
+    needed, own = options[-1], w1.dtype
+    inputs = ((x_TD, x_TD.dtype), (gates_TK, gates_TK.dtype), *((p, own) for p in (w1, b1, w2, b2)))
     return tuple(
-        x_TD.new_empty(i.shape if n and i is not None else 0, dtype=None if i is None else i.dtype)
-        for i, n in zip(inputs, needed, strict=True)
+        x_TD.new_empty(i.shape if n and i is not None else 0, dtype=dtype)
+        for (i, dtype), n in zip(inputs, needed, strict=True)
     )
 
 
@@ -157,13 +158,18 @@ class Dropout:
         return rows_RD * (bits[: rows_RD.numel()] >= self.threshold).view(rows_RD.shape)
 
 
-def _linear(x_RI: Tensor, w_OI: Tensor, b_EO: Tensor | None, expert: int) -> Tensor:
-    rows = len(x_RI)
-    # BLAS rounds otherwise in GEMMs of a few rows. A sample's output shall not depend on how many
-    # tokens of its batch-mates share an expert with it, not even in the last bit.
+def _of_expert(
+    expert: int, dtype: torch.dtype, *parameters: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    w1_HD, b1_H, w2_DH, b2_D = (None if p is None else p[expert].to(dtype) for p in parameters)
+    return w1_HD, b1_H, w2_DH, b2_D  # type: ignore[return-value]
+
+
+def _linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
+    rows = x_RI.shape[0]
     if rows < MIN_GEMM_ROWS:
         x_RI = F.pad(x_RI, (0, 0, 0, MIN_GEMM_ROWS - rows))
-    return F.linear(x_RI, w_OI, None if b_EO is None else b_EO[expert])[:rows]
+    return F.linear(x_RI, w_OI, b_O)[:rows]
 
 
 def _sum_like(parameter: Tensor | None, needed: bool, x: Tensor) -> Tensor:
@@ -181,7 +187,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.activation, ctx.dropout, seed = inputs
+    *tensors, ctx.activation, ctx.dropout, seed, ctx.dtype = inputs
     ctx.save_for_backward(*tensors, seed)
 
 
@@ -189,9 +195,10 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
     need_x, _, need_gates, *need_weights = ctx.needs_input_grad[:7]
     needed = [need_x, need_gates, *need_weights]
-    grads = experts_backward(dy_TD, *tensors, ctx.activation, ctx.dropout, seed, needed)
+    options = (ctx.activation, ctx.dropout, seed, ctx.dtype)
+    grads = experts_backward(dy_TD, *tensors, *options, needed)
     dx, dgates, *dweights = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    return dx, None, dgates, *dweights, None, None, None
+    return dx, None, dgates, *dweights, None, None, None, None
 
 
 experts.register_autograd(_backward, setup_context=_save_for_backward)

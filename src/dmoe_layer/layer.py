@@ -232,7 +232,7 @@ class DMoE(LazyDim):
         """Learns ``dim`` from the first input, once nothing is wrong with it."""
         self._check_input(x, mask)
         wanted, _ = self._find_attributes(x, attributes)
-        self.router.check(x, len(x), wanted)
+        self.router.check(x, x.shape[0], wanted)
         self._learn_dim(x.shape[self.channel_dim])
         self.router._learn_dim(x.shape[self.channel_dim])
 
@@ -282,7 +282,7 @@ class DMoE(LazyDim):
             tokens_TD = x_BTD.flatten(0, 1).index_select(0, kept_T)
             routing = self.router(tokens_TD, wanted, tokens_per_sample=tokens_per_sample)
         if recorded_BN is not None:
-            attributes_T = per_token(recorded_BN, len(tokens_TD), tokens_per_sample)
+            attributes_T = per_token(recorded_BN, tokens_TD.shape[0], tokens_per_sample)
             routing = routing._replace(attributes=attributes_T)
 
         y_TD = self._run_experts(tokens_TD, routing)
@@ -295,23 +295,19 @@ class DMoE(LazyDim):
         return (y, routing) if return_routing else y
 
     def _run_experts(self, tokens_TD: Tensor, routing: Routing) -> Tensor:
-        dtype = _autocast_dtype(tokens_TD) or tokens_TD.dtype
         seed = draw_seed() if self.training and self.dropout > 0 else None
-        w1_EHD, b1_EH, w2_EDH, b2_ED = (
-            None if p is None else p.to(dtype)
-            for p in (self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
-        )
         return experts(
             tokens_TD,
             routing.expert_indices,
             routing.gates,
-            w1_EHD,
-            b1_EH,
-            w2_EDH,
-            b2_ED,
+            self.w1_EHD,
+            self.b1_EH,
+            self.w2_EDH,
+            self.b2_ED,
             self.activation,
             self.dropout,
             seed,
+            _autocast_dtype(tokens_TD) or tokens_TD.dtype,
         )
 
     def _find_attributes(
@@ -323,7 +319,7 @@ class DMoE(LazyDim):
             return given, None
         # A plain layer records a scope's attributes, and refuses those that are meant for it.
         accepted: list[int] | None = None if attributes is None else []
-        return None, check_attributes(x, len(x), *given, accepted, self.router.unknown)
+        return None, check_attributes(x, x.shape[0], *given, accepted, self.router.unknown)
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -342,6 +338,12 @@ class DMoE(LazyDim):
                 f"x: got {describe(x)}, which has {x.shape[axis]} at "
                 f"channel_dim={self.channel_dim}, expected {expected}."
             )
+        for name, parameter in (("experts", self.w1_EHD), ("router", self.router.w_A2ED)):
+            if x.device != parameter.device:
+                raise ValueError(
+                    f"x: is on {x.device}, but the layer's {name} are on {parameter.device}. Move "
+                    "one with .to(device); parameters on meta must be loaded first."
+                )
         if x.dtype != self.w1_EHD.dtype and _autocast_dtype(x) is None:
             raise TypeError(
                 f"x: got {x.dtype}, but the layer's parameters are {self.w1_EHD.dtype}. Convert "

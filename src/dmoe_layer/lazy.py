@@ -40,8 +40,8 @@ class LazyDim(LazyModuleMixin, nn.Module):
         return None if isinstance(parameter, UninitializedParameter) else parameter.shape[-1]
 
     def _create_parameters(self, dim: int | None, device: Any, dtype: Any) -> None:
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype.")
         lazy_parameter: Any = UninitializedParameter
         for name, shape in self._shapes(dim or 1).items():
             parameter = (

@@ -114,7 +114,9 @@ def read_mlp(mlp: nn.Module, *, upcycle: bool, dropout: float | None = None) -> 
         before = (before if before.numel() == y.numel() else y).reshape(after.shape)
         kept = after != 0
         share_kept = (before[kept] / after[kept]).detach()
-        if not _same(share_kept, share_kept.mean().expand_as(share_kept)):
+        uneven = not _same(share_kept, share_kept.mean().expand_as(share_kept))
+        some_sample_lost = bool(kept.any()) and not kept.flatten(1).any(dim=1).all()  # DropPath
+        if uneven or some_sample_lost:
             raise ValueError(
                 f"{kind}: could not read its dropout: in training, what follows {names[1]!r} does "
                 "more than to drop some values and scale the others. Give a rate to use instead."
@@ -157,7 +159,7 @@ class _Twin:
                 module.register_forward_hook(see, with_kwargs=True)
         # From small to large, to meet an activation around 0 and where it saturates or is cut.
         size_T1 = torch.logspace(-3, 2, 16, dtype=torch.float64, device="cpu")[:, None]
-        self.x = random(2, 16, _widths(self.linears[0])[0]) * size_T1
+        self.x = random(8, 16, _widths(self.linears[0])[0]) * size_T1
 
     def run(self, *, training: bool) -> Tensor:
         self.inputs: dict[str, Tensor] = {}
@@ -165,6 +167,7 @@ class _Twin:
         self.others: list[list[str]] = [[]]  # the other modules that ran before each linear layer
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                torch.default_generator.manual_seed(0)
                 y = self.module.train(training)(self.x.clone())
             if not isinstance(y, Tensor):
                 raise TypeError(f"it returned {type(y).__name__}, expected one tensor")
@@ -209,7 +212,8 @@ class _Twin:
         # The largest of a token with neighbours: hardly one where the activation is flat.
         token = z_BTH.shape[1] // 2
         place = (1, token, int(h_BTH[1, token].argmax()))
-        (slope_BTH,) = torch.autograd.grad(h_BTH[place], z_BTH, materialize_grads=True)
+        with torch.enable_grad():
+            (slope_BTH,) = torch.autograd.grad(h_BTH[place], z_BTH, materialize_grads=True)
         slope_BTH[place] = 0
         return not slope_BTH.any()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .attributes import as_attributes, check_attributes, per_token
 from .lazy import LazyDim
 from .operators import (
+    MIN_GEMM_ROWS,
     draw_seed,
     refuse_double_backward,
     refuse_functional_derivatives,
@@ -168,8 +169,8 @@ class AttributeRouter(LazyDim):
         Returns:
             Routing, over all tokens sample after sample.
         """
-        refuse_functional_derivatives()
         batch = self._check_input(x, tokens_per_sample)
+        refuse_functional_derivatives(x)
         values_BN = self.check(x, batch, attributes)
         noisy = self.noise == "always" or (self.noise == "train" and self.training)
         seed = draw_seed() if noisy else None
@@ -178,7 +179,9 @@ class AttributeRouter(LazyDim):
         logits_TE = router_logits(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, seed)
         scores_TK, indices_TK = logits_TE.topk(self.k, dim=-1)
         attributes_T = (
-            None if values_BN is None else per_token(values_BN, len(logits_TE), tokens_per_sample)
+            None
+            if values_BN is None
+            else per_token(values_BN, logits_TE.shape[0], tokens_per_sample)
         )
         return Routing(indices_TK, F.softmax(scores_TK, dim=-1), logits_TE, attributes_T)
 
@@ -202,7 +205,7 @@ class AttributeRouter(LazyDim):
             or (self.dim is not None and self.dim != x.shape[-1])
         ):
             raise ValueError(f"x: got {describe(x)}, expected {form}.")
-        return len(x if tokens_per_sample is None else tokens_per_sample)
+        return (x if tokens_per_sample is None else tokens_per_sample).shape[0]
 
     def _table(self, parameter: Tensor) -> Tensor:
         """All rows that a value can point to: every value's router, then the unknown ones."""
@@ -323,14 +326,17 @@ class _Tokens:
                 "tokens."
             )
         if rows_BN is None:
-            self.batch, self.longest = 1, x.numel() // x.shape[-1]
-            self.x_BTD = x.to(self.dtype).reshape(1, self.longest, x.shape[-1])
+            x_TD = x.to(self.dtype).reshape(-1, x.shape[-1])
+            self.batch, self.longest = 1, max(len(x_TD), MIN_GEMM_ROWS)
+            if len(x_TD) < MIN_GEMM_ROWS:
+                self.positions_T = torch.arange(len(x_TD), device=x.device)
+            self.x_BTD = self.by_sample(x_TD)
         elif counts_B is None:
             self.batch, self.longest = x.shape[:2]
             self.x_BTD = x.to(self.dtype)
         else:
             self.batch = len(counts_B)
-            self.longest = int(counts_B.max()) if self.batch else 0
+            self.longest = max(int(counts_B.max()) if self.batch else 0, MIN_GEMM_ROWS)
             # Each sample's tokens move from their packed place to the start of its padded row.
             starts_B = torch.arange(self.batch, device=x.device) * self.longest
             shift_B = starts_B - (counts_B.cumsum(0) - counts_B)

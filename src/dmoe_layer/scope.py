@@ -140,7 +140,9 @@ class routing:
         values = [_values_of(call.routed, attribute, default=-1 if some else 0) for call in calls]
         n_values = max(_n_values(call, v, attribute) for call, v in zip(calls, values, strict=True))
         counts = [_count(call.routed, v, n_values) for call, v in zip(calls, values, strict=True)]
-        counts_CAE = torch.stack(counts) if per_call else torch.stack(counts).sum(dim=0)
+        # A model may be spread over devices.
+        counts_CAE = torch.stack([count.to(counts[0].device) for count in counts])
+        counts_CAE = counts_CAE if per_call else counts_CAE.sum(dim=0)
         return counts_CAE.float() / counts_CAE.sum(dim=-1, keepdim=True).clamp(min=1)
 
     def _calls(self) -> list[_Call]:
@@ -154,7 +156,6 @@ class routing:
         losses = [loss_of(routed, **options) for routed in self.routings]
         if not losses:
             return torch.zeros(())
-        # A model may be spread over devices.
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
