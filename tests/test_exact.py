@@ -1,12 +1,14 @@
 """Output and every gradient equal the naive loop, for random configurations and every dtype."""
 
 import math
+from functools import partial
 
 import naive
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from dmoe_layer import DMoE, dispatch, eager, router
 from dmoe_layer.dispatch import Dispatch
@@ -455,3 +457,27 @@ def test_functional_derivatives_are_refused_in_words():
     ):
         with pytest.raises(RuntimeError, match=r"torch\.func's derivatives"):
             derivative()
+    layer.requires_grad_(False)  # then autograd has no say, and the tangent would be lost
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
+        layer(forward_ad.make_dual(x, x), 0)
+    head = torch.nn.Linear(16, 1)
+    with torch.no_grad():
+        features = layer(x, 0)
+    call = partial(torch.func.functional_call, head)
+    grads = torch.func.grad(lambda p: call(p, features).sum())(dict(head.named_parameters()))
+    assert grads["weight"].any()
+
+
+def test_a_sample_of_few_tokens_keeps_its_bits_beside_longer_ones():
+    plain, layer = DMoE(16).eval(), eval_layer()
+    x, a = torch.randn(5, 40, 16), torch.tensor([0, 1, 2, 0, 1])
+    mask = torch.ones(5, 40, dtype=torch.bool)
+    mask[0, 3:] = False
+    pairs = (
+        (plain(x[:1, :1]), plain(x[:, :1])[:1]),
+        (layer(x[:1], a[:1], mask=mask[:1]), layer(x, a, mask=mask)[:1]),
+    )
+    for alone, together in pairs:
+        torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-6)
+        if torch.backends.mkl.is_available():
+            assert torch.equal(alone, together)

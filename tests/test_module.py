@@ -269,6 +269,48 @@ def test_two_threads_may_make_the_first_call_of_a_lazy_layer():
         assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("part", ["experts", "router", "all"])
+def test_parameters_on_another_device_are_refused_instead_of_read(part):
+    layer, meta = DMoE(6, attribute_sizes=3), DMoE(6, attribute_sizes=3, device="meta")
+    if part == "experts":
+        layer.w1_EHD = meta.w1_EHD
+    elif part == "router":
+        layer.router = meta.router
+    else:
+        layer = meta
+    with pytest.raises(ValueError, match=r"x: is on cpu, but the layer's .* are on meta"):
+        layer(torch.randn(3, 5, 6), A3)
+
+
+def test_a_layer_called_many_times_under_autocast_keeps_no_copies_of_its_weights():
+    layer, x = DMoE(48, attribute_sizes=3), torch.randn(3, 2, 48)
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        for _ in range(12):
+            x = layer(x, A3)
+    assert sum(saved.values()) < 0.1 * layer.w1_EHD.nbytes
+    x.sum().backward()
+    assert layer.w1_EHD.grad.dtype == torch.float32
+
+
+def test_export_takes_a_layer_with_attributes_and_mask():
+    layer = DMoE(8, attribute_sizes=3).eval()
+    x, mask = torch.randn(3, 7, 8), torch.rand(3, 7) < 0.5
+    program = torch.export.export(layer, (x, A3), {"mask": mask}).module()
+    assert torch.equal(program(x, A3, mask=~mask), layer(x, A3, mask=~mask))
+
+
 def test_the_meta_device_gives_shapes_and_to_empty_makes_it_real():
     layer = DMoE(6, attribute_sizes=3, device="meta")
     y = layer(torch.empty(3, 5, 6, device="meta"), A3)
@@ -399,6 +441,7 @@ def test_opcheck_of_the_registered_operators():
     weights = [
         p.detach().requires_grad_() for p in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED)
     ]
+    w1, _, w2, _ = weights
     seed = torch.tensor(5)
     indices = torch.randint(0, 8, (10, 2))
     gates = torch.rand(10, 2, requires_grad=True)
@@ -413,21 +456,6 @@ def test_opcheck_of_the_registered_operators():
         (ops.router_logits, (x, w, b, rows, None, seed)),
         (ops.router_logits, (flat, w, b, rows, counts, None)),
         (ops.experts, (flat, indices, gates, *weights, "gelu", 0.1, seed, torch.float32)),
-        (
-            ops.experts,
-            (
-                flat,
-                indices,
-                gates,
-                weights[0],
-                None,
-                weights[2],
-                None,
-                "relu",
-                0.0,
-                None,
-                torch.float32,
-            ),
-        ),
+        (ops.experts, (flat, indices, gates, w1, None, w2, None, "relu", 0.0, None, torch.float32)),
     ):
         torch.library.opcheck(op.default, args)

@@ -706,3 +706,34 @@ def test_an_upcycled_expert_is_its_own_copy():
         layer.w1_EHD[0].zero_()
     assert layer.w1_EHD[1].any()
     assert block[0].weight.untyped_storage().data_ptr() != layer.w1_EHD.untyped_storage().data_ptr()
+
+
+class DropPathMlp(nn.Module):
+    """Ends with stochastic depth: a whole sample is dropped or kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.fc2(torch.relu(self.fc1(x)))
+        if self.training:
+            y = y * (torch.rand(len(x), 1, 1) > 0.3) / 0.7
+        return y
+
+
+def test_stochastic_depth_is_not_taken_for_dropout():
+    for _ in range(5):
+        with pytest.raises(ValueError, match="could not read its dropout"):
+            DMoE.from_mlp(DropPathMlp())
+    assert DMoE.from_mlp(DropPathMlp(), dropout=0.3).dropout == 0.3
+
+
+def test_swapping_works_under_no_grad():
+    class QuickGelu(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(1.702 * x)
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), QuickGelu(), nn.Linear(8, 4)))
+    with torch.no_grad():
+        assert swap_mlps(model, "0") == ["0"]
