@@ -1,7 +1,6 @@
 """Attributes and bad input: what is accepted, what is refused, and with which words."""
 
 import itertools
-import threading
 from contextlib import nullcontext
 from math import e, log
 
@@ -9,12 +8,10 @@ import naive
 import numpy as np
 import pytest
 import torch
+from helpers import GOOD, A, B, D, E, T, in_a_thread
 from torch.nn.parameter import UninitializedParameter
 
 from dmoe_layer import AttributeRouter, DMoE, MissingAttributesError, routing
-
-B, T, D, E, A = 4, 3, 6, 4, 3
-GOOD = torch.tensor([0, 2, 1, 2])
 
 
 def make(dim=D, **options):
@@ -363,24 +360,6 @@ def test_compiled_layers_of_several_widths_accept_x_of_their_own_width():
         torch.testing.assert_close(compiled(layer)(x, GOOD), layer(x, GOOD))
 
 
-def in_a_new_thread(work):
-    """Runs ``work`` where no scope was ever opened, and hands back its result or its error."""
-    outcome = []
-
-    def target():
-        try:
-            outcome.append(work())
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
-
-
 def test_a_compiled_layer_first_called_without_a_scope_finds_one_later():
     layer = make(noise="never")
     run, x = compiled(layer), make_x()
@@ -391,7 +370,7 @@ def test_a_compiled_layer_first_called_without_a_scope_finds_one_later():
         with routing(GOOD) as scope:
             return run(x), len(scope.routings)
 
-    y, calls = in_a_new_thread(work)
+    y, calls = in_a_thread(work)
     assert calls == 1
     torch.testing.assert_close(y, layer(x, GOOD))
 
@@ -407,7 +386,7 @@ def test_a_compiled_layer_first_called_without_a_scope_is_recorded_by_a_later_on
             run(*inputs)
         return len(scope.routings)
 
-    assert in_a_new_thread(work) == 1
+    assert in_a_thread(work) == 1
 
 
 # ---------------------------------------------------------------- what is accepted

@@ -6,13 +6,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers import GOOD, A, B, D, E, T, in_a_thread
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dmoe_layer import DMoE, MissingAttributesError, carry_routing, routing
 
-B, T, D, E, A = 4, 3, 6, 4, 3
-GOOD = torch.tensor([0, 2, 1, 2])
 OTHER = torch.tensor([1, 1, 0, 0])
 
 
@@ -89,23 +88,6 @@ def assert_equal(actual, expected):
         if a is not None:
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
     assert any(e is not None and e.any() for e in expected)
-
-
-def in_a_thread(work):
-    results = []
-
-    def target():
-        try:
-            results.append(work())
-        except BaseException as error:
-            results.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join(60)
-    if isinstance(results[0], BaseException):
-        raise results[0]
-    return results[0]
 
 
 def step(run, model, x, attributes=GOOD, backward="after", seed=0):

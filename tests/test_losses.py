@@ -5,6 +5,7 @@ from math import log
 import naive
 import pytest
 import torch
+from helpers import GOOD, A, B, D, E, T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +18,6 @@ from dmoe_layer import (
     routing,
 )
 
-B, T, D, E, A = 4, 3, 6, 4, 3
-GOOD = torch.tensor([0, 2, 1, 2])
 LOSSES = [load_balancing_loss, importance_loss, router_z_loss]
 
 

@@ -278,8 +278,21 @@ def test_parameters_on_another_device_are_refused_instead_of_read(part):
         layer.router = meta.router
     else:
         layer = meta
-    with pytest.raises(ValueError, match=r"x: is on cpu, but the layer's .* are on meta"):
+    owner = "router" if part == "router" else "layer"
+    with pytest.raises(ValueError, match=f"x: is on cpu, but the {owner}'s .* are on meta"):
         layer(torch.randn(3, 5, 6), A3)
+    with pytest.raises(ValueError, match="the router's parameters are on meta"):
+        meta.router(torch.randn(3, 5, 6), A3)
+
+
+def test_a_router_that_is_brought_in_when_it_is_called_is_found_there():
+    layer, x = DMoE(6).eval(), torch.randn(3, 5, 6)
+    expected, weights = layer(x), layer.router.state_dict()
+    layer.router.to("meta")  # as offloading does between calls
+    layer.router.register_forward_pre_hook(
+        lambda router, args: router.load_state_dict(weights, assign=True) and None
+    )
+    assert torch.equal(layer(x), expected)
 
 
 def test_a_layer_called_many_times_under_autocast_keeps_no_copies_of_its_weights():

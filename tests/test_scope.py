@@ -6,12 +6,11 @@ import threading
 
 import pytest
 import torch
+from helpers import GOOD, A, B, D, E, T
 from torch import nn
 
 from dmoe_layer import DMoE, MissingAttributesError, Routing, carry_routing, routing
 
-B, T, D, E, A = 4, 3, 6, 4, 3
-GOOD = torch.tensor([0, 2, 1, 2])
 OTHER = torch.tensor([1, 1, 0, 0])
 
 

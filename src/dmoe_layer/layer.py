@@ -19,7 +19,7 @@ from .eager import experts
 from .lazy import LazyDim
 from .mlp import read_mlp
 from .operators import draw_seed
-from .options import check_choice, check_count, check_flag, describe
+from .options import check_choice, check_count, check_device, check_flag, describe
 from .router import AttributeRouter, Routing
 from .scope import current_attributes, record
 
@@ -338,12 +338,7 @@ class DMoE(LazyDim):
                 f"x: got {describe(x)}, which has {x.shape[axis]} at "
                 f"channel_dim={self.channel_dim}, expected {expected}."
             )
-        for name, parameter in (("experts", self.w1_EHD), ("router", self.router.w_A2ED)):
-            if x.device != parameter.device:
-                raise ValueError(
-                    f"x: is on {x.device}, but the layer's {name} are on {parameter.device}. Move "
-                    "one with .to(device); parameters on meta must be loaded first."
-                )
+        check_device(x, self.w1_EHD, "layer")
         if x.dtype != self.w1_EHD.dtype and _autocast_dtype(x) is None:
             raise TypeError(
                 f"x: got {x.dtype}, but the layer's parameters are {self.w1_EHD.dtype}. Convert "

@@ -1,4 +1,4 @@
-"""What the layer's registered operators share: their seed, and their answer to double backward."""
+"""What the layer's registered operators share: seeds, padding, and the derivatives they refuse."""
 
 from __future__ import annotations
 

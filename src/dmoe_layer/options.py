@@ -29,6 +29,15 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True or False.")
 
 
+def check_device(x: Tensor, parameter: Tensor, owner: str) -> None:
+    """Raises unless ``x`` is where the parameter is: operators of our own do not look."""
+    if x.device != parameter.device:
+        raise ValueError(
+            f"x: is on {x.device}, but the {owner}'s parameters are on {parameter.device}. Move "
+            "one with .to(device); parameters on meta must be loaded first."
+        )
+
+
 def describe(value: Any) -> str:
     """What came, in an error's words."""
     if isinstance(value, Tensor):

@@ -19,7 +19,7 @@ from .operators import (
     refuse_functional_derivatives,
     seeded_generator,
 )
-from .options import check_choice, check_count, describe
+from .options import check_choice, check_count, check_device, describe
 
 UNKNOWN = ("error", "average", "learned")
 NOISE = ("train", "always", "never")
@@ -205,6 +205,7 @@ class AttributeRouter(LazyDim):
             or (self.dim is not None and self.dim != x.shape[-1])
         ):
             raise ValueError(f"x: got {describe(x)}, expected {form}.")
+        check_device(x, self.w_A2ED, "router")
         return (x if tokens_per_sample is None else tokens_per_sample).shape[0]
 
     def _table(self, parameter: Tensor) -> Tensor:
