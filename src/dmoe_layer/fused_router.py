@@ -1,0 +1,182 @@
+"""The router's Triton kernels as registered operators: launches and autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import routing as kernels
+from .kernels.narrow import sum_chunks_kernel
+from .launch import launch, padded, tiles, triton_dtype
+from .operators import refuse_double_backward
+
+# A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
+CHUNKS = 1024
+
+
+@torch.library.custom_op("dmoe_layer::fused_route", mutates_args=())
+def fused_route(
+    x: Tensor,
+    w_A2ED: Tensor,
+    b_A2E: Tensor,
+    rows_BN: Tensor | None,
+    tokens_per_sample: Tensor | None,
+    k: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits (T, E), experts and gates (T, k), and the order by expert with its offsets.
+
+    Sample b's router is the sum of the table's rows ``rows_BN[b]``; without rows, all samples
+    have the table's only one. ``order`` (T·k,) holds each (token, slot) pair t·k + j, sorted by
+    expert; expert e's are ``order[offsets[e] : offsets[e + 1]]``.
+    """
+    samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
+    tokens, n_experts, dim = samples.tokens, w_A2ED.shape[2], x.shape[-1]
+    n_tiles = tiles(tokens, samples.tile, samples.count)
+    logits = x.new_empty((tokens, n_experts), dtype=torch.float32)
+    indices = x.new_empty((tokens, k), dtype=torch.int64)
+    gates = x.new_empty((tokens, k), dtype=torch.float32)
+    counts = x.new_empty((n_experts, n_tiles), dtype=torch.int32)
+    launch(
+        kernels.route_kernel, (n_tiles,), x,
+        x, w_A2ED, b_A2E, rows_BN, samples.offsets, logits, indices, gates, counts,
+        samples.count, n_tiles, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
+        K=k, SLOTS=padded(k, 2), NOISY=seed is not None, **samples.blocks, **samples.scoring,
+    )  # fmt: skip
+    ends = counts.view(-1).cumsum(0).view(n_experts, n_tiles)
+    offsets = torch.cat([ends.new_zeros(1), ends[:, -1]])
+    order = x.new_empty(tokens * k, dtype=torch.int32 if tokens * k < 2**31 else torch.int64)
+    launch(
+        kernels.sort_kernel, (n_tiles,), x,
+        indices, samples.offsets, ends - counts, order, samples.count, n_tiles,
+        n_experts=n_experts, K=k, **samples.blocks,
+    )  # fmt: skip
+    return logits, indices, gates, order, offsets
+
+
+@fused_route.register_fake
+def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, k, seed):  # type: ignore[no-untyped-def]
+    tokens, n_experts = x.numel() // x.shape[-1], w_A2ED.shape[2]
+    return (
+        x.new_empty((tokens, n_experts), dtype=torch.float32),
+        x.new_empty((tokens, k), dtype=torch.int64),
+        x.new_empty((tokens, k), dtype=torch.float32),
+        x.new_empty(tokens * k, dtype=torch.int32 if tokens * k < 2**31 else torch.int64),
+        x.new_empty(n_experts + 1, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("dmoe_layer::fused_route_backward", mutates_args=())
+def fused_route_backward(
+    dlogits: Tensor | None,
+    dgates: Tensor | None,
+    indices: Tensor,
+    gates: Tensor,
+    x: Tensor,
+    w_A2ED: Tensor,
+    b_A2E: Tensor,
+    rows_BN: Tensor | None,
+    tokens_per_sample: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w and b."""
+    samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
+    n_experts, dim = w_A2ED.shape[2], x.shape[-1]
+    chunk = samples.tile * max(1, samples.tokens // (samples.tile * CHUNKS))
+    n_chunks = tiles(samples.tokens, chunk, samples.count)
+    dx = torch.empty_like(x)
+    shares = [
+        x.new_empty((n_chunks, *p.shape[1:]), dtype=torch.float32) for p in (w_A2ED, b_A2E)
+    ]
+    launch(
+        kernels.route_backward_kernel, (n_chunks, -(-dim // samples.scoring["DIM"])), x,
+        None if dlogits is None else dlogits.contiguous(),
+        None if dgates is None else dgates.contiguous(),
+        indices, gates, x, w_A2ED, b_A2E, rows_BN, samples.offsets, dx, *shares,
+        samples.count, chunk, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
+        K=indices.shape[1], NOISY=seed is not None, **samples.blocks, **samples.scoring,
+    )  # fmt: skip
+    grads = []
+    for share, parameter in zip(shares, (w_A2ED, b_A2E), strict=True):
+        total = sum_chunks(share, samples.offsets, chunk)
+        if rows_BN is not None:
+            # Sorted by row before it is added up: no atomics here either.
+            table = total.new_zeros(parameter.shape)
+            for rows_B in rows_BN.unbind(dim=1):
+                table.index_put_((rows_B,), total, accumulate=True)
+            total = table
+        grads.append(total.to(parameter.dtype))
+    return dx, grads[0], grads[1]
+
+
+@fused_route_backward.register_fake
+def _(dlogits, dgates, indices, gates, x, w_A2ED, b_A2E, *options):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(t) for t in (x, w_A2ED, b_A2E))
+
+
+def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
+    """Each group's sum over its chunks, (groups, ...) in fp32, always in the same order."""
+    groups = len(offsets) - 1
+    total = shares.new_empty((groups, *shares.shape[1:]))
+    numbers = shares.shape[1:].numel()
+    launch(
+        sum_chunks_kernel, (groups, -(-numbers // 64)), shares,
+        shares, offsets, total, groups, numbers, chunk_rows,
+        GROUPS=padded(groups, 2), CHUNKS=32, BLOCK=64,
+    )  # fmt: skip
+    return total
+
+
+class _Samples:
+    """Where each sample's tokens stand, and the blocks that the router's kernels cut them into."""
+
+    def __init__(
+        self, x: Tensor, w_A2ED: Tensor, rows_BN: Tensor | None, tokens_per_sample: Tensor | None
+    ) -> None:
+        self.tokens = x.numel() // x.shape[-1]
+        if rows_BN is None:
+            each = max(self.tokens, 1)  # one router for all: one long sample
+            self.offsets = torch.arange(0, each + 1, each, device=x.device).clamp_(max=self.tokens)
+        elif tokens_per_sample is None:
+            ones = torch.full((x.shape[0] + 1,), x.shape[1], device=x.device)
+            self.offsets = ones.cumsum(0) - x.shape[1]
+        else:
+            ends = tokens_per_sample.cumsum(0)
+            self.offsets = torch.cat([ends.new_zeros(1), ends])
+        self.count = len(self.offsets) - 1
+        dim = padded(min(x.shape[-1], 128))
+        self.tile = 128 if dim <= 64 else 64
+        n_experts = w_A2ED.shape[2]
+        self.blocks: dict[str, Any] = {
+            "TOKENS": self.tile,
+            "SAMPLES": padded(self.count, 2),
+            "EXPERTS": padded(n_experts, 8),
+        }
+        attributes = 0 if rows_BN is None else rows_BN.shape[1]
+        # Products of two bf16 or fp16 numbers are exact in fp32; a sum of routers is no bf16.
+        exact = x.dtype == w_A2ED.dtype and attributes <= 1
+        self.scoring: dict[str, Any] = {
+            "DIM": dim,
+            "ATTRIBUTES": attributes,
+            "DOT": triton_dtype(x.dtype if exact else torch.float32),
+        }
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, w, b, rows, counts, _, seed = inputs
+    _, indices, gates, order, offsets = output
+    ctx.mark_non_differentiable(indices, order, offsets)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(indices, gates, x, w, b, rows, counts, seed)
+
+
+def _backward(ctx: Any, dlogits: Any, _: Any, dgates: Any, *__: Any) -> tuple[Tensor | None, ...]:
+    if dlogits is None and dgates is None:
+        return (None,) * 7
+    return *fused_route_backward(dlogits, dgates, *ctx.saved_tensors), None, None, None, None
+
+
+fused_route.register_autograd(_backward, setup_context=_save_for_backward)
+refuse_double_backward(fused_route_backward)

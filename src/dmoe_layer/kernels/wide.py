@@ -1,0 +1,209 @@
+"""The wide experts' kernels: grouped GEMMs over the rows of every expert, without a host sync.
+
+Rows stand sorted by expert; gathers happen where a GEMM loads its operand, and bias, activation,
+dropout and gate where it stores its result.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import activate, dot, kept, rows_of_tile, slope
+
+
+@triton.jit
+def _product(
+    a_ptr, row_R, live_R, w_ptr, stride_n, stride_k, n, columns, depth,
+    PRECISION: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Σ_k a[row, k] · w[n, k] in fp32: [R, n]. ``a`` has ``depth`` numbers a row."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    k = tl.arange(0, DEPTH)
+    a_ptrs = a_ptr + row_R[:, None] * depth + k[None, :]
+    w_ptrs = w_ptr + n.to(tl.int64)[None, :] * stride_n + k[:, None] * stride_k
+    total = tl.zeros([row_R.shape[0], n.shape[0]], tl.float32)
+    live_n = (n < columns)[None, :]
+    for first in range(0, depth, DEPTH):
+        live_k = first + k < depth
+        a = tl.load(a_ptrs, mask=live_R[:, None] & live_k[None, :], other=0).to(dtype)
+        w = tl.load(w_ptrs, mask=live_k[:, None] & live_n, other=0)
+        total = dot(a, w, total, PRECISION)
+        a_ptrs += DEPTH
+        w_ptrs += DEPTH * stride_k
+    return total
+
+
+@triton.jit
+def hidden_kernel(
+    x_ptr, order_ptr, offsets_ptr, w1_ptr, b1_ptr, z_ptr, h_ptr,
+    n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """h[row] = act(w1 · x + b1), and z[row], what it is the activation of, where z is wanted."""
+    tile = tl.program_id(0) // tl.cdiv(hidden, COLUMNS)
+    n = (tl.program_id(0) % tl.cdiv(hidden, COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
+    expert, first, last = rows_of_tile(offsets_ptr, n_experts, tile, ROWS, EXPERTS)
+    if expert >= n_experts:
+        return
+    row = first + tl.arange(0, ROWS)
+    live = row < last
+    token = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64) // K
+    w1_ptr += expert.to(tl.int64) * hidden * dim
+    z = _product(x_ptr, token, live, w1_ptr, dim, 1, n, hidden, dim, PRECISION, DEPTH)
+    if b1_ptr is not None:
+        z += tl.load(b1_ptr + expert * hidden + n, mask=n < hidden, other=0)[None, :]
+    z = z.to(h_ptr.dtype.element_ty)
+    at = row[:, None] * hidden + n[None, :]
+    inside = live[:, None] & (n < hidden)[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + at, z, mask=inside)
+    h = activate(z.to(tl.float32), ACTIVATION)
+    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def output_kernel(
+    h_ptr, order_ptr, offsets_ptr, w_ptr, b_ptr, gates_ptr, slots_ptr,
+    seed, threshold, scale,
+    n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr,
+    stride_d: tl.constexpr, stride_h: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """slots[pair] = gate · Dropout(w · h[row] + b); without gates and b a plain product."""
+    tile = tl.program_id(0) // tl.cdiv(dim, COLUMNS)
+    first_n = (tl.program_id(0) % tl.cdiv(dim, COLUMNS)) * COLUMNS
+    n = first_n + tl.arange(0, COLUMNS)
+    expert, first, last = rows_of_tile(offsets_ptr, n_experts, tile, ROWS, EXPERTS)
+    if expert >= n_experts:
+        return
+    row = first + tl.arange(0, ROWS)
+    live = row < last
+    w_ptr += expert.to(tl.int64) * hidden * dim
+    y = _product(h_ptr, row, live, w_ptr, stride_d, stride_h, n, dim, hidden, PRECISION, DEPTH)
+    if b_ptr is not None:
+        y += tl.load(b_ptr + expert * dim + n, mask=n < dim, other=0)[None, :]
+    pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
+    if DROP:
+        y = tl.where(kept(seed, pair, first_n, threshold, COLUMNS), y, 0.0)
+    if gates_ptr is not None:
+        y *= (tl.load(gates_ptr + pair, mask=live, other=0) * scale)[:, None]
+    inside = live[:, None] & (n < dim)[None, :]
+    at = pair[:, None] * dim + n[None, :]
+    tl.store(slots_ptr + at, y.to(slots_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def gather_gradient_kernel(
+    dy_ptr, order_ptr, offsets_ptr, gates_ptr, b2_ptr, do_ptr, gated_ptr, dgates_ptr,
+    seed, threshold, scale,
+    n_experts: tl.constexpr, dim: tl.constexpr, K: tl.constexpr,
+    DROP: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """do[row], the gradient of the row's output after dropout; gate · do; and <do, b2>."""
+    expert, first, last = rows_of_tile(offsets_ptr, n_experts, tl.program_id(0), ROWS, EXPERTS)
+    if expert >= n_experts:
+        return
+    row = first + tl.arange(0, ROWS)
+    live = row < last
+    pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
+    gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
+    dgate = tl.zeros([ROWS], tl.float32)
+    for first_n in range(0, dim, COLUMNS):
+        n = first_n + tl.arange(0, COLUMNS)
+        inside = live[:, None] & (n < dim)[None, :]
+        at = (pair // K)[:, None] * dim + n[None, :]
+        do = tl.load(dy_ptr + at, mask=inside, other=0).to(tl.float32)
+        if DROP:
+            do = tl.where(kept(seed, pair, first_n, threshold, COLUMNS), do, 0.0)
+        if b2_ptr is not None:
+            b2 = tl.load(b2_ptr + expert * dim + n, mask=n < dim, other=0)
+            dgate += tl.sum(do * b2[None, :], axis=1)
+        at = row[:, None] * dim + n[None, :]
+        tl.store(do_ptr + at, do.to(do_ptr.dtype.element_ty), mask=inside)
+        gated = (do * gate[:, None]).to(do_ptr.dtype.element_ty)
+        tl.store(gated_ptr + at, gated, mask=inside)
+    tl.store(dgates_ptr + pair, dgate * scale, mask=live)
+
+
+@triton.jit(do_not_specialize=["n_pairs"])
+def hidden_backward_kernel(
+    do_ptr, order_ptr, offsets_ptr, gates_ptr, w2_ptr, z_ptr, h_ptr, dz_ptr, dgates_ptr,
+    n_pairs, scale,
+    n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """dz[row]; h[row] where it is not at hand; and this slice's <do · w2, h>, in dgates[1 + slice].
+
+    ``z`` may be h itself where the activation is ReLU, which does not change it.
+    """
+    tile = tl.program_id(0) // tl.cdiv(hidden, COLUMNS)
+    part = tl.program_id(0) % tl.cdiv(hidden, COLUMNS)
+    n = part * COLUMNS + tl.arange(0, COLUMNS)
+    expert, first, last = rows_of_tile(offsets_ptr, n_experts, tile, ROWS, EXPERTS)
+    if expert >= n_experts:
+        return
+    row = first + tl.arange(0, ROWS)
+    live = row < last
+    w2_ptr += expert.to(tl.int64) * hidden * dim
+    da = _product(do_ptr, row, live, w2_ptr, 1, hidden, n, hidden, dim, PRECISION, DEPTH)
+    inside = live[:, None] & (n < hidden)[None, :]
+    at = row[:, None] * hidden + n[None, :]
+    z = tl.load(z_ptr + at, mask=inside, other=0).to(tl.float32)
+    h = activate(z, ACTIVATION)
+    if h_ptr is not None:
+        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
+    pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
+    gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
+    dz = da * slope(z, ACTIVATION) * gate[:, None]
+    tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    dgate = tl.sum(da * h, axis=1) * scale
+    tl.store(dgates_ptr + (1 + part).to(tl.int64) * n_pairs + pair, dgate, mask=live)
+
+
+@triton.jit(do_not_specialize=["chunk_rows"])
+def weight_backward_kernel(
+    a_ptr, b_ptr, order_ptr, offsets_ptr, shares_ptr, bias_ptr,
+    chunk_rows,
+    n_experts: tl.constexpr, a_columns: tl.constexpr, b_columns: tl.constexpr, K: tl.constexpr,
+    GATHER: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A chunk's share Σ_row a[row] · b[row]ᵀ, (a_columns, b_columns), and of the bias, Σ_row a.
+
+    GATHER: b's rows are tokens. SPLIT: chunks of ``chunk_rows``, to be summed afterwards; else one
+    program has all rows of its expert, and writes the gradient itself.
+    """
+    tiles_b = tl.cdiv(b_columns, COLUMNS)
+    tiles = tl.cdiv(a_columns, COLUMNS) * tiles_b
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    i = (tile // tiles_b) * COLUMNS + tl.arange(0, COLUMNS)
+    j = (tile % tiles_b) * COLUMNS + tl.arange(0, COLUMNS)
+    if SPLIT:
+        expert, first, last = rows_of_tile(offsets_ptr, n_experts, chunk, chunk_rows, EXPERTS)
+        if expert >= n_experts:
+            return
+    else:
+        first, last = tl.load(offsets_ptr + chunk), tl.load(offsets_ptr + chunk + 1)
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    total = tl.zeros([COLUMNS, COLUMNS], tl.float32)
+    bias = tl.zeros([COLUMNS], tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        live = row < last
+        inside = live[:, None] & (i < a_columns)[None, :]
+        a = tl.load(a_ptr + row[:, None] * a_columns + i[None, :], mask=inside, other=0)
+        if GATHER:
+            row = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64) // K
+        inside = live[:, None] & (j < b_columns)[None, :]
+        b = tl.load(b_ptr + row[:, None] * b_columns + j[None, :], mask=inside, other=0).to(dtype)
+        total = dot(tl.trans(a), b, total, PRECISION)
+        bias += tl.sum(a.to(tl.float32), axis=0)
+    inside = (i < a_columns)[:, None] & (j < b_columns)[None, :]
+    at = (chunk * a_columns + i)[:, None] * b_columns + j[None, :]
+    tl.store(shares_ptr + at, total.to(shares_ptr.dtype.element_ty), mask=inside)
+    if bias_ptr is not None and tile % tiles_b == 0:
+        at = chunk * a_columns + i
+        tl.store(bias_ptr + at, bias.to(bias_ptr.dtype.element_ty), mask=i < a_columns)

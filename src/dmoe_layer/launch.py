@@ -1,0 +1,46 @@
+"""How the Triton kernels are launched, and the sizes that they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **options: Any) -> None:
+    """Runs ``kernel`` on the device of ``on``; an empty grid is nothing to do."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(on):
+        # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default
+        # is about to change.
+        kernel[grid](*arguments, **options, enable_fp_fusion=True)
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The power of two that a block needs to hold ``size``; a GEMM's side is at least 16."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def tiles(rows: int, block: int, groups: int) -> int:
+    """As many tiles as ``rows`` in ``groups`` can need, however they are shared out."""
+    return rows // block + groups
+
+
+def precision() -> str:
+    """How a GEMM of fp32 numbers is done on tensor cores.
+
+    As three products of tf32 parts, which has fp32's accuracy; as one only where the user has
+    allowed that to PyTorch's own matmul.
+    """
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name for a dtype of PyTorch's."""
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+        dtype
+    ]
