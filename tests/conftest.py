@@ -6,6 +6,11 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before
+# anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Deadlines measure the machine, not the code.
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
@@ -17,3 +22,10 @@ def _fresh_state():
     torch.manual_seed(0)
     yield
     torch.compiler.reset()
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

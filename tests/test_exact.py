@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from dmoe_layer import DMoE, dispatch, eager, router
+from dmoe_layer import DMoE, Routing, dispatch, eager, router
 from dmoe_layer.dispatch import Dispatch
 from dmoe_layer.operators import draw_seed
 
@@ -75,10 +75,13 @@ def true_dropout(p, indices_TK, n_experts, dim, dtype):
     return torch.cat([*rows, like[:0]])[plan.rows_TK]
 
 
-def run_both(options, call, dtype):
-    """(found, true) pairs of y, the routing, and every gradient of a loss on all of them."""
+def run_both(options, call, dtype, device="cpu", noise=true_noise, dropout=true_dropout):
+    """(found, true) pairs of y, the routing, and every gradient of a loss on all of them.
+
+    ``noise`` and ``dropout`` know what the backend draws from the same seeds.
+    """
     generator = torch.Generator().manual_seed(call["seed"])
-    layer = DMoE(**options, dtype=dtype).train(call["training"])
+    layer = DMoE(**options, dtype=dtype).train(call["training"]).to(device)
     dim, n_experts, k = layer.dim, layer.n_experts, layer.k
     batch, tokens = call["batch"], call["tokens"]
     shape = (batch, tokens, dim)
@@ -91,19 +94,25 @@ def run_both(options, call, dtype):
         values = torch.tensor(call["values"], dtype=torch.int64).reshape(batch, len(sizes))
 
     torch.manual_seed(call["seed"])
-    y, routing = layer(x, values, mask=mask, return_routing=True)
+    y, routing = layer(
+        x.to(device),
+        None if values is None else values.to(device),
+        mask=None if mask is None else mask.to(device),
+        return_routing=True,
+    )
+    y, routing = y.cpu(), Routing(*(None if t is None else t.cpu() for t in routing))
 
     torch.manual_seed(call["seed"])
     score_dtype = torch.promote_types(dtype, torch.float32)
     noisy = options["noise"] == "always" or (options["noise"] == "train" and call["training"])
-    noise_TE = true_noise(noisy, int(kept.sum()), n_experts, score_dtype)
+    noise_TE = noise(noisy, int(kept.sum()), n_experts, score_dtype)
     noise_BTE = None
     if noise_TE is not None:
         noise_BTE = torch.zeros(batch, tokens, n_experts, dtype=torch.float64)
         noise_BTE[kept] = noise_TE.double()
     drop_BTKD = None
     if call["training"] and options["dropout"]:
-        factors = true_dropout(
+        factors = dropout(
             options["dropout"], routing.expert_indices, n_experts, dim, torch.float64
         )
         drop_BTKD = torch.zeros(batch, tokens, k, dim, dtype=torch.float64)
@@ -111,7 +120,9 @@ def run_both(options, call, dtype):
     chosen_BTK = torch.zeros(batch, tokens, k, dtype=torch.int64)
     chosen_BTK[kept] = routing.expert_indices
     true_x = x.detach().double().requires_grad_()
-    true_params = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
+    true_params = {
+        n: p.detach().cpu().double().requires_grad_() for n, p in layer.named_parameters()
+    }
     true_y, logits, experts, gates = naive.dmoe(
         true_x,
         call["values"],
@@ -143,7 +154,7 @@ def run_both(options, call, dtype):
     pairs["dx"] = (x.grad, zero_if_none(true_x))
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, f"{name} got no gradient"
-        pairs[f"d{name}"] = (parameter.grad, zero_if_none(true_params[name]))
+        pairs[f"d{name}"] = (parameter.grad.cpu(), zero_if_none(true_params[name]))
     return pairs
 
 

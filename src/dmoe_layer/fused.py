@@ -46,8 +46,9 @@ def fused_experts(
     What is kept for backward: the hidden layer of wide experts before their activation (after it
     where that is ReLU, which says as much), if ``keep_hidden``; else an empty tensor.
     """
+    x_TD = x_TD.contiguous()
     call = _Call(x_TD, order_R, gates_TK, w1_EHD, activation, dropout, seed, dtype)
-    weights = [None if p is None else p.to(dtype) for p in (w1_EHD, b1_EH, w2_EDH, b2_ED)]
+    weights = _as_operands(dtype, w1_EHD, b1_EH, w2_EDH, b2_ED)
     if call.narrow:
         hidden = x_TD.new_empty(0)
         slots = _narrow_forward(call, x_TD, order_R, offsets, gates_TK, *weights)
@@ -82,8 +83,9 @@ def fused_experts_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, w1, b1, w2, b2; an empty tensor for a bias that is not there."""
+    x_TD = x_TD.contiguous()
     call = _Call(x_TD, order_R, gates_TK, w1_EHD, activation, dropout, seed, dtype)
-    weights = [None if p is None else p.to(dtype) for p in (w1_EHD, b1_EH, w2_EDH, b2_ED)]
+    weights = _as_operands(dtype, w1_EHD, b1_EH, w2_EDH, b2_ED)
     inputs = (call, dy_TD.contiguous(), x_TD, order_R, offsets, gates_TK, *weights)
     if call.narrow:
         slots, dgates, *dweights = _narrow_backward(*inputs)
@@ -142,6 +144,10 @@ class _Call:
             slots, y, y.numel(), dim=self.dim, K=self.k, BLOCK=1024,
         )  # fmt: skip
         return y
+
+
+def _as_operands(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if p is None else p.to(dtype).contiguous() for p in parameters]
 
 
 class _Blocks(NamedTuple):

@@ -32,6 +32,7 @@ def fused_route(
     have the table's only one. ``order`` (T·k,) holds each (token, slot) pair t·k + j, sorted by
     expert; expert e's are ``order[offsets[e] : offsets[e + 1]]``.
     """
+    x, w_A2ED, b_A2E = x.contiguous(), w_A2ED.contiguous(), b_A2E.contiguous()
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     tokens, n_experts, dim = samples.tokens, w_A2ED.shape[2], x.shape[-1]
     n_tiles = tiles(tokens, samples.tile, samples.count)
@@ -82,6 +83,7 @@ def fused_route_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w and b."""
+    x, w_A2ED, b_A2E = x.contiguous(), w_A2ED.contiguous(), b_A2E.contiguous()
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     n_experts, dim = w_A2ED.shape[2], x.shape[-1]
     chunk = samples.tile * max(1, samples.tokens // (samples.tile * CHUNKS))
@@ -122,9 +124,9 @@ def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
     total = shares.new_empty((groups, *shares.shape[1:]))
     numbers = shares.shape[1:].numel()
     launch(
-        sum_chunks_kernel, (groups, -(-numbers // 64)), shares,
+        sum_chunks_kernel, (groups, -(-numbers // 512)), shares,
         shares, offsets, total, groups, numbers, chunk_rows,
-        GROUPS=padded(groups, 2), CHUNKS=32, BLOCK=64,
+        GROUPS=padded(groups, 2), CHUNKS=8, BLOCK=512,
     )  # fmt: skip
     return total
 

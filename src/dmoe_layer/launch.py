@@ -26,8 +26,8 @@ def padded(size: int, least: int = 16) -> int:
 
 
 def tiles(rows: int, block: int, groups: int) -> int:
-    """As many tiles as ``rows`` in ``groups`` can need, however they are shared out."""
-    return rows // block + groups
+    """As many tiles as ``rows`` in ``groups`` can need, however they are shared out; never none."""
+    return rows // block + max(groups, 1)
 
 
 def precision() -> str:

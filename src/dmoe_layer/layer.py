@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
 from .attributes import Attributes, as_attributes, check_attributes, per_token
+from .backend import BACKENDS, autocast_dtype, choose
 from .eager import experts
 from .lazy import LazyDim
 from .mlp import read_mlp
@@ -25,8 +26,6 @@ from .scope import current_attributes, record
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-BACKENDS = ("auto", "eager")
 
 
 class DMoE(LazyDim):
@@ -60,7 +59,9 @@ class DMoE(LazyDim):
         residual: adds x to the output.
         zero_init: starts w2 and b2 at zero, so that the layer adds nothing at first.
         channel_dim: the axis of x that holds D: 1 for (B, C, H, W) and (B, C, D, H, W).
-        backend: "auto" or "eager" (plain PyTorch, any device and dtype).
+        backend: "eager" (plain PyTorch, any device and dtype), "triton" (fused kernels; raises
+            where they cannot take the call) or "auto": Triton on a GPU where it can take the
+            call, else eager. ``dmoe_layer.backend.explain(layer, x)`` says which and why.
         device, dtype: of the parameters.
 
     Parameters, one tensor for all experts, so that an idle expert still gets a zero gradient:
@@ -273,19 +274,24 @@ class DMoE(LazyDim):
         wanted, recorded_BN = self._find_attributes(x, attributes)
         # One copy for router and experts, which keep it for backward.
         x_BTD = rearrange(x.movedim(self.channel_dim, -1), "b ... d -> b (...) d").contiguous()
+        dtype = autocast_dtype(x) or x.dtype
+        fused = choose(self, x_BTD, dtype).backend == "triton"
         if mask is None:
             tokens_TD, tokens_per_sample, kept_T = x_BTD.flatten(0, 1), None, None
-            routing = self.router(x_BTD, wanted)
+            routed = self.router(x_BTD, wanted, fused=fused)
         else:
             mask_BT = mask.to(x.device).reshape(x_BTD.shape[:2])
             tokens_per_sample, kept_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
             tokens_TD = x_BTD.flatten(0, 1).index_select(0, kept_T)
-            routing = self.router(tokens_TD, wanted, tokens_per_sample=tokens_per_sample)
+            routed = self.router(
+                tokens_TD, wanted, tokens_per_sample=tokens_per_sample, fused=fused
+            )
+        routing, dispatch = (routed[0], routed[1:]) if fused else (routed, ())
         if recorded_BN is not None:
             attributes_T = per_token(recorded_BN, tokens_TD.shape[0], tokens_per_sample)
             routing = routing._replace(attributes=attributes_T)
 
-        y_TD = self._run_experts(tokens_TD, routing)
+        y_TD = self._run_experts(tokens_TD, routing, dispatch, dtype)
         if kept_T is not None:  # index_put, since index_copy and index_add keep y for backward
             y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((kept_T,), y_TD)
         y = y_TD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
@@ -294,21 +300,21 @@ class DMoE(LazyDim):
         record(routing, self.router.sizes)
         return (y, routing) if return_routing else y
 
-    def _run_experts(self, tokens_TD: Tensor, routing: Routing) -> Tensor:
+    def _run_experts(
+        self, x_TD: Tensor, routing: Routing, dispatch: tuple[Tensor, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """By the kernels if these have begun the dispatch."""
         seed = draw_seed() if self.training and self.dropout > 0 else None
-        return experts(
-            tokens_TD,
-            routing.expert_indices,
-            routing.gates,
-            self.w1_EHD,
-            self.b1_EH,
-            self.w2_EDH,
-            self.b2_ED,
-            self.activation,
-            self.dropout,
-            seed,
-            _autocast_dtype(tokens_TD) or tokens_TD.dtype,
+        weights = (self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
+        options = (self.activation, self.dropout, seed, dtype)
+        if not dispatch:
+            return experts(x_TD, routing.expert_indices, routing.gates, *weights, *options)
+        from .fused import fused_experts
+
+        trained = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x_TD, routing.gates, *weights)
         )
+        return fused_experts(x_TD, *dispatch, routing.gates, *weights, *options, trained)[0]
 
     def _find_attributes(
         self, x: Tensor, attributes: Any
@@ -339,7 +345,7 @@ class DMoE(LazyDim):
                 f"channel_dim={self.channel_dim}, expected {expected}."
             )
         check_device(x, self.w1_EHD, "layer")
-        if x.dtype != self.w1_EHD.dtype and _autocast_dtype(x) is None:
+        if x.dtype != self.w1_EHD.dtype and autocast_dtype(x) is None:
             raise TypeError(
                 f"x: got {x.dtype}, but the layer's parameters are {self.w1_EHD.dtype}. Convert "
                 "one with .to(dtype), or run under torch.autocast."
@@ -354,14 +360,6 @@ class DMoE(LazyDim):
                 f"mask: got shape {tuple(mask.shape)}, expected {tokens}: one entry a token, "
                 f"x's shape {tuple(x.shape)} without axis {axis}."
             )
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for, if it is on. Like PyTorch's own, it leaves fp64 alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _in_memory_format_of(x: Tensor, y: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ class AttributeRouter(LazyDim):
         attributes: Any = None,
         *,
         tokens_per_sample: Tensor | None = None,
-    ) -> Routing:
+        fused: bool = False,
+    ) -> Any:
         """Routes every token.
 
         Args:
@@ -165,9 +166,11 @@ class AttributeRouter(LazyDim):
             attributes: integers, (B,) or (B, n); a batch of 1 or a scalar applies to every
                 sample; -1 is unknown.
             tokens_per_sample: (B,) int64, how many tokens of a ragged batch each sample has.
+            fused: by the Triton kernel, which also begins the dispatch (:class:`DMoE` asks).
 
         Returns:
-            Routing, over all tokens sample after sample.
+            Routing, over all tokens sample after sample; if ``fused``, also the order of the
+            (token, slot) pairs by expert, (T·k,), and the experts' offsets in it, (E + 1,).
         """
         batch = self._check_input(x, tokens_per_sample)
         refuse_functional_derivatives(x)
@@ -176,14 +179,22 @@ class AttributeRouter(LazyDim):
         seed = draw_seed() if noisy else None
         w_A2ED, b_A2E = self._table(self.w_A2ED), self._table(self.b_A2E)
         rows_BN = None if self.sizes is None or values_BN is None else self._rows(values_BN)
-        logits_TE = router_logits(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, seed)
-        scores_TK, indices_TK = logits_TE.topk(self.k, dim=-1)
+        inputs = (x, w_A2ED, b_A2E, rows_BN, tokens_per_sample)
+        if fused:
+            from .fused_router import fused_route
+
+            logits_TE, indices_TK, gates_TK, *dispatch = fused_route(*inputs, self.k, seed)
+        else:
+            logits_TE = router_logits(*inputs, seed)
+            scores_TK, indices_TK = logits_TE.topk(self.k, dim=-1)
+            gates_TK, dispatch = F.softmax(scores_TK, dim=-1), []
         attributes_T = (
             None
             if values_BN is None
             else per_token(values_BN, logits_TE.shape[0], tokens_per_sample)
         )
-        return Routing(indices_TK, F.softmax(scores_TK, dim=-1), logits_TE, attributes_T)
+        routing = Routing(indices_TK, gates_TK, logits_TE, attributes_T)
+        return (routing, *dispatch) if fused else routing
 
     def check(self, x: Tensor, batch: int, attributes: Any) -> Tensor | None:
         """The attribute values of ``batch`` samples, (B, n) on ``x``'s device, or an error."""

@@ -1,0 +1,128 @@
+"""Which backend computes a call, and why: the conditions stand here and nowhere else.
+
+``eager`` is plain PyTorch and takes everything. ``triton`` has the router's top-k and dispatch and
+the experts' MLPs fused into kernels of its own, for what ``_obstacle`` finds nothing against. Both
+use the same parameters. They draw other noise and dropout from the same seed.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "eager", "triton")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_EXPERTS, MAX_K = 64, 8
+# A tile holds tokens of one sample, since each sample has a router. With few tokens a sample most
+# of a tile would be empty; and each program looks through the samples to find its own.
+MIN_TOKENS_PER_SAMPLE, MAX_SAMPLES = 16, 4096
+
+
+class Choice(NamedTuple):
+    """The backend of a call, and the reason in words."""
+
+    backend: str
+    reason: str
+
+
+def choose(layer: Any, x: Tensor, dtype: torch.dtype) -> Choice:
+    """The backend that ``layer``, a :class:`DMoE`, takes for its tokens x (B, T, D).
+
+    Args:
+        dtype: what the experts compute in: x's, or autocast's.
+
+    Raises:
+        RuntimeError: if the layer was told to use Triton, which cannot take this call.
+    """
+    if layer.backend == "eager":
+        return Choice("eager", "the layer was told to use it")
+    if layer.backend == "auto" and not x.is_cuda:
+        return Choice("eager", f"x is on {x.device.type}, where plain PyTorch is the backend")
+    obstacle = _obstacle(layer, x, dtype)
+    if not obstacle:
+        return Choice("triton", "nothing stands against it")
+    if layer.backend == "triton":
+        raise RuntimeError(
+            f"backend='triton': {obstacle}. backend='auto' would take the eager backend."
+        )
+    return Choice("eager", obstacle)
+
+
+def explain(layer: Any, x: Tensor) -> str:
+    """Which backend a :class:`DMoE` takes for the input x, and why.
+
+    Example:
+        >>> import torch
+        >>> from dmoe_layer import DMoE
+        >>> from dmoe_layer.backend import explain
+        >>> explain(DMoE(16), torch.randn(2, 10, 16))
+        'eager: x is on cpu, where plain PyTorch is the backend'
+    """
+    x_BTD = x.movedim(layer.channel_dim, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
+    choice = choose(layer, x_BTD, autocast_dtype(x) or x.dtype)
+    if choice.backend == "eager":
+        return f"eager: {choice.reason}"
+    from .fused import NARROW
+
+    how = (
+        "narrow experts, both layers in one kernel, the hidden layer computed again in backward"
+        if x_BTD.shape[-1] <= NARROW
+        else "wide experts, grouped GEMMs, the hidden layer kept for backward"
+    )
+    return f"triton: {how} (narrow is D <= {NARROW}; D is {x_BTD.shape[-1]})"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for, if it is on. Like PyTorch's own, it leaves fp64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
+    """What keeps the kernels from taking the call, in words; empty if nothing does."""
+    if machine := _obstacle_of_machine(x_BTD.device.type, x_BTD.device.index or 0):
+        return machine
+    for what, given in (
+        ("x", x_BTD.dtype), ("the parameters", layer.w1_EHD.dtype), ("autocast", dtype)
+    ):  # fmt: skip
+        if given not in DTYPES:
+            return f"{what}: {given}; the kernels take {', '.join(map(str, DTYPES))}"
+    if layer.n_experts > MAX_EXPERTS:
+        return f"n_experts is {layer.n_experts}; the kernels take up to {MAX_EXPERTS}"
+    if layer.k > MAX_K:
+        return f"k is {layer.k}; the kernels take up to {MAX_K}"
+    if layer.attribute_sizes is None:
+        return ""
+    samples, tokens = x_BTD.shape[:2]
+    if samples > MAX_SAMPLES:
+        return f"{samples} samples; with attributes the kernels take up to {MAX_SAMPLES}"
+    if tokens < MIN_TOKENS_PER_SAMPLE:
+        return (
+            f"{tokens} tokens a sample; with attributes the kernels take at least "
+            f"{MIN_TOKENS_PER_SAMPLE}"
+        )
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _obstacle_of_machine(device: str, index: int) -> str:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return ""
+    if device != "cuda":
+        return f"x is on {device}; the kernels need a GPU"
+    if torch.version.hip is not None:
+        return "ROCm; the kernels are written for NVIDIA's GPUs"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+    return ""

@@ -1,0 +1,387 @@
+"""The Triton backend equals the naive loop: in Triton's interpreter, and on a GPU where there is one."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from test_exact import TOLERANCE, assert_close, run_both
+
+from dmoe_layer import DMoE, backend, carry_routing, routing
+from dmoe_layer.operators import draw_seed
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+from dmoe_layer import fused, fused_router  # noqa: E402
+from dmoe_layer.kernels import common  # noqa: E402
+from dmoe_layer.launch import launch, padded  # noqa: E402
+
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Fills torch.empty with NaN (integers with their largest), so that what is unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@triton.jit
+def _noise_kernel(out_ptr, seed, n_experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+    t, e = tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, EXPERTS)
+    noise = common.normal_noise(seed, t, EXPERTS)
+    at = t[:, None] * n_experts + e[None, :]
+    tl.store(out_ptr + at, noise, mask=(e < n_experts)[None, :])
+
+
+@triton.jit
+def _kept_kernel(out_ptr, seed, threshold, dim, PAIRS: tl.constexpr, DIM: tl.constexpr):
+    p, d = tl.arange(0, PAIRS).to(tl.int64), tl.arange(0, DIM)
+    kept = common.kept(seed, p, 0, threshold, DIM).to(tl.float32)
+    tl.store(out_ptr + p[:, None] * dim + d[None, :], kept, mask=(d < dim)[None, :])
+
+
+def kernel_noise(noisy, tokens, n_experts, dtype):
+    """What the routing kernel draws in the call that follows, (T, E)."""
+    if not noisy:
+        return None
+    rows, experts = padded(tokens, 2), padded(n_experts, 8)
+    noise, seed = torch.empty(rows, n_experts, device=HERE), int(draw_seed())
+    launch(_noise_kernel, (1,), noise, noise, seed, n_experts, TOKENS=rows, EXPERTS=experts)
+    return noise[:tokens].cpu()
+
+
+def kernel_dropout(p, indices_TK, n_experts, dim, dtype):
+    """The factors of dropout in the call that follows, (T, k, D)."""
+    pairs, dropped, seed = indices_TK.numel(), round(p * 2**16), int(draw_seed())
+    kept = torch.empty(padded(pairs, 2), dim, device=HERE)
+    sizes = {"PAIRS": len(kept), "DIM": padded(dim)}
+    launch(_kept_kernel, (1,), kept, kept, seed, dropped, dim, **sizes)
+    scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
+    return kept[:pairs].cpu().to(dtype).view(*indices_TK.shape, dim) * scale
+
+
+run_kernels = partial(run_both, device=HERE, noise=kernel_noise, dropout=kernel_dropout)
+
+OPTIONS = {
+    "dim": 24, "hidden_dim": None, "n_experts": 8, "k": 2, "attribute_sizes": 3,
+    "unknown": "error", "activation": "relu", "bias": True, "noise": "train", "dropout": 0.1,
+    "residual": False, "backend": "triton",
+}  # fmt: skip
+CALL = {
+    "batch": 3, "tokens": 21, "values": [[0], [2], [2]], "training": True, "masked": False,
+    "seed": 5,
+}  # fmt: skip
+TWO = {"attribute_sizes": (3, 2), "unknown": "learned"}
+TWO_VALUES = {"values": [[0, 1], [-1, 0], [2, -1]]}
+CASES = {
+    "plain": ({"attribute_sizes": None}, {}),
+    "the paper's": ({}, {}),
+    "one number wide": ({"dim": 1, "hidden_dim": 1, "n_experts": 1, "k": 1}, {}),
+    "odd widths": ({"dim": 5, "hidden_dim": 7, "n_experts": 3, "bias": False}, {"masked": True}),
+    "two attributes": ({**TWO, "activation": "gelu"}, {**TWO_VALUES, "masked": True}),
+    "average": ({**TWO, "unknown": "average", "noise": "always"}, {**TWO_VALUES, "training": False}),
+    "many experts": ({"dim": 9, "hidden_dim": 20, "n_experts": 64, "k": 8}, {}),
+    "nine experts, three chosen": ({"n_experts": 9, "k": 3, "activation": "silu"}, {}),
+    "half dropped": ({"dropout": 0.5, "noise": "never", "residual": True}, {}),
+    "all dropped": ({"dropout": 1.0}, {}),
+    "eval": ({"activation": "gelu_tanh"}, {"training": False}),
+    "narrow, in slices": ({"dim": 40, "hidden_dim": 100}, {"batch": 2, "values": [[1], [2]]}),
+    "wide": ({"dim": 130, "hidden_dim": 70}, {"batch": 2, "values": [[1], [2]]}),
+    "wide, gelu": (
+        {"dim": 136, "hidden_dim": 150, "n_experts": 3, "activation": "gelu", "bias": False},
+        {"batch": 2, "values": [[1], [2]], "masked": True},
+    ),
+    "no samples": ({}, {"batch": 0, "values": []}),
+    "wide, no samples": ({"dim": 130, "hidden_dim": 8}, {"batch": 0, "values": []}),
+}  # fmt: skip
+
+
+def assert_same_rows(found, true):
+    """Bits on a GPU; in the interpreter, whose GEMM is numpy's, what rounding allows."""
+    if HERE == "cuda":
+        assert torch.equal(found, true)
+    torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-6)
+
+
+def check_all(options, call, dtype):
+    for what, (found, true) in run_kernels(options, call, dtype).items():
+        assert_close(found, true, dtype, what)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_the_naive_loop(case):
+    options, call = CASES[case]
+    check_all({**OPTIONS, **options}, {**CALL, **call}, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["the paper's", "two attributes", "wide"])
+def test_kernels_in_low_precision_equal_the_naive_loop(case, dtype):
+    options, call = CASES[case]
+    check_all({**OPTIONS, **options}, {**CALL, **call}, dtype)
+
+
+@pytest.mark.parametrize("case", ["the paper's", "wide"])
+def test_rows_in_many_tiles_and_chunks_equal_the_naive_loop(case, monkeypatch):
+    # So few experts, so many tokens and so small chunks that each expert has several of each.
+    monkeypatch.setattr(fused, "PROGRAMS", 2**20 if case == "wide" else 2**30)
+    monkeypatch.setattr(fused_router, "CHUNKS", 2**20)
+    options = {"hidden_dim": 8, "n_experts": 2, "k": 1} | (CASES[case][0] if case == "wide" else {})
+    options |= {"hidden_dim": 8, "n_experts": 2, "k": 1}
+    tokens = 700 if case == "wide" else 150
+    call = {"batch": 2, "values": [[0], [2]], "tokens": tokens, "seed": 1}
+    check_all({**OPTIONS, **options}, {**CALL, **call}, torch.float32)
+
+
+def pair(**options):
+    """A layer with the kernels, and the same with the eager backend."""
+    ours = DMoE(**{"dim": 16, "hidden_dim": 24, "attribute_sizes": 3, **options}, backend="triton")
+    eager = DMoE(**{"dim": 16, "hidden_dim": 24, "attribute_sizes": 3, **options}, backend="eager")
+    eager.load_state_dict(ours.state_dict())
+    return ours.to(HERE), eager.to(HERE)
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_that_of_x():
+    ours, eager = (m.eval() for m in pair())
+    x, a = torch.randn(2, 20, 16, device=HERE), torch.tensor([0, 2], device=HERE)
+    with torch.autocast(HERE, dtype=torch.bfloat16):
+        (y, r), true = ours(x, a, return_routing=True), eager(x, a)
+    assert y.dtype == torch.float32
+    assert r.gates.dtype == r.logits.dtype == torch.float32
+    assert (y - true).abs().max() <= TOLERANCE[torch.bfloat16] * true.abs().max()
+    assert not torch.allclose(y, ours(x, a), rtol=1e-4)  # it did compute in bf16
+
+
+@pytest.mark.parametrize("dim", [16, 136])
+def test_operators_pass_opcheck(dim):
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs of uninitialized outputs
+    x = torch.randn(2, 17, dim, device=HERE, requires_grad=True)
+    w, b = torch.randn(3, 2, 4, dim, device=HERE), torch.randn(3, 2, 4, device=HERE)
+    rows, seed = torch.tensor([[0], [2]], device=HERE), torch.tensor(2**50)
+    route_inputs = (x, w.requires_grad_(), b.requires_grad_(), rows, None, 2, seed)
+    torch.library.opcheck(fused_router.fused_route, route_inputs)
+    _, indices, gates, order, offsets = (
+        t.detach() for t in fused_router.fused_route(*route_inputs)
+    )
+    given = [t.detach() for t in (x, w, b)]
+    grads = (torch.randn(34, 4, device=HERE), torch.randn(34, 2, device=HERE))
+    torch.library.opcheck(
+        fused_router.fused_route_backward, (*grads, indices, gates, *given, rows, None, seed)
+    )
+    shapes = ((4, 20, dim), (4, 20), (4, dim, 20), (4, dim))
+    weights = [torch.randn(s, device=HERE, requires_grad=True) for s in shapes]
+    options = ("gelu", 0.1, seed, torch.float32)
+    tokens = x.detach().flatten(0, 1).requires_grad_()
+    inputs = (tokens, order, offsets, gates.requires_grad_(), *weights)
+    torch.library.opcheck(fused.fused_experts, (*inputs, *options, True))
+    y, hidden = (t.detach() for t in fused.fused_experts(*inputs, *options, True))
+    inputs = tuple(t.detach() for t in inputs)
+    torch.library.opcheck(fused.fused_experts_backward, (y, *inputs, hidden, *options))
+
+
+def test_pairs_are_sorted_by_expert_and_then_by_token():
+    x = torch.randn(3, 200, 8, device=HERE)
+    w, b = torch.randn(2, 2, 5, 8, device=HERE), torch.zeros(2, 2, 5, device=HERE)
+    rows = torch.tensor([[0], [1], [0]], device=HERE)
+    counts = torch.tensor([140, 0, 460], device=HERE)
+    for tokens, per_sample in ((x, None), (x.flatten(0, 1), counts)):
+        logits, indices, gates, order, offsets = fused_router.fused_route(
+            tokens, w, b, rows, per_sample, 3, None
+        )
+        assert torch.equal(order.long(), indices.flatten().argsort(stable=True))
+        assert offsets.diff().tolist() == indices.flatten().bincount(minlength=5).tolist()
+        top = logits.topk(3)
+        assert torch.equal(indices, top.indices)
+        torch.testing.assert_close(gates, top.values.softmax(dim=-1))
+
+
+def test_scores_that_are_equal_infinite_or_nan_choose_k_different_experts():
+    w = torch.zeros(1, 2, 6, 8, device=HERE)
+    for bias in ([0.0] * 6, [-math.inf] * 6, [math.nan] * 6, [1, math.inf, -math.inf, 0, 1, 1],
+                 [-1, -2, math.nan, -3, -4, -5]):  # fmt: skip
+        b = torch.zeros(1, 2, 6, device=HERE)
+        b[0, 0] = torch.tensor(bias)
+        x = torch.zeros(1, 3, 8, device=HERE)
+        logits, indices, gates, *_ = fused_router.fused_route(x, w, b, None, None, 4, None)
+        torch.testing.assert_close(logits[0], b[0, 0], equal_nan=True)
+        assert all(len(set(row)) == 4 and max(row) < 6 for row in indices.tolist())
+        top = logits.topk(4).values
+        torch.testing.assert_close(logits.gather(1, indices), top, equal_nan=True)
+        torch.testing.assert_close(gates, top.softmax(dim=-1), equal_nan=True)
+
+
+def test_noise_is_normal():
+    noise = kernel_noise(True, 2**15, 8, torch.float32).double()
+    assert noise.mean().abs() < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    for quantile in (0.001, 0.05, 0.3, 0.7, 0.95, 0.999):
+        z = math.sqrt(2) * torch.erfinv(torch.tensor(2 * quantile - 1.0)).item()
+        assert abs((noise < z).double().mean() - quantile) < 4 * math.sqrt(quantile / 2**18)
+    # Neither neighbours nor tokens nor experts go together.
+    assert torch.corrcoef(noise.T).sub(torch.eye(8)).abs().max() < 0.03
+    assert (noise[1:] * noise[:-1]).mean().abs() < 0.01
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_the_share_it_should_and_columns_are_independent(p):
+    kept = kernel_dropout(p, torch.zeros(2**12, 2), 8, 24, torch.float64).view(-1, 24) > 0
+    share = kept.double().mean()
+    assert abs(share - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
+    assert torch.corrcoef(kept.double().T).sub(torch.eye(24)).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("dim", [16, 136])
+def test_nan_in_one_sample_stays_in_that_sample(dim):
+    layer, _ = pair(dim=dim)
+    layer.eval()
+    x, a = torch.randn(3, 17, dim, device=HERE), torch.tensor([0, 1, 2], device=HERE)
+    clean = layer(x, a)
+    x[1, 2, 3] = math.nan
+    x.requires_grad_()
+    y = layer(x, a)
+    assert torch.isnan(y[1, 2]).all()
+    assert_same_rows(y[[0, 2]], clean[[0, 2]])
+    y[[0, 2]].sum().backward()
+    assert torch.isfinite(x.grad[[0, 2]]).all()
+    assert torch.isfinite(layer.router.w_A2ED.grad[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("dim", [16, 136])
+def test_in_eval_a_sample_keeps_its_bits_beside_others(dim):
+    layer, _ = pair(dim=dim)
+    layer.eval()
+    x, a = torch.randn(4, 19, dim, device=HERE), torch.tensor([0, 1, 2, 0], device=HERE)
+    together = layer(x, a)
+    for i in range(4):
+        assert_same_rows(layer(x[i : i + 1], a[i : i + 1])[0], together[i])
+
+
+@pytest.mark.parametrize("dim", [16, 136])
+def test_the_same_seed_gives_the_same_bits_and_a_second_backward_the_same_gradient(dim):
+    layer, _ = pair(dim=dim)
+    x, a = torch.randn(2, 18, dim, device=HERE, requires_grad=True), torch.tensor([0, 1])
+    inputs, grads = [x, *layer.parameters()], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        loss = layer(x, a.to(HERE)).square().sum()
+        grads.append(torch.autograd.grad(loss, inputs, retain_graph=True))
+    grads.append(torch.autograd.grad(loss, inputs))
+    for other in grads[1:]:
+        assert all(torch.equal(g, o) for g, o in zip(grads[0], other, strict=True))
+
+
+def test_a_recomputed_block_gives_the_same_gradients():
+    layer, _ = pair()
+    x = torch.randn(2, 18, 16, device=HERE, requires_grad=True)
+    grads = []
+    for block in (layer, None):
+        torch.manual_seed(0)
+        with routing(torch.tensor([0, 1])):
+            if block is None:
+                wrapped = carry_routing(layer)
+                y = torch.utils.checkpoint.checkpoint(wrapped, x, use_reentrant=False)
+            else:
+                y = block(x)
+        grads.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dim", [16, 136])
+def test_compile_takes_the_layer_whole(dim):
+    # Inductor draws the seeds otherwise than eager PyTorch: without them the two are comparable.
+    layer, _ = pair(dim=dim, noise="never", dropout=0.0)
+    x, a = torch.randn(2, 18, dim, device=HERE, requires_grad=True), torch.tensor([0, 1])
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True)):
+        y = call(x, a.to(HERE))
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dim", "most"), [(24, 1.5), (136, 1.5 + 2 * 24 / 136)])
+def test_narrow_experts_keep_no_hidden_layer_and_wide_ones_once(dim, most):
+    layer, _ = pair(dim=dim)
+    x = torch.randn(2, 128, dim, device=HERE, requires_grad=True)
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.shape[:1] != (8,):
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x, torch.tensor([0, 1], device=HERE))
+    assert sum(saved.values()) - x.nbytes <= (most - 1) * x.nbytes
+    with torch.no_grad():
+        y, hidden = kept_hidden(layer, x)
+    assert hidden.numel() == 0
+
+
+def kept_hidden(layer, x):
+    seen = []
+    original = fused.fused_experts
+
+    def spy(*arguments):
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    fused.fused_experts = spy
+    try:
+        layer(x, torch.tensor([0, 1], device=HERE))
+    finally:
+        fused.fused_experts = original
+    return seen[0]
+
+
+REFUSED = [
+    ({"dtype": torch.float64}, (2, 16, 16), "float64"),
+    ({"n_experts": 65}, (2, 16, 16), "n_experts is 65"),
+    ({"n_experts": 9, "k": 9}, (2, 16, 16), "k is 9"),
+    ({}, (2, 15, 16), "15 tokens a sample"),
+    ({}, (4097, 16, 16), "4097 samples"),
+]
+
+
+@pytest.mark.parametrize(("options", "shape", "words"), REFUSED)
+def test_what_the_kernels_cannot_take_is_said_and_auto_takes_eager(options, shape, words):
+    layer, _ = pair(**options)
+    x = torch.randn(shape, device=HERE, dtype=layer.w1_EHD.dtype)
+    with pytest.raises(RuntimeError, match=rf"backend='triton': .*{words}.*backend='auto'"):
+        layer(x, 0)
+    layer.backend = "auto"
+    assert layer(x, 0).shape == shape
+    assert backend.explain(layer, x).startswith("eager: ")
+    if HERE == "cuda":
+        assert words in backend.explain(layer, x)
+
+
+def test_explain_says_which_backend_and_why():
+    narrow, eager = pair()
+    x = torch.randn(2, 16, 16, device=HERE)
+    assert backend.explain(narrow, x).startswith("triton: narrow experts")
+    assert backend.explain(eager, x) == "eager: the layer was told to use it"
+    wide = DMoE(200, channel_dim=1, backend="triton").to(HERE)
+    volume = torch.randn(1, 200, 4, 2, 2, device=HERE)
+    assert backend.explain(wide, volume).startswith("triton: wide experts")
+    auto = DMoE(16).to(HERE)
+    where = "triton" if HERE == "cuda" else "eager: x is on cpu"
+    assert backend.explain(auto, x).startswith(where)
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [("triton", "Triton is not installed"), ("interpreter", "x is on cpu; the kernels need a GPU")],
+)
+def test_a_machine_without_triton_or_gpu_is_told_so(machine, words, monkeypatch):
+    if machine == "triton":
+        monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(RuntimeError, match=words):
+        DMoE(16, backend="triton")(torch.randn(1, 16, 16))
