@@ -2,50 +2,72 @@
 
     python -m benchmarks.kernel_report
 
-The layer's own launches are recorded at the shapes below, and each is compiled by Triton's ptxas
-for compute capability 8.0 and 9.0. Registers, stack and shared memory come from the binary's
-resource table, matrix instructions from its disassembly. A stack above 0 would be a spill.
+The layer's own launches are recorded at the widths of the benchmark's goals, and each is compiled
+by Triton for compute capability 8.0 and 9.0. Registers, stack and shared memory come from the
+binary's resource table, matrix instructions from its disassembly; a stack is what spills.
 
-Occupancy is resident warps over the multiprocessor's 64, as registers and shared memory allow.
-The roofline share allowed is a model, not a measurement: it is what a kernel can reach where
-nothing but its arithmetic and the traffic that its launch needs counts.
+Columns of the CSV:
+    occupancy: resident warps over the multiprocessor's 64, as registers and shared memory allow.
+    roofline: the share of the roofline that the launch allows, by a model and not measured: the
+        time of the useful operations or of the least traffic, whichever is longer, over the time
+        of the operations issued (blocks are padded to powers of two) or of the traffic at the
+        bandwidth that the resident programs can keep busy (Little's law: a program has one tile's
+        loads under way, and LATENCY passes until they arrive).
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
+import math
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-CAPABILITIES = (80, 90)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = (24, 48, 768)
-ACTIVATION = "relu"
-# Of a multiprocessor, by compute capability: bytes of shared memory, all blocks and one block.
-SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024)}
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32
-RESULTS = Path(__file__).parent / "results" / "kernels.csv"
+LATENCY = 700e-9
+N_EXPERTS, K = 8, 2
+
+
+class GPU(NamedTuple):
+    """Limits from the vendor's data sheets; per multiprocessor where nothing else is said."""
+
+    shared: int
+    shared_of_block: int
+    multiprocessors: int
+    bandwidth: float
+    flops: dict[str, float]
+
+    registers: int = 65536
+    warps: int = 64
+    blocks: int = 32
+
+
+# fp32 runs as three tf32 products.
+A100 = {"fp32": 156e12 / 3, "fp16": 312e12, "bf16": 312e12}
+H100 = {"fp32": 495e12 / 3, "fp16": 989e12, "bf16": 989e12}
+GPUS = {
+    80: GPU(164 << 10, 163 << 10, 108, 2.0e12, A100),
+    90: GPU(228 << 10, 227 << 10, 132, 3.35e12, H100),
+}
 
 
 class Launch(NamedTuple):
-    """A recorded launch: the kernel, what it was given, and how it was to be compiled."""
+    """A recorded launch: the kernel, what it was given, and how it is to be compiled."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
 
-class Compiled(NamedTuple):
-    """What became of a launch: a row of the report."""
+class Row(NamedTuple):
+    """What became of a launch."""
 
     capability: int
     dtype: str
@@ -54,17 +76,14 @@ class Compiled(NamedTuple):
     variant: str
     warps: int
     registers: int
-    stack: int
-    shared: int
-    matrix: str
+    stack_bytes: int
+    shared_bytes: int
+    matrix_instructions: str
     occupancy: float
-
-    @property
-    def fits(self) -> bool:
-        return self.shared <= SHARED[self.capability][1]
+    roofline: float | str
 
 
-def record(dim: int, dtype: torch.dtype, *, activation: str = ACTIVATION) -> list[Launch]:
+def record(dim: int, dtype: torch.dtype, activation: str = "relu") -> list[Launch]:
     """The launches of one training step of the layer at this width, without running them."""
     from dmoe_layer import fused, fused_router
 
@@ -73,24 +92,27 @@ def record(dim: int, dtype: torch.dtype, *, activation: str = ACTIVATION) -> lis
     def note(kernel: Any, grid: Any, on: Any, *arguments: Any, **options: Any) -> None:
         launches.append(Launch(kernel, arguments, options))
 
-    tokens, n_experts, k, seed = 512, 8, 2, torch.tensor(2**61)
-    x = torch.zeros(2, tokens // 2, dim, dtype=dtype)
-    w, b = torch.zeros(3, 2, n_experts, dim, dtype=dtype), torch.zeros(3, 2, n_experts, dtype=dtype)
-    rows = torch.zeros(2, 1, dtype=torch.int64)
-    w1, b1 = (torch.zeros(n_experts, 4 * dim, *s, dtype=dtype) for s in ((dim,), ()))
-    w2, b2 = torch.zeros(n_experts, dim, 4 * dim, dtype=dtype), torch.zeros(n_experts, dim, dtype=dtype)
-    old = fused.launch, fused_router.launch
-    fused.launch = fused_router.launch = note
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    tokens, seed = 512, torch.tensor(2**61)
+    router = (zeros(3, 2, N_EXPERTS, dim), zeros(3, 2, N_EXPERTS), torch.zeros(2, 1).long(), None)
+    weights = (zeros(N_EXPERTS, 4 * dim, dim), zeros(N_EXPERTS, 4 * dim),
+               zeros(N_EXPERTS, dim, 4 * dim), zeros(N_EXPERTS, dim))  # fmt: skip
+    x, options = zeros(2, tokens // 2, dim), (activation, 0.1, seed, dtype)
+    modules = (fused, fused_router)
+    originals = [module.launch for module in modules]
     try:
-        _, indices, gates, order, offsets = fused_router.fused_route(x, w, b, rows, None, k, seed)
-        dgates, dlogits = torch.zeros(tokens, k), torch.zeros(tokens, n_experts)
-        options = (activation, 0.1, seed, dtype)
-        experts = (x[0].new_zeros(tokens, dim), order, offsets, gates, w1, b1, w2, b2)
+        for module in modules:
+            module.launch = note
+        logits, indices, gates, order, offsets = fused_router.fused_route(x, *router, K, seed)
+        experts = (x.flatten(0, 1), order, offsets, gates, *weights)
         y, hidden = fused.fused_experts(*experts, *options, True)
         fused.fused_experts_backward(y, *experts, hidden, *options)
-        fused_router.fused_route_backward(dlogits, dgates, indices, gates, x, w, b, rows, None, seed)
+        fused_router.fused_route_backward(logits, gates, indices, gates, x, *router, seed)
     finally:
-        fused.launch, fused_router.launch = old
+        for module, original in zip(modules, originals, strict=True):
+            module.launch = original
     return launches
 
 
@@ -105,71 +127,140 @@ def compile_for(launch: Launch, capability: int) -> Any:
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    compiling = dict(launch.options)
+    options = {**launch.options, "enable_fp_fusion": True}
+    # As Triton's own launcher specializes its arguments.
     for i, parameter in enumerate(launch.kernel.params):
-        given = i < len(launch.arguments)
-        value = launch.arguments[i] if given else compiling.pop(parameter.name)
-        specialized = not parameter.do_not_specialize
-        one = isinstance(value, int) and value == 1 and specialized
-        if parameter.is_constexpr or value is None or one:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
+        name, is_given = parameter.name, i < len(launch.arguments)
+        value = launch.arguments[i] if is_given else options.pop(name)
+        is_integer = isinstance(value, int) and not parameter.is_constexpr
+        specialized = is_integer and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + types[value.dtype]
+            signature[name] = "*" + types[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        elif is_integer:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialized and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32"
+            signature[name] = "fp32"
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={**compiling, "enable_fp_fusion": True}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def read(launch: Launch, capability: int, dtype: str, dim: int) -> Compiled:
+def read(launch: Launch, capability: int, dtype: str, dim: int) -> Row:
     """Compiles a launch and reads the binary."""
-    compiled = compile_for(launch, capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([_cuobjdump(), flag, file.name], check=True, capture_output=True, text=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    numbers = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    registers, stack = int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"])
-    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    used = sorted(set(re.findall(r"\b((?:HGMMA|HMMA|QGMMA|FFMA)\.[\w.]*)", code)))
-    matrix = " ".join(name for name in used if "MMA" in name)
-    # Registers are handed out to a warp in units of 256.
-    per_warp = -(-registers * 32 // 256) * 256
-    blocks = min(
-        REGISTERS // (per_warp * warps),
-        SHARED[capability][0] // (shared + 1024),
-        WARPS // warps,
-        BLOCKS,
-    )
-    variant = " ".join(f"{k}={launch.options[k]}" for k in ("OF_ROWS", "OF_WEIGHTS", "GATHER", "SPLIT", "NOISY", "DROP") if k in launch.options)
-    return Compiled(
-        capability, dtype, dim, launch.kernel.__name__, variant, warps, registers, stack, shared,
-        matrix, blocks * warps / WARPS,
-    )  # fmt: skip
-
-
-def _cuobjdump() -> str:
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    compiled, gpu = compile_for(launch, capability), GPUS[capability]
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, code = (
+            subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    # A warp's registers come in units of 256, and a block's shared memory has 1 KiB on top.
+    resident = min(
+        gpu.registers // (math.ceil(numbers["REG"] * 32 / 256) * 256 * warps),
+        gpu.shared // (shared + 1024),
+        gpu.warps // warps,
+        gpu.blocks,
+    )
+    flags = ("OF_ROWS", "OF_WEIGHTS", "GATHER", "SPLIT", "NOISY", "DROP")
+    return Row(
+        capability=capability,
+        dtype=dtype,
+        dim=dim,
+        kernel=launch.kernel.__name__,
+        variant=" ".join(f.lower() for f in flags if launch.options.get(f)),
+        warps=warps,
+        registers=numbers["REG"],
+        stack_bytes=numbers["STACK"] + numbers["LOCAL"],
+        shared_bytes=shared,
+        matrix_instructions=" ".join(sorted(set(re.findall(r"\bH?G?MMA\.[\w.]*", code)))),
+        occupancy=resident * warps / gpu.warps,
+        roofline=_roofline(launch.kernel.__name__, launch.options, dtype, dim, gpu, resident),
+    )
+
+
+def _roofline(
+    kernel: str, options: dict[str, Any], dtype: str, d: int, gpu: GPU, resident: int
+) -> float | str:
+    """The share that the launch allows; empty for the small reductions.
+
+    Work is for one row (token and slot) or, in the router, one token: operations, how much of the
+    padded operations they are, bytes read, bytes written, and rows in a tile.
+    """
+    h, s, o = 4 * d, DTYPES[dtype].itemsize, options
+    gemms = 3 * o.get("OF_ROWS", 0) + (4 if o.get("OF_WEIGHTS") else 0)
+    gemms -= 2 * bool(o.get("OF_ROWS") and o.get("OF_WEIGHTS"))
+
+    def fill(size: int, block: str) -> float:
+        return size / (math.ceil(size / o[block]) * o[block])
+
+    work: dict[str, Callable[[], tuple[float, float, float, float, int]]] = {
+        "route_kernel": lambda: (
+            4 * N_EXPERTS * d, fill(d, "DIM"), d * s, 4 * N_EXPERTS + 12 * K, o["TOKENS"]),
+        "route_backward_kernel": lambda: (
+            12 * N_EXPERTS * d, fill(d, "DIM"), d * s + 4 * N_EXPERTS + 16 * K, d * s, o["TOKENS"]),
+        "sort_kernel": lambda: (0, 1, 8 * K, 4 * K, o["TOKENS"]),
+        "sum_slots_kernel": lambda: (0, 1, K * d * s, d * s, o["BLOCK"] // d),
+        "mlp_kernel": lambda: (
+            4 * d * h, fill(d, "DIM") * fill(h, "HIDDEN"), d * s + 8, d * s, o["ROWS"]),
+        "mlp_backward_kernel": lambda: (
+            2 * gemms * d * h, fill(d, "DIM") * fill(h, "HIDDEN"), 2 * d * s + 8,
+            (d * s + 4) * o["OF_ROWS"], o["ROWS"]),
+        "hidden_kernel": lambda: (2 * d * h, fill(h, "COLUMNS"), d * s, h * s, o["ROWS"]),
+        "output_kernel": lambda: (2 * d * h, fill(d, "COLUMNS"), h * s, d * s, o["ROWS"]),
+        "gather_gradient_kernel": lambda: (0, 1, d * s, 2 * d * s, o["ROWS"]),
+        "hidden_backward_kernel": lambda: (
+            2 * d * h, fill(h, "COLUMNS"), (d + h) * s, h * s, o["ROWS"]),
+        "weight_backward_kernel": lambda: (
+            2 * d * h, fill(d, "COLUMNS"), (d + h) * s, 0, o["ROWS"]),
+    }  # fmt: skip
+    if kernel not in work:
+        return ""
+    operations, useful, loaded, stored, rows = work[kernel]()
+    peak = gpu.flops[dtype]
+    on_its_way = resident * rows * loaded * gpu.multiprocessors
+    bandwidth = min(gpu.bandwidth, on_its_way / LATENCY)
+    traffic = loaded + stored
+    possible = max(operations / useful / peak, traffic / bandwidth)
+    return round(max(operations / peak, traffic / gpu.bandwidth) / possible, 3)
+
+
+def rows(widths: tuple[int, ...], dtypes: tuple[str, ...], activation: str) -> Iterator[Row]:
+    """The report, a row for each launch that compiles to something of its own."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1: the interpreter compiles nothing. Unset it.")
+    for capability in GPUS:
+        for dim in widths:
+            for dtype in dtypes:
+                found = (
+                    read(launch, capability, dtype, dim)
+                    for launch in record(dim, DTYPES[dtype], activation)
+                )
+                yield from dict.fromkeys(found)
+
+
+def write(path: Path, report: list[Row]) -> None:
+    """The report as CSV, whole or not at all."""
+    new = path.with_suffix(".tmp")
+    with new.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(Row._fields)
+        table.writerows(report)
+    new.replace(path)
 
 
 if __name__ == "__main__":
-    for cap in CAPABILITIES:
-        for dim in [int(a) for a in sys.argv[1:]] or WIDTHS:
-            for name, dtype in DTYPES.items():
-                seen=set()
-                for l in record(dim, dtype):
-                    r = read(l, cap, name, dim)
-                    key=(r.kernel,r.variant,str({k:v for k,v in l.options.items() if k in('SAMPLES','GROUPS')}))
-                    print(*r, sep=" | ", flush=True)
+    report = []
+    for row in rows(WIDTHS, tuple(DTYPES), "relu"):
+        report.append(row)
+        print(*row, sep="  ", flush=True)
+    write(Path(__file__).parent / "results" / "kernels.csv", report)

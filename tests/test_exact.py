@@ -112,9 +112,7 @@ def run_both(options, call, dtype, device="cpu", noise=true_noise, dropout=true_
         noise_BTE[kept] = noise_TE.double()
     drop_BTKD = None
     if call["training"] and options["dropout"]:
-        factors = dropout(
-            options["dropout"], routing.expert_indices, n_experts, dim, torch.float64
-        )
+        factors = dropout(options["dropout"], routing.expert_indices, n_experts, dim, torch.float64)
         drop_BTKD = torch.zeros(batch, tokens, k, dim, dtype=torch.float64)
         drop_BTKD[kept] = factors
     chosen_BTK = torch.zeros(batch, tokens, k, dtype=torch.int64)

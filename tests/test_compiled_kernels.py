@@ -1,0 +1,51 @@
+"""Every kernel compiles for real GPUs at the goals' widths, fits, and spills nothing.
+
+No GPU is needed: Triton brings the assembler. It must not be in interpreter mode, hence a process
+of its own for each compilation.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+import json, sys
+from benchmarks.kernel_report import rows
+width, dtype, activation = sys.argv[1:]
+found = rows((int(width),), (dtype,), activation)
+print(json.dumps([row._asdict() for row in found]))
+"""
+LIMIT = {80: 163 << 10, 90: 227 << 10}  # a block's shared memory
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dim", [24, 48, 768])
+def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
+    activation = {"fp32": "gelu", "fp16": "silu", "bf16": "relu"}[dtype]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(dim), dtype, activation],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    kernels = {(row["capability"], row["kernel"]) for row in found}
+    mlp = {"hidden_kernel", "output_kernel", "hidden_backward_kernel", "weight_backward_kernel"}
+    mlp = mlp if dim > 128 else {"mlp_kernel", "mlp_backward_kernel"}
+    for capability in (80, 90):
+        for kernel in {"route_kernel", "sort_kernel", "route_backward_kernel"} | mlp:
+            assert (capability, kernel) in kernels
+    for row in found:
+        assert row["stack_bytes"] == 0, row
+        assert row["shared_bytes"] <= LIMIT[row["capability"]], row
+        if row["kernel"] in mlp:
+            assert "MMA" in row["matrix_instructions"], row
