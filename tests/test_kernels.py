@@ -126,16 +126,16 @@ def test_kernels_in_low_precision_equal_the_naive_loop(case, dtype):
     check_all({**OPTIONS, **options}, {**CALL, **call}, dtype)
 
 
-@pytest.mark.parametrize("case", ["the paper's", "wide"])
-def test_rows_in_many_tiles_and_chunks_equal_the_naive_loop(case, monkeypatch):
-    # So few experts, so many tokens and so small chunks that each expert has several of each.
-    monkeypatch.setattr(fused, "PROGRAMS", 2**20 if case == "wide" else 2**30)
-    monkeypatch.setattr(fused_router, "CHUNKS", 2**20)
-    options = {"hidden_dim": 8, "n_experts": 2, "k": 1} | (CASES[case][0] if case == "wide" else {})
-    options |= {"hidden_dim": 8, "n_experts": 2, "k": 1}
-    tokens = 700 if case == "wide" else 150
+@pytest.mark.parametrize("dim", [24, 130])
+def test_rows_in_many_tiles_and_chunks_equal_the_naive_loop(dim, monkeypatch):
+    # So few experts, so many tokens and so small chunks that an expert has several chunks, and a
+    # chunk several tiles.
+    monkeypatch.setattr(fused, "PROGRAMS", 2**30)
+    monkeypatch.setattr(fused_router, "CHUNKS", 2)
+    few = {"dim": dim, "hidden_dim": 40 if dim == 24 else 8, "n_experts": 2, "k": 1}
+    tokens = 200 if dim == 24 else 700
     call = {"batch": 2, "values": [[0], [2]], "tokens": tokens, "seed": 1}
-    check_all({**OPTIONS, **options}, {**CALL, **call}, torch.float32)
+    check_all({**OPTIONS, **few}, {**CALL, **call}, torch.float32)
 
 
 def pair(**options):
@@ -203,7 +203,7 @@ def test_pairs_are_sorted_by_expert_and_then_by_token():
 def test_scores_that_are_equal_infinite_or_nan_choose_k_different_experts():
     w = torch.zeros(1, 2, 6, 8, device=HERE)
     for bias in ([0.0] * 6, [-math.inf] * 6, [math.nan] * 6, [1, math.inf, -math.inf, 0, 1, 1],
-                 [-1, -2, math.nan, -3, -4, -5]):  # fmt: skip
+                 [-1, -2, math.nan, -3, -4, -5], [-1, -2, -math.nan, -3, -4, -5]):  # fmt: skip
         b = torch.zeros(1, 2, 6, device=HERE)
         b[0, 0] = torch.tensor(bias)
         x = torch.zeros(1, 3, 8, device=HERE)
