@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ def write_plot(rows: list[Row], path: Path) -> bool:
             )
         axes.set(xscale="log", yscale="log", xlabel="tokens")
         axes.set_title(title, loc="left")
+        tokens = sorted({point[0] for points in lines.values() for point in points})
+        axes.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=30, ha="right")
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axes.grid(which="major", color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         _label_ends(
@@ -86,20 +91,45 @@ def curves(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:
 
 def _label_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
     """Names beside the ends of the lines, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    rightmost = max(x for x, _ in ends.values())
-    least = (high / low) ** 0.05  # a label's height, as a factor on the logarithmic axis
-    below = low
-    for name, (_, y) in sorted(ends.items(), key=lambda end: end[1][1]):
-        below = max(y, below * least)
+    low, high = (math.log(limit) for limit in axes.get_ylim())
+    height = 0.055 * (high - low)
+    names = sorted(ends, key=lambda name: ends[name][1])
+    wanted = [math.log(ends[name][1]) for name in names]
+    for name, y in zip(names, spread_out(wanted, height), strict=True):
         axes.annotate(
             name,
-            (rightmost, below),
-            xytext=(8, 0),
-            textcoords="offset points",
+            ends[name],
+            xytext=(1.04, (y - low) / (high - low)),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6, "shrinkB": 4},
             color=_STYLE.get(name, ("#666666", ""))[0],
             fontweight="bold" if name in ("eager", "triton") else "normal",
             fontsize=9,
             va="center",
             annotation_clip=False,
         )
+
+
+def spread_out(wanted: list[float], least: float) -> list[float]:
+    """Rising numbers moved as little as it takes to be ``least`` apart.
+
+    >>> spread_out([0.0, 10.0, 10.0], 2.0)
+    [0.0, 9.0, 11.0]
+    """
+    groups: list[list[float]] = []
+    for y in wanted:
+        groups.append([y])
+        # Groups that would overlap become one, around the mean of what its members want.
+        while len(groups) > 1 and _overlap(groups[-2], groups[-1], least):
+            last = groups.pop()
+            groups[-1] += last
+    return [place for group in groups for place in _places(group, least)]
+
+
+def _overlap(lower: list[float], upper: list[float], least: float) -> bool:
+    return _places(upper, least)[0] - least < _places(lower, least)[-1]
+
+
+def _places(group: list[float], least: float) -> list[float]:
+    first = sum(group) / len(group) - least * (len(group) - 1) / 2
+    return [first + least * i for i in range(len(group))]
