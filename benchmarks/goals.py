@@ -128,13 +128,13 @@ def _gpu_goals(found: _Rows) -> list[Goal]:
         for rival, words in rivals:
             ratio = found.ratio(shape, rival, which, _time)
             result.append(Goal(shape, f"{which}, times faster than {words}", ratio))
-        ours, router = found.ours(shape, which), found.ours(shape, "router")
+        ours, router = found.ours(shape, which), found.ours(shape, "router kernel")
         held, excess = (ours.held_td, ours.excess_td) if ours else (None, None)
         result.append(Goal(shape, "kept for backward beside x, in T·d", held))
         what = "peak above x, y and all gradients, in T·d"
         result.append(Goal(shape, what, excess))
         share = router.roofline_share if router else None
-        what = "router alone, share of the measured copy bandwidth"
+        what = "router kernel, share of the measured copy bandwidth"
         result.append(Goal(shape, what, share, _ROUTER_SHARE))
     return result
 

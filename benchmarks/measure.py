@@ -1,27 +1,20 @@
-"""Time, memory and the machine's own limits."""
+"""Time, and the machine's own limits."""
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from .problem import Layer, Problem
 
 # Larger than any GPU's L2 cache: written before each timed step, so that none starts warm.
 _FLUSH_BYTES = 256 * 2**20
-_MARK = "benchmarks: mark"
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,12 @@ class Stopwatch:
         flushed = _FLUSH_BYTES if self.cuda else 0
         self._scratch = torch.empty(flushed, dtype=torch.int8, device=device)
 
+    def flush(self) -> None:
+        """Empties a GPU's L2 cache of what the last step left, and waits."""
+        self._scratch.zero_()
+        if self.cuda:
+            torch.cuda.synchronize()
+
     def laps(self, *steps: Callable[[], object]) -> list[float]:
         """Seconds from the start to the end of each step."""
         if not self.cuda:
@@ -78,8 +77,7 @@ class Stopwatch:
                 ends.append(time.perf_counter() - start)
             return ends
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
-        self._scratch.zero_()
-        torch.cuda.synchronize()
+        self.flush()
         events[0].record()
         for step, event in zip(steps, events[1:], strict=True):
             step()
@@ -105,107 +103,11 @@ def interleaved(
 
 def step_laps(watch: Stopwatch, layer: Layer, problem: Problem) -> list[float]:
     """Seconds of a training step's forward, and of its forward and backward."""
-    x_BTD, outputs = _fresh(layer, problem), []
+    x_BTD, outputs = fresh_input(layer, problem), []
     return watch.laps(
         lambda: outputs.append(layer(x_BTD, problem.attributes_B)),
         lambda: outputs[0].backward(problem.dy_BTD),
     )
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes of one training step, beyond x, y's gradient and the parameters.
-
-    Attributes:
-        forward_peak: at most, during forward; y included.
-        peak: at most, during forward and backward; y and all gradients included.
-        held: between the two, y excluded: what is kept for backward beside x.
-        excess: ``peak`` less y, x's gradient and the parameters' gradients.
-    """
-
-    forward_peak: int
-    peak: int
-    held: int
-    excess: int
-
-
-def step_memory(layer: Layer, problem: Problem) -> StepMemory:
-    """Memory of one training step. On a CPU, what its libraries take unseen is not in it."""
-    x_BTD = _fresh(layer, problem)
-    with Meter(problem.device) as meter:
-        y_BTD = layer(x_BTD, problem.attributes_B)
-        meter.mark()
-        y_BTD.backward(problem.dy_BTD)
-    (held, forward_peak), (_, peak) = meter.marks
-    y_bytes = y_BTD.numel() * y_BTD.element_size()
-    gradients = sum(p.numel() * p.element_size() for p in layer.parameters() if p.grad is not None)
-    return StepMemory(
-        forward_peak=forward_peak,
-        peak=peak,
-        held=held - y_bytes,
-        excess=max(0, peak - 2 * y_bytes - gradients),
-    )
-
-
-class Meter:
-    """Bytes allocated since the start of a ``with`` block, at each :meth:`mark` and at its end.
-
-    ``marks`` holds pairs: what is live, and the most that was live until then. On a CPU they are
-    read from the profiler's record of allocations, so that code runs slowly inside, and what was
-    allocated before is not missed when it is released; on a GPU from the caching allocator.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.marks: list[tuple[int, int]] = []
-        self.cuda = device.type == "cuda"
-
-    def mark(self) -> None:
-        """One more pair in ``marks``."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-            self.marks.append((now - self._start, most - self._start))
-        else:
-            with record_function(_MARK):
-                pass
-
-    def __enter__(self) -> Meter:
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-        else:
-            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-            self._profile.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.mark()
-        if self.cuda:
-            return
-        self._profile.__exit__(kind, error, trace)
-        live = peak = 0
-        for event in _events(self._profile):
-            if event["name"] == _MARK:
-                self.marks.append((live, peak))
-            else:
-                live += event["args"]["Bytes"]
-                peak = max(peak, live)
-
-
-def _events(profile: profile) -> list[dict[str, Any]]:
-    """Allocations, releases (of negative size) and marks in the order of time."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    events = [event for event in events if event.get("name") in ("[memory]", _MARK)]
-    return sorted(events, key=lambda event: event["ts"])
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Roofline:
@@ -222,7 +124,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype, repeats: int = 5)
     return Roofline(2 * n**3 / product, 2 * copied / copy)
 
 
-def _fresh(layer: Layer, problem: Problem) -> Tensor:
+def fresh_input(layer: Layer, problem: Problem) -> Tensor:
     """x without a gradient; nor have the parameters."""
     layer.zero_grad(set_to_none=True)
     return problem.x_BTD.detach().requires_grad_()

@@ -52,6 +52,7 @@ class Ours(Layer):
         super().__init__()
         if backend == "triton" and problem.device.type == "cpu":
             raise Unavailable("the kernels run on a GPU; Triton's interpreter is not timed")
+        self.backend = backend
         self.layer = DMoE(
             problem.shape.dim,
             n_experts=N_EXPERTS,
@@ -67,6 +68,11 @@ class Ours(Layer):
     def forward(self, x_BTD: Tensor, attributes_B: Tensor) -> Tensor:
         y_BTD: Tensor = self.layer(x_BTD, attributes_B)
         return y_BTD
+
+    def route(self, x_BTD: Tensor, attributes_B: Tensor) -> object:
+        """The router alone, by the backend's own means."""
+        fused = {"fused": True} if self.backend == "triton" else {}
+        return self.layer.router(x_BTD, attributes_B, **fused)
 
     def w1_grad(self) -> Tensor:
         return _grad(self.layer.w1_EHD)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from .goals import goals_table
 from .shapes import CPU_SHAPES, GPU_SHAPES
-from .table import Row, markdown, write_whole
+from .table import Row, brief, markdown, write_whole
+
+# Within this factor two medians are a draw.
+_EQUAL = 1.02
 
 
 def write_results(rows: list[Row], path: Path, stem: str) -> None:
@@ -34,7 +37,8 @@ def section(rows: list[Row], stem: str) -> str:
     )
     machine = (
         f"{only}{row.machine}; {row.dtype}, {row.threads} threads, PyTorch {row.torch}, "
-        f"Python {row.python}, {row.date}, commit {row.commit[:12]}{measured}."
+        f"Python {row.python}, {row.date}, commit {row.commit[:12]}, "
+        f"{timed.rounds} rounds, load before the run {row.load}{measured}."
     )
     parts = [machine, results_table(rows), goals_table(rows), losses(rows)]
     parts.append(f"All figures: [`results/{stem}.csv`](results/{stem}.csv).")
@@ -58,15 +62,15 @@ def results_table(rows: list[Row]) -> str:
                 cells.append("—")
                 continue
             peak = both.peak_bytes / 2**20
-            cells.append(f"{_short(forward)} / {_short(both)} ms, {peak:.3g} MiB")
+            cells.append(f"{_short(forward)} / {_short(both)} ms, {brief(peak)} MiB")
         lines.append(cells)
     return markdown(["shape", *providers], lines)
 
 
 def losses(rows: list[Row]) -> str:
-    """Each shape and pass in which a layer of the same maths, or the dense MLP, is faster."""
+    """Each shape and pass in which any other provider is faster."""
     lines = []
-    timed = [row for row in rows if row.median_ms is not None and row.which != "router"]
+    timed = [r for r in rows if r.median_ms is not None and not r.which.startswith("router")]
     for shape, which in dict.fromkeys((row.shape, row.which) for row in timed):
         here = {
             r.provider: r.median_ms or 0.0 for r in timed if (r.shape, r.which) == (shape, which)
@@ -77,7 +81,7 @@ def losses(rows: list[Row]) -> str:
         faster = {
             name: min(ours) / ms
             for name, ms in here.items()
-            if name not in ("eager", "triton") and ms < min(ours)
+            if name not in ("eager", "triton") and _EQUAL * ms < min(ours)
         }
         if faster:
             names = sorted(faster, key=lambda name: -faster[name])
@@ -85,7 +89,8 @@ def losses(rows: list[Row]) -> str:
             lines.append(f"- {shape}, {which}: {words}")
     if not lines:
         return "Where we lose: nowhere in this run."
-    return "Where we lose (so many times faster than ours):\n\n" + "\n".join(lines)
+    title = "Where we lose (so many times faster than ours; within 2 % is a draw):"
+    return "\n".join([title, "", *lines])
 
 
 def is_whole(shapes: list[str], device: str) -> bool:
@@ -95,4 +100,4 @@ def is_whole(shapes: list[str], device: str) -> bool:
 
 
 def _short(row: Row) -> str:
-    return f"{row.median_ms:.3g}"
+    return brief(row.median_ms or 0.0)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 # The paper's layer (Oh et al., ICML 2025, arXiv:2502.00619).
 N_EXPERTS, K, HIDDEN_RATIO = 8, 2, 4
 
-PASSES = ("forward", "forward+backward", "router")
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -114,7 +112,7 @@ def flops(shape: Shape, which: str, *, routes: bool = True) -> int:
     3840
     """
     router = 2 * 2 * N_EXPERTS * shape.dim * shape.total_tokens if routes else 0
-    if which == "router":
+    if which.startswith("router"):
         return router
     experts = 2 * (2 * K * shape.total_tokens * shape.dim * shape.hidden)
     return (experts + router) * (3 if which == "forward+backward" else 1)
@@ -132,7 +130,7 @@ def min_bytes(shape: Shape, which: str, element_size: int, *, routes: bool = Tru
     """
     d, h, t = shape.dim, shape.hidden, shape.total_tokens
     router = shape.values * 2 * N_EXPERTS * (d + 1) if routes else 0
-    if which == "router":
+    if which.startswith("router"):
         return element_size * (t * d + router) + t * (8 * K + 4 * K + 4 * N_EXPERTS)
     # A dense MLP of equal active FLOPs has k experts' weights.
     parameters = router + (N_EXPERTS if routes else K) * (2 * d * h + h + d)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .measure import Roofline, Spread, StepMemory
+from .measure import Roofline, Spread
+from .profiled import StepMemory
 from .shapes import Shape, flops, min_bytes
 
 
@@ -25,7 +26,7 @@ class Row:
     rounds with their quartiles; ``tflops`` and ``gbytes_per_s`` are ``shapes.flops`` and
     ``shapes.min_bytes`` over the median; ``roofline_share`` is the least time on the measured
     roofline over the median (for the router its bytes alone count); ``ratio_to_loop`` is
-    mask-loop's median over this one. Memory is that of ``measure.StepMemory``; ``held_td`` and
+    mask-loop's median over this one. Memory is that of ``profiled.StepMemory``; ``held_td`` and
     ``excess_td`` are in units of T·d elements.
     """
 
@@ -84,7 +85,7 @@ def figures(
     element = dtype.itemsize
     work = flops(shape, which, routes=routes)
     moved = min_bytes(shape, which, element, routes=routes)
-    least = moved / roofline.bytes if which == "router" else roofline.seconds(work, moved)
+    least = moved / roofline.bytes if which.startswith("router") else roofline.seconds(work, moved)
     found: dict[str, float | int | None] = {
         "rounds": spread.rounds,
         "median_ms": 1e3 * spread.median,
@@ -158,17 +159,26 @@ def shape_table(rows: list[Row]) -> str:
             [
                 row.provider,
                 row.which,
-                f"{row.median_ms:.3g} ({row.low_ms:.3g}–{row.high_ms:.3g})",
+                f"{brief(row.median_ms)} ({brief(row.low_ms or 0)}–{brief(row.high_ms or 0)})",
                 _show(row.ratio_to_loop, ".2f"),
                 _show(row.tflops, ".3g"),
                 _show(row.gbytes_per_s, ".3g"),
                 _show(row.roofline_share, ".0%"),
-                _show(None if row.peak_bytes is None else row.peak_bytes / 2**20, ".3g"),
+                "—" if row.peak_bytes is None else brief(row.peak_bytes / 2**20),
                 _show(row.held_td, ".2f"),
                 row.note,
             ]
         )
     return markdown(header, lines)
+
+
+def brief(value: float) -> str:
+    """Three digits, without an exponent.
+
+    >>> brief(1012.3), brief(39.96), brief(0.12345)
+    ('1,010', '40', '0.123')
+    """
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def _show(value: float | None, form: str) -> str:

@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import goals, machine, plot, providers, readme, table
-from benchmarks.measure import Meter, Roofline, Spread, StepMemory, interleaved, step_memory
+from benchmarks.measure import Roofline, Spread, interleaved
 from benchmarks.peers import PEERS
 from benchmarks.problem import TOLERANCE, Problem, true_answer
+from benchmarks.profiled import Meter, StepMemory, step_memory
 from benchmarks.providers import OWN, GemmLoop, MaskLoop, Ours, Provider, Unavailable
 from benchmarks.runner import measure_shape
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, Shape, flops, min_bytes, parse_shapes
@@ -353,7 +354,7 @@ def test_gpu_goals_take_the_best_peer_of_the_same_maths():
 
     rows = [
         gpu("triton", 2.0, held_td=1.1, excess_td=3.0),
-        gpu("triton", 1.0, "router", roofline_share=0.65),
+        gpu("triton", 1.0, "router kernel", roofline_share=0.65),
         *(gpu(name, ms) for name, ms in (("eager", 9.0), ("mask-loop", 8.0), ("dense", 1.0))),
         *(gpu(name, ms) for name, ms in (("scattermoe", 5.0), ("gemm-loop", 6.0), ("st-moe", 0.1))),
     ]
@@ -362,7 +363,7 @@ def test_gpu_goals_take_the_best_peer_of_the_same_maths():
     assert by_words["mask-loop"] == 4.0
     assert by_words["the best other, scattermoe"] == 2.5
     assert by_words["dense MLP of equal active FLOPs"] == 0.5
-    router = found["router alone, share of the measured copy bandwidth"]
+    router = found["router kernel, share of the measured copy bandwidth"]
     assert (router.measured, router.bound, router.met) == (0.65, 0.7, False)
 
 
