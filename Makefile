@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo bench test lint clean
 
 demo: .venv/demo
 	$(BIN)/python -m reference_models.demo
 
 # One thread a process: the tests are small, and as many of them run at once as there are cores.
+bench: .venv/bench
+	$(BIN)/python -m benchmarks
+
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
@@ -22,10 +25,15 @@ lint: .venv/test
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[reference]'
 	touch $@
 
+.venv/bench: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
 .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[reference,test]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo_output bench_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

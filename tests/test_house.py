@@ -91,9 +91,11 @@ def test_imports_run_one_way_and_to_core_dependencies_only(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "reference_models").rglob("*.py")), ids=lambda p: p.stem
+    "path",
+    [p for room in ("reference_models", "benchmarks") for p in sorted((ROOT / room).rglob("*.py"))],
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
-def test_reference_models_use_public_names_only(path):
+def test_reference_models_and_benchmarks_use_public_names_only(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmoe_layer"):
             assert node.module == "dmoe_layer"
@@ -102,14 +104,15 @@ def test_reference_models_use_public_names_only(path):
             assert not any(alias.name.startswith("dmoe_layer.") for alias in node.names)
 
 
-def test_importing_the_package_imports_neither_triton_nor_the_reference_models():
+def test_importing_the_package_imports_neither_triton_nor_reference_models_nor_benchmarks():
     # A finder that comes first sees every import that is tried, of what is not installed too.
     code = (
         "import sys, torch\n"
         "class Watch:\n"
         "    def find_spec(name, *_): seen.append(name.split('.')[0])\n"
         "seen = []; sys.meta_path.insert(0, Watch); import dmoe_layer\n"
-        "print(sorted({'triton', 'reference_models', 'monai', 'transformers'} & {*seen}))"
+        "rooms = {'triton', 'reference_models', 'benchmarks', 'monai', 'transformers'}\n"
+        "print(sorted(rooms & {*seen}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
@@ -151,7 +154,7 @@ def test_readme_snippets_run(snippet):
 def test_readme_commands_are_there():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     commands = re.findall(r"^make (\w+)", "\n".join(snippets("bash")), flags=re.MULTILINE)
-    assert commands == ["demo", "test"]
+    assert commands == ["demo", "test", "bench"]
     for command in commands:
         assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE)
 

@@ -1,0 +1,158 @@
+"""Memory of a step and time of a GPU's kernels, from PyTorch's profiler and caching allocator."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from .measure import Stopwatch, fresh_input
+from .problem import Layer, Problem
+
+_MARK = "benchmarks: mark"
+_KERNELS = ("kernel", "gpu_memset")
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one training step, beyond x, y's gradient and the parameters.
+
+    Attributes:
+        forward_peak: at most, during forward; y included.
+        peak: at most, during forward and backward; y and all gradients included.
+        held: between the two, y excluded: what is kept for backward beside x.
+        excess: ``peak`` less y, x's gradient and the parameters' gradients.
+    """
+
+    forward_peak: int
+    peak: int
+    held: int
+    excess: int
+
+
+def step_memory(layer: Layer, problem: Problem) -> StepMemory:
+    """Memory of one training step. On a CPU, what its libraries take unseen is not in it."""
+    x_BTD = fresh_input(layer, problem)
+    with Meter(problem.device) as meter:
+        y_BTD = layer(x_BTD, problem.attributes_B)
+        meter.mark()
+        y_BTD.backward(problem.dy_BTD)
+    (held, forward_peak), (_, peak) = meter.marks
+    y_bytes = y_BTD.numel() * y_BTD.element_size()
+    gradients = sum(p.numel() * p.element_size() for p in layer.parameters() if p.grad is not None)
+    return StepMemory(
+        forward_peak=forward_peak,
+        peak=peak,
+        held=held - y_bytes,
+        excess=max(0, peak - 2 * y_bytes - gradients),
+    )
+
+
+class Meter:
+    """Bytes allocated since the start of a ``with`` block, at each :meth:`mark` and at its end.
+
+    ``marks`` holds pairs: what is live, and the most that was live until then. On a CPU they are
+    read from the profiler's record of allocations, so that code runs slowly inside, and what was
+    allocated before is not missed when it is released; on a GPU from the caching allocator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.marks: list[tuple[int, int]] = []
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> None:
+        """One more pair in ``marks``."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            self.marks.append((now - self._start, most - self._start))
+        else:
+            with record_function(_MARK):
+                pass
+
+    def __enter__(self) -> Meter:
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+        else:
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.mark()
+        if self.cuda:
+            return
+        self._profile.__exit__(kind, error, trace)
+        live = peak = 0
+        for event in _events(self._profile):
+            if event["name"] == _MARK:
+                self.marks.append((live, peak))
+            elif event["name"] == "[memory]":
+                live += event["args"]["Bytes"]
+                peak = max(peak, live)
+
+
+def kernel_seconds(step: Callable[[], object], watch: Stopwatch, rounds: int) -> list[list[float]]:
+    """The time of each kernel that a step launches on a GPU, round by round.
+
+    From the profiler, so that neither Python nor the wait for a launch is in it.
+    """
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiled:
+        for _ in range(rounds):
+            watch.flush()
+            with record_function(_MARK):
+                pass
+            step()
+            torch.cuda.synchronize()
+            with record_function(_MARK):
+                pass
+    return kernels_between_marks(_events(profiled))
+
+
+def kernels_between_marks(events: list[dict[str, Any]]) -> list[list[float]]:
+    """Seconds of the kernels between the first mark and the second, the third and fourth, ...
+
+    >>> mark, kernel = {"name": _MARK}, {"name": "k", "cat": "kernel", "dur": 5e6}
+    >>> kernels_between_marks([kernel, mark, kernel, kernel, mark, kernel, mark, kernel, mark])
+    [[5.0, 5.0], [5.0]]
+    """
+    rounds: list[list[float]] = []
+    marks = 0
+    for event in events:
+        if event["name"] == _MARK:
+            marks += 1
+            rounds += [[]] if marks % 2 else []
+        elif marks % 2 and event.get("cat") in _KERNELS:
+            rounds[-1].append(event["dur"] / 1e6)
+    return rounds
+
+
+def _events(profile: profile) -> list[dict[str, Any]]:
+    """Marks, allocations, releases (of negative size) and kernels in the order of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    events = [
+        event
+        for event in events
+        if event.get("name") == "[memory]"
+        or (event.get("name") == _MARK and event.get("cat") == "user_annotation")
+        or event.get("cat") in _KERNELS
+    ]
+    return sorted(events, key=lambda event: event["ts"])
