@@ -2,15 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench test lint clean
+.PHONY: demo bench gpu test lint clean
 
 demo: .venv/demo
 	$(BIN)/python -m reference_models.demo
 
-# One thread a process: the tests are small, and as many of them run at once as there are cores.
 bench: .venv/bench
 	$(BIN)/python -m benchmarks
 
+# With PYTHON's own packages, since those fit the GPU: the kernels' tests, then the benchmarks.
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+
+# One thread a process: the tests are small, and as many of them run at once as there are cores.
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
@@ -36,4 +40,4 @@ lint: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo_output bench_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo_output bench_output gpu_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

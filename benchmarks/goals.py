@@ -16,7 +16,13 @@ _CPU_SPEED = {
 }
 _CPU_MEMORY = {"stage-0-cut": 0.35}
 _ROUTER_SHARE = 0.70
-_GPU_SHAPES = ("2d", "stage-0", "stage-0-wide")
+# Shape: forward+backward against the boolean-mask loop, the best peer, and the dense MLP of equal
+# active FLOPs; what is kept for backward beside x, and the peak above x, y and gradients, in T·d.
+_GPU = {
+    "2d": (6.0, 1.15, 0.8, None, None),
+    "stage-0": (10.0, 3.0, 1.0, 1.5, 4.0),
+    "stage-0-wide": (10.0, 3.0, 1.0, 1.5, 4.0),
+}
 _OURS, _NOT_PEERS = ("triton", "eager"), ("triton", "eager", "mask-loop", "dense", "st-moe")
 
 
@@ -113,10 +119,13 @@ def _cpu_goals(found: _Rows) -> list[Goal]:
 
 def _gpu_goals(found: _Rows) -> list[Goal]:
     result, which = [], "forward+backward"
-    for shape in _GPU_SHAPES:
+    for shape, (loop, peer, dense, most_held, most_excess) in _GPU.items():
         if shape not in found.shapes:
             continue
-        rivals = [("mask-loop", "mask-loop"), ("dense", "dense MLP of equal active FLOPs")]
+        rivals = [
+            ("mask-loop", "mask-loop", loop),
+            ("dense", "dense MLP of equal active FLOPs", dense),
+        ]
         peers = [
             row
             for (at, provider, pass_), row in found.timed.items()
@@ -124,15 +133,16 @@ def _gpu_goals(found: _Rows) -> list[Goal]:
         ]
         if peers:
             best = min(peers, key=lambda row: row.median_ms or 0.0).provider
-            rivals.insert(1, (best, f"the best other, {best}"))
-        for rival, words in rivals:
+            rivals.insert(1, (best, f"the best other, {best}", peer))
+        for rival, words, bound in rivals:
             ratio = found.ratio(shape, rival, which, _time)
-            result.append(Goal(shape, f"{which}, times faster than {words}", ratio))
+            result.append(Goal(shape, f"{which}, times faster than {words}", ratio, bound))
         ours, router = found.ours(shape, which), found.ours(shape, "router kernel")
         held, excess = (ours.held_td, ours.excess_td) if ours else (None, None)
-        result.append(Goal(shape, "kept for backward beside x, in T·d", held))
+        what = "kept for backward beside x, in T·d"
+        result.append(Goal(shape, what, held, most_held, at_most=True))
         what = "peak above x, y and all gradients, in T·d"
-        result.append(Goal(shape, what, excess))
+        result.append(Goal(shape, what, excess, most_excess, at_most=True))
         share = router.roofline_share if router else None
         what = "router kernel, share of the measured copy bandwidth"
         result.append(Goal(shape, what, share, _ROUTER_SHARE))

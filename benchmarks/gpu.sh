@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in ten minutes: the kernels' tests, then the benchmarks of the goals and the
+# stages. What was printed and measured is left in OUT. With CHECK=1 a machine without a GPU goes
+# through the same steps: tests by Triton's interpreter, the quick benchmark on the CPU.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-gpu_output}
+mkdir -p "$OUT"
+export PYTHONPATH=src:.
+status=0
+
+step() { # name, seconds, command...
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name"
+    timeout "$seconds" "$@" 2>&1 | tee "$OUT/$name.txt" | tail -n 60
+    local result=${PIPESTATUS[0]}
+    [ "$result" -eq 0 ] || { echo "== $name: exit status $result"; status=1; }
+}
+
+if [ "${CHECK:-0}" = 1 ]; then
+    step machine 60 "$PYTHON" -c "import torch, triton; print(torch.__version__, triton.__version__)"
+    step tests 600 "$PYTHON" -m pytest tests/test_gpu.py tests/test_kernels.py -k "gpu or plain"
+    step goals 120 "$PYTHON" -m benchmarks --quick --out "$OUT"
+else
+    step machine 60 nvidia-smi
+    step tests 240 "$PYTHON" -m pytest tests/test_gpu.py tests/test_kernels.py
+    step goals 200 "$PYTHON" -m benchmarks --shapes goals --out "$OUT/goals"
+    step stages 100 "$PYTHON" -m benchmarks --shapes stages --rounds 10 --out "$OUT/stages"
+fi
+exit "$status"
