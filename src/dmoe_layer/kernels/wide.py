@@ -205,5 +205,5 @@ def weight_backward_kernel(
     at = (chunk * a_columns + i)[:, None] * b_columns + j[None, :]
     tl.store(shares_ptr + at, total.to(shares_ptr.dtype.element_ty), mask=inside)
     if bias_ptr is not None and tile % tiles_b == 0:
-        at = chunk * a_columns + i
-        tl.store(bias_ptr + at, bias.to(bias_ptr.dtype.element_ty), mask=i < a_columns)
+        own = bias_ptr + chunk * a_columns + i
+        tl.store(own, bias.to(bias_ptr.dtype.element_ty), mask=i < a_columns)
