@@ -96,7 +96,8 @@ def fused_route_backward(
         None if dgates is None else dgates.contiguous(),
         indices, gates, x, w_A2ED, b_A2E, rows_BN, samples.offsets, dx, *shares,
         samples.count, chunk, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
-        K=indices.shape[1], NOISY=seed is not None, **samples.blocks, **samples.scoring,
+        K=indices.shape[1], NOISY=seed is not None,
+        **{**samples.blocks, **samples.scoring, **samples.backward},
     )  # fmt: skip
     grads = []
     for share, parameter in zip(shares, (w_A2ED, b_A2E), strict=True):
@@ -161,6 +162,13 @@ class _Samples:
             "DIM": dim,
             "ATTRIBUTES": attributes,
             "DOT": triton_dtype(x.dtype if exact else torch.float32),
+        }
+        # Its products of fp32 numbers, each split into three of tf32, need registers: fewer tokens
+        # at a time, more warps. The chunks are multiples of the forward's tile, and so of this one.
+        self.backward = {
+            "TOKENS": 64 if dim <= 32 else 32,
+            "num_warps": 4 if dim <= 64 else 8,
+            "num_stages": 1,
         }
 
 

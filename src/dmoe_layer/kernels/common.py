@@ -45,8 +45,7 @@ def sigmoid(z):
 def activate(z, ACTIVATION: tl.constexpr):
     """The activation of z in fp32."""
     if ACTIVATION == "relu":
-        # Not maximum, which drops a NaN.
-        return tl.where(z < 0, 0.0, z)
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -57,19 +56,19 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def slope(z, ACTIVATION: tl.constexpr):
-    """The activation's derivative at z in fp32."""
+def slope(z, da, ACTIVATION: tl.constexpr):
+    """da times the activation's derivative at z, in fp32."""
     if ACTIVATION == "relu":
-        return tl.where(z > 0, 1.0, 0.0)
+        return tl.where(z > 0, da, 0.0)
     elif ACTIVATION == "gelu":
         normal = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * normal
+        return da * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * normal)
     elif ACTIVATION == "gelu_tanh":
         s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+        return da * (s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z))
     else:
         s = sigmoid(z)
-        return s + z * s * (1 - s)
+        return da * (s + z * s * (1 - s))
 
 
 @triton.jit
@@ -80,7 +79,7 @@ def random_words(seed, row_R, column_C, STREAM: tl.constexpr):
     row = row + tl.zeros_like(column)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     stream = tl.full(low.shape, STREAM, tl.uint32)
-    return tl.philox(seed, low, high, column.to(tl.uint32), stream)
+    return tl.philox(seed, low, high, column.to(tl.uint32), stream, 7)
 
 
 @triton.jit
