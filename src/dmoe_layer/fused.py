@@ -180,7 +180,7 @@ class _Blocks(NamedTuple):
 def _forward_blocks(call: _Call) -> _Blocks:
     if call.dtype == torch.float32:
         return _Blocks(64, 32, 4, 2)
-    # More rows share the weights that a program reads; the hidden layer of D = 24 is three times 32.
+    # More rows share the weights that a program reads; D = 24's hidden layer is three times 32.
     return _Blocks(128, 32, 4) if call.dim <= 32 else _Blocks(128, 64, 8, 2)
 
 
@@ -247,6 +247,11 @@ def _narrow_backward(
 
 
 def _gemm(call: _Call) -> dict[str, int]:
+    """The blocks of the wide experts' GEMMs.
+
+    In bf16 and fp16 two programs of these fit a Hopper multiprocessor, so that one multiplies while
+    the other stores; 256 columns would spill in two of the four kernels.
+    """
     if call.dtype == torch.float32:
         return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
     return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
@@ -295,7 +300,10 @@ def _wide_backward(
 ) -> tuple[Tensor, ...]:
     gemm = _gemm(call)
     n_tiles = tiles(call.rows, gemm["ROWS"], call.n_experts)
-    n_slices = -(-call.hidden // gemm["COLUMNS"])
+    # An activation that is not ReLU needs registers of its own: half as many columns.
+    relu = call.activation["ACTIVATION"] == "relu"
+    sliced = gemm if relu else {**gemm, "COLUMNS": 64}
+    n_slices = -(-call.hidden // sliced["COLUMNS"])
     do, gated = call.empty(call.rows, call.dim), call.empty(call.rows, call.dim)
     dgates = call.empty(1 + n_slices, call.rows, dtype=torch.float32)
     launch(
@@ -304,11 +312,11 @@ def _wide_backward(
         *call.drop, n_experts=call.n_experts, dim=call.dim, K=call.k, ROWS=32, COLUMNS=128, EXPERTS=call.common["EXPERTS"], **call.dropping,
     )  # fmt: skip
     dz = call.empty(call.rows, call.hidden)
-    h = z if call.activation["ACTIVATION"] == "relu" else torch.empty_like(z)
+    h = z if relu else torch.empty_like(z)
     launch(
         wide.hidden_backward_kernel, (n_tiles * n_slices,), x,
         do, order, offsets, gates, w2, z, None if h is z else h, dz, dgates,
-        call.rows, call.drop[-1], **call.widths, **call.activation, **call.common, **gemm,
+        call.rows, call.drop[-1], **call.widths, **call.activation, **call.common, **sliced,
     )  # fmt: skip
     slots = do  # no longer needed
     launch(
