@@ -1,6 +1,6 @@
 """The experts' Triton kernels as registered operators: launches and autograd.
 
-Narrow experts (D up to NARROW) never let their hidden layer out of a kernel, and compute it again
+Narrow experts (``is_narrow``) never let their hidden layer out of a kernel, and compute it again
 in backward. Wide experts keep it between forward and backward. The time of their GEMMs grows with
 D and that of their memory traffic does not: at 768 computing it again would cost a sixth of the
 step, at 24 reading it back would cost more than computing it.
@@ -18,9 +18,16 @@ from .kernels import narrow, wide
 from .launch import launch, padded, precision, tiles
 from .operators import refuse_double_backward
 
-NARROW = 128
+# The widest that a kernel of narrow experts can keep in registers without spilling; numbers of
+# fp32, each split into three of tf32, take three times as many.
+NARROW, NARROW_FP32 = 64, 32
 # Programs that fill a GPU of 132 multiprocessors a few times.
 PROGRAMS = 512
+
+
+def is_narrow(dim: int, dtype: torch.dtype) -> bool:
+    """Whether experts of this width never let their hidden layer out of a kernel."""
+    return dim <= (NARROW_FP32 if dtype == torch.float32 else NARROW)
 
 
 @torch.library.custom_op("dmoe_layer::fused_experts", mutates_args=())
@@ -59,9 +66,10 @@ def fused_experts(
 
 @fused_experts.register_fake
 def _(x_TD, order_R, offsets, gates_TK, w1_EHD, *options):  # type: ignore[no-untyped-def]
-    keeps = options[-1] and x_TD.shape[1] > NARROW
+    wide = not is_narrow(x_TD.shape[1], options[-2])
+    keeps = options[-1] and wide
     shape = (order_R.shape[0], w1_EHD.shape[1]) if keeps else (0,)
-    dtype = options[-2] if x_TD.shape[1] > NARROW else x_TD.dtype
+    dtype = options[-2] if wide else x_TD.dtype
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(shape, dtype=dtype)
 
 
@@ -122,7 +130,7 @@ class _Call:
         self.x, self.dtype, self.own = x_TD, dtype, w1_EHD.dtype
         self.n_experts, self.hidden, self.dim = w1_EHD.shape
         self.rows, self.k = order_R.shape[0], gates_TK.shape[1]
-        self.narrow = self.dim <= NARROW
+        self.narrow = is_narrow(self.dim, dtype)
         dropped = 0 if seed is None else round(dropout * 2**16)
         # Of p = 1 nothing is left to scale.
         scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
@@ -139,9 +147,11 @@ class _Call:
     def sum_slots(self, slots: Tensor) -> Tensor:
         """Each token's sum over its k slots, in x's dtype."""
         y = torch.empty_like(self.x)
+        width = padded(min(self.dim, 128))
+        rows = 2048 // width
         launch(
-            narrow.sum_slots_kernel, (-(-y.numel() // 1024),), y,
-            slots, y, y.numel(), dim=self.dim, K=self.k, BLOCK=1024,
+            narrow.sum_slots_kernel, (-(-len(y) // rows), -(-self.dim // width)), y,
+            slots, y, len(y), dim=self.dim, K=self.k, ROWS=rows, DIM=width,
         )  # fmt: skip
         return y
 
@@ -151,11 +161,17 @@ def _as_operands(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor 
 
 
 class _Blocks(NamedTuple):
-    """How a kernel of narrow experts is cut: rows, slice of the hidden layer, warps."""
+    """How a kernel of narrow experts is cut: rows, slice of the hidden layer, warps, stages.
+
+    Chosen from what Triton's compiler makes of them for compute capability 8.0 and 9.0: nothing
+    spilled; then few instructions a row; then many warps to a multiprocessor. 64 rows to four warps
+    are the least that a Hopper GPU's own matrix instructions take.
+    """
 
     rows: int
     hidden: int
     warps: int
+    stages: int = 1
 
     def options(self, dim: int) -> dict[str, int]:
         return {
@@ -163,8 +179,22 @@ class _Blocks(NamedTuple):
             "HIDDEN": self.hidden,
             "DIM": padded(dim),
             "num_warps": self.warps,
-            "num_stages": 2,
+            "num_stages": self.stages,
         }
+
+
+def _forward_blocks(call: _Call) -> _Blocks:
+    if call.dtype == torch.float32:
+        return _Blocks(64, 32, 4, 2)
+    # More rows share the weights that a program reads; D = 24's hidden layer is three times 32.
+    return _Blocks(128, 32, 4) if call.dim <= 32 else _Blocks(128, 64, 8, 2)
+
+
+def _backward_blocks(call: _Call) -> tuple[_Blocks, _Blocks]:
+    """For the gradients of rows, and of weights: these sum a slice's in registers."""
+    if call.dtype == torch.float32:
+        return _Blocks(64, 32, 4), _Blocks(32, 16, 4)
+    return _Blocks(64, 32, 4), _Blocks(64, 64, 4) if call.dim <= 32 else _Blocks(128, 64, 8)
 
 
 def _narrow_forward(
@@ -175,8 +205,7 @@ def _narrow_forward(
     gates: Tensor,
     *weights: Tensor | None,
 ) -> Tensor:
-    hidden = padded(min(call.hidden, 32 if call.hidden % 64 else 64))
-    blocks = _Blocks(64, 32, 4) if call.dtype == torch.float32 else _Blocks(128, hidden, 4)
+    blocks = _forward_blocks(call)
     slots = call.empty(call.rows, call.dim)
     launch(
         narrow.mlp_kernel, (tiles(call.rows, blocks.rows, call.n_experts),), x,
@@ -209,14 +238,9 @@ def _narrow_backward(
             **call.activation, **call.dropping, **call.common, **blocks.options(call.dim),
         )  # fmt: skip
 
-    low = call.dtype != torch.float32
-    whole = padded(call.hidden)
-    if at_once := low and whole * padded(call.dim) <= 4096:
-        blocks = _Blocks(64, whole, 4)
-    else:
-        blocks = _Blocks(64, 32, 4) if low else _Blocks(32, 32, 4)
-        run(blocks, blocks.rows, 1, [None] * 4, True)
-        blocks = _Blocks(64, min(whole, 64 if call.dim <= 64 else 32), 4) if low else blocks
+    of_rows, blocks = _backward_blocks(call)
+    if not (at_once := call.hidden <= blocks.hidden):
+        run(of_rows, of_rows.rows, 1, [None] * 4, True)
     slices = -(-call.hidden // blocks.hidden)
     # The shares of all chunks together are about as large as x: no more chunks than that.
     chunk = max(call.rows * slices // PROGRAMS, 2 * call.k * call.hidden, blocks.rows)
@@ -229,6 +253,11 @@ def _narrow_backward(
 
 
 def _gemm(call: _Call) -> dict[str, int]:
+    """The blocks of the wide experts' GEMMs.
+
+    In bf16 and fp16 two programs of these fit a Hopper multiprocessor, so that one multiplies while
+    the other stores; 256 columns would spill in two of the four kernels.
+    """
     if call.dtype == torch.float32:
         return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
     return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
@@ -277,7 +306,10 @@ def _wide_backward(
 ) -> tuple[Tensor, ...]:
     gemm = _gemm(call)
     n_tiles = tiles(call.rows, gemm["ROWS"], call.n_experts)
-    n_slices = -(-call.hidden // gemm["COLUMNS"])
+    # An activation that is not ReLU needs registers of its own: half as many columns.
+    relu = call.activation["ACTIVATION"] == "relu"
+    sliced = gemm if relu else {**gemm, "COLUMNS": 64}
+    n_slices = -(-call.hidden // sliced["COLUMNS"])
     do, gated = call.empty(call.rows, call.dim), call.empty(call.rows, call.dim)
     dgates = call.empty(1 + n_slices, call.rows, dtype=torch.float32)
     launch(
@@ -286,11 +318,11 @@ def _wide_backward(
         *call.drop, n_experts=call.n_experts, dim=call.dim, K=call.k, ROWS=32, COLUMNS=128, EXPERTS=call.common["EXPERTS"], **call.dropping,
     )  # fmt: skip
     dz = call.empty(call.rows, call.hidden)
-    h = z if call.activation["ACTIVATION"] == "relu" else torch.empty_like(z)
+    h = z if relu else torch.empty_like(z)
     launch(
         wide.hidden_backward_kernel, (n_tiles * n_slices,), x,
         do, order, offsets, gates, w2, z, None if h is z else h, dz, dgates,
-        call.rows, call.drop[-1], **call.widths, **call.activation, **call.common, **gemm,
+        call.rows, call.drop[-1], **call.widths, **call.activation, **call.common, **sliced,
     )  # fmt: skip
     slots = do  # no longer needed
     launch(

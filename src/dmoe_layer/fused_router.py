@@ -98,7 +98,8 @@ def fused_route_backward(
         None if dgates is None else dgates.contiguous(),
         indices, gates, x, w_A2ED, b_A2E, rows_BN, samples.offsets, dx, *shares,
         samples.count, chunk, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
-        K=indices.shape[1], NOISY=seed is not None, **samples.blocks, **samples.scoring,
+        K=indices.shape[1], NOISY=seed is not None,
+        **{**samples.blocks, **samples.scoring, **samples.backward},
     )  # fmt: skip
     grads = []
     for share, parameter in zip(shares, (w_A2ED, b_A2E), strict=True):
@@ -148,21 +149,30 @@ class _Samples:
             ends = tokens_per_sample.cumsum(0)
             self.offsets = torch.cat([ends.new_zeros(1), ends])
         self.count = len(self.offsets) - 1
-        dim = padded(min(x.shape[-1], 128))
-        self.tile = 128 if dim <= 64 else 64
+        attributes = 0 if rows_BN is None else rows_BN.shape[1]
+        # Products of two bf16 or fp16 numbers are exact in fp32; a sum of routers is no bf16.
+        exact = x.dtype == w_A2ED.dtype and attributes <= 1
+        dtype = x.dtype if exact else torch.float32
+        # A number of fp32 is split into three of tf32: in blocks of half the width, for registers.
+        dim = padded(min(x.shape[-1], 64 if dtype == torch.float32 else 128))
+        self.tile = 128 if x.shape[-1] <= 64 else 64
         n_experts = w_A2ED.shape[2]
         self.blocks: dict[str, Any] = {
             "TOKENS": self.tile,
             "SAMPLES": padded(self.count, 2),
             "EXPERTS": padded(n_experts, 8),
         }
-        attributes = 0 if rows_BN is None else rows_BN.shape[1]
-        # Products of two bf16 or fp16 numbers are exact in fp32; a sum of routers is no bf16.
-        exact = x.dtype == w_A2ED.dtype and attributes <= 1
         self.scoring: dict[str, Any] = {
             "DIM": dim,
             "ATTRIBUTES": attributes,
-            "DOT": triton_dtype(x.dtype if exact else torch.float32),
+            "DOT": triton_dtype(dtype),
+        }
+        # The backward's products are all of fp32 numbers: fewer tokens at a time, more warps. Its
+        # chunks are multiples of the forward's tile, and so of this one.
+        self.backward = {
+            "TOKENS": 16 if dim > 64 else 32 if dim > 32 or dtype == torch.float32 else 64,
+            "num_warps": 8 if dim > 64 else 4,
+            "num_stages": 1,
         }
 
 

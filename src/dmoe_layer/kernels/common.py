@@ -45,8 +45,7 @@ def sigmoid(z):
 def activate(z, ACTIVATION: tl.constexpr):
     """The activation of z in fp32."""
     if ACTIVATION == "relu":
-        # Not maximum, which drops a NaN.
-        return tl.where(z < 0, 0.0, z)
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -57,19 +56,19 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def slope(z, ACTIVATION: tl.constexpr):
-    """The activation's derivative at z in fp32."""
+def slope(z, da, ACTIVATION: tl.constexpr):
+    """da times the activation's derivative at z, in fp32."""
     if ACTIVATION == "relu":
-        return tl.where(z > 0, 1.0, 0.0)
+        return tl.where(z > 0, da, 0.0)
     elif ACTIVATION == "gelu":
         normal = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * normal
+        return da * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * normal)
     elif ACTIVATION == "gelu_tanh":
         s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+        return da * (s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z))
     else:
         s = sigmoid(z)
-        return s + z * s * (1 - s)
+        return da * (s + z * s * (1 - s))
 
 
 @triton.jit
@@ -80,15 +79,36 @@ def random_words(seed, row_R, column_C, STREAM: tl.constexpr):
     row = row + tl.zeros_like(column)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     stream = tl.full(low.shape, STREAM, tl.uint32)
-    return tl.philox(seed, low, high, column.to(tl.uint32), stream)
+    return tl.philox(seed, low, high, column.to(tl.uint32), stream, 7)
+
+
+@triton.jit
+def _normal_pair(radius, angle):
+    """Two standard normal numbers from two words of random bits (Box and Muller).
+
+    The angle's two highest bits choose one of four arcs around the axes, the rest the place within
+    it, so that sine and cosine are needed between -π/4 and π/4 only: there these polynomials (of
+    the Cephes library) have fp32's accuracy, and unlike tl.sin need no stack for huge arguments.
+    """
+    # Half a step off zero, of which there is no logarithm.
+    uniform = (radius.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    r = tl.sqrt(-2 * tl.log(uniform))
+    t = (angle << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572951981e-10
+    t2 = t * t
+    sine = t + t * t2 * (-1.6666654611e-1 + t2 * (8.3321608736e-3 - t2 * 1.9515295891e-4))
+    cosine = 4.166664568298827e-2 + t2 * (-1.388731625493765e-3 + t2 * 2.443315711809948e-5)
+    cosine = 1 - 0.5 * t2 + t2 * t2 * cosine
+    cosine = tl.where((angle >> 31) != 0, -cosine, cosine)
+    along = ((angle >> 30) & 1) != 0
+    return r * tl.where(along, cosine, sine), r * tl.where(along, sine, cosine)
 
 
 @triton.jit
 def normal_noise(seed, token_T, EXPERTS: tl.constexpr):
     """Standard normal numbers, [T, EXPERTS]; a call of the generator makes four of them."""
     a, b, c, d = random_words(seed, token_T, tl.arange(0, EXPERTS // 4), 0)
-    a, b = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(b))
-    c, d = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(c), tl.uint_to_uniform_float(d))
+    a, b = _normal_pair(a, b)
+    c, d = _normal_pair(c, d)
     return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [token_T.shape[0], EXPERTS])
 
 

@@ -10,6 +10,18 @@ import triton.language as tl
 from .common import activate, dot, kept, rows_of_tile, slope
 
 
+@triton.jit
+def _slice(w1_ptr, b1_ptr, w2_ptr, h, d, hidden, dim):
+    """One expert's w1 [H, D], b1 [H] and w2 [H, D] for the hidden units h."""
+    live_hd = (h < hidden)[:, None] & (d < dim)[None, :]
+    w1_HD = tl.load(w1_ptr + h[:, None] * dim + d[None, :], mask=live_hd, other=0)
+    w2_HD = tl.load(w2_ptr + d[None, :] * hidden + h[:, None], mask=live_hd, other=0)
+    b1_H = tl.zeros([h.shape[0]], tl.float32)
+    if b1_ptr is not None:
+        b1_H += tl.load(b1_ptr + h, mask=h < hidden, other=0)
+    return w1_HD, b1_H, w2_HD
+
+
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def mlp_kernel(
     x_ptr, order_ptr, offsets_ptr, gates_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, slots_ptr,
@@ -33,16 +45,14 @@ def mlp_kernel(
     x_RD = tl.load(x_ptr + at, mask=live_rd, other=0).to(dtype)
     w1_ptr += expert.to(tl.int64) * hidden * dim
     w2_ptr += expert.to(tl.int64) * hidden * dim
+    if b1_ptr is not None:
+        b1_ptr += expert * hidden
     y_RD = tl.zeros([ROWS, DIM], tl.float32)
     for first_h in range(0, hidden, HIDDEN):
         h = first_h + tl.arange(0, HIDDEN)
-        live_hd = (h < hidden)[:, None] & live_d[None, :]
-        w1_HD = tl.load(w1_ptr + h[:, None] * dim + d[None, :], mask=live_hd, other=0)
-        z_RH = dot(x_RD, tl.trans(w1_HD), None, PRECISION)
-        if b1_ptr is not None:
-            z_RH += tl.load(b1_ptr + expert * hidden + h, mask=h < hidden, other=0)[None, :]
+        w1_HD, b1_H, w2_HD = _slice(w1_ptr, b1_ptr, w2_ptr, h, d, hidden, dim)
+        z_RH = dot(x_RD, tl.trans(w1_HD), None, PRECISION) + b1_H[None, :]
         h_RH = activate(z_RH, ACTIVATION).to(dtype)
-        w2_HD = tl.load(w2_ptr + d[None, :] * hidden + h[:, None], mask=live_hd, other=0)
         y_RD = dot(h_RH, w2_HD, y_RD, PRECISION)
     if b2_ptr is not None:
         y_RD += tl.load(b2_ptr + expert * dim + d, mask=live_d, other=0)[None, :]
@@ -68,7 +78,8 @@ def mlp_backward_kernel(
     OF_ROWS: slots[pair] = the pair's share of dx, and dgates[pair]; needs all of the hidden layer.
     OF_WEIGHTS: the chunk's share of dw1, db1, dw2 and db2, summed in registers over
     the chunk's rows; needs one slice of the hidden layer, which axis 1 of the grid chooses.
-    Both at once where one slice is the whole hidden layer; two launches where it is not.
+    Both at once where one slice is the whole hidden layer; two launches where it is not: sums for
+    all of it would not fit into registers.
 
     With dO the gradient of the token's output after dropout and dA = dO · w2, the gate's gradient
     is <dA, h> + <dO, b2>: it needs no output of the expert.
@@ -82,13 +93,20 @@ def mlp_backward_kernel(
     live_d = d < dim
     w1_ptr += expert.to(tl.int64) * hidden * dim
     w2_ptr += expert.to(tl.int64) * hidden * dim
+    if b1_ptr is not None:
+        b1_ptr += expert * hidden
     start_h = tl.program_id(1) * HIDDEN
-    stop_h = tl.minimum(start_h + HIDDEN, hidden) if OF_WEIGHTS else hidden
+    stop_h = start_h + HIDDEN if OF_WEIGHTS else hidden
     if OF_WEIGHTS:
+        # One slice, read once for all tiles.
+        h = start_h + tl.arange(0, HIDDEN)
+        w1_HD, b1_H, w2_HD = _slice(w1_ptr, b1_ptr, w2_ptr, h, d, hidden, dim)
         dw1_HD = tl.zeros([HIDDEN, DIM], tl.float32)
         dw2_HD = tl.zeros([HIDDEN, DIM], tl.float32)
-        db1_H = tl.zeros([HIDDEN], tl.float32)
-        db2_D = tl.zeros([DIM], tl.float32)
+        # Sums over rows are products with ones: a reduction would shuffle at every tile.
+        ones_RG = tl.full([ROWS, 16], 1, dtype)
+        db1_HG = tl.zeros([HIDDEN, 16], tl.float32)
+        db2_DG = tl.zeros([DIM, 16], tl.float32)
     for tile in range(first, last, ROWS):
         row = tile + tl.arange(0, ROWS).to(tl.int64)
         live = row < last
@@ -100,34 +118,31 @@ def mlp_backward_kernel(
         if DROP:
             do_RD = tl.where(kept(seed, pair, 0, threshold, DIM), do_RD, 0.0)
         gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
-        gated_RD = (do_RD * gate[:, None]).to(dtype)
+        if OF_WEIGHTS:
+            gated_RD = (do_RD * gate[:, None]).to(dtype)
+            db2_DG = dot(tl.trans(gated_RD), ones_RG, db2_DG, PRECISION)
         dx_RD = tl.zeros([ROWS, DIM], tl.float32)
         dgate = tl.zeros([ROWS], tl.float32)
+        if OF_ROWS and b2_ptr is not None:
+            b2_D = tl.load(b2_ptr + expert * dim + d, mask=live_d, other=0)
+            dgate += tl.sum(do_RD.to(tl.float32) * b2_D[None, :], axis=1)
         for first_h in range(start_h, stop_h, HIDDEN):
-            h = first_h + tl.arange(0, HIDDEN)
-            live_hd = (h < hidden)[:, None] & live_d[None, :]
-            w1_HD = tl.load(w1_ptr + h[:, None] * dim + d[None, :], mask=live_hd, other=0)
-            w2_HD = tl.load(w2_ptr + d[None, :] * hidden + h[:, None], mask=live_hd, other=0)
-            z_RH = dot(x_RD, tl.trans(w1_HD), None, PRECISION)
-            if b1_ptr is not None:
-                z_RH += tl.load(b1_ptr + expert * hidden + h, mask=h < hidden, other=0)[None, :]
+            if not OF_WEIGHTS:
+                h = first_h + tl.arange(0, HIDDEN)
+                w1_HD, b1_H, w2_HD = _slice(w1_ptr, b1_ptr, w2_ptr, h, d, hidden, dim)
+            z_RH = dot(x_RD, tl.trans(w1_HD), None, PRECISION) + b1_H[None, :]
             da_RH = dot(do_RD, tl.trans(w2_HD), None, PRECISION)
             h_RH = activate(z_RH, ACTIVATION)
-            dz_RH = (da_RH * slope(z_RH, ACTIVATION) * gate[:, None]).to(dtype)
+            dz_RH = (slope(z_RH, da_RH, ACTIVATION) * gate[:, None]).to(dtype)
             if OF_ROWS:
                 dgate += tl.sum(da_RH * h_RH, axis=1)
                 dx_RD = dot(dz_RH, w1_HD, dx_RD, PRECISION)
             if OF_WEIGHTS:
-                dw1_HD = dot(tl.trans(dz_RH), x_RD, dw1_HD, PRECISION)
-                h_HR = tl.trans(h_RH.to(dtype))
-                dw2_HD = dot(h_HR, gated_RD, dw2_HD, PRECISION)
-                db1_H += tl.sum(dz_RH.to(tl.float32), axis=0)
-        if OF_WEIGHTS:
-            db2_D += tl.sum(gated_RD.to(tl.float32), axis=0)
+                dz_HR = tl.trans(dz_RH)
+                dw1_HD = dot(dz_HR, x_RD, dw1_HD, PRECISION)
+                dw2_HD = dot(tl.trans(h_RH.to(dtype)), gated_RD, dw2_HD, PRECISION)
+                db1_HG = dot(dz_HR, ones_RG, db1_HG, PRECISION)
         if OF_ROWS:
-            if b2_ptr is not None:
-                b2_D = tl.load(b2_ptr + expert * dim + d, mask=live_d, other=0)
-                dgate += tl.sum(do_RD.to(tl.float32) * b2_D[None, :], axis=1)
             tl.store(dgates_ptr + pair, dgate * scale, mask=live)
             at = pair[:, None] * dim + d[None, :]
             tl.store(slots_ptr + at, dx_RD.to(slots_ptr.dtype.element_ty), mask=live_rd)
@@ -138,23 +153,27 @@ def mlp_backward_kernel(
         tl.store(dw1_ptr + at, dw1_HD, mask=live_hd)
         at = (chunk * dim + d)[None, :] * hidden + h[:, None]
         tl.store(dw2_ptr + at, dw2_HD, mask=live_hd)
-        tl.store(db1_ptr + chunk * hidden + h, db1_H, mask=h < hidden)
+        # Sixteen columns, all equal.
+        tl.store(db1_ptr + chunk * hidden + h, tl.max(db1_HG, axis=1), mask=h < hidden)
         if start_h == 0:
-            tl.store(db2_ptr + chunk * dim + d, db2_D, mask=live_d)
+            tl.store(db2_ptr + chunk * dim + d, tl.max(db2_DG, axis=1), mask=live_d)
 
 
-@triton.jit(do_not_specialize=["numbers"])
+@triton.jit(do_not_specialize=["tokens"])
 def sum_slots_kernel(
-    slots_ptr, y_ptr, numbers, dim: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
+    slots_ptr, y_ptr, tokens,
+    dim: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """y[t] = Σ_j slots[t·K + j], in fp32."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = i < numbers
-    at = (i // dim) * K * dim + i % dim
-    total = tl.zeros([BLOCK], tl.float32)
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * DIM + tl.arange(0, DIM)
+    live = (token < tokens)[:, None] & (d < dim)[None, :]
+    total = tl.zeros([ROWS, DIM], tl.float32)
     for j in tl.static_range(K):
-        total += tl.load(slots_ptr + at + j * dim, mask=live, other=0).to(tl.float32)
-    tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=live)
+        at = (token * K + j)[:, None] * dim + d[None, :]
+        total += tl.load(slots_ptr + at, mask=live, other=0).to(tl.float32)
+    at = token[:, None] * dim + d[None, :]
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["chunk_rows"])

@@ -156,7 +156,7 @@ def hidden_backward_kernel(
         tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
     pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
     gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
-    dz = da * slope(z, ACTIVATION) * gate[:, None]
+    dz = slope(z, da, ACTIVATION) * gate[:, None]
     tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
     dgate = tl.sum(da * h, axis=1) * scale
     tl.store(dgates_ptr + (1 + part).to(tl.int64) * n_pairs + pair, dgate, mask=live)
@@ -205,5 +205,5 @@ def weight_backward_kernel(
     at = (chunk * a_columns + i)[:, None] * b_columns + j[None, :]
     tl.store(shares_ptr + at, total.to(shares_ptr.dtype.element_ty), mask=inside)
     if bias_ptr is not None and tile % tiles_b == 0:
-        at = chunk * a_columns + i
-        tl.store(bias_ptr + at, bias.to(bias_ptr.dtype.element_ty), mask=i < a_columns)
+        own = bias_ptr + chunk * a_columns + i
+        tl.store(own, bias.to(bias_ptr.dtype.element_ty), mask=i < a_columns)
