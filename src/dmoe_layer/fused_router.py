@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels import routing as kernels
-from .kernels.narrow import sum_chunks_kernel
-from .launch import launch, padded, tiles, triton_dtype
+from .launch import launch, padded, sum_chunks, tiles, triton_dtype
 from .operators import refuse_double_backward
 
 # A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
@@ -117,19 +116,6 @@ def fused_route_backward(
 @fused_route_backward.register_fake
 def _(dlogits, dgates, indices, gates, x, w_A2ED, b_A2E, *options):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t) for t in (x, w_A2ED, b_A2E))
-
-
-def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
-    """Each group's sum over its chunks, (groups, ...) in fp32, always in the same order."""
-    groups = len(offsets) - 1
-    total = shares.new_empty((groups, *shares.shape[1:]))
-    numbers = shares.shape[1:].numel()
-    launch(
-        sum_chunks_kernel, (groups, -(-numbers // 512)), shares,
-        shares, offsets, total, groups, numbers, chunk_rows,
-        GROUPS=padded(groups, 2), CHUNKS=8, BLOCK=512,
-    )  # fmt: skip
-    return total
 
 
 class _Samples:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernels.sums import sum_chunks_kernel
+
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **options: Any) -> None:
     """Runs ``kernel`` on the device of ``on``; an empty grid is nothing to do."""
@@ -44,3 +46,16 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
         dtype
     ]
+
+
+def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
+    """Each group's sum over its chunks, (groups, ...) in fp32, always in the same order."""
+    groups = len(offsets) - 1
+    total = shares.new_empty((groups, *shares.shape[1:]))
+    numbers = shares.shape[1:].numel()
+    launch(
+        sum_chunks_kernel, (groups, -(-numbers // 512)), shares,
+        shares, offsets, total, groups, numbers, chunk_rows,
+        GROUPS=padded(groups, 2), CHUNKS=8, BLOCK=512,
+    )  # fmt: skip
+    return total

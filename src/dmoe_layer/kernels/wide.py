@@ -1,6 +1,7 @@
 """The wide experts' kernels: grouped GEMMs over the rows of every expert, without a host sync.
 
-Rows stand sorted by expert; gathers happen where a GEMM loads its operand, and bias, activation,
+Rows stand sorted by expert, and buffers hold those of one segment of them, from ``base`` on. Gathers
+happen where a GEMM loads its operand, and bias, activation,
 dropout and gate where it stores its result.
 """
 
@@ -32,9 +33,9 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base"])
 def hidden_kernel(
-    x_ptr, order_ptr, offsets_ptr, w1_ptr, b1_ptr, z_ptr, h_ptr,
+    x_ptr, order_ptr, offsets_ptr, w1_ptr, b1_ptr, z_ptr, h_ptr, base,
     n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -53,7 +54,7 @@ def hidden_kernel(
     if b1_ptr is not None:
         z += tl.load(b1_ptr + expert * hidden + n, mask=n < hidden, other=0)[None, :]
     z = z.to(h_ptr.dtype.element_ty)
-    at = row[:, None] * hidden + n[None, :]
+    at = (row - base)[:, None] * hidden + n[None, :]
     inside = live[:, None] & (n < hidden)[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + at, z, mask=inside)
@@ -61,10 +62,10 @@ def hidden_kernel(
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["base", "seed", "threshold"])
 def output_kernel(
     h_ptr, order_ptr, offsets_ptr, w_ptr, b_ptr, gates_ptr, slots_ptr,
-    seed, threshold, scale,
+    base, seed, threshold, scale,
     n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr,
     stride_d: tl.constexpr, stride_h: tl.constexpr,
     DROP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
@@ -80,7 +81,7 @@ def output_kernel(
     row = first + tl.arange(0, ROWS)
     live = row < last
     w_ptr += expert.to(tl.int64) * hidden * dim
-    y = _product(h_ptr, row, live, w_ptr, stride_d, stride_h, n, dim, hidden, PRECISION, DEPTH)
+    y = _product(h_ptr, row - base, live, w_ptr, stride_d, stride_h, n, dim, hidden, PRECISION, DEPTH)
     if b_ptr is not None:
         y += tl.load(b_ptr + expert * dim + n, mask=n < dim, other=0)[None, :]
     pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
@@ -93,10 +94,10 @@ def output_kernel(
     tl.store(slots_ptr + at, y.to(slots_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["base", "seed", "threshold"])
 def gather_gradient_kernel(
     dy_ptr, order_ptr, offsets_ptr, gates_ptr, b2_ptr, do_ptr, gated_ptr, dgates_ptr,
-    seed, threshold, scale,
+    base, seed, threshold, scale,
     n_experts: tl.constexpr, dim: tl.constexpr, K: tl.constexpr,
     DROP: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -119,17 +120,17 @@ def gather_gradient_kernel(
         if b2_ptr is not None:
             b2 = tl.load(b2_ptr + expert * dim + n, mask=n < dim, other=0)
             dgate += tl.sum(do * b2[None, :], axis=1)
-        at = row[:, None] * dim + n[None, :]
+        at = (row - base)[:, None] * dim + n[None, :]
         tl.store(do_ptr + at, do.to(do_ptr.dtype.element_ty), mask=inside)
         gated = (do * gate[:, None]).to(do_ptr.dtype.element_ty)
         tl.store(gated_ptr + at, gated, mask=inside)
     tl.store(dgates_ptr + pair, dgate * scale, mask=live)
 
 
-@triton.jit(do_not_specialize=["n_pairs"])
+@triton.jit(do_not_specialize=["base", "n_pairs"])
 def hidden_backward_kernel(
     do_ptr, order_ptr, offsets_ptr, gates_ptr, w2_ptr, z_ptr, h_ptr, dz_ptr, dgates_ptr,
-    n_pairs, scale,
+    base, n_pairs, scale,
     n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -147,9 +148,9 @@ def hidden_backward_kernel(
     row = first + tl.arange(0, ROWS)
     live = row < last
     w2_ptr += expert.to(tl.int64) * hidden * dim
-    da = _product(do_ptr, row, live, w2_ptr, 1, hidden, n, hidden, dim, PRECISION, DEPTH)
+    da = _product(do_ptr, row - base, live, w2_ptr, 1, hidden, n, hidden, dim, PRECISION, DEPTH)
     inside = live[:, None] & (n < hidden)[None, :]
-    at = row[:, None] * hidden + n[None, :]
+    at = (row - base)[:, None] * hidden + n[None, :]
     z = tl.load(z_ptr + at, mask=inside, other=0).to(tl.float32)
     h = activate(z, ACTIVATION)
     if h_ptr is not None:
@@ -162,10 +163,10 @@ def hidden_backward_kernel(
     tl.store(dgates_ptr + (1 + part).to(tl.int64) * n_pairs + pair, dgate, mask=live)
 
 
-@triton.jit(do_not_specialize=["chunk_rows"])
+@triton.jit(do_not_specialize=["base", "chunk_rows"])
 def weight_backward_kernel(
     a_ptr, b_ptr, order_ptr, offsets_ptr, shares_ptr, bias_ptr,
-    chunk_rows,
+    base, chunk_rows,
     n_experts: tl.constexpr, a_columns: tl.constexpr, b_columns: tl.constexpr, K: tl.constexpr,
     GATHER: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -194,11 +195,15 @@ def weight_backward_kernel(
         row = start + tl.arange(0, ROWS).to(tl.int64)
         live = row < last
         inside = live[:, None] & (i < a_columns)[None, :]
-        a = tl.load(a_ptr + row[:, None] * a_columns + i[None, :], mask=inside, other=0)
+        at = (row - base)[:, None] * a_columns + i[None, :]
+        a = tl.load(a_ptr + at, mask=inside, other=0)
         if GATHER:
-            row = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64) // K
+            row_b = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64) // K
+        else:
+            row_b = row - base
         inside = live[:, None] & (j < b_columns)[None, :]
-        b = tl.load(b_ptr + row[:, None] * b_columns + j[None, :], mask=inside, other=0).to(dtype)
+        at = row_b[:, None] * b_columns + j[None, :]
+        b = tl.load(b_ptr + at, mask=inside, other=0).to(dtype)
         total = dot(tl.trans(a), b, total, PRECISION)
         bias += tl.sum(a.to(tl.float32), axis=0)
     inside = (i < a_columns)[:, None] & (j < b_columns)[None, :]

@@ -1,0 +1,46 @@
+"""The sums that stand where others use atomics: always in one order, so always to the same bit."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def sum_slots_kernel(
+    slots_ptr, y_ptr, tokens,
+    dim: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """y[t] = Σ_j slots[t·K + j], in fp32."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * DIM + tl.arange(0, DIM)
+    live = (token < tokens)[:, None] & (d < dim)[None, :]
+    total = tl.zeros([ROWS, DIM], tl.float32)
+    for j in tl.static_range(K):
+        at = (token * K + j)[:, None] * dim + d[None, :]
+        total += tl.load(slots_ptr + at, mask=live, other=0).to(tl.float32)
+    at = token[:, None] * dim + d[None, :]
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["chunk_rows"])
+def sum_chunks_kernel(
+    shares_ptr, offsets_ptr, total_ptr, n_groups, numbers, chunk_rows,
+    GROUPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """total[g] = the sum of the shares of group g's chunks, always in one order."""
+    group = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = i < numbers
+    g = tl.arange(0, GROUPS)
+    start_G = tl.load(offsets_ptr + g, mask=g < n_groups, other=0)
+    stop_G = tl.load(offsets_ptr + g + 1, mask=g < n_groups, other=0)
+    chunks_G = (stop_G - start_G + chunk_rows - 1) // chunk_rows
+    first = tl.sum(tl.where(g < group, chunks_G, 0), axis=0)
+    last = first + tl.sum(tl.where(g == group, chunks_G, 0), axis=0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(first, last, CHUNKS):
+        c = chunk + tl.arange(0, CHUNKS).to(tl.int64)
+        at = c[:, None] * numbers + i[None, :]
+        share = tl.load(shares_ptr + at, mask=(c < last)[:, None] & live[None, :], other=0)
+        total += tl.sum(share, axis=0)
+    at = group.to(tl.int64) * numbers + i
+    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=live)
