@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "losses": {"router"},
     "scope": {"attributes", "losses", "router"},
     "dispatch": set(),
-    "eager": {"activations", "dispatch", "operators"},
+    "dropout": {"operators"},
+    "gemm": set(),
+    "eager": {"activations", "dispatch", "dropout", "gemm", "operators"},
     "mlp": {"activations"},
     "layer": {
         "activations",

@@ -19,6 +19,7 @@ class Activation(NamedTuple):
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
+# ReLU's derivative may be given its output for its input: both are positive or neither is.
 ACTIVATIONS = {
     "relu": Activation(F.relu, lambda dh, z: aten.threshold_backward(dh, z, 0)),
     "gelu": Activation(F.gelu, lambda dh, z: aten.gelu_backward(dh, z)),
