@@ -102,10 +102,8 @@ def _experts(
 
 
 @_experts.register_fake
-def _(
-    x_TD, expert_indices_TK, gates_TK, w1_EHD, b1, w2, b2, act, p, seed, dtype, keep_hidden=False
-):  # type: ignore[no-untyped-def]
-    shape = _hidden_shape(expert_indices_TK, w1_EHD, keep_hidden)
+def _(x_TD, indices_TK, gates, w1_EHD, b1, w2, b2, act, p, seed, dtype, keep_hidden=False):  # type: ignore[no-untyped-def]
+    shape = _hidden_shape(indices_TK, w1_EHD, keep_hidden)
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(shape, dtype=dtype)
 
 
