@@ -140,15 +140,16 @@ def experts_backward(
         dx_TD = x_TD.new_empty(x_TD.shape) if need_x else x_TD.new_empty(0)
         dw1, dw2 = _Sum(w1_EHD, need_w1, w1_EHD), _Sum(w2_EDH, need_w2, w1_EHD)
         db1, db2 = _Sum(b1_EH, need_b1, w1_EHD), _Sum(b2_ED, need_b2, w1_EHD)
-        dy_TD = dy_TD.contiguous()  # rows of an expanded one are picked ten times slower
         x_buffer, rows_buffer = _buffers(dispatch, x_TD, dtype)
         do_buffer = torch.empty_like(x_buffer)
         for chunk in dispatch.chunks:
+            # A sum's gradient is expanded from one number, and rows of that are picked slowly.
+            dy_CD = dy_TD[chunk.tokens].contiguous()
             for e, start, stop in chunk.blocks:
                 rows = stop - start
                 w1_HD, b1_H, w2_DH, b2_D = _of_expert(e, dtype, w1_EHD, b1_EH, w2_EDH, b2_ED)
                 tokens = dispatch.token_of_row[start:stop]
-                do_RD = _gather(dy_TD, tokens, do_buffer)
+                do_RD = _gather(dy_CD, tokens - chunk.tokens.start, do_buffer)
                 drop(do_RD[:rows])
                 x_RD = _gather(x_TD, tokens, x_buffer)
                 if keep_hidden:
@@ -161,7 +162,9 @@ def experts_backward(
                     products = dh_RH[:rows].to(dgates_R.dtype) * h_RH[:rows]
                     torch.sum(products, dim=1, out=dgates_R[start:stop])
                     if b2_D is not None:
-                        dgates_R[start:stop] += (do_RD[:rows] @ b2_D).to(dgates_R.dtype)
+                        dgates_R[start:stop] += (do_RD[:rows] * b2_D).sum(
+                            dim=1, dtype=dgates_R.dtype
+                        )
                 gates = gates_R[start:stop, None].to(dtype)
                 do_RD[:rows] *= gates
                 if need_w2:

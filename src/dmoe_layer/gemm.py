@@ -44,18 +44,10 @@ def sum_of_products(a_RO: Tensor, b_RI: Tensor) -> Tensor:
     # Many rows for a small sum: the convolution splits the rows among the threads.
     images = (a_RO.view(ROWS, -1, 1, out), b_RI.view(ROWS, -1, 1, inner))
     channels_last = [image.permute(0, 3, 1, 2) for image in images]
-    _, dw_OI11, _ = torch.ops.aten.convolution_backward(
-        *channels_last,
-        a_RO.new_empty(out, inner, 1, 1),
-        bias_sizes=None,
-        stride=[1, 1],
-        padding=[0, 0],
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=1,
-        output_mask=[False, True, False],
-    )
+    w_OI11 = a_RO.new_empty(out, inner, 1, 1)
+    stride, padding, dilation, transposed, groups = [1, 1], [0, 0], [1, 1], False, 1
+    options = (None, stride, padding, dilation, transposed, padding, groups, [False, True, False])
+    _, dw_OI11, _ = torch.ops.aten.convolution_backward(*channels_last, w_OI11, *options)
     return dw_OI11.view(out, inner)
 
 
