@@ -574,20 +574,20 @@ def test_the_rows_of_padded_blocks_are_few_sizes_and_little_more():
     assert len({gemm.padded(rows) for rows in range(4097, 8193)}) == 32
 
 
-def test_a_nan_in_one_expert_reaches_no_gradient_of_the_others(monkeypatch):
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("spoiled", [0, 1])
+def test_a_nan_in_one_expert_reaches_no_gradient_of_the_other(spoiled, keep, monkeypatch):
     monkeypatch.setattr(dispatch, "BLOCK_ROWS", 50)
-    layer, x = DMoE(128, n_experts=2, k=1, dropout=0.0, noise="never"), torch.randn(1, 301, 128)
+    monkeypatch.setattr(eager, "_worth_keeping", lambda *_: keep)
+    layer, x = DMoE(128, n_experts=2, k=1, noise="never"), torch.randn(1, 301, 128)
     with torch.no_grad():
-        layer.router.w_A2ED.zero_()
-        layer.router.w_A2ED[0, 0, 0, 0], layer.router.w_A2ED[0, 0, 1, 0] = 1, -1
-    x[0, x[0, :, 0] > 0, 5] = math.nan
-    for keep in (True, False):
-        monkeypatch.setattr(eager, "_worth_keeping", lambda *_, keep=keep: keep)
-        layer.zero_grad()
-        layer(x).sum().backward()
-        assert torch.isnan(layer.w1_EHD.grad[0]).any()
-        assert torch.isfinite(layer.w1_EHD.grad[1]).all()
-        assert torch.isfinite(layer.w2_EDH.grad[1]).all()
+        layer.b1_EH[spoiled] = math.nan
+    y, routing = layer(x, return_routing=True)
+    assert len(routing.expert_indices.unique()) == 2
+    y.sum().backward()
+    for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED):
+        assert torch.isfinite(parameter.grad[1 - spoiled]).all()
+    assert torch.isnan(layer.w2_EDH.grad[spoiled]).all()
 
 
 class BooleanMaskLoop(torch.nn.Module):
