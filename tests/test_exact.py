@@ -552,7 +552,9 @@ def test_onednns_products_are_exact_and_keep_a_rows_bits(inner, out, rows):
         y = gemm.linear(x, weight, b, relu=True)
         assert_close(y, true, torch.float32, "linear")
         assert torch.equal(gemm.linear(x[7 : 7 + rows], weight, b, relu=True), y[7 : 7 + rows])
-    g = torch.randn(rows, out)
+    x[0, 0] = math.nan
+    assert torch.isnan(gemm.linear(x, w, b, relu=True)[0]).all()
+    g, x = torch.randn(rows, out), x[64:]
     dw = gemm.sum_of_products(g, x[:rows])
     assert_close(dw, g.double().mT @ x[:rows].double(), torch.float32, "dw")
 

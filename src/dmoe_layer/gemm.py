@@ -28,10 +28,10 @@ def padded(rows: int) -> int:
 def linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None = None, relu: bool = False) -> Tensor:
     """x·wᵀ + b, and ReLU of that if asked. The weight may be a transposed view."""
     if _by_onednn(x_RI, w_OI):
-        act = "relu" if relu else "none"
-        return torch.ops.mkldnn._linear_pointwise(x_RI, w_OI, b_O, act, [], "")
-    y_RO = F.linear(x_RI, w_OI, b_O)
-    return y_RO.relu_() if relu else y_RO
+        y_RO = torch.ops.mkldnn._linear_pointwise(x_RI, w_OI, b_O, "none", [], "")
+    else:
+        y_RO = F.linear(x_RI, w_OI, b_O)
+    return y_RO.relu_() if relu else y_RO  # oneDNN's own ReLU makes 0 of a NaN
 
 
 def sum_of_products(a_RO: Tensor, b_RI: Tensor) -> Tensor:
