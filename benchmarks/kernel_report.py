@@ -85,7 +85,7 @@ class Row(NamedTuple):
 
 def record(dim: int, dtype: torch.dtype, activation: str = "relu") -> list[Launch]:
     """The launches of one training step of the layer at this width, without running them."""
-    from dmoe_layer import fused, fused_router
+    from dmoe_layer import fused, fused_mlp, fused_router, launch
 
     launches: list[Launch] = []
 
@@ -100,15 +100,15 @@ def record(dim: int, dtype: torch.dtype, activation: str = "relu") -> list[Launc
     weights = (zeros(N_EXPERTS, 4 * dim, dim), zeros(N_EXPERTS, 4 * dim),
                zeros(N_EXPERTS, dim, 4 * dim), zeros(N_EXPERTS, dim))  # fmt: skip
     x, options = zeros(2, tokens // 2, dim), (activation, 0.1, seed, dtype)
-    modules = (fused, fused_router)
+    modules: tuple[Any, ...] = (fused_mlp, fused_router, launch)
     originals = [module.launch for module in modules]
     try:
         for module in modules:
             module.launch = note
         logits, indices, gates, order, offsets = fused_router.fused_route(x, *router, K, seed)
         experts = (x.flatten(0, 1), order, offsets, gates, *weights)
-        y, hidden = fused.fused_experts(*experts, *options, True)
-        fused.fused_experts_backward(y, *experts, hidden, *options)
+        y, hidden = fused._fused_experts(*experts, *options, dim >= 128)
+        fused.fused_experts_backward(y, hidden, *experts, *options)
         fused_router.fused_route_backward(logits, gates, indices, gates, x, *router, seed)
     finally:
         for module, original in zip(modules, originals, strict=True):
@@ -209,7 +209,7 @@ def _roofline(
         "route_backward_kernel": lambda: (
             12 * N_EXPERTS * d, fill(d, "DIM"), d * s + 4 * N_EXPERTS + 16 * K, d * s, o["TOKENS"]),
         "sort_kernel": lambda: (0, 1, 8 * K, 4 * K, o["TOKENS"]),
-        "sum_slots_kernel": lambda: (0, 1, K * d * s, d * s, o["BLOCK"] // d),
+        "sum_slots_kernel": lambda: (0, 1, K * d * s, d * s, o["ROWS"]),
         "mlp_kernel": lambda: (
             4 * d * h, fill(d, "DIM") * fill(h, "HIDDEN"), d * s + 8, d * s, o["ROWS"]),
         "mlp_backward_kernel": lambda: (

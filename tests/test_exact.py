@@ -1,7 +1,9 @@
 """Output and every gradient equal the naive loop, for random configurations and every dtype."""
 
+import copy
 import math
 from functools import partial
+from itertools import accumulate
 
 import naive
 import pytest
@@ -9,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
+from torch.profiler import ProfilerActivity
 
-from dmoe_layer import DMoE, Routing, dispatch, eager, router
+from dmoe_layer import DMoE, Routing, dispatch, eager, gemm, router
 from dmoe_layer.dispatch import Dispatch
 from dmoe_layer.operators import draw_seed
 
@@ -490,3 +493,147 @@ def test_a_sample_of_few_tokens_keeps_its_bits_beside_longer_ones():
         torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-6)
         if torch.backends.mkl.is_available():
             assert torch.equal(alone, together)
+
+
+def grads_of(layer, x):
+    """Output and gradients, and the numbers beside x and the parameters that backward found."""
+    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])], max(kept.values())
+
+
+@pytest.mark.parametrize("activation", sorted(naive.ACTIVATIONS))
+def test_a_kept_hidden_layer_gives_the_same_as_one_computed_again(activation, monkeypatch):
+    layer = DMoE(128, hidden_dim=160, n_experts=3, activation=activation, noise="never")
+    x = torch.randn(2, 100, 128, requires_grad=True)
+    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 40)
+    found, kept = grads_of(layer, x)
+    assert kept == 2 * 200 * 160
+    monkeypatch.setattr(eager, "keeps_hidden", lambda *_: False)
+    again, kept = grads_of(layer, x)
+    assert kept <= 2 * 200
+    for a, b in zip(found, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dim", "tokens", "keeps"), [(128, 500, True), (128, 520, False), (96, 40, False)]
+)
+def test_the_hidden_layer_is_kept_where_it_is_wide_and_no_larger_than_weights_and_gradients(
+    dim, tokens, keeps
+):
+    layer = DMoE(dim, n_experts=2, k=2, noise="never")
+    _, kept = grads_of(layer, torch.randn(1, tokens, dim, requires_grad=True))
+    assert (kept == 2 * tokens * 4 * dim) == keeps
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_no_hidden_layer_is_kept(mode, monkeypatch):
+    calls, original = [], eager._experts
+    monkeypatch.setattr(eager, "_experts", lambda *a: calls.append(a[-1]) or original(*a))
+    layer, x = DMoE(128), torch.randn(1, 9, 128)
+    with mode():
+        layer(x)
+    layer.requires_grad_(False)(x)
+    assert calls == [False, False]
+    layer.requires_grad_(True)(x)
+    assert calls[2]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize(("inner", "out"), [(16, 64), (24, 96), (96, 24), (200, 40), (768, 192)])
+@pytest.mark.parametrize("rows", [16, 80, 1024])
+def test_onednns_products_are_exact_and_keep_a_rows_bits(inner, out, rows):
+    x, w, b = torch.randn(rows + 64, inner), torch.randn(out, inner), torch.randn(out)
+    true = (x.double() @ w.double().mT + b.double()).relu()
+    for weight in (w, w.mT.contiguous().mT):
+        assert gemm._by_onednn(x, weight)
+        y = gemm.linear(x, weight, b, relu=True)
+        assert_close(y, true, torch.float32, "linear")
+        assert torch.equal(gemm.linear(x[7 : 7 + rows], weight, b, relu=True), y[7 : 7 + rows])
+    x[0, 0] = math.nan
+    assert torch.isnan(gemm.linear(x, w, b, relu=True)[0]).all()
+    g, x = torch.randn(rows, out), x[64:]
+    dw = gemm.sum_of_products(g, x[:rows])
+    assert_close(dw, g.double().mT @ x[:rows].double(), torch.float32, "dw")
+
+
+def test_without_onednn_the_layer_gives_the_same():
+    layer, x = DMoE(24, noise="never"), torch.randn(2, 300, 24, requires_grad=True)
+    found, _ = grads_of(layer, x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not gemm._by_onednn(layer.w1_EHD[0], layer.w1_EHD[0])
+        other, _ = grads_of(layer, x)
+    for a, b in zip(found, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rows_of_padded_blocks_are_few_sizes_and_little_more():
+    for rows in range(1, 10_000):
+        assert rows <= gemm.padded(rows) <= max(rows + 15, rows * 33 / 32)
+        assert gemm.padded(rows) % 16 == 0
+    assert len({gemm.padded(rows) for rows in range(4097, 8193)}) == 32
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("spoiled", [0, 1])
+def test_a_nan_in_one_expert_reaches_no_gradient_of_the_other(spoiled, keep, monkeypatch):
+    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(eager, "keeps_hidden", lambda *_: keep)
+    layer, x = DMoE(128, n_experts=2, k=1, noise="never"), torch.randn(1, 301, 128)
+    with torch.no_grad():
+        layer.b1_EH[spoiled] = math.nan
+    y, routing = layer(x, return_routing=True)
+    assert len(routing.expert_indices.unique()) == 2
+    y.sum().backward()
+    for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED):
+        assert torch.isfinite(parameter.grad[1 - spoiled]).all()
+    assert torch.isnan(layer.w2_EDH.grad[spoiled]).all()
+
+
+class BooleanMaskLoop(torch.nn.Module):
+    """Noisy top-2 routing with one router, and its experts one by one over the tokens of a mask."""
+
+    def __init__(self, d, n_experts=8):
+        super().__init__()
+        Linear, ModuleList = torch.nn.Linear, torch.nn.ModuleList
+        self.router = ModuleList(Linear(d, n_experts) for _ in range(2))
+        parts = Linear(d, 4 * d), torch.nn.ReLU(), Linear(4 * d, d), torch.nn.Dropout(0.1)
+        expert = torch.nn.Sequential(*parts)
+        self.experts = ModuleList(copy.deepcopy(expert) for _ in range(n_experts))
+
+    def forward(self, x):
+        x_TD = x.flatten(0, 1)
+        clean, noise = (linear(x_TD) for linear in self.router)
+        logits = clean + torch.randn_like(clean) * torch.nn.functional.softplus(noise)
+        scores, indices = logits.topk(2)
+        gates = torch.full_like(logits, -torch.inf).scatter(-1, indices, scores).softmax(-1)
+        y_TD = torch.zeros_like(x_TD)
+        for e, expert in enumerate(self.experts):
+            mask = (indices == e).any(-1)
+            y_TD[mask] += expert(x_TD[mask]) * gates[mask, e, None]
+        return y_TD.view_as(x)
+
+
+def peak_memory(layer, x):
+    """The most bytes that a forward and backward held at a time, beside x and the parameters."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        layer(x).sum().backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_the_peak_memory_of_a_volume_is_a_quarter_of_a_boolean_mask_loops():
+    x = torch.randn(2, 131072, 24, requires_grad=True)
+    loop, layer = (peak_memory(kind(24), x) for kind in (BooleanMaskLoop, DMoE))
+    assert layer <= 0.25 * loop

@@ -63,17 +63,15 @@ def explain(layer: Any, x: Tensor) -> str:
         'eager: x is on cpu, where plain PyTorch is the backend'
     """
     x_BTD = x.movedim(layer.channel_dim, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
-    choice = choose(layer, x_BTD, autocast_dtype(x) or x.dtype)
+    dtype = autocast_dtype(x) or x.dtype
+    choice = choose(layer, x_BTD, dtype)
     if choice.backend == "eager":
         return f"eager: {choice.reason}"
-    from .fused import NARROW
+    from .fused_mlp import is_narrow
 
-    how = (
-        "narrow experts, both layers in one kernel, the hidden layer computed again in backward"
-        if x_BTD.shape[-1] <= NARROW
-        else "wide experts, grouped GEMMs, the hidden layer kept for backward"
-    )
-    return f"triton: {how} (narrow is D <= {NARROW}; D is {x_BTD.shape[-1]})"
+    if is_narrow(x_BTD.shape[-1], dtype):
+        return "triton: narrow experts, both layers in one kernel, hidden layer never in memory"
+    return "triton: wide experts, grouped matrix products, the hidden layer between them in memory"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 # Rows of one expert computed together: enough for the GEMM to run at full speed, few enough for
 # the hidden layer of one block to stay in the processor's cache at the widths of a 3D U-Net.
@@ -22,40 +23,87 @@ class Block(NamedTuple):
     stop: int
 
 
+class Chunk(NamedTuple):
+    """Tokens that are computed and combined together: all of their rows stand side by side."""
+
+    tokens: slice
+    rows: slice
+    blocks: list[Block]
+
+
 class Dispatch:
     """Where the T·k (token, slot) pairs of a routing go.
+
+    Rows are sorted by chunk, then by expert, so that the experts' rows of one chunk, and not of
+    all tokens, wait to be combined: a short buffer that is used again costs neither the memory
+    nor the system's time to hand out fresh pages of it. A chunk holds two full blocks of every
+    expert, if all have the same load.
 
     Attributes:
         order: (T·k,) int64; ``order[r]`` = t·k + j is the pair in sorted row r. Stable, so that
             rows of one expert stand in the order of the tokens.
         token_of_row: (T·k,) int64, ``order // k``.
         rows_TK: (T, k) int64, the inverse: the row of each pair.
-        blocks: contiguous rows of one expert each, at most ``BLOCK_ROWS``.
+        chunks: the tokens in order, with the blocks that they make.
     """
 
     def __init__(self, expert_indices_TK: Tensor, n_experts: int) -> None:
-        pairs = expert_indices_TK.numel()
-        # A byte sorts several times faster than an int64, and holds an expert's number.
-        small = torch.uint8 if n_experts <= 256 else torch.int32
-        flat = expert_indices_TK.reshape(-1)
-        self.order = flat.to(small).argsort(stable=True)
-        self.token_of_row = self.order // expert_indices_TK.shape[1]
+        tokens, k = expert_indices_TK.shape
+        step = max(2 * BLOCK_ROWS * n_experts // k, 1)
+        starts = range(0, tokens, step)
+        # A byte sorts several times faster than an int64, and most often holds the keys.
+        small = torch.uint8 if len(starts) * n_experts <= 256 else torch.int32
+        keys_TK = expert_indices_TK.to(small, copy=True)
+        for i, start in enumerate(starts):
+            keys_TK[start : start + step] += i * n_experts
+        keys = keys_TK.view(-1)
+        self.order = keys.argsort(stable=True)
+        self.token_of_row = self.order // k
         rows = torch.empty_like(self.order)
-        rows[self.order] = torch.arange(pairs, device=rows.device)
-        self.rows_TK = rows.view(expert_indices_TK.shape)
-        self.blocks = list(_blocks(torch.bincount(flat, minlength=n_experts).tolist()))
+        rows.scatter_(0, self.order, torch.arange(len(rows), device=rows.device))
+        self.rows_TK = rows.view(tokens, k)
+        counts = torch.bincount(keys, minlength=len(starts) * n_experts).tolist()
+        self.chunks = [
+            Chunk(
+                slice(start, min(start + step, tokens)),
+                slice(start * k, min(start + step, tokens) * k),
+                list(_blocks(counts[i * n_experts : (i + 1) * n_experts], start * k)),
+            )
+            for i, start in enumerate(starts)
+        ]
 
-    def combine(self, rows_RD: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-        """Each token's weighted sum of its k rows: (T, D). No atomics, so deterministic."""
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order of their rows: of one expert each, at most ``BLOCK_ROWS``."""
+        return [block for chunk in self.chunks for block in chunk.blocks]
+
+    def combine(self, chunk: Chunk, rows_RD: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+        """For a chunk's tokens, the weighted sum of their k rows. No atomics: deterministic."""
+        rows_TK = self.rows_TK[chunk.tokens] - chunk.rows.start
         if weights_TK is not None:
-            weights_TK = weights_TK.to(rows_RD.dtype)
-        return F.embedding_bag(self.rows_TK, rows_RD, per_sample_weights=weights_TK, mode="sum")
+            weights_TK = weights_TK[chunk.tokens].to(rows_RD.dtype)
+        return F.embedding_bag(rows_TK, rows_RD, per_sample_weights=weights_TK, mode="sum")
 
 
-def _blocks(counts: list[int]) -> Iterator[Block]:
-    start = 0
+def _blocks(counts: list[int], start: int) -> Iterator[Block]:
+    """Each expert's rows from ``start`` on, cut into equal parts."""
     for expert, count in enumerate(counts):
-        stop = start + count
-        while start < stop:
-            yield Block(expert, start, min(start + BLOCK_ROWS, stop))
-            start = min(start + BLOCK_ROWS, stop)
+        parts = -(-count // BLOCK_ROWS)
+        for i in range(parts):
+            yield Block(expert, start + count * i // parts, start + count * (i + 1) // parts)
+        start += count
+
+
+def keeps_hidden(pairs: Tensor, w1_EHD: Tensor, trained: Sequence[Tensor | None]) -> bool:
+    """Whether backward shall find the hidden layer, R·H, instead of computing it again.
+
+    Not if there is no backward: none of ``trained`` wants a gradient. Else, computing it again
+    takes 2·D operations an element, against writing and reading it: keeping is worth it from a
+    width of about 128 on. And only while it is no larger than the experts' weights and their
+    gradients, which stand in memory anyway: the tokens of a volume may never multiply what is
+    kept. A number of tokens that torch.compile leaves open counts as too many.
+    """
+    if not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in trained):
+        return False
+    _, hidden, width = w1_EHD.shape
+    return width >= 128 and statically_known_true(pairs.numel() * hidden <= 4 * w1_EHD.numel())

@@ -274,7 +274,7 @@ def wide_backward(call: Call, dy: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
             *_weight_gradient(call, segment, dz, call.x, dtype, gather=True),
             *_weight_gradient(call, segment, gated, h, dtype, gather=False),
         ]
-        totals = [t.add_(term) for t, term in zip(totals, terms, strict=True)] or terms
+        totals = [t.add_(n) for t, n in zip(totals, terms, strict=True)] if totals else terms
     return slots, dgates.sum(dim=0).view(call.gates.shape), *totals
 
 

@@ -88,9 +88,7 @@ def fused_route_backward(
     chunk = samples.tile * max(1, samples.tokens // (samples.tile * CHUNKS))
     n_chunks = tiles(samples.tokens, chunk, samples.count)
     dx = torch.empty_like(x)
-    shares = [
-        x.new_empty((n_chunks, *p.shape[1:]), dtype=torch.float32) for p in (w_A2ED, b_A2E)
-    ]
+    shares = [x.new_empty((n_chunks, *p.shape[1:]), dtype=torch.float32) for p in (w_A2ED, b_A2E)]
     launch(
         kernels.route_backward_kernel, (n_chunks, -(-dim // samples.scoring["DIM"])), x,
         None if dlogits is None else dlogits.contiguous(),

@@ -311,10 +311,8 @@ class DMoE(LazyDim):
             return experts(x_TD, routing.expert_indices, routing.gates, *weights, *options)
         from .fused import fused_experts
 
-        trained = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x_TD, routing.gates, *weights)
-        )
-        return fused_experts(x_TD, *dispatch, routing.gates, *weights, *options, trained)[0]
+        order, offsets = dispatch
+        return fused_experts(x_TD, order, offsets, routing.gates, *weights, *options)
 
     def _find_attributes(
         self, x: Tensor, attributes: Any

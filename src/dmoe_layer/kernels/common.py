@@ -20,8 +20,8 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 def rows_of_tile(offsets_ptr, n_groups, tile, block, GROUPS: tl.constexpr):
     """(group, first row, last row) of a tile, where each group has rows of its own.
 
-    Group g's rows are ``offsets[g]`` to ``offsets[g + 1]``, cut into tiles of ``block`` rows; no tile
-    has rows of two groups. How many tiles there are only the GPU knows, so more programs are
+    Group g's rows are ``offsets[g]`` to ``offsets[g + 1]``, cut into tiles of ``block`` rows; no
+    tile has rows of two groups. How many tiles there are only the GPU knows, so more programs are
     launched than needed: those past the last tile get ``group >= n_groups``.
     """
     g = tl.arange(0, GROUPS)

@@ -118,7 +118,8 @@ def route_kernel(
 @triton.jit(do_not_specialize=["n_samples", "n_tiles"])
 def sort_kernel(
     indices_ptr, offsets_ptr, starts_ptr, order_ptr, n_samples, n_tiles,
-    n_experts: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, SAMPLES: tl.constexpr, EXPERTS: tl.constexpr,
+    n_experts: tl.constexpr, K: tl.constexpr,
+    TOKENS: tl.constexpr, SAMPLES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Writes each (token, slot) pair of a tile to its place in the order by expert.
 

@@ -1,8 +1,8 @@
 """The wide experts' kernels: grouped GEMMs over the rows of every expert, without a host sync.
 
-Rows stand sorted by expert, and buffers hold those of one segment of them, from ``base`` on. Gathers
-happen where a GEMM loads its operand, and bias, activation,
-dropout and gate where it stores its result.
+Rows stand sorted by expert, and buffers hold those of one segment of them, from row ``base`` on.
+Gathers happen where a GEMM loads its operand, and bias, activation, dropout and gate where it
+stores its result.
 """
 
 import triton
@@ -81,7 +81,9 @@ def output_kernel(
     row = first + tl.arange(0, ROWS)
     live = row < last
     w_ptr += expert.to(tl.int64) * hidden * dim
-    y = _product(h_ptr, row - base, live, w_ptr, stride_d, stride_h, n, dim, hidden, PRECISION, DEPTH)
+    y = _product(
+        h_ptr, row - base, live, w_ptr, stride_d, stride_h, n, dim, hidden, PRECISION, DEPTH
+    )
     if b_ptr is not None:
         y += tl.load(b_ptr + expert * dim + n, mask=n < dim, other=0)[None, :]
     pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
