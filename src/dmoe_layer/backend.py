@@ -67,11 +67,14 @@ def explain(layer: Any, x: Tensor) -> str:
     choice = choose(layer, x_BTD, dtype)
     if choice.backend == "eager":
         return f"eager: {choice.reason}"
-    from .fused_mlp import is_narrow
+    from .fused_mlp import NARROW, fuses_backward
 
-    if is_narrow(x_BTD.shape[-1], dtype):
-        return "triton: narrow experts, both layers in one kernel, hidden layer never in memory"
-    return "triton: wide experts, grouped matrix products, the hidden layer between them in memory"
+    dim = x_BTD.shape[-1]
+    if fuses_backward(dim, dtype):
+        return f"triton: D = {dim} is narrow, the hidden layer stays in registers"
+    if dim <= NARROW:
+        return f"triton: D = {dim} is narrow, the hidden layer stays in registers but in backward"
+    return f"triton: D = {dim} is wide, grouped matrix products with the hidden layer between them"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

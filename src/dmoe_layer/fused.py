@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from .dispatch import keeps_hidden
-from .fused_mlp import Call, is_narrow, narrow_backward, narrow_forward, wide_backward, wide_forward
+from .fused_mlp import (
+    NARROW,
+    Call,
+    fuses_backward,
+    narrow_backward,
+    narrow_forward,
+    wide_backward,
+    wide_forward,
+)
 from .operators import refuse_double_backward
 
 
@@ -32,7 +40,7 @@ def fused_experts(
     x + b1) + b2), with operands in ``dtype`` and sums in fp32. Without a seed nothing is dropped.
     """
     trained = (x_TD, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
-    keep = not is_narrow(x_TD.shape[1], dtype) and keeps_hidden(order_R, w1_EHD, trained)
+    keep = x_TD.shape[1] > NARROW and keeps_hidden(order_R, w1_EHD, trained)
     inputs = (x_TD, order_R, offsets, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
     return _fused_experts(*inputs, activation, dropout, seed, dtype, keep)[0]
 
@@ -56,7 +64,7 @@ def _fused_experts(
     """The output, and what backward finds of the hidden layer: (R, H), or an empty tensor."""
     tensors = (x_TD, order_R, offsets, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
     call = Call(*tensors, activation, dropout, seed, dtype)
-    if call.narrow:
+    if call.dim <= NARROW:
         return call.sum_slots(narrow_forward(call)), x_TD.new_empty(0, dtype=dtype)
     slots, hidden = wide_forward(call, keep_hidden)
     return call.sum_slots(slots), hidden
@@ -89,7 +97,7 @@ def fused_experts_backward(
     """Gradients of x, gates, w1, b1, w2, b2; an empty tensor for a bias that is not there."""
     tensors = (x_TD, order_R, offsets, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
     call = Call(*tensors, activation, dropout, seed, dtype)
-    if call.narrow:
+    if fuses_backward(call.dim, dtype):
         slots, dgates, *dweights = narrow_backward(call, dy_TD.contiguous())
     else:
         slots, dgates, *dweights = wide_backward(call, dy_TD.contiguous(), hidden_RH)

@@ -1,7 +1,9 @@
 """The launches of the experts' kernels: what goes in, in which blocks, and what comes out.
 
-Narrow experts never let their hidden layer out of a kernel, and compute it again in backward. Wide
-ones are grouped GEMMs with the hidden layer between them.
+In forward, experts up to D = NARROW never let their hidden layer out of a kernel; wider ones are
+grouped GEMMs with the hidden layer between them. In backward, where the sums of the weights'
+gradients need registers too, the fused kernels end sooner (``fuses_backward``); beyond, the hidden
+layer is kept by forward or computed again, a segment of rows at a time.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from torch import Tensor
 from .kernels import narrow, sums, wide
 from .launch import launch, padded, precision, sum_chunks, tiles
 
-# The widest that a kernel of narrow experts can keep in registers without spilling; numbers of
-# fp32, each split into three of tf32, take three times as many.
-NARROW, NARROW_FP32 = 64, 32
+# The widest that fits into registers without spilling.
+NARROW = 128
 # Programs that fill a GPU of 132 multiprocessors a few times, and rows of a segment that do.
 PROGRAMS, LEAST_ROWS = 512, 16384
 
 
-def is_narrow(dim: int, dtype: torch.dtype) -> bool:
-    """Whether experts of this width never let their hidden layer out of a kernel."""
-    return dim <= (NARROW_FP32 if dtype == torch.float32 else NARROW)
+def fuses_backward(dim: int, dtype: torch.dtype) -> bool:
+    """Whether the gradients of experts of this width fit into registers too.
+
+    Numbers of fp32, each split into three of tf32, take more of them.
+    """
+    return dim <= (32 if dtype == torch.float32 else 64)
 
 
 class Segment(NamedTuple):
@@ -65,7 +69,7 @@ class Call:
         self.dtype, self.own = dtype, w1_EHD.dtype
         self.n_experts, self.hidden, self.dim = w1_EHD.shape
         self.rows, self.k = order_R.shape[0], gates_TK.shape[1]
-        self.narrow, self.relu = is_narrow(self.dim, dtype), activation == "relu"
+        self.relu = activation == "relu"
         dropped = 0 if seed is None else round(dropout * 2**16)
         # Of p = 1 nothing is left to scale.
         scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
@@ -127,15 +131,19 @@ class _Blocks(NamedTuple):
 
 def _forward_blocks(call: Call) -> _Blocks:
     if call.dtype == torch.float32:
-        return _Blocks(64, 32, 4, 2)
+        if call.dim <= 32:
+            return _Blocks(64, 32, 4, 2)
+        return _Blocks(64, 32, 8) if call.dim <= 64 else _Blocks(32, 32, 8)
     # More rows share the weights that a program reads; D = 24's hidden layer is three times 32.
-    return _Blocks(128, 32, 4) if call.dim <= 32 else _Blocks(128, 64, 8, 2)
+    if call.dim <= 32:
+        return _Blocks(128, 32, 4)
+    return _Blocks(128, 64, 8, 2) if call.dim <= 64 else _Blocks(64, 32, 8)
 
 
 def _backward_blocks(call: Call) -> tuple[_Blocks, _Blocks]:
     """For the gradients of rows, and of weights: these sum a slice's in registers."""
     if call.dtype == torch.float32:
-        return _Blocks(64, 32, 4), _Blocks(32, 16, 4)
+        return _Blocks(64, 32, 4), _Blocks(32, 16, 8)
     return _Blocks(64, 32, 4), _Blocks(64, 64, 4) if call.dim <= 32 else _Blocks(128, 64, 8)
 
 
@@ -183,8 +191,8 @@ def narrow_backward(call: Call, dy: Tensor) -> tuple[Tensor, ...]:
 def _gemm_blocks(call: Call) -> dict[str, int]:
     """The blocks of the wide experts' GEMMs.
 
-    In bf16 and fp16 two programs of these fit a Hopper multiprocessor, so that one multiplies while
-    the other stores; 256 columns would spill in two of the four kernels.
+    In bf16 and fp16 two programs of most of these kernels fit a Hopper multiprocessor, so that one
+    multiplies while the other stores; 256 columns would spill in two of the four.
     """
     if call.dtype == torch.float32:
         return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}

@@ -155,7 +155,7 @@ class _Samples:
         # chunks are multiples of the forward's tile, and so of this one.
         self.backward = {
             "TOKENS": 16 if dim > 64 else 32 if dim > 32 or dtype == torch.float32 else 64,
-            "num_warps": 8 if dim > 64 else 4,
+            "num_warps": 4 if 32 < dim <= 64 else 8,
             "num_stages": 1,
         }
 
