@@ -81,6 +81,7 @@ class Row(NamedTuple):
     matrix_instructions: str
     occupancy: float
     roofline: float | str
+    triton: str
 
 
 def record(dim: int, dtype: torch.dtype, activation: str = "relu") -> list[Launch]:
@@ -185,6 +186,7 @@ def read(launch: Launch, capability: int, dtype: str, dim: int) -> Row:
         matrix_instructions=" ".join(sorted(set(re.findall(r"\bH?G?MMA\.[\w.]*", code)))),
         occupancy=resident * warps / gpu.warps,
         roofline=_roofline(launch.kernel.__name__, launch.options, dtype, dim, gpu, resident),
+        triton=triton.__version__,
     )
 
 
