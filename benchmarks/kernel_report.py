@@ -84,7 +84,9 @@ class Row(NamedTuple):
     triton: str
 
 
-def record(dim: int, dtype: torch.dtype, activation: str = "relu") -> list[Launch]:
+def record(
+    dim: int, dtype: torch.dtype, activation: str = "relu", n_experts: int = N_EXPERTS, k: int = K
+) -> list[Launch]:
     """The launches of one training step of the layer at this width, without running them."""
     from dmoe_layer import fused, fused_mlp, fused_router, launch
 
@@ -97,19 +99,19 @@ def record(dim: int, dtype: torch.dtype, activation: str = "relu") -> list[Launc
         return torch.zeros(shape, dtype=dtype)
 
     tokens, seed = 512, torch.tensor(2**61)
-    router = (zeros(3, 2, N_EXPERTS, dim), zeros(3, 2, N_EXPERTS), torch.zeros(2, 1).long(), None)
-    weights = (zeros(N_EXPERTS, 4 * dim, dim), zeros(N_EXPERTS, 4 * dim),
-               zeros(N_EXPERTS, dim, 4 * dim), zeros(N_EXPERTS, dim))  # fmt: skip
+    router = (zeros(3, 2, n_experts, dim), zeros(3, 2, n_experts), torch.zeros(2, 1).long(), None)
+    weights = (zeros(n_experts, 4 * dim, dim), zeros(n_experts, 4 * dim),
+               zeros(n_experts, dim, 4 * dim), zeros(n_experts, dim))  # fmt: skip
     x, options = zeros(2, tokens // 2, dim), (activation, 0.1, seed, dtype)
     modules: tuple[Any, ...] = (fused_mlp, fused_router, launch)
     originals = [module.launch for module in modules]
     try:
         for module in modules:
             module.launch = note
-        logits, indices, gates, order, offsets = fused_router.fused_route(x, *router, K, seed)
+        logits, indices, gates, order, offsets = fused_router.fused_route(x, *router, k, seed)
         experts = (x.flatten(0, 1), order, offsets, gates, *weights)
         y, hidden = fused._fused_experts(*experts, *options, dim >= 128)
-        fused.fused_experts_backward(y, hidden, *experts, *options)
+        fused.fused_experts_backward(y, hidden, *experts, *options, True, True)
         fused_router.fused_route_backward(logits, gates, indices, gates, x, *router, seed)
     finally:
         for module, original in zip(modules, originals, strict=True):
@@ -236,7 +238,13 @@ def _roofline(
     return round(max(operations / peak, traffic / gpu.bandwidth) / possible, 3)
 
 
-def rows(widths: tuple[int, ...], dtypes: tuple[str, ...], activation: str) -> Iterator[Row]:
+def rows(
+    widths: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    activation: str,
+    n_experts: int = N_EXPERTS,
+    k: int = K,
+) -> Iterator[Row]:
     """The report, a row for each launch that compiles to something of its own."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter compiles nothing. Unset it.")
@@ -245,7 +253,7 @@ def rows(widths: tuple[int, ...], dtypes: tuple[str, ...], activation: str) -> I
             for dtype in dtypes:
                 found = (
                     read(launch, capability, dtype, dim)
-                    for launch in record(dim, DTYPES[dtype], activation)
+                    for launch in record(dim, DTYPES[dtype], activation, n_experts, k)
                 )
                 yield from dict.fromkeys(found)
 

@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What cuBLAS needs to be deterministic, read when a GPU is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

@@ -18,26 +18,30 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import json, sys
 from benchmarks.kernel_report import rows
-width, dtype, activation = sys.argv[1:]
-found = rows((int(width),), (dtype,), activation)
+width, dtype, activation, n_experts, k = sys.argv[1:]
+found = rows((int(width),), (dtype,), activation, int(n_experts), int(k))
 print(json.dumps([row._asdict() for row in found]))
 """
 LIMIT = {80: 163 << 10, 90: 227 << 10}  # a block's shared memory
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("dim", [24, 48, 768])
-def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
-    activation = {"fp32": "gelu", "fp16": "silu", "bf16": "relu"}[dtype]
+def compiled(dim, dtype, activation="relu", n_experts=8, k=2):
+    arguments = map(str, (dim, dtype, activation, n_experts, k))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(dim), dtype, activation],
+        [sys.executable, "-c", PROGRAM, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dim", [24, 48, 768])
+def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
+    found = compiled(dim, dtype, {"fp32": "gelu", "fp16": "silu", "bf16": "relu"}[dtype])
     kernels = {(row["capability"], row["kernel"]) for row in found}
     wide = {"hidden_kernel", "hidden_backward_kernel", "output_kernel", "weight_backward_kernel"}
     mlp = {24: {"mlp_kernel", "mlp_backward_kernel"}, 48: {"mlp_kernel", "mlp_backward_kernel"}}
@@ -50,3 +54,13 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
         assert row["shared_bytes"] <= LIMIT[row["capability"]], row
         if row["kernel"] in mlp:
             assert "MMA" in row["matrix_instructions"], row
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(24, "bf16"), (768, "bf16"), (768, "fp32")])
+def test_kernels_for_the_most_experts_compile_and_fit(dim, dtype):
+    rows = compiled(dim, dtype, n_experts=64, k=8)
+    for row in rows:
+        assert row["shared_bytes"] <= LIMIT[row["capability"]], row
+        # In fp32 the route kernel spills six numbers on compute capability 9.0.
+        if dtype == "bf16" and row["kernel"] in {"route_kernel", "sort_kernel"}:
+            assert row["stack_bytes"] == 0, row

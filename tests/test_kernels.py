@@ -1,6 +1,8 @@
 """The Triton backend equals the naive loop, in Triton's interpreter or on a GPU."""
 
 import math
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -18,6 +20,8 @@ from dmoe_layer.kernels import common  # noqa: E402
 from dmoe_layer.launch import launch, padded  # noqa: E402
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
+# Rows that a test's own kernel takes at once: a GPU's compiler needs minutes for thousands.
+BLOCK = 256
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +34,8 @@ def _poisoned():
 
 @triton.jit
 def _noise_kernel(out_ptr, seed, n_experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
-    t, e = tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, EXPERTS)
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, EXPERTS)
     noise = common.normal_noise(seed, t, EXPERTS)
     at = t[:, None] * n_experts + e[None, :]
     tl.store(out_ptr + at, noise, mask=(e < n_experts)[None, :])
@@ -38,7 +43,8 @@ def _noise_kernel(out_ptr, seed, n_experts, TOKENS: tl.constexpr, EXPERTS: tl.co
 
 @triton.jit
 def _kept_kernel(out_ptr, seed, threshold, dim, PAIRS: tl.constexpr, DIM: tl.constexpr):
-    p, d = tl.arange(0, PAIRS).to(tl.int64), tl.arange(0, DIM)
+    p = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    d = tl.arange(0, DIM)
     kept = common.kept(seed, p, 0, threshold, DIM).to(tl.float32)
     tl.store(out_ptr + p[:, None] * dim + d[None, :], kept, mask=(d < dim)[None, :])
 
@@ -47,18 +53,20 @@ def kernel_noise(noisy, tokens, n_experts, dtype):
     """What the routing kernel draws in the call that follows, (T, E)."""
     if not noisy:
         return None
-    rows, experts = padded(tokens, 2), padded(n_experts, 8)
-    noise, seed = torch.empty(rows, n_experts, device=HERE), int(draw_seed())
-    launch(_noise_kernel, (1,), noise, noise, seed, n_experts, TOKENS=rows, EXPERTS=experts)
+    blocks, seed = -(-tokens // BLOCK), int(draw_seed())
+    noise = torch.empty(blocks * BLOCK, n_experts, device=HERE)
+    sizes = {"TOKENS": BLOCK, "EXPERTS": padded(n_experts, 8)}
+    launch(_noise_kernel, (blocks,), noise, noise, seed, n_experts, **sizes)
     return noise[:tokens].cpu()
 
 
 def kernel_dropout(p, indices_TK, n_experts, dim, dtype):
     """The factors of dropout in the call that follows, (T, k, D)."""
     pairs, dropped, seed = indices_TK.numel(), round(p * 2**16), int(draw_seed())
-    kept = torch.empty(padded(pairs, 2), dim, device=HERE)
-    sizes = {"PAIRS": len(kept), "DIM": padded(dim)}
-    launch(_kept_kernel, (1,), kept, kept, seed, dropped, dim, **sizes)
+    blocks = -(-pairs // BLOCK)
+    kept = torch.empty(blocks * BLOCK, dim, device=HERE)
+    sizes = {"PAIRS": BLOCK, "DIM": padded(dim)}
+    launch(_kept_kernel, (blocks,), kept, kept, seed, dropped, dim, **sizes)
     scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
     return kept[:pairs].cpu().to(dtype).view(*indices_TK.shape, dim) * scale
 
@@ -182,7 +190,7 @@ def test_operators_pass_opcheck(dim):
     torch.library.opcheck(fused._fused_experts, (*inputs, *options, keep))
     y, hidden = (t.detach() for t in fused._fused_experts(*inputs, *options, keep))
     inputs = tuple(t.detach() for t in inputs)
-    torch.library.opcheck(fused.fused_experts_backward, (y, hidden, *inputs, *options))
+    torch.library.opcheck(fused.fused_experts_backward, (y, hidden, *inputs, *options, True, True))
 
 
 def test_pairs_are_sorted_by_expert_and_then_by_token():
@@ -346,6 +354,40 @@ def test_hidden_layers_a_segment_at_a_time_equal_the_naive_loop(dim, activation,
     check_all({**OPTIONS, **options}, {**CALL, "tokens": 30}, torch.float32)
     # Forward and backward; up to D = 128 only the latter has the hidden layer in memory.
     assert [len(segments) > 2 for segments in seen] == [True] * (2 if dim > 128 else 1)
+
+
+@pytest.mark.parametrize("dim", [16, 136])
+@pytest.mark.parametrize("trained", ["x", "w1_EHD", "b2_ED", "router.w_A2ED"])
+def test_only_what_is_not_frozen_gets_a_gradient_and_it_is_the_same(dim, trained):
+    layer, _ = pair(dim=dim, n_experts=2, noise="never", dropout=0.0)
+    x, a = torch.randn(2, 18, dim, device=HERE, requires_grad=True), torch.tensor([0, 1])
+    layer(x, a.to(HERE)).square().sum().backward()
+    everything = {"x": x, **dict(layer.named_parameters())}
+    full = {name: tensor.grad.clone() for name, tensor in everything.items()}
+    for name, tensor in everything.items():
+        tensor.grad = None
+        tensor.requires_grad_(name == trained)
+    layer(x, a.to(HERE)).square().sum().backward()
+    for name, tensor in everything.items():
+        assert (tensor.grad is not None) == (name == trained), name
+    torch.testing.assert_close(everything[trained].grad, full[trained])
+
+
+@pytest.mark.parametrize("api", ["allow_tf32", "fp32_precision"])
+def test_tf32_is_taken_from_either_of_pytorchs_settings(api):
+    # In a process of its own: reading the old setting after the new one was written is an error.
+    def ask(value):
+        code = (
+            f"import torch; torch.backends.cuda.matmul.{api} = {value!r}\n"
+            "from dmoe_layer.launch import precision; print(precision())"
+        )
+        run = [sys.executable, "-c", code]
+        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+
+    if not hasattr(torch.backends.cuda.matmul, api):
+        pytest.skip(f"this PyTorch has no {api}")
+    yes, no = (True, False) if api == "allow_tf32" else ("tf32", "ieee")
+    assert (ask(yes), ask(no)) == ("tf32", "tf32x3")
 
 
 REFUSED = [

@@ -18,7 +18,8 @@ BACKENDS = ("auto", "eager", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_EXPERTS, MAX_K = 64, 8
 # A tile holds tokens of one sample, since each sample has a router. With few tokens a sample most
-# of a tile would be empty; and each program looks through the samples to find its own.
+# of a tile would be empty, and a sample's share of the router's gradient larger than its x;
+# and each program looks through the samples to find its own.
 MIN_TOKENS_PER_SAMPLE, MAX_SAMPLES = 16, 4096
 
 
@@ -53,7 +54,7 @@ def choose(layer: Any, x: Tensor, dtype: torch.dtype) -> Choice:
 
 
 def explain(layer: Any, x: Tensor) -> str:
-    """Which backend a :class:`DMoE` takes for the input x, and why.
+    """Which backend a :class:`DMoE` takes for the input x, and why; or the error that it raises.
 
     Example:
         >>> import torch
@@ -64,7 +65,10 @@ def explain(layer: Any, x: Tensor) -> str:
     """
     x_BTD = x.movedim(layer.channel_dim, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
     dtype = autocast_dtype(x) or x.dtype
-    choice = choose(layer, x_BTD, dtype)
+    try:
+        choice = choose(layer, x_BTD, dtype)
+    except RuntimeError as error:
+        return f"error: {error}"
     if choice.backend == "eager":
         return f"eager: {choice.reason}"
     from .fused_mlp import NARROW, fuses_backward
@@ -90,8 +94,11 @@ def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
     if machine := _obstacle_of_machine(x_BTD.device.type, x_BTD.device.index or 0):
         return machine
     for what, given in (
-        ("x", x_BTD.dtype), ("the parameters", layer.w1_EHD.dtype), ("autocast", dtype)
-    ):  # fmt: skip
+        ("x", x_BTD.dtype),
+        ("the parameters", layer.w1_EHD.dtype),
+        ("the router's parameters", layer.router.w_A2ED.dtype),
+        ("autocast", dtype),
+    ):
         if given not in DTYPES:
             return f"{what}: {given}; the kernels take {', '.join(map(str, DTYPES))}"
     if layer.n_experts > MAX_EXPERTS:

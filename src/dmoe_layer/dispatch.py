@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 # Rows of one expert computed together: few enough for the hidden layer of one block to stay in the
 # processor's cache at the widths of a 3D U-Net, and so many that threads, which wait for each other
-# after every operation on a block, wait seldom; on a busy machine that wait is all the time there is.
+# after every operation on a block, do so seldom: on a busy machine each such wait is long.
 BLOCK_ROWS = 16384
 
 
@@ -107,4 +106,11 @@ def keeps_hidden(pairs: Tensor, w1_EHD: Tensor, trained: Sequence[Tensor | None]
     if not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in trained):
         return False
     _, hidden, width = w1_EHD.shape
-    return width >= 128 and statically_known_true(pairs.numel() * hidden <= 4 * w1_EHD.numel())
+    if width < 128:
+        return False
+    is_small = pairs.numel() * hidden <= 4 * w1_EHD.numel()
+    if not torch.compiler.is_compiling():
+        return is_small
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(is_small)

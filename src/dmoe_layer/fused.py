@@ -93,38 +93,55 @@ def fused_experts_backward(
     dropout: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    of_rows: bool,
+    of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w1, b1, w2, b2; an empty tensor for a bias that is not there."""
+    """Gradients of x and gates, if ``of_rows``; of w1, b1, w2 and b2, if ``of_weights``.
+
+    An empty tensor for what is not wanted, and for a bias that is not there.
+    """
     tensors = (x_TD, order_R, offsets, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
     call = Call(*tensors, activation, dropout, seed, dtype)
+    dy_TD = dy_TD.contiguous()
     if fuses_backward(call.dim, dtype):
-        slots, dgates, *dweights = narrow_backward(call, dy_TD.contiguous())
+        rows, weights = narrow_backward(call, dy_TD, of_rows, of_weights)
     else:
-        slots, dgates, *dweights = wide_backward(call, dy_TD.contiguous(), hidden_RH)
-    dw1, db1, dw2, db2 = (d.to(w1_EHD.dtype) for d in dweights)
-    db1, db2 = (d.new_empty(0) if b is None else d for b, d in ((b1_EH, db1), (b2_ED, db2)))
-    return call.sum_slots(slots), dgates, dw1, db1, dw2, db2
+        rows, weights = wide_backward(call, dy_TD, hidden_RH, of_rows, of_weights)
+    dx, dgates = (call.sum_slots(rows[0]), rows[1]) if of_rows else call.nothing(2)
+    dweights = [d.to(w1_EHD.dtype) for d in weights] if of_weights else call.nothing(4)
+    for i, bias in ((1, b1_EH), (3, b2_ED)):
+        if bias is None:
+            (dweights[i],) = call.nothing(1)
+    dw1, db1, dw2, db2 = dweights
+    return dx, dgates, dw1, db1, dw2, db2
 
 
 @fused_experts_backward.register_fake
 def _(dy_TD, hidden, x_TD, order_R, offsets, gates_TK, w1, b1, w2, b2, *options):  # type: ignore[no-untyped-def]
-    biases = [w1.new_empty(0) if b is None else torch.empty_like(b) for b in (b1, b2)]
-    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
-    return torch.empty_like(x_TD), torch.empty_like(gates_TK), dw1, biases[0], dw2, biases[1]
+    of_rows, of_weights = options[-2:]
+    wanted = (of_rows, of_rows, *[of_weights] * 4)
+    return tuple(
+        torch.empty_like(t) if t is not None and is_wanted else x_TD.new_empty(0)
+        for t, is_wanted in zip((x_TD, gates_TK, w1, b1, w2, b2), wanted, strict=True)
+    )
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.activation, ctx.dropout, seed, ctx.dtype, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *tensors, seed)
 
 
-def _backward(ctx: Any, dy_TD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy_TD: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy_TD is None:
+        return (None,) * 13
     *tensors, seed = ctx.saved_tensors
     options = (ctx.activation, ctx.dropout, seed, ctx.dtype)
-    dx, dgates, *dweights = fused_experts_backward(dy_TD, *tensors, *options)
-    grads = [dx, None, None, dgates, *dweights]
-    needed = ctx.needs_input_grad[: len(grads)]
+    needed = ctx.needs_input_grad[:8]
+    of_rows, of_weights = needed[0] or needed[3], any(needed[4:])
+    grads = fused_experts_backward(dy_TD, *tensors, *options, of_rows, of_weights)
+    grads = [grads[0], None, None, *grads[1:]]
     return *(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * 5
 
 

@@ -84,6 +84,10 @@ class Call:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
+    def nothing(self, count: int) -> list[Tensor]:
+        """In place of gradients that nobody wants: an operator's outputs are always tensors."""
+        return [self.x.new_empty(0) for _ in range(count)]
+
     def sum_slots(self, slots: Tensor) -> Tensor:
         """Each token's sum over its k slots, in x's dtype."""
         y = torch.empty_like(self.x)
@@ -160,23 +164,27 @@ def narrow_forward(call: Call) -> Tensor:
     return slots
 
 
-def narrow_backward(call: Call, dy: Tensor) -> tuple[Tensor, ...]:
-    """Each pair's share of dx; the gradients of gates, w1, b1, w2 and b2."""
+def narrow_backward(
+    call: Call, dy: Tensor, of_rows: bool, of_weights: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each pair's share of dx, and dgates; the gradients of w1, b1, w2 and b2."""
     slots, dgates = call.empty(call.rows, call.dim), torch.empty_like(call.gates)
 
-    def run(blocks: _Blocks, chunk: int, slices: int, of_rows: bool, *shares: Any) -> None:
+    def run(blocks: _Blocks, chunk: int, slices: int, with_rows: bool, *shares: Any) -> None:
         launch(
             narrow.mlp_backward_kernel, (tiles(call.rows, chunk, call.n_experts), slices), dy,
             dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.b2,
             slots, dgates, *shares, chunk, *call.drop,
-            OF_ROWS=of_rows, OF_WEIGHTS=shares[0] is not None, K=call.k, **call.widths,
+            OF_ROWS=with_rows, OF_WEIGHTS=shares[0] is not None, K=call.k, **call.widths,
             **call.gemm, **call.activation, **call.dropping, **blocks.options(call.dim),
         )  # fmt: skip
 
-    of_rows, blocks = _backward_blocks(call)
-    at_once = call.hidden <= blocks.hidden
-    if not at_once:
-        run(of_rows, of_rows.rows, 1, True, None, None, None, None)
+    row_blocks, blocks = _backward_blocks(call)
+    at_once = of_rows and of_weights and call.hidden <= blocks.hidden
+    if of_rows and not at_once:
+        run(row_blocks, row_blocks.rows, 1, True, None, None, None, None)
+    if not of_weights:
+        return [slots, dgates], []
     slices = -(-call.hidden // blocks.hidden)
     # The shares of all chunks together are about as large as x: no more chunks than that.
     chunk = max(call.rows * slices // PROGRAMS, 2 * call.k * call.hidden, blocks.rows)
@@ -185,7 +193,7 @@ def narrow_backward(call: Call, dy: Tensor) -> tuple[Tensor, ...]:
     shapes = ((call.hidden, call.dim), (call.hidden,), (call.dim, call.hidden), (call.dim,))
     shares = [call.empty(n_chunks, *shape, dtype=torch.float32) for shape in shapes]
     run(blocks, chunk, slices, at_once, *shares)
-    return slots, dgates, *(sum_chunks(share, call.offsets, chunk) for share in shares)
+    return [slots, dgates], [sum_chunks(share, call.offsets, chunk) for share in shares]
 
 
 def _gemm_blocks(call: Call) -> dict[str, int]:
@@ -249,8 +257,10 @@ def _rows_product(
     )  # fmt: skip
 
 
-def wide_backward(call: Call, dy: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
-    """Each pair's share of dx; the gradients of gates, w1, b1, w2 and b2."""
+def wide_backward(
+    call: Call, dy: Tensor, kept: Tensor, of_rows: bool, of_weights: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As of narrow experts."""
     blocks = _gemm_blocks(call)
     # An activation that is not ReLU needs registers of its own: half as many columns.
     sliced = blocks if call.relu else {**blocks, "COLUMNS": 64}
@@ -275,7 +285,10 @@ def wide_backward(call: Call, dy: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
             dgates, segment.first, call.rows, call.drop[-1],
             **call.widths, **call.gemm, **call.activation, **sliced,
         )  # fmt: skip
-        _rows_product(call, segment, dz, call.w1, (1, call.dim), slots)
+        if of_rows:
+            _rows_product(call, segment, dz, call.w1, (1, call.dim), slots)
+        if not of_weights:
+            continue
         # A sum over several segments has a term for each: fp32.
         dtype = call.own if len(segments) == 1 else torch.float32
         terms = [
@@ -283,7 +296,7 @@ def wide_backward(call: Call, dy: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
             *_weight_gradient(call, segment, gated, h, dtype, gather=False),
         ]
         totals = [t.add_(n) for t, n in zip(totals, terms, strict=True)] if totals else terms
-    return slots, dgates.sum(dim=0).view(call.gates.shape), *totals
+    return [slots, dgates.sum(dim=0).view(call.gates.shape)], totals
 
 
 def _weight_gradient(

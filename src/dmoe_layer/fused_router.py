@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels import routing as kernels
-from .launch import launch, padded, sum_chunks, tiles, triton_dtype
+from .launch import launch, padded, sum_by_row, sum_chunks, tiles, triton_dtype
 from .operators import refuse_double_backward
 
 # A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
@@ -85,7 +85,9 @@ def fused_route_backward(
     x, w_A2ED, b_A2E = x.contiguous(), w_A2ED.contiguous(), b_A2E.contiguous()
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     n_experts, dim = w_A2ED.shape[2], x.shape[-1]
-    chunk = samples.tile * max(1, samples.tokens // (samples.tile * CHUNKS))
+    # A chunk's share of dw is 2·E·D numbers, and a quarter of its tokens' x at most.
+    chunk = max(samples.tokens // CHUNKS, 8 * n_experts, samples.tile)
+    chunk = -(-chunk // samples.tile) * samples.tile
     n_chunks = tiles(samples.tokens, chunk, samples.count)
     dx = torch.empty_like(x)
     shares = [x.new_empty((n_chunks, *p.shape[1:]), dtype=torch.float32) for p in (w_A2ED, b_A2E)]
@@ -102,11 +104,7 @@ def fused_route_backward(
     for share, parameter in zip(shares, (w_A2ED, b_A2E), strict=True):
         total = sum_chunks(share, samples.offsets, chunk)
         if rows_BN is not None:
-            # Sorted by row before it is added up: no atomics here either.
-            table = total.new_zeros(parameter.shape)
-            for rows_B in rows_BN.unbind(dim=1):
-                table.index_put_((rows_B,), total, accumulate=True)
-            total = table
+            total = sum_by_row(total, rows_BN, len(parameter))
         grads.append(total.to(parameter.dtype))
     return dx, grads[0], grads[1]
 
@@ -137,25 +135,30 @@ class _Samples:
         # Products of two bf16 or fp16 numbers are exact in fp32; a sum of routers is no bf16.
         exact = x.dtype == w_A2ED.dtype and attributes <= 1
         dtype = x.dtype if exact else torch.float32
-        # A number of fp32 is split into three of tf32: in blocks of half the width, for registers.
-        dim = padded(min(x.shape[-1], 64 if dtype == torch.float32 else 128))
-        self.tile = 128 if x.shape[-1] <= 64 else 64
-        n_experts = w_A2ED.shape[2]
+        # Registers decide: a number of fp32 is split into three of tf32, and with many experts the
+        # scores of a token alone take many.
+        experts = padded(w_A2ED.shape[2], 8)
+        many = experts > 16
+        widest = 32 if many else 64 if dtype == torch.float32 else 128
+        dim = padded(min(x.shape[-1], widest))
+        self.tile = 32 if many else 128 if x.shape[-1] <= 64 else 64
         self.blocks: dict[str, Any] = {
             "TOKENS": self.tile,
             "SAMPLES": padded(self.count, 2),
-            "EXPERTS": padded(n_experts, 8),
+            "EXPERTS": experts,
         }
         self.scoring: dict[str, Any] = {
             "DIM": dim,
             "ATTRIBUTES": attributes,
             "DOT": triton_dtype(dtype),
+            "num_warps": 8 if many else 4,
         }
         # The backward's products are all of fp32 numbers: fewer tokens at a time, more warps. Its
         # chunks are multiples of the forward's tile, and so of this one.
+        fewest = many or dim > 64
         self.backward = {
-            "TOKENS": 16 if dim > 64 else 32 if dim > 32 or dtype == torch.float32 else 64,
-            "num_warps": 4 if 32 < dim <= 64 else 8,
+            "TOKENS": 16 if fewest else 32 if dim > 32 or dtype == torch.float32 else 64,
+            "num_warps": 4 if 32 < dim <= 64 and not many else 8,
             "num_stages": 1,
         }
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels.sums import sum_chunks_kernel
+from .kernels.sums import sum_by_row_kernel, sum_chunks_kernel
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **options: Any) -> None:
@@ -38,7 +38,11 @@ def precision() -> str:
     As three products of tf32 parts, which has fp32's accuracy; as one only where the user has
     allowed that to PyTorch's own matmul.
     """
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    # Where both settings are there, reading the old one is an error once the new one was written.
+    new = getattr(matmul, "fp32_precision", None)
+    allowed = matmul.allow_tf32 if new is None else new == "tf32"
+    return "tf32" if allowed else "tf32x3"
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
@@ -53,9 +57,23 @@ def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
     groups = len(offsets) - 1
     total = shares.new_empty((groups, *shares.shape[1:]))
     numbers = shares.shape[1:].numel()
+    # Few numbers make few programs: each then takes more chunks at a time.
+    block = 64 if numbers < 2**14 else 512
     launch(
-        sum_chunks_kernel, (groups, -(-numbers // 512)), shares,
+        sum_chunks_kernel, (groups, -(-numbers // block)), shares,
         shares, offsets, total, groups, numbers, chunk_rows,
-        GROUPS=padded(groups, 2), CHUNKS=8, BLOCK=512,
+        GROUPS=padded(groups, 2), CHUNKS=4096 // block, BLOCK=block,
     )  # fmt: skip
     return total
+
+
+def sum_by_row(values: Tensor, rows_BN: Tensor, table_rows: int) -> Tensor:
+    """Adds each sample's values to all of its rows of a table: (table_rows, ...) in fp32."""
+    table = values.new_empty((table_rows, *values.shape[1:]))
+    numbers = values.shape[1:].numel()
+    launch(
+        sum_by_row_kernel, (table_rows, -(-numbers // 64)), values,
+        values, rows_BN, table, len(values), numbers,
+        ATTRIBUTES=rows_BN.shape[1], SAMPLES=64, BLOCK=64,
+    )  # fmt: skip
+    return table

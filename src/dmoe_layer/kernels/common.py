@@ -73,7 +73,11 @@ def slope(z, da, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def random_words(seed, row_R, column_C, STREAM: tl.constexpr):
-    """Four uint32 for each row and column, [R, C]; the same ones in every kernel that asks."""
+    """Four uint32 for each row and column, [R, C]; the same ones in every kernel that asks.
+
+    Philox with 7 rounds, the fewest that pass all of BigCrush (Salmon et al., SC 2011, table 2):
+    more keys would stand in registers all along a loop.
+    """
     row = row_R[:, None].to(tl.uint64)
     column = tl.zeros_like(row) + column_C[None, :].to(tl.uint64)
     row = row + tl.zeros_like(column)

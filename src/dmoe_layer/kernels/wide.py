@@ -211,6 +211,6 @@ def weight_backward_kernel(
     inside = (i < a_columns)[:, None] & (j < b_columns)[None, :]
     at = (chunk * a_columns + i)[:, None] * b_columns + j[None, :]
     tl.store(shares_ptr + at, total.to(shares_ptr.dtype.element_ty), mask=inside)
-    if bias_ptr is not None and tile % tiles_b == 0:
+    if tile % tiles_b == 0:
         own = bias_ptr + chunk * a_columns + i
         tl.store(own, bias.to(bias_ptr.dtype.element_ty), mask=i < a_columns)
