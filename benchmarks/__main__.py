@@ -60,6 +60,8 @@ def main(words: list[str] | None = None) -> int:
         f"Measured limits: {roofline.flops / 1e12:.3g} TFLOP/s ({dtype} matrix product), "
         f"{roofline.bytes / 1e9:.3g} GB/s (copy)."
     )
+    stem = f"{device.type}-{str(dtype).removeprefix('torch.')}"
+    written = [out / f"{stem}.csv"]
     rows: list[Row] = []
     for shape in shapes:
         new = measure_shape(
@@ -73,11 +75,11 @@ def main(words: list[str] | None = None) -> int:
         )
         print(f"\n### {shape.name}: {shape}\n\n{shape_table(new)}", flush=True)
         rows += new
+        if not whole:  # whose results stay as they were until all is there
+            write_csv(rows, written[0])
     if goals := goals_table(rows):
         print(f"\n### Goals\n\n{goals}")
 
-    stem = f"{device.type}-{str(dtype).removeprefix('torch.')}"
-    written = [out / f"{stem}.csv"]
     write_csv(rows, written[0])
     if plot.write_plot(rows, out / f"{stem}.png"):
         written.append(out / f"{stem}.png")

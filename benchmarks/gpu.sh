@@ -25,8 +25,10 @@ if [ "${CHECK:-0}" = 1 ]; then
     step goals 120 "$PYTHON" -m benchmarks --quick --out "$OUT"
 else
     step machine 60 nvidia-smi
-    step tests 240 "$PYTHON" -m pytest tests/test_gpu.py tests/test_kernels.py
-    step goals 200 "$PYTHON" -m benchmarks --shapes goals --out "$OUT/goals"
-    step stages 100 "$PYTHON" -m benchmarks --shapes stages --rounds 10 --out "$OUT/stages"
+    # Compiling takes most of the tests' time, hence several processes.
+    step gpu-tests 200 "$PYTHON" -m pytest tests/test_gpu.py --numprocesses 4
+    step goals 150 "$PYTHON" -m benchmarks --shapes goals --out "$OUT/goals"
+    step kernel-tests 150 "$PYTHON" -m pytest tests/test_kernels.py --numprocesses 8
+    step stages 80 "$PYTHON" -m benchmarks --shapes stages --rounds 10 --out "$OUT/stages"
 fi
 exit "$status"

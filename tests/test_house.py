@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "fused_router": {"kernels", "launch", "operators"},
     "fused_mlp": {"kernels", "launch"},
     "fused": {"dispatch", "fused_mlp", "operators"},
-    "backend": {"fused_mlp"},
+    "backend": {"fused_mlp", "options"},
     "router": {"attributes", "fused_router", "lazy", "operators", "options"},
     "losses": {"router"},
     "scope": {"attributes", "losses", "router"},

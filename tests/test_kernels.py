@@ -313,6 +313,16 @@ def test_compile_takes_the_layer_whole(dim):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_compile_takes_masks_and_other_shapes():
+    layer, eager = pair(dim=8, attribute_sizes=None, noise="never", dropout=0.0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (20, 30, 40):
+        x, mask = torch.randn(2, tokens, 8, device=HERE), torch.rand(2, tokens, device=HERE) < 0.5
+        y = compiled(x.requires_grad_(), mask=mask)
+        y.sum().backward()
+        torch.testing.assert_close(y, eager(x, mask=mask))
+
+
 @pytest.mark.parametrize(
     ("dim", "tokens", "hidden"),
     [(24, 128, 0), (100, 128, 0), (136, 300, 0), (136, 128, 2 * 24 / 136)],
@@ -405,6 +415,7 @@ def test_what_the_kernels_cannot_take_is_said_and_auto_takes_eager(options, shap
     x = torch.randn(shape, device=HERE, dtype=layer.w1_EHD.dtype)
     with pytest.raises(RuntimeError, match=rf"backend='triton': .*{words}.*backend='auto'"):
         layer(x, 0)
+    assert words in backend.explain(layer, x)
     layer.backend = "auto"
     assert layer(x, 0).shape == shape
     assert backend.explain(layer, x).startswith("eager: ")
@@ -420,6 +431,11 @@ def test_explain_says_which_backend_and_why():
     wide = DMoE(200, channel_dim=1, backend="triton").to(HERE)
     volume = torch.randn(1, 200, 4, 2, 2, device=HERE)
     assert backend.explain(wide, volume).startswith("triton: D = 200 is wide")
+    with pytest.raises(ValueError, match="dim=16"):
+        backend.explain(narrow, torch.randn(2, 16, 17, device=HERE))
+    eager.backend = "egaer"
+    with pytest.raises(ValueError, match="expected one of 'auto', 'eager', 'triton'"):
+        eager(x, 0)
     auto = DMoE(16).to(HERE)
     where = "triton" if HERE == "cuda" else "eager: x is on cpu"
     assert backend.explain(auto, x).startswith(where)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .options import check_choice
+
 BACKENDS = ("auto", "eager", "triton")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,6 +23,8 @@ MAX_EXPERTS, MAX_K = 64, 8
 # of a tile would be empty, and a sample's share of the router's gradient larger than its x;
 # and each program looks through the samples to find its own.
 MIN_TOKENS_PER_SAMPLE, MAX_SAMPLES = 16, 4096
+# Numbers of (token, slot) pairs are kept in 32 bits; what they point to may be larger.
+MAX_PAIRS = 2**31 - 1
 
 
 class Choice(NamedTuple):
@@ -39,6 +43,7 @@ def choose(layer: Any, x: Tensor, dtype: torch.dtype) -> Choice:
     Raises:
         RuntimeError: if the layer was told to use Triton, which cannot take this call.
     """
+    check_choice("backend", layer.backend, BACKENDS)
     if layer.backend == "eager":
         return Choice("eager", "the layer was told to use it")
     if layer.backend == "auto" and not x.is_cuda:
@@ -54,7 +59,10 @@ def choose(layer: Any, x: Tensor, dtype: torch.dtype) -> Choice:
 
 
 def explain(layer: Any, x: Tensor) -> str:
-    """Which backend a :class:`DMoE` takes for the input x, and why; or the error that it raises.
+    """Which backend a :class:`DMoE` takes for the input x, and why; or the error of the backend.
+
+    Raises:
+        ValueError, TypeError: for input that the layer refuses whatever its backend.
 
     Example:
         >>> import torch
@@ -63,6 +71,7 @@ def explain(layer: Any, x: Tensor) -> str:
         >>> explain(DMoE(16), torch.randn(2, 10, 16))
         'eager: x is on cpu, where plain PyTorch is the backend'
     """
+    layer._check_input(x, None)
     x_BTD = x.movedim(layer.channel_dim, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
     dtype = autocast_dtype(x) or x.dtype
     try:
@@ -105,9 +114,11 @@ def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
         return f"n_experts is {layer.n_experts}; the kernels take up to {MAX_EXPERTS}"
     if layer.k > MAX_K:
         return f"k is {layer.k}; the kernels take up to {MAX_K}"
+    samples, tokens = x_BTD.shape[:2]
+    if samples * tokens * layer.k > MAX_PAIRS:
+        return f"{samples * tokens} tokens with k = {layer.k}; the kernels take 2³¹ - 1 pairs"
     if layer.attribute_sizes is None:
         return ""
-    samples, tokens = x_BTD.shape[:2]
     if samples > MAX_SAMPLES:
         return f"{samples} samples; with attributes the kernels take up to {MAX_SAMPLES}"
     if tokens < MIN_TOKENS_PER_SAMPLE:
