@@ -6,6 +6,7 @@ tokens alone decide every gradient, and the truth is needed for them only.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -29,9 +30,9 @@ _KINK = {torch.float64: 1e-12, torch.float32: 1e-5}
 class Layer(nn.Module):
     """What a provider builds: calls of (x_BTD, attributes_B), and the gradient of w1 by expert."""
 
+    @abstractmethod
     def w1_grad(self) -> Tensor:
         """(E, H, D)."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -6,6 +6,7 @@ router's noise and drop a tenth of the experts' outputs.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -146,8 +147,9 @@ class Routed(Layer):
         gates_TK = routing.gates.to(x_BTD.dtype)
         return self.experts(x_BTD.flatten(0, 1), routing.expert_indices, gates_TK).view_as(x_BTD)
 
+    @abstractmethod
     def experts(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The gates' sum over the experts' outputs, (T, D)."""
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, DROPOUT, self.training)
