@@ -24,11 +24,11 @@ if [ "${CHECK:-0}" = 1 ]; then
     step tests 600 "$PYTHON" -m pytest tests/test_gpu.py tests/test_kernels.py -k "gpu or plain"
     step goals 120 "$PYTHON" -m benchmarks --quick --out "$OUT"
 else
-    step machine 60 nvidia-smi
+    step machine 20 nvidia-smi
     # Compiling takes most of the tests' time, hence several processes.
-    step gpu-tests 200 "$PYTHON" -m pytest tests/test_gpu.py --numprocesses 4
+    step gpu-tests 190 "$PYTHON" -m pytest tests/test_gpu.py --numprocesses 4
     step goals 150 "$PYTHON" -m benchmarks --shapes goals --out "$OUT/goals"
-    step kernel-tests 150 "$PYTHON" -m pytest tests/test_kernels.py --numprocesses 8
+    step kernel-tests 140 "$PYTHON" -m pytest tests/test_kernels.py --numprocesses 8
     step stages 80 "$PYTHON" -m benchmarks --shapes stages --rounds 10 --out "$OUT/stages"
 fi
 exit "$status"
