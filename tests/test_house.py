@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "kernels.sums": set(),
     "launch": {"kernels.sums"},
     "fused_router": {"kernels", "launch", "operators"},
-    "fused_mlp": {"kernels", "launch"},
+    "fused_mlp": {"dropout", "kernels", "launch"},
     "fused": {"dispatch", "fused_mlp", "operators"},
     "backend": {"fused_mlp", "options"},
     "router": {"attributes", "fused_router", "lazy", "operators", "options"},

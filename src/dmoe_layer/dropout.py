@@ -8,6 +8,13 @@ from torch import Tensor
 from .operators import seeded_generator
 
 
+def in_steps(p: float, seed: Tensor | None) -> tuple[int, float]:
+    """How many of 65536 steps are dropped, and the scale of what is kept. Without a seed: none."""
+    dropped = 0 if seed is None else round(p * 2**16)
+    # Of p = 1 nothing is left to scale.
+    return dropped, 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
+
+
 class Dropout:
     """Zeroes entries of block after block of rows, the same ones whenever the seed is the same.
 
@@ -17,9 +24,8 @@ class Dropout:
     """
 
     def __init__(self, p: float, seed: Tensor | None, like: Tensor) -> None:
-        dropped = 0 if seed is None else round(p * 2**16)
+        dropped, self.scale = in_steps(p, seed)
         self.all_dropped = dropped == 2**16
-        self.scale = 1.0 if self.all_dropped else 2**16 / (2**16 - dropped)
         self.threshold = dropped - 2**15
         self.generator = (
             seeded_generator(like.device, seed) if seed is not None and dropped else None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dropout import in_steps
 from .kernels import narrow, sums, wide
 from .launch import launch, padded, precision, sum_chunks, tiles
 
@@ -70,9 +71,7 @@ class Call:
         self.n_experts, self.hidden, self.dim = w1_EHD.shape
         self.rows, self.k = order_R.shape[0], gates_TK.shape[1]
         self.relu = activation == "relu"
-        dropped = 0 if seed is None else round(dropout * 2**16)
-        # Of p = 1 nothing is left to scale.
-        scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
+        dropped, scale = in_steps(dropout, seed)
         self.drop = (0 if seed is None else int(seed), dropped, scale)
         # Options of the kernels, each for those that take it.
         self.dropping = {"DROP": dropped > 0}
