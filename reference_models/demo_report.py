@@ -6,9 +6,7 @@ Shapes: B samples, A protocols, E experts.
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from . import fairness
 from .data.mni152 import PROTOCOLS, TRAIN_SHARES, Contours
+from .files import write_whole
 
 SHARES = dict(enumerate(TRAIN_SHARES))
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -89,7 +88,7 @@ def write_csv(path: Path, outcomes: Mapping[str, Outcome], test: Contours) -> No
                     numbers = [len(cases), f"{mean:.4f}", f"{min(cases):.4f}"]
                     writer.writerow([name, PROTOCOLS[group], SHARES[group], *numbers])
 
-    _write_whole(path, write)
+    write_whole(path, write)
 
 
 def write_figure(path: Path, outcomes: Mapping[str, Outcome], test: Contours) -> None:
@@ -111,7 +110,7 @@ def write_figure(path: Path, outcomes: Mapping[str, Outcome], test: Contours) ->
         axis.set_title(name, fontsize=11)
     left.suptitle(f"Slice {int(middle)} of the MNI152 template: fill = mask, line = truth")
     _draw_points(right.subplots(), outcomes, test)
-    _write_whole(path, lambda target: figure.savefig(target, dpi=110, format="png"))
+    write_whole(path, lambda target: figure.savefig(target, dpi=110, format="png"))
 
 
 def _draw_slice(axis: Axes, test: Contours, case: int, mask_HW: Tensor, colour: str) -> None:
@@ -150,16 +149,3 @@ def _draw_points(axis: Axes, outcomes: Mapping[str, Outcome], test: Contours) ->
     axis.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, frameon=False
     )
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside `path` and renames, so that a reader never finds half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    target = Path(name)
-    try:
-        write(target)
-        target.chmod(0o644)  # mkstemp's files are the owner's alone
-        os.replace(target, path)
-    finally:
-        target.unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""What every data set gives: cases to choose from, and a sample at native resolution for each.
+
+Shapes: C channels, S the spatial axes (rows, columns; in 3D axes as stored), N attributes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+UNKNOWN = -1
+SPLITS = ("train", "validation", "test")
+
+
+class DataError(Exception):
+    """What is wrong with a file or a folder, which one, and what to do; shown without traceback."""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A property of a sample that the router may know, with its values in the order of indices."""
+
+    name: str
+    values: tuple[str, ...]
+
+    def label(self, index: int) -> str:
+        return "unknown" if index == UNKNOWN else self.values[index]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image to be segmented, as the data set lists it; nothing of it has been decoded yet.
+
+    Args:
+        case_id: unique in the data set, and usable as a file name.
+        subject: patient or lesion; all cases of one lie in the same split.
+        attributes: one index for each of the data set's attributes, -1 where it is unknown.
+        split: where the data set itself puts the case, None where it leaves that open.
+        files: what the case is read from, empty where it is made rather than read.
+    """
+
+    case_id: str
+    subject: str
+    attributes: tuple[int, ...]
+    split: str | None = None
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded case at native resolution.
+
+    Args:
+        case_id: its case's.
+        image_CS: float32, intensities as the network is to see them, before any resizing.
+        mask_S: uint8, indices into the data set's classes.
+        attributes: its case's.
+        spacing: size of a pixel along each spatial axis, in the data set's unit.
+    """
+
+    case_id: str
+    image_CS: np.ndarray
+    mask_S: np.ndarray
+    attributes: tuple[int, ...]
+    spacing: tuple[float, ...]
+
+    @property
+    def native_size(self) -> tuple[int, ...]:
+        return self.mask_S.shape
+
+
+class Dataset(ABC):
+    """Cases of one kind, and how to read one.
+
+    Attributes:
+        name: as the command line calls it.
+        classes: names by label; 0 is the background.
+        regions: what is scored: a name, and the labels that make it up together.
+        attributes: in the order of `Case.attributes`.
+        cases: every case, in a fixed order.
+        channels: of an image.
+        unit: of distances and spacings, "mm", or "px" where the files do not say.
+        population: by attribute name, the share of each value in the population that "overall"
+            stands for; an attribute that is missing here takes the shares of the cases scored.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    regions: Mapping[str, tuple[int, ...]]
+    attributes: tuple[Attribute, ...]
+    cases: Sequence[Case]
+    channels: int
+    unit: str = "px"
+    population: Mapping[str, tuple[float, ...]] = {}
+
+    @abstractmethod
+    def load(self, case: Case) -> Sample:
+        """Reads one case.
+
+        Raises:
+            DataError: a file is missing or damaged, or its content is not what it should be.
+        """

@@ -1,0 +1,1 @@
+"""Networks that take their attributes from the open `routing(...)` scope."""

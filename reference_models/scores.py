@@ -1,0 +1,135 @@
+"""What an evaluation found: plain dataclasses that become `summary.json` and the report.
+
+Every number that rests on a sample of cases is an `Estimate`, a value with its bootstrap interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+METRICS = ("dice", "iou", "hd95", "surface_dice")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % bootstrap interval; None where no case defines it."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """The cases of one attribute value.
+
+    Args:
+        value: its name; "unknown" for cases whose attribute is not known.
+        n: cases.
+        judged: False where n is too small to judge by; shown all the same.
+        metrics: mean of each of `METRICS` over the cases that define it.
+        n_defined: how many cases those are, by metric.
+        empty_truth, missed, false_alarm: cases whose truth is empty; whose truth is not and the
+            prediction is; whose truth is empty and the prediction is not.
+    """
+
+    value: str
+    n: int
+    judged: bool
+    metrics: Mapping[str, Estimate]
+    n_defined: Mapping[str, int]
+    empty_truth: int
+    missed: int
+    false_alarm: int
+
+
+@dataclass(frozen=True)
+class RegionScores:
+    """One region by one attribute: the groups, and what they come to together.
+
+    `overall`, `worst`, `gap`, `percentile_10`, `es_dice` and `es_iou` are over the cases whose
+    value is known, the same cases for all of them; the unknown ones are a group of their own.
+    """
+
+    region: str
+    groups: tuple[GroupScores, ...]
+    overall: Mapping[str, Estimate]
+    worst_group: str
+    worst: Estimate  # Dice
+    gap: Estimate  # Dice of the best group minus that of the worst
+    percentile_10: Estimate  # of the cases' Dice
+    es_dice: Estimate
+    es_iou: Estimate
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The test set under one way of telling the model its attributes.
+
+    Args:
+        name: "as given", "shuffled", "wrong" or "unknown".
+        note: how many samples were told something else than the truth, or why it was not run.
+        scores: by attribute name, the regions' scores; empty where it was not run.
+        load: by attribute name, the (values x experts) shares of tokens, mean over the calls.
+    """
+
+    name: str
+    note: str
+    scores: Mapping[str, tuple[RegionScores, ...]]
+    load: Mapping[str, tuple[tuple[float, ...], ...]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All of `summary.json`.
+
+    Args:
+        dataset, split: whose cases were scored.
+        source: the run folder or the folder of predictions.
+        n_cases: cases scored.
+        unit: of hd95 ("mm" or "px").
+        tolerance: of the surface Dice, in `unit`.
+        small_group: groups with fewer cases are marked as too small to judge.
+        resamples: of the bootstrap.
+        attributes: names, each with the names of its values.
+        population: by attribute, each value's share in "overall".
+        policy: how empty masks are scored, in a sentence.
+        conditions: "as given" comes first.
+    """
+
+    dataset: str
+    split: str
+    source: str
+    n_cases: int
+    unit: str
+    tolerance: float
+    small_group: int
+    resamples: int
+    attributes: Mapping[str, tuple[str, ...]]
+    population: Mapping[str, tuple[float, ...]]
+    policy: str
+    conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """One region of one case, under the attributes as given: a row of `cases.csv`.
+
+    Args:
+        case_id: the case's.
+        attributes: by attribute name, the value's name.
+        region: what was scored.
+        truth_size, predicted_size: pixels or voxels.
+        dice, iou, hd95, surface_dice: None where not defined.
+    """
+
+    case_id: str
+    attributes: Mapping[str, str]
+    region: str
+    truth_size: int
+    predicted_size: int
+    dice: float
+    iou: float
+    hd95: float | None
+    surface_dice: float
