@@ -35,6 +35,12 @@ from .runs import Task, build_model, read_run
 
 Which = Literal["best", "last"]
 
+
+def name_of(which: Which, step: int) -> str:
+    """A checkpoint's; names sort as steps do."""
+    return f"{which}-{step:08d}"
+
+
 def save_last(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes what going on needs, then lets go of the checkpoint before."""
 
@@ -42,16 +48,19 @@ def save_last(run: Path, step: int, weights: dict[str, Tensor], state: dict[str,
         save_file(weights, folder / "model.safetensors")
         torch.save(state, folder / "state.pt")
 
-    path = _write_folder(run / f"last-{step:08d}", write)
+    path = _write_folder(run / name_of("last", step), write)
     for old in sorted(run.glob("last-*")):
         if old != path:
             discard(old)
 
 
-def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> str:
-    """Writes weights that scored best; returns the checkpoint's name. Older ones stay: see `tidy`."""
-    write = lambda folder: save_file(weights, folder / "model.safetensors")  # noqa: E731
-    return _write_folder(run / f"best-{step:08d}", write).name
+def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> None:
+    """Writes weights that scored best; older ones stay until `tidy`."""
+
+    def write(folder: Path) -> None:
+        save_file(weights, folder / "model.safetensors")
+
+    _write_folder(run / name_of("best", step), write)
 
 
 def tidy(run: Path, best: str) -> None:
@@ -64,6 +73,8 @@ def tidy(run: Path, best: str) -> None:
             discard(old)
     for left in [*run.glob(".best-*"), *run.glob(".last-*")]:
         shutil.rmtree(left)
+    for left in run.glob(".history.csv.*"):
+        left.unlink()
 
 
 def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -149,9 +160,11 @@ def _write_folder(path: Path, write: Callable[[Path], None]) -> Path:
     hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         write(hidden)
-        hidden.chmod(0o755)  # mkdtemp's are the owner's alone
-        for written in [*hidden.iterdir(), hidden]:
-            _reach_disk(written)
+        for file in hidden.iterdir():
+            file.chmod(0o644)
+            _reach_disk(file)
+        hidden.chmod(0o755)  # mkdtemp's are the owner's alone, and so are safetensors' files
+        _reach_disk(hidden)
         os.rename(hidden, path)
     except BaseException:
         shutil.rmtree(hidden)

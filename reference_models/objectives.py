@@ -32,12 +32,12 @@ class Objective(nn.Module):
       groups of the training cases, and is saved with the run.
     - ``fair-dro``: the mean over the groups present of R_g = τ log (1/n_g Σ_{i in g} exp(ℓ_i/τ)).
       R_g is the worst case over reweightings w of group g's samples, max_w Σ w_i ℓ_i −
-      τ KL(w ‖ uniform), so that a group's hard samples are not hidden by its mean. That is what
-      the abstract of DuetFair (Tian et al., arXiv:2605.10521) says its FairDRO does; **its equations
-      were not at hand, and this is not claimed to be them**. The form is that of hierarchical
-      tilted losses (Li et al., Tilted Empirical Risk Minimization, ICLR 2021, sec. 2.3), tilt 1/τ
+      τ KL(w ‖ uniform), so that a group's hard samples are not hidden by its mean. That is the
+      aim that the abstract of DuetFair (Tian et al., arXiv:2605.10521) states for its FairDRO;
+      **its equations were not at hand, and these are not claimed to be them**. They are those of
+      tilted losses (Li et al., Tilted Empirical Risk Minimization, ICLR 2021), with tilt 1/τ
       within groups; that the groups then count alike is our choice. It is not the FairDRO of
-      Jung et al. (ICLR 2023), which reweights groups within a class.
+      Jung et al. (ICLR 2023), which weighs groups against each other within a class.
     - ``febs`` (fair error-bound scaling; Tian et al., FairSeg, ICLR 2024): the Dice loss over the
       whole batch with each sample's probabilities scaled by its group's w_g = (min_h D_h / D_g)^γ,
       D_g the Dice loss over the group's samples together; the minimum is over the groups
@@ -72,11 +72,13 @@ class Objective(nn.Module):
         self.lambda_dice, self.lambda_ce = lambda_dice, lambda_ce
         self.rate, self.temperature, self.gamma = rate, temperature, gamma
         self.dice = DiceLoss(to_onehot_y=True, softmax=True, reduction="none")
-        present_G = (group_counts > 0).double()
+        present_G = (group_counts > 0).float()
         self.weights_G: Tensor
         self.register_buffer("weights_G", present_G / present_G.sum())
 
-    def forward(self, logits_BKP: Tensor, mask_BP: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, logits_BKP: Tensor, mask_BP: Tensor, group_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The loss of the batch of all ranks, and each of this rank's samples' own.
 
         Args:
@@ -110,17 +112,15 @@ class Objective(nn.Module):
         sums_2G = global_sum(torch.stack([loss_B @ member_BG, member_BG.sum(0)]))
         mean_G = sums_2G[0] / sums_2G[1].detach().clamp(min=1)
         if self.training:
-            grown_G = self.weights_G * torch.exp(self.rate * mean_G.detach().double())
+            grown_G = self.weights_G * torch.exp(self.rate * mean_G.detach())
             self.weights_G = grown_G / grown_G.sum()
-        return (self.weights_G.to(mean_G) * mean_G).sum()
+        return (self.weights_G * mean_G).sum()
 
     def _fair_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:
         scaled_B = loss_B / self.temperature
         # The largest of all samples, taken out of the exponentials and put back: exact, and finite.
         top = global_max(scaled_B.detach().max())
-        sums_2G = global_sum(
-            torch.stack([torch.exp(scaled_B - top) @ member_BG, member_BG.sum(0)])
-        )
+        sums_2G = global_sum(torch.stack([torch.exp(scaled_B - top) @ member_BG, member_BG.sum(0)]))
         present_G = sums_2G[1] > 0
         mean_G = sums_2G[0][present_G] / sums_2G[1][present_G].detach()
         return (self.temperature * (mean_G.log() + top)).mean()

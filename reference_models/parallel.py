@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from lightning_fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,20 +32,23 @@ def launch(recipe: Recipe) -> Fabric:
     strategy: str | ModelParallelStrategy = recipe.strategy
     if recipe.strategy == "fsdp":
         strategy = ModelParallelStrategy(_shard, processes, 1)
-    elif recipe.strategy == "auto" and processes > 1:
+    elif processes > 1 or dist.is_torchelastic_launched() or SLURMEnvironment.detect():
+        # Under a launcher also for one process: it may have started more than the recipe says.
         strategy = "ddp"
-    fabric = Fabric(
-        devices=recipe.devices,
-        num_nodes=recipe.nodes,
-        strategy=strategy,
-        precision="32-true" if recipe.precision == "32" else recipe.precision,
-    )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each rank's "initializing"
     try:
+        fabric = Fabric(
+            devices=recipe.devices,
+            num_nodes=recipe.nodes,
+            strategy=strategy,
+            precision="32-true" if recipe.precision == "32" else recipe.precision,
+        )
         fabric.launch()
     except ValueError as error:  # Fabric's, where a launcher has started another number
         raise RunError(f"devices, nodes: {error}") from error
-    if dist.is_torchelastic_launched() and fabric.world_size != processes:
-        raise RunError(f"devices, nodes: got {processes} processes, started {fabric.world_size}.")
+    started = dist.get_world_size() if dist.is_initialized() else 1
+    if started != processes:
+        raise RunError(f"devices, nodes: {processes} processes asked for, {started} started.")
     return fabric
 
 

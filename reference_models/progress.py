@@ -78,7 +78,12 @@ class Reporter:
         for name, value in losses.items():
             self.writer.add_scalar(f"train/{name}", value, step)
         self.writer.add_scalar("train/learning_rate", rate, step)
-        shown = {"epoch": epoch + 1, "loss": losses["loss"], "rate": rate, "speed": self._speed()}
+        shown: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "loss": losses["loss"],
+            "rate": rate,
+            "speed": self._speed(),
+        }
         self.bar.update(self.task, completed=step, **shown)
 
     def epoch(

@@ -22,7 +22,8 @@ class ModelSettings:
     """The network."""
 
     variant: Literal["vit_b16", "r50_vit_b16", "small"] = "vit_b16"
-    """vit_b16: what the paper's experiments ran; r50_vit_b16: the full TransUNet; small: for a CPU."""
+    """vit_b16: what the paper's experiments ran; r50_vit_b16: TransUNet in full; small: for a
+    CPU."""
     moe: Literal["shared", "per_block", "mlp", "none"] = "shared"
     """shared: one residual layer after every block, the paper's; per_block: one each; mlp: in place
     of each block's MLP; none: a dense network."""
@@ -108,10 +109,10 @@ class Recipe:
     """Steps between checkpoints; there is one at the end of each epoch besides."""
 
 
-# The card in the paper's appendix leaves open: the rate of the exponential decay (ours leaves 1 % in
-# the last epoch), AdamW's weight decay and betas (PyTorch's here), warm-up (none), augmentation (the
-# released code's), whether cross-entropy stands alone (taken at its word), balance loss (none).
-# Validation cases are carved from the training split, which the paper does not say it does.
+# The paper's card leaves open: the rate of the exponential decay (ours leaves 1 % in the last
+# epoch), AdamW's weight decay and betas (PyTorch's here), warm-up (none), augmentation (the
+# released code's), whether cross-entropy stands alone (taken at its word) and how the best epoch is
+# chosen (on validation cases of ours, carved from the training split).
 _PAPER = Recipe(data=DataSettings("fairseg"), lambda_dice=0.0)
 
 PRESETS: dict[str, Recipe] = {
@@ -152,7 +153,11 @@ def settle(recipe: Recipe) -> Recipe:
         RunError: a setting is out of range, or two of them do not fit together.
     """
     name = recipe.data.data
-    for setting, known in (("epochs", _PAPER_EPOCHS), ("crop", _PAPER_CROPS)):
+    settings: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("epochs", _PAPER_EPOCHS),
+        ("crop", _PAPER_CROPS),
+    )
+    for setting, known in settings:
         if getattr(recipe, setting) == "paper":
             if name not in known:
                 raise RunError(

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from .data.cases import Attribute, Dataset
 from .data.splits import Splits, write_splits
 from .files import write_whole
@@ -16,7 +14,16 @@ from .models.transunet import TransUNet
 from .recipe import Recipe, RunError, from_json, to_json
 
 # What may differ between a run and its resumption: where things lie and what computes them.
-_MAY_DIFFER = {"data.root", "data.cache", "out", "workers", "devices", "nodes", "strategy", "checkpoint_every"}
+_MAY_DIFFER = {
+    "data.root",
+    "data.cache",
+    "out",
+    "workers",
+    "devices",
+    "nodes",
+    "strategy",
+    "checkpoint_every",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Task:
         return cls(dataset.channels, tuple(dataset.classes), tuple(dataset.attributes))
 
 
-def build_model(recipe: Recipe, task: Task) -> nn.Module:
+def build_model(recipe: Recipe, task: Task) -> TransUNet:
     """The network of a recipe, newly initialised; pretrained weights are not read.
 
     Raises:
@@ -99,7 +106,11 @@ def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
     text = json.dumps({"recipe": to_json(recipe), "task": to_json(task)}, indent=1) + "\n"
     run.mkdir(parents=True, exist_ok=True)
     write_splits(run / "splits.json", splits)
-    write_whole(run / "recipe.json", lambda target: target.write_text(text, encoding="utf-8"))
+
+    def write(target: Path) -> None:
+        target.write_text(text, encoding="utf-8")
+
+    write_whole(run / "recipe.json", write)
 
 
 def require_same(run: Path, recipe: Recipe, task: Task) -> None:

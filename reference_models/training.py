@@ -10,13 +10,10 @@ index). So a run that was killed goes on exactly as it would have, with no rando
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,63 +22,27 @@ import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from dmoe_layer import routing
 
 from . import checkpoints
 from .data import open_dataset
-from .data.cases import UNKNOWN, Dataset
+from .data.cases import UNKNOWN
 from .data.framing import Framing
 from .data.loading import Batch, Frames, eval_batches, train_batches
 from .data.splits import Splits, make_splits, read_splits
-from .files import write_whole
+from .models.weights import load_google_npz
 from .objectives import Objective
 from .parallel import global_sum, launch, setup
 from .progress import Reporter
 from .recipe import Recipe, RunError, learning_rate, settle, to_json
 from .runs import Task, build_model, refuse_taken, require_same, write_run
+from .state import State
 from .validation import Validation, share_of, validate
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class NonFiniteLossError(RunError):
     """A loss that is no number; says at which step and from which cases."""
-
-
-@dataclass
-class Position:
-    """How far a run has come; with weights, optimizer and groups' weights, all of its state.
-
-    Args:
-        epoch: epochs finished.
-        batch: batches of the epoch now begun that were trained on.
-        step: of all.
-        best, best_score, best_epoch: the best checkpoint's name ("" before the first), its
-            validation score and after how many epochs it came.
-        sums: of the losses over the epoch's batches so far.
-        history: the finished epochs' rows.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best: str = ""
-    best_score: float = -math.inf
-    best_epoch: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def finished(self, recipe: Recipe) -> bool:
-        patience = math.inf if recipe.patience is None else recipe.patience
-        return self.epoch >= int(recipe.epochs) or self.epoch - self.best_epoch >= patience
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -125,35 +86,34 @@ class _Run:
                 f"batch_size: got {recipe.batch_size}, but there are {len(self.frames)} training "
                 "cases."
             )
+        group_counts = self._group_counts()
         torch.manual_seed(recipe.seed)
-        self.network = build_model(recipe, self.task)
+        network = build_model(recipe, self.task)
         stored = checkpoints.load_last(self.folder)
         if stored is None and recipe.model.google_npz is not None:
-            from .models.weights import load_google_npz
-
-            load_google_npz(self.network, recipe.model.google_npz)
+            load_google_npz(network, recipe.model.google_npz)
         # Whatever can be wrong with the settings has come up by now, and nothing was written.
         if not resume:
             self._on_rank_0(write_run, self.folder, recipe, self.task, self.splits)
-        self.model = setup(fabric, self.network)
+        self.model = setup(fabric, network)
         # Not Fabric's wrapper, which keeps old groups when a state is loaded, except for steps.
-        self.optimizer = _optimizer(recipe, self.network)
-        self.stepper = fabric.setup_optimizers(self.optimizer)
+        self.optimizer = _optimizer(recipe, network)
+        self.stepper: Any = fabric.setup_optimizers(self.optimizer)
         self.objective = Objective(
             recipe.fairness,
             lambda_dice=recipe.lambda_dice,
             lambda_ce=recipe.lambda_ce,
-            group_counts=_group_counts(self.dataset, self.splits.train),
+            group_counts=group_counts,
             rate=recipe.group_dro_rate,
             temperature=recipe.fair_dro_temperature,
             gamma=recipe.febs_gamma,
         ).to(fabric.device)
-        self.position = Position()
+        self.state = State(self.folder, fabric, network, self.optimizer, self.objective)
         if stored is not None:
-            self._restore(*stored)
+            self.state.restore(*stored)
 
     def train(self) -> Path:
-        recipe, position = self.recipe, self.position
+        recipe, position = self.recipe, self.state.position
         validation = self._frames(
             share_of(self.splits.validation, self.fabric.global_rank, self.fabric.world_size)
         )
@@ -182,7 +142,7 @@ class _Run:
         return self.folder
 
     def _epoch(self, reporter: Reporter) -> None:
-        recipe, position = self.recipe, self.position
+        recipe, position = self.recipe, self.state.position
         batches = train_batches(
             self.frames,
             batch_size=recipe.batch_size,
@@ -203,13 +163,13 @@ class _Run:
             reporter.step(position.step, position.epoch, losses, rate, recipe.batch_size)
             every = recipe.checkpoint_every
             if every and not position.step % every and position.batch < self.steps_an_epoch:
-                self._save()
+                self.state.save()
 
     def _step(self, batch: Batch, rate: float) -> dict[str, float]:
         """One update; returns the losses, which are of all ranks together."""
         recipe = self.recipe
         seed = np.random.SeedSequence(
-            [recipe.seed, self.position.step, self.fabric.global_rank]
+            [recipe.seed, self.state.position.step, self.fabric.global_rank]
         ).generate_state(2, np.uint32)
         torch.manual_seed(int(seed[0]) << 32 | int(seed[1]))
         for group in self.optimizer.param_groups:
@@ -236,19 +196,17 @@ class _Run:
         self.stepper.step()
         return values
 
-    def _refuse(
-        self, values: dict[str, float], batch: Batch, loss_B: Tensor, rate: float
-    ) -> None:
+    def _refuse(self, values: dict[str, float], batch: Batch, loss_B: Tensor, rate: float) -> None:
         finite = loss_B.isfinite().tolist()
         cases = [case for case, fine in zip(batch.case_ids, finite, strict=True) if not fine]
         if dist.is_initialized():
             shares: list[list[str]] = [[]] * self.fabric.world_size
             dist.all_gather_object(shares, cases)  # from this run's own processes
             cases = [case for share in shares for case in share]
-        kept = max(self.folder.glob("last-*"), default=None)
+        position, kept = self.state.position, max(self.folder.glob("last-*"), default=None)
         raise NonFiniteLossError(
-            f"step {self.position.step + 1} (epoch {self.position.epoch + 1}), learning rate "
-            f"{rate:.3g}: the loss is not finite ("
+            f"step {position.step + 1} (epoch {position.epoch + 1}), learning rate {rate:.3g}: "
+            "the loss is not finite ("
             + ", ".join(f"{name} {value}" for name, value in values.items())
             + f"); cases: {', '.join(cases) or 'none of its own'}. "
             + (f"{kept} is the last checkpoint. " if kept else "There is no checkpoint yet. ")
@@ -257,61 +215,18 @@ class _Run:
 
     def _close_epoch(self, scored: Validation) -> dict[str, float]:
         """Counts the epoch, keeps its weights if they are the best, and saves."""
-        position = self.position
+        position = self.state.position
         rate = learning_rate(self.recipe, position.step - 1, self.steps_an_epoch)
         row = {"epoch": position.epoch + 1.0, "step": float(position.step), "learning_rate": rate}
         row |= {name: total / self.steps_an_epoch for name, total in position.sums.items()}
         row |= {"score": scored.score} | {f"dice {name}": d for name, d in scored.dice.items()}
         position.epoch, position.batch, position.sums = position.epoch + 1, 0, {}
         position.history.append(row)
-        if scored.score > position.best_score:
+        best = scored.score > position.best_score
+        if best:
             position.best_score, position.best_epoch = scored.score, position.epoch
-            position.best = f"best-{position.step:08d}"
-            weights = get_model_state_dict(self.network, options=_WHOLE)
-            if self.fabric.is_global_zero:
-                checkpoints.save_best(self.folder, position.step, weights)
-        self._save()
+        self.state.save(best=best)
         return row
-
-    def _save(self) -> None:
-        weights = get_model_state_dict(self.network, options=_WHOLE)
-        optimizer = get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE)
-        if not self.fabric.is_global_zero:
-            return
-        state = {
-            "optimizer": optimizer,
-            "objective": self.objective.state_dict(),
-            "precision": self.fabric.strategy.precision.state_dict(),
-            "position": dataclasses.asdict(self.position),
-        }
-        checkpoints.save_last(self.folder, self.position.step, weights, state)
-        checkpoints.tidy(self.folder, self.position.best)
-        self._write_history()
-
-    def _restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        set_model_state_dict(self.network, weights, options=_WHOLE)
-        set_optimizer_state_dict(
-            self.network, self.optimizer, state["optimizer"], options=_WHOLE
-        )
-        self.objective.load_state_dict(state["objective"])
-        self.fabric.strategy.precision.load_state_dict(state["precision"])
-        self.position = Position(**state["position"])
-        if self.fabric.is_global_zero:
-            checkpoints.tidy(self.folder, self.position.best)
-            self._write_history()
-
-    def _write_history(self) -> None:
-        rows = self.position.history
-        if not rows:
-            return
-
-        def write(target: Path) -> None:
-            with target.open("w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, fieldnames=list(rows[0]))
-                table.writeheader()
-                table.writerows(rows)
-
-        write_whole(self.folder / "history.csv", write)
 
     def _admit(self, resume: bool) -> None:
         if resume:
@@ -326,6 +241,24 @@ class _Run:
         if data.splits is not None:
             return read_splits(data.splits, self.dataset)
         return make_splits(self.dataset, data.split_seed)
+
+    def _group_counts(self) -> Tensor:
+        """Training cases by value of the first attribute, the unknown last."""
+        model = self.recipe.model
+        used = {*self.splits.train, *self.splits.validation}
+        unknown = [
+            c.case_id for c in self.dataset.cases if c.case_id in used and UNKNOWN in c.attributes
+        ]
+        if unknown and model.unknown == "error" and model.aware and model.moe != "none":
+            raise RunError(
+                f"model.unknown: {len(unknown)} cases lack an attribute ({unknown[0]} is one) and "
+                "the router is to refuse them; set --model.unknown learned or average, or name a "
+                "splits file without them."
+            )
+        trained = {*self.splits.train}
+        found = Counter(c.attributes[0] for c in self.dataset.cases if c.case_id in trained)
+        values = range(len(self.dataset.attributes[0].values))
+        return torch.tensor([found[value] for value in values] + [found[UNKNOWN]])
 
     def _on_rank_0(self, act: Callable[..., None], *arguments: Any) -> None:
         """Lets rank 0 act while the others wait; if it fails, it tells, and all of them end."""
@@ -357,11 +290,3 @@ def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(network.parameters(), momentum=recipe.momentum, **options)
     return torch.optim.AdamW(network.parameters(), **options)
-
-
-def _group_counts(dataset: Dataset, case_ids: tuple[str, ...]) -> Tensor:
-    """Training cases by value of the first attribute, the unknown last."""
-    wanted = set(case_ids)
-    found = Counter(case.attributes[0] for case in dataset.cases if case.case_id in wanted)
-    values = range(len(dataset.attributes[0].values))
-    return torch.tensor([found[value] for value in values] + [found[UNKNOWN]])

@@ -1,6 +1,6 @@
 """How well a network does on the validation split, by group; what chooses the best checkpoint.
 
-Shapes: B samples, C channels, K classes, S spatial axes, N attributes, A attribute values, E experts.
+Shapes: B samples, C channels, S spatial axes, N attributes, A attribute values, E experts.
 """
 
 from __future__ import annotations
