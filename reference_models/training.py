@@ -255,7 +255,6 @@ class _Run:
                 "the router is to refuse them; set --model.unknown learned or average, or name a "
                 "splits file without them."
             )
-        trained = {*self.splits.train}
         found = Counter(c.attributes[0] for c in self.dataset.cases if c.case_id in trained)
         values = range(len(self.dataset.attributes[0].values))
         return torch.tensor([found[value] for value in values] + [found[UNKNOWN]])
