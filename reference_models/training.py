@@ -244,11 +244,10 @@ class _Run:
 
     def _group_counts(self) -> Tensor:
         """Training cases by value of the first attribute, the unknown last."""
-        model = self.recipe.model
-        used = {*self.splits.train, *self.splits.validation}
-        unknown = [
-            c.case_id for c in self.dataset.cases if c.case_id in used and UNKNOWN in c.attributes
-        ]
+        model, trained = self.recipe.model, {*self.splits.train}
+        used = trained | {*self.splits.validation}
+        lacking = [case.case_id for case in self.dataset.cases if UNKNOWN in case.attributes]
+        unknown = [case_id for case_id in lacking if case_id in used]
         if unknown and model.unknown == "error" and model.aware and model.moe != "none":
             raise RunError(
                 f"model.unknown: {len(unknown)} cases lack an attribute ({unknown[0]} is one) and "
