@@ -104,8 +104,8 @@ def in_fork(target, *arguments):
     return process
 
 
-def as_rank(recipe, rank, world, port, prints):
-    """Trains as one of torchrun's processes, its output into a file."""
+def as_rank(recipe, rank, world, port, prints, where):
+    """Trains as one of torchrun's processes, its output into a file; may die as `killed_at`."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -121,19 +121,24 @@ def as_rank(recipe, rank, world, port, prints):
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file  # pytest has put its own there
         try:
-            train(recipe)
+            if where is None:
+                train(recipe, resume=recipe.out.exists())
+            else:
+                killed_at(recipe, False, where)
         except RunError as error:
             print(error)
             sys.exit(1)
 
 
-def train_in_ranks(recipe, prints, world=2):
-    """Exit codes of that many processes, and what each printed."""
-    prints.mkdir()
+def train_in_ranks(recipe, prints, where=None, world=2):
+    """Exit codes and prints of that many processes, which go on with a run that is there."""
+    prints.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [in_fork(as_rank, recipe, rank, world, port, prints) for rank in range(world)]
+    processes = [
+        in_fork(as_rank, recipe, rank, world, port, prints, where) for rank in range(world)
+    ]
     for process in processes:
         process.join()
     codes = [process.exitcode for process in processes]
@@ -240,10 +245,13 @@ def quiet_recipe(no_dropout):
     )
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, quiet_recipe, strategy):
+@pytest.mark.parametrize(("strategy", "deaths"), [("ddp", []), ("fsdp", [5])])
+def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, quiet_recipe, strategy, deaths):
     one = train(dataclasses.replace(quiet_recipe, out=tmp_path / "one"))
     two = dataclasses.replace(quiet_recipe, out=tmp_path / "two", devices=2, strategy=strategy)
+    for step in deaths:
+        codes, _ = train_in_ranks(two, tmp_path / "prints", where=step)
+        assert codes == [-signal.SIGKILL] * 2
     codes, (first_prints, second_prints) = train_in_ranks(two, tmp_path / "prints")
     assert codes == [0, 0], second_prints
     assert "epoch 2" in first_prints
