@@ -168,10 +168,7 @@ class _Run:
     def _step(self, batch: Batch, rate: float) -> dict[str, float]:
         """One update; returns the losses, which are of all ranks together."""
         recipe = self.recipe
-        seed = np.random.SeedSequence(
-            [recipe.seed, self.state.position.step, self.fabric.global_rank]
-        ).generate_state(2, np.uint32)
-        torch.manual_seed(int(seed[0]) << 32 | int(seed[1]))
+        torch.manual_seed(step_seed(recipe.seed, self.state.position.step, self.fabric.global_rank))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with routing(batch.attributes_BN) as r:
@@ -281,6 +278,12 @@ class _Run:
             seed=recipe.seed,
             cache=recipe.data.cache,
         )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What a rank draws a step's noise and dropout from: 63 bits, mixed."""
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
 
 
 def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -391,6 +392,32 @@ def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(tmp_path):
         losses[run] = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert losses[resumed] == losses[whole]
     assert [step for step, _ in losses[whole]] == list(range(1, 9))
+
+
+def test_every_step_and_every_rank_draw_noise_of_their_own(tmp_path, monkeypatch):
+    seeds = {training.step_seed(*key) for key in itertools.product(range(3), range(40), range(4))}
+    assert len(seeds) == 3 * 40 * 4
+    drawn, real = [], training.step_seed
+
+    def recorded(*key):
+        drawn.append(key)
+        return real(*key)
+
+    monkeypatch.setattr(training, "step_seed", recorded)
+    train(dataclasses.replace(TINY, out=tmp_path / "run", seed=5))
+    assert drawn == [(5, step, 0) for step in range(8)]
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
+    epochs, real = [], training.train_batches
+
+    def recorded(*arguments, **options):
+        epochs.append((options["epoch"], options["first_batch"]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(training, "train_batches", recorded)
+    train(dataclasses.replace(TINY, out=tmp_path / "run"))
+    assert epochs == [(0, 0), (1, 0)]
 
 
 def test_a_finished_run_stays_as_it_is_when_resumed(finished):
