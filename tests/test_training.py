@@ -368,6 +368,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(tmp_path):
     killed = dataclasses.replace(recipe, out=tmp_path / "killed")
     deaths = [
         2,  # before any checkpoint
+        (os, "rename", 2),  # after the first checkpoint, before the best one has its name
         3,  # just after one in mid-epoch
         (checkpoints, "save_last", 1),  # between best and last
         (torch, "save", 1),  # within a checkpoint
