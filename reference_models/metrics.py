@@ -1,4 +1,4 @@
-"""Scores of one segmented region of one case, in 2D or 3D: overlap, and how far the outlines lie apart.
+"""Scores of one region of one case, 2D or 3D: overlap, and how far apart the outlines lie.
 
 The boundary of a region is those of its pixels (voxels) that have a neighbour along an axis outside
 the region; what lies beyond the image is outside. Shapes: S the spatial axes, P boundary pixels.
@@ -85,7 +85,9 @@ def boundary_distances(
     Returns:
         From the predicted boundary to the true one (P,), and back (P',); float64.
     """
-    predicted_P2, truth_P2 = (_boundary(mask) * np.asarray(spacing) for mask in (predicted_S, truth_S))
+    predicted_P2, truth_P2 = (
+        _boundary(mask) * np.asarray(spacing) for mask in (predicted_S, truth_S)
+    )
     # A tree over the boundary alone is exact, and needs no distance at any other pixel.
     to_truth_P, _ = KDTree(truth_P2).query(predicted_P2)
     to_predicted_P, _ = KDTree(predicted_P2).query(truth_P2)
