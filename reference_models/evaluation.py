@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from .data import DataSettings, open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
@@ -132,7 +134,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     scored = []
 
     def write(folder: Path) -> Summary:
-        for case in cases:
+        for case in track(cases, "scoring", console=Console(stderr=True), transient=True):
             if case.case_id not in paths:
                 continue
             sample = dataset.load(case)

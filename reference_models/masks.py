@@ -13,7 +13,7 @@ from .data.cases import DataError
 # In this order where an error names them.
 SUFFIXES = (".png", ".npy")
 # Of a list of case ids in an error; the rest is counted.
-SHOWN = 20
+SHOWN = 100
 
 
 def write_mask(folder: Path, case_id: str, mask_HW: np.ndarray) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -193,7 +195,7 @@ def predictions(
         The sample and its mask by condition, uint8 at native resolution.
 
     Raises:
-        DataError: a case cannot be read.
+        DataError: a case cannot be read, or the network gives no finite numbers for it.
     """
     loader = DataLoader(
         _Framed(run),
@@ -202,7 +204,7 @@ def predictions(
         collate_fn=_unbroken,
     )
     start = 0
-    for batch in loader:
+    for batch in track(loader, "predicting", console=Console(stderr=True), transient=True):
         if isinstance(batch, DataError):
             raise batch
         samples = [sample for sample, _ in batch]
@@ -217,6 +219,11 @@ def predictions(
                 with routing(torch.from_numpy(told_BA)) as scope:
                     logits_BKHW: Tensor = run.model(image_BCHW)
             for sample, logits_KHW, of in zip(samples, logits_BKHW, masks, strict=True):
+                if not logits_KHW.isfinite().all():
+                    raise DataError(
+                        f"{run.settings.run}: the network's output for {sample.case_id} is not "
+                        f"finite (attributes {condition}); its weights or this image are damaged."
+                    )
                 of[condition] = run.framing.restore(logits_KHW, sample.native_size)
             if loads is not None:
                 loads[condition].add(scope, told_BA)

@@ -156,6 +156,7 @@ def test_a_network_that_is_not_told_runs_no_conditions_and_says_why(run_of):
     summary = evaluate_run(EvaluateRun(run_of(Ruler(aware=False), Bars()), scoring=FEW))
     given, *others = summary.conditions
     assert given.scores
+    assert [len(row) for row in given.load["width"]] == [4, 4, 4]  # its experts have loads anyway
     assert [c.scores for c in others] == [{}, {}, {}]
     assert all("not told the attributes" in c.note for c in others)
 
@@ -207,6 +208,39 @@ def test_loads_are_each_values_shares_over_all_batches(run_of):
         chosen = routed.expert_indices[routed.attributes == value]
         shares = torch.bincount(chosen.flatten(), minlength=4) / chosen.numel()
         assert table[value] == pytest.approx(shares.tolist(), abs=1e-6)
+
+
+def test_several_attributes_have_tables_of_their_own_and_are_all_told_wrongly(run_of, monkeypatch):
+    dataset = Bars()
+    dataset.attributes = (*Bars.attributes, Attribute("side", ("left", "right")))
+    dataset.population = {"side": (0.9, 0.1)}
+    dataset.cases = tuple(
+        dataclasses.replace(case, attributes=(*case.attributes, place // 6))
+        for place, case in enumerate(dataset.cases)
+    )
+    model = Ruler()
+    model.layer = DMoE(1, n_experts=4, k=1, attribute_sizes=(3, 2)).eval()
+    told = []
+    forward = model.layer.forward
+
+    def listening(*args, **options):
+        y, routed = forward(*args, **options)
+        told.append(routed.attributes.reshape(-1, SIZE * SIZE, 2)[:, 0])
+        return y, routed
+
+    monkeypatch.setattr(model.layer, "forward", listening)
+    summary = evaluate_run(EvaluateRun(run_of(model, dataset), scoring=FEW))
+    given, _, wrong, _ = summary.conditions
+    assert {name: len(rows) for name, rows in given.load.items()} == {"width": 3, "side": 2}
+    assert [g.n for g in given.scores["side"][0].groups] == [6, 6]
+    assert summary.population == {"width": (1 / 3, 1 / 3, 1 / 3), "side": (0.9, 0.1)}
+    right, permuted, lies = told
+    assert right.tolist() == [list(case.attributes) for case in dataset.cases]
+    assert (lies != right).all()
+    assert sorted(permuted.tolist()) == sorted(right.tolist())
+    left, other = (g.metrics["dice"].value for g in wrong.scores["side"][0].groups)
+    overall = wrong.scores["side"][0].overall["dice"].value
+    assert overall == pytest.approx(0.9 * left + 0.1 * other)
 
 
 def test_the_files_hold_the_same_scores_in_full(run_of, tmp_path):
@@ -273,6 +307,31 @@ def test_if_a_case_cannot_be_read_nothing_is_written(run_of, monkeypatch):
         with pytest.raises(DataError, match=r"^bar9\.png: damaged$"):
             evaluate_run(EvaluateRun(run, scoring=FEW, workers=workers))
     assert [*run.iterdir()] == []
+
+
+def test_a_network_without_finite_output_is_named_and_not_scored(run_of):
+    class Broken(Ruler):
+        def forward(self, image_B1HW):
+            return super().forward(image_B1HW) * torch.tensor(float("nan"))
+
+    run = run_of(Broken(), Bars())
+    with pytest.raises(DataError, match=r"output for bar0 is not finite"):
+        evaluate_run(EvaluateRun(run, scoring=FEW))
+    assert [*run.iterdir()] == []
+
+
+def test_a_router_that_is_noisy_in_evaluation_gives_the_same_masks_whatever_else_is_run(
+    run_of, tmp_path
+):
+    class Noisy(Ruler):
+        def forward(self, image_B1HW):
+            return super().forward(image_B1HW) + torch.randn(len(image_B1HW), 2, SIZE, SIZE)
+
+    run = run_of(Noisy(), Bars())
+    evaluate_run(EvaluateRun(run, scoring=FEW, out=tmp_path / "own", batch_size=5))
+    predict(PredictSettings(run, out=tmp_path / "predicted", batch_size=5))
+    for path in (tmp_path / "own" / "masks").iterdir():
+        assert path.read_bytes() == (tmp_path / "predicted" / "masks" / path.name).read_bytes()
 
 
 def test_of_a_run_of_another_data_set_nothing_is_scored(run_of, monkeypatch):
