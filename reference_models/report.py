@@ -105,7 +105,7 @@ def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
     labels = range(1, len(classes))
     for label in labels:
         filled_HW = picture.predicted_HW == label
-        shown_HW3[filled_HW] += FILL * (np.float32(colour_of(label)) - shown_HW3[filled_HW])
+        shown_HW3[filled_HW] += FILL * (np.array(colour_of(label)) - shown_HW3[filled_HW])
     foreground_HW = picture.truth_HW > 0
     shown_HW3[binary_dilation(foreground_HW, iterations=width) & ~foreground_HW] *= HALO
     for label in labels:
