@@ -1,10 +1,13 @@
 """The report says what the summary says, needs no network, and takes names as they come."""
 
+import base64
 import dataclasses
+import io
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from reference_models.report import Picture, overlay, pictures_wanted, write_report
 from reference_models.scores import (
@@ -185,10 +188,16 @@ def test_overlay_fills_the_prediction_and_outlines_the_truth():
     assert (shown == overlay(picture("1"), CLASSES)).all()
 
 
-def test_a_large_picture_is_shrunk_in_the_page(tmp_path):
+@pytest.mark.parametrize(
+    ("native", "shown"),
+    [((3000, 2000), (320, 480)), ((96, 80), (400, 480)), ((300, 200), (200, 300))],
+)
+def test_a_picture_is_brought_to_a_size_for_the_page(tmp_path, native, shown):
     cases, scores = [case("1", "a", 0.5)], region([group("a", 1, 0.6)])
-    written(tmp_path, summary([scores], ("a",)), cases, {"1": picture("1", (3000, 2000))})
-    assert (tmp_path / "report.html").stat().st_size < 300_000
+    page = written(tmp_path, summary([scores], ("a",)), cases, {"1": picture("1", native)})
+    (link,) = (link for link in page.links if link.startswith("data:image/"))
+    image = Image.open(io.BytesIO(base64.b64decode(link.split(",")[1])))
+    assert image.size == shown  # width, height: 480 at the most, small ones by a whole factor
 
 
 def test_pictures_that_do_not_fit_are_refused_with_what_came():
