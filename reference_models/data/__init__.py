@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from .cases import DataError, Dataset
+from .fairseg import ATTRIBUTES as FAIRSEG_ATTRIBUTES
+from .fairseg import FairSeg
+from .ham10000 import VALUES as HAM10000_VALUES
+from .ham10000 import Ham10000
 from .phantom import Phantom, PhantomSettings
 
 
@@ -66,4 +70,13 @@ def open_dataset(settings: DataSettings, *, damaged: list[DataError] | None = No
         return dataset
     if settings.root is None or not settings.root.is_dir():
         raise DataError(f"root: {settings.data} needs the folder of its files, got {settings.root}")
-    raise NotImplementedError(settings.data)
+    known = FAIRSEG_ATTRIBUTES if settings.data == "fairseg" else tuple(HAM10000_VALUES)
+    unknown = [name for name in settings.attributes if name not in known]
+    if unknown or len(set(settings.attributes)) < len(settings.attributes):
+        raise DataError(
+            f"attributes: {settings.data} has {', '.join(known)}, each to be named once, got "
+            f"{', '.join(settings.attributes)}"
+        )
+    default = known[:1] if damaged is None else None
+    kind = FairSeg if settings.data == "fairseg" else Ham10000
+    return kind(settings.root, settings.attributes or default, damaged)
