@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a name beside `path`, then renames it to `path`.
 
     A reader finds the old file, the new one or none, never half of one; so does whoever comes
