@@ -19,6 +19,21 @@ class DataError(Exception):
     """What is wrong with a file or a folder, which one, and what to do; shown without traceback."""
 
 
+def report_faults(faults: Sequence[DataError], damaged: list[DataError] | None) -> None:
+    """Adds to `damaged`, where somebody collects; elsewhere raises the faults as one error.
+
+    Raises:
+        DataError: there are faults and `damaged` is None.
+    """
+    if damaged is not None:
+        damaged.extend(faults)
+    elif faults:
+        shown = [str(fault) for fault in faults[:10]]
+        if len(faults) > len(shown):
+            shown.append(f"and {len(faults) - len(shown)} more; `check` names them all")
+        raise DataError("\n".join(shown))
+
+
 @dataclass(frozen=True)
 class Attribute:
     """A property of a sample that the router may know, with its values in the order of indices."""
@@ -85,6 +100,8 @@ class Dataset(ABC):
         unit: of distances and spacings, "mm", or "px" where the files do not say.
         population: by attribute name, the share of each value in the population that "overall"
             stands for; an attribute that is missing here takes the shares of the cases scored.
+        notes: what was found out about the files or decided for them, a sentence each, such as
+            the unit of ages.
     """
 
     name: str
@@ -95,6 +112,7 @@ class Dataset(ABC):
     channels: int
     unit: str = "px"
     population: Mapping[str, tuple[float, ...]] = {}
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def load(self, case: Case) -> Sample:

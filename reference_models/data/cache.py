@@ -1,0 +1,86 @@
+"""Framed cases on disk, so that later epochs, workers and runs decode nothing.
+
+A case is one `.npy` file: float16 (C + 1, S), the image's channels and then the mask. float16 holds
+8-bit intensities to a 30th of a grey level and every label exactly, and halves what is read.
+Its name is a hash of what it was made from, so that a file that changes is framed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from ..files import write_whole
+from .cases import Case, DataError
+from .framing import Framing
+
+VERSION = 1  # of what is stored; raised when loading or framing gives other pixels than before
+
+
+def default_cache() -> Path:
+    """Where caches of the user's programs live: a data set's folder may be read-only."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmoe-frames"
+
+
+class FrameCache:
+    """Frames by case; of cases without files, which are quickly made, nothing is stored.
+
+    Args:
+        folder: made where missing, readable by its owner only, since it holds patients' images.
+        dataset: the data set's name.
+        framing: of the frames.
+
+    Raises:
+        DataError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path, dataset: str, framing: Framing) -> None:
+        self._folder = folder
+        self._made_by = [VERSION, dataset, asdict(framing)]
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cache folder {folder}: {error.strerror}; choose another") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise DataError(f"cache folder {folder}: cannot be written to; choose another")
+
+    def frame(self, case: Case, make: Callable[[Case], np.ndarray]) -> np.ndarray:
+        """The frame of `case` (C + 1, S), read-only: stored, or made and then stored.
+
+        Raises:
+            DataError: a file of the case is missing, or the frame cannot be stored.
+        """
+        if not case.files:
+            return make(case)
+        path = self._path(case)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, EOFError):
+            path.unlink(missing_ok=True)  # damaged on disk: as if it had never been stored
+        frame = make(case)
+        try:
+            write_whole(path, lambda target: np.save(target, frame, allow_pickle=False))
+        except OSError as error:
+            raise DataError(
+                f"cache folder {self._folder}: {error.strerror}; make room or choose another"
+            ) from error
+        return frame
+
+    def _path(self, case: Case) -> Path:
+        files = []
+        for name in case.files:
+            try:
+                status = os.stat(name)
+            except OSError as error:
+                raise DataError(f"{name}: {error.strerror} (case {case.case_id})") from error
+            files.append([os.path.realpath(name), status.st_size, status.st_mtime_ns])
+        key = json.dumps([*self._made_by, case.case_id, files])
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.npy"

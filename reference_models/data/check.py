@@ -1,0 +1,123 @@
+"""Reads a whole data set before anyone trains on it, and says what is wrong with which file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from . import DataSettings, open_dataset
+from .cases import SPLITS, UNKNOWN, Case, DataError, Dataset
+from .splits import leaked_subjects, make_splits, read_splits
+
+WORKERS = 8  # threads; decoding leaves Python's lock alone
+NAMED = 10  # cases of a warning; of errors, all are named
+
+
+def check(settings: DataSettings, console: Console | None = None) -> int:
+    """Prints counts, warnings and errors; errors name every bad file.
+
+    Errors: files that are missing or cannot be read, masks of labels out of range, of background
+    alone or of another size than their image, attributes that are no known value, subjects in
+    several splits. Warnings: unknown attributes, masks that lack a class. Without attributes
+    named, all that the files hold are looked at.
+
+    Returns:
+        1 if there is an error, else 0: the exit code of the command.
+    """
+    console = console or Console()
+    # File names are printed as they are: neither wrapped, nor coloured, nor read as markup.
+    say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    errors: list[DataError] = []
+    try:
+        dataset = open_dataset(settings, damaged=errors)
+    except DataError as error:
+        errors.append(error)
+    else:
+        split_of = _splits(dataset, settings, errors)
+        warnings = _read_all(dataset, errors, console)
+        for table in _counts(dataset, split_of):
+            console.print(table)
+        for line in (*dataset.notes, *warnings):
+            say(line)
+    for error in errors:
+        say(f"error: {error}")
+    say(f"{settings.data}: {len(errors) or 'no'} error{'s' * (len(errors) != 1)}")
+    return 1 if errors else 0
+
+
+def _splits(
+    dataset: Dataset, settings: DataSettings, errors: list[DataError]
+) -> Mapping[str, str | None]:
+    """Each case's split: by the file or by seed; the data set's own where those fail."""
+    official = {case.case_id: case.split for case in dataset.cases}
+    try:
+        if settings.splits is not None:
+            splits = read_splits(settings.splits, dataset)
+        elif leaks := leaked_subjects(official, dataset):
+            errors.extend(map(DataError, leaks))
+            return official
+        else:
+            splits = make_splits(dataset, settings.split_seed)
+    except DataError as error:
+        errors.append(error)
+        return official
+    return {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
+
+
+def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> list[str]:
+    """Loads every case; errors are added, warnings returned."""
+
+    def labels(case: Case) -> set[int] | DataError:
+        try:
+            return set(np.unique(dataset.load(case).mask_S).tolist())
+        except DataError as error:
+            return error
+
+    lacking: dict[str, list[str]] = {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        results = pool.map(labels, dataset.cases)
+        for case, found in zip(
+            dataset.cases,
+            track(results, "reading", total=len(dataset.cases), console=console, transient=True),
+            strict=True,
+        ):
+            if isinstance(found, DataError):
+                errors.append(found)
+                continue
+            for label, name in enumerate(dataset.classes[1:], start=1):
+                if label not in found:
+                    lacking.setdefault(f"mask without {name}", []).append(case.case_id)
+    for index, attribute in enumerate(dataset.attributes):
+        unknown = [c.case_id for c in dataset.cases if c.attributes[index] == UNKNOWN]
+        if unknown:
+            lacking[f"{attribute.name} unknown"] = unknown
+    return [
+        f"warning: {what}: {len(ids)} cases: {', '.join(ids[:NAMED])}"
+        + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
+        for what, ids in lacking.items()
+    ]
+
+
+def _counts(dataset: Dataset, split_of: Mapping[str, str | None]) -> list[Table]:
+    """For each attribute, cases by value and split."""
+    tables = []
+    for index, attribute in enumerate(dataset.attributes):
+        counts = Counter(
+            (case.attributes[index], split_of.get(case.case_id)) for case in dataset.cases
+        )
+        table = Table(title=f"{dataset.name}: cases by {attribute.name}")
+        table.add_column(attribute.name)
+        columns = [*SPLITS, *([None] if any(split is None for _, split in counts) else [])]
+        for split in columns:
+            table.add_column(split or "no split", justify="right")
+        for value in (*range(len(attribute.values)), UNKNOWN):
+            table.add_row(attribute.label(value), *(str(counts[value, s]) for s in columns))
+        tables.append(table)
+    return tables

@@ -1,0 +1,159 @@
+"""Which case is trained, validated and tested on: made once, seeded, kept as json.
+
+A data set's own split is kept. What it leaves open is split by subject, so that no patient or
+lesion lies on both sides, and stratified, so that every attribute value keeps its share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..files import write_whole
+from .cases import SPLITS, Case, DataError, Dataset
+
+VALIDATION_SHARE = 0.1  # of the training cases
+TEST_SHARE = 0.2  # of all cases, where the data set names no test cases
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Case ids by split, and what they were made from and by.
+
+    Args:
+        dataset: the data set's name.
+        seed: of the cases that the data set left open.
+        attributes: names of those that it was stratified by.
+        train, validation, test: case ids in the data set's order.
+    """
+
+    dataset: str
+    seed: int
+    attributes: tuple[str, ...]
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def make_splits(dataset: Dataset, seed: int) -> Splits:
+    """The data set's own split where it has one, the rest by seed.
+
+    Without test cases of the data set's own, a fifth of the open and training cases are made so;
+    without validation cases, a tenth of what is then left.
+
+    Raises:
+        DataError: a subject lies in two of the data set's own splits, or there are too few
+            subjects.
+    """
+    if leaks := leaked_subjects({case.case_id: case.split for case in dataset.cases}, dataset):
+        raise DataError(
+            f"{dataset.name}: {leaks[0]}" + (f" ({len(leaks)} such subjects)" if leaks[1:] else "")
+            + "; put each subject's cases into one split, by lists or a splits file"
+        )  # fmt: skip
+    chosen: dict[str, str] = {}
+    pool = []
+    for case in dataset.cases:
+        if case.split in ("validation", "test"):
+            chosen[case.case_id] = case.split
+        else:
+            pool.append(case)
+    if seed < 0:
+        raise DataError(f"the split's seed must be 0 or more, got {seed}")
+    rng = np.random.default_rng([seed, *dataset.name.encode()])
+    for split, share in (("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
+        if split not in chosen.values():
+            taken = _drawn_subjects(pool, share, rng)
+            chosen |= {case.case_id: split for case in pool if case.subject in taken}
+            pool = [case for case in pool if case.subject not in taken]
+    members = {
+        split: tuple(
+            case.case_id for case in dataset.cases if chosen.get(case.case_id, "train") == split
+        )
+        for split in SPLITS
+    }
+    if empty := [split for split, ids in members.items() if not ids]:
+        raise DataError(
+            f"{dataset.name}: {len(dataset.cases)} cases of "
+            f"{len({case.subject for case in dataset.cases})} subjects leave nothing for "
+            f"{' and '.join(empty)}"
+        )
+    return Splits(dataset.name, seed, tuple(a.name for a in dataset.attributes), **members)
+
+
+def leaked_subjects(split_of: Mapping[str, str | None], dataset: Dataset) -> list[str]:
+    """A sentence for each subject whose cases lie in several splits; None counts as none."""
+    placed: dict[str, dict[str, str]] = {}
+    for case in dataset.cases:
+        if split := split_of.get(case.case_id):
+            placed.setdefault(case.subject, {}).setdefault(split, case.case_id)
+    return [
+        f"subject {subject} lies in several splits: "
+        + ", ".join(f"{case_id} in {split}" for split, case_id in where.items())
+        for subject, where in placed.items()
+        if len(where) > 1
+    ]
+
+
+def write_splits(path: Path, splits: Splits) -> None:
+    """As json, whole or not at all."""
+    text = json.dumps(asdict(splits), indent=1) + "\n"
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def read_splits(path: Path, dataset: Dataset) -> Splits:
+    """What `write_splits` wrote; cases that the file does not name are left out.
+
+    Raises:
+        DataError: the file cannot be read, is of another data set, names a case that the data set
+            lacks or one case twice, spreads a subject over splits, or leaves a split empty.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        splits = Splits(
+            dataset=str(content["dataset"]),
+            seed=int(content["seed"]),
+            attributes=tuple(map(str, content["attributes"])),
+            **{split: tuple(map(str, content[split])) for split in SPLITS},
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path}: not a splits file ({type(error).__name__}: {error}); expected json with "
+            f"dataset, seed, attributes, {', '.join(SPLITS)}"
+        ) from error
+    if splits.dataset != dataset.name:
+        raise DataError(f"{path}: splits of {splits.dataset}, but the data set is {dataset.name}")
+    named = Counter(case_id for split in SPLITS for case_id in getattr(splits, split))
+    known = {case.case_id for case in dataset.cases}
+    for wrong, what in (
+        ([case_id for case_id in named if case_id not in known], "not in the data set"),
+        ([case_id for case_id, times in named.items() if times > 1], "named more than once"),
+        ([split for split in SPLITS if not getattr(splits, split)], "without a case"),
+    ):
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise DataError(f"{path}: {', '.join(wrong[:5])}{more}: {what}")
+    split_of = {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
+    if leaks := leaked_subjects(split_of, dataset):
+        raise DataError(f"{path}: {leaks[0]} ({len(leaks)} such subjects)")
+    return splits
+
+
+def _drawn_subjects(cases: Sequence[Case], share: float, rng: np.random.Generator) -> set[str]:
+    """Subjects with about `share` of the cases, each stratum's number within one of its share.
+
+    The subjects are lined up by stratum, shuffled within it, and the owner of every 1/share-th
+    case is drawn.
+    """
+    sizes = Counter(case.subject for case in cases)
+    share = max(share, 1 / max(len(cases), 1))  # of few cases, one
+    # A subject whose cases differ, such as a lesion seen at two ages, counts by its first.
+    stratum = {case.subject: case.attributes for case in reversed(cases)}
+    subjects = [list(sizes)[i] for i in rng.permutation(len(sizes))]
+    subjects.sort(key=lambda subject: stratum[subject])
+    passed = np.floor(np.cumsum([sizes[s] for s in subjects]) * share + rng.uniform())
+    return {s for s, drawn in zip(subjects, np.diff(passed, prepend=0) > 0, strict=True) if drawn}
