@@ -131,7 +131,9 @@ def pictures_wanted(
         for value in (*values, "unknown")
         for shown in _examples(cases, attribute, value)
     }
-    return tuple(case_id for case_id in dict.fromkeys(c.case_id for c in cases) if case_id in wanted)
+    return tuple(
+        case_id for case_id in dict.fromkeys(c.case_id for c in cases) if case_id in wanted
+    )
 
 
 def write_report(
