@@ -23,11 +23,11 @@ from .data import DataSettings, open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
 from .data.splits import make_splits, read_splits
 from .fairness import SMALL_GROUP
+from .loads import Loads
 from .masks import find_masks, read_mask, shown, write_mask
 from .metrics import POLICY, RegionScore, score_region
 from .outputs import write_folder
 from .prediction import (
-    Loads,
     RunSettings,
     TrainedRun,
     given_attributes,

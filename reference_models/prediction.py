@@ -27,6 +27,7 @@ from .data import open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
 from .data.framing import Framing
 from .data.splits import read_splits
+from .loads import Loads
 from .masks import shown, write_mask
 from .outputs import write_folder
 from .report import Picture, overlay
@@ -100,44 +101,6 @@ class TrainedRun:
             for module in self.model.modules()
             if isinstance(module, AttributeRouter) and module.attribute_sizes is not None
         ]
-
-
-class Loads:
-    """Adds up which experts each attribute value's tokens went to."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._names = [attribute.name for attribute in dataset.attributes]
-        self._sizes = [len(attribute.values) for attribute in dataset.attributes]
-        self._sums: dict[str, np.ndarray] = {}
-        self._samples = [np.zeros(size) for size in self._sizes]
-
-    def add(self, scope: routing, told_BA: np.ndarray) -> None:
-        """A batch's load tables; every sample has the same number of tokens, and weighs alike."""
-        if not scope.routings:
-            return
-        for place, (name, size) in enumerate(zip(self._names, self._sizes, strict=True)):
-            told_B = told_BA[:, place]
-            if not (told_B != UNKNOWN).any():
-                continue
-            counts_V = np.bincount(told_B[told_B != UNKNOWN], minlength=size)
-            # A layer that is not told the attributes has a row up to the highest it has seen.
-            table_VE = scope.load_table(attribute=place).double().cpu().numpy()
-            sums_VE = self._sums.setdefault(name, np.zeros((size, table_VE.shape[1])))
-            sums_VE[: len(table_VE)] += table_VE * counts_V[: len(table_VE), None]
-            self._samples[place] += counts_V
-
-    def tables(self) -> dict[str, tuple[tuple[float, ...], ...]]:
-        """By attribute, a row a value that sums to 1, or of zeros where no case has it."""
-        return {
-            name: tuple(
-                tuple(row)
-                for row in (
-                    self._sums[name] / np.maximum(self._samples[place], 1)[:, None]
-                ).tolist()
-            )
-            for place, name in enumerate(self._names)
-            if name in self._sums
-        }
 
 
 def open_run(settings: RunSettings, split: str) -> TrainedRun:

@@ -442,7 +442,7 @@ def test_masks_come_as_grey_palette_or_one_bit_png_or_as_npy(other_tool):
         (folder / f"bar{number}.png").unlink()
         np.save(folder / f"bar{number}.npy", masks[number].astype(dtype))
     (folder / "dataset.json").write_text("{}")  # as nnU-Net leaves beside its masks
-    (folder / ".DS_Store").write_bytes(b"\0")
+    (folder / "._bar0.png").write_bytes(b"\0")  # as macOS leaves beside its copies
     (folder / "overlays").mkdir()
     summary = evaluate_predictions(settings)
     assert dice_of(summary, "as given") == [1, 1, 1]

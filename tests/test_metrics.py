@@ -109,6 +109,7 @@ def test_empty_masks_score_as_the_policy_says(shape, truth_full, predicted_full,
     assert "not defined" in POLICY
 
 
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's own call
 @pytest.mark.parametrize(
     ("shape", "spacing"),
     [((40, 31), (1, 1)), ((40, 31), (0.3, 1.7)), ((14, 15, 16), (2.5, 0.7, 1.1))],
