@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transunets import ATTRIBUTES, TINIES, TINY_HYBRID, TINY_VIT, images, make, run, stirred
 
 from dmoe_layer import DMoE, MissingAttributesError, routing
 from reference_models.models.transunet import MOE, TransUNet
