@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import track
 
@@ -65,7 +66,7 @@ class EvaluateRun(RunSettings):
     """Which cases."""
     out: Path | None = None
     """Folder to write; by default evaluation-<split> in the run's."""
-    scoring: Scoring = field(default_factory=Scoring)
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ class EvaluatePredictions:
 
     folder: Path
     """Of the masks."""
-    data: DataSettings
+    data: Annotated[DataSettings, tyro.conf.arg(name="")]
     """What they are masks of."""
     split: Split = "test"
     """Which cases."""
     out: Path = Path("evaluation")
     """Folder to write."""
-    scoring: Scoring = field(default_factory=Scoring)
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
 
 def evaluate_run(settings: EvaluateRun) -> Summary:

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference_models.checkpoints import save_best
-from reference_models.data.splits import Splits, make_splits
-from reference_models.recipe import ModelSettings, Recipe
-from reference_models.runs import Task, build_model, write_run
 from torch import nn
 
 from dmoe_layer import AttributeRouter, DMoE
 from reference_models import evaluation, prediction
+from reference_models.checkpoints import save_best
 from reference_models.data import DataSettings, PhantomSettings
 from reference_models.data.cases import Attribute, Case, DataError, Dataset, Sample
+from reference_models.data.splits import Splits, make_splits
 from reference_models.evaluation import (
     EvaluatePredictions,
     EvaluateRun,
@@ -28,6 +26,8 @@ from reference_models.evaluation import (
 )
 from reference_models.masks import read_mask
 from reference_models.prediction import PredictSettings, predict
+from reference_models.recipe import ModelSettings, Recipe
+from reference_models.runs import Task, build_model, write_run
 from reference_models.scores import METRICS
 
 SIZE = 16

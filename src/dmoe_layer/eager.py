@@ -166,7 +166,9 @@ def experts_backward(
                     rows_buffer[start - chunk.rows.start : stop - chunk.rows.start] = dx_RD
             if need_x:
                 dx_TD[chunk.tokens] = dispatch.combine(chunk, rows_buffer)
-        dgates_TK = dgates_R[dispatch.rows_TK] * drop.scale if need_gates else dgates_R.new_empty((0,))
+        dgates_TK = (
+            dgates_R[dispatch.rows_TK] * drop.scale if need_gates else dgates_R.new_empty((0,))
+        )
         return dx_TD, dgates_TK, dw1.result(), db1.result(), dw2.result(), db2.result()
 
 
