@@ -8,7 +8,9 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
 
 from .data import DataSettings
 
@@ -43,8 +45,8 @@ class ModelSettings:
 class Recipe:
     """Everything a run is made of; saved with it as `recipe.json`."""
 
-    data: DataSettings
-    model: ModelSettings = field(default_factory=ModelSettings)
+    data: Annotated[DataSettings, tyro.conf.arg(name="")]
+    model: Annotated[ModelSettings, tyro.conf.arg(name="")] = field(default_factory=ModelSettings)
     out: Path = Path("run")
     """The run's folder."""
     seed: int = 0

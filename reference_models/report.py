@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
     labels = range(1, len(classes))
     for label in labels:
         filled_HW = picture.predicted_HW == label
-        shown_HW3[filled_HW] += FILL * (np.float32(colour_of(label)) - shown_HW3[filled_HW])
+        shown_HW3[filled_HW] += FILL * (np.array(colour_of(label)) - shown_HW3[filled_HW])
     foreground_HW = picture.truth_HW > 0
     shown_HW3[binary_dilation(foreground_HW, iterations=width) & ~foreground_HW] *= HALO
     for label in labels:
@@ -131,7 +132,9 @@ def pictures_wanted(
         for value in (*values, "unknown")
         for shown in _examples(cases, attribute, value)
     }
-    return tuple(case_id for case_id in dict.fromkeys(c.case_id for c in cases) if case_id in wanted)
+    return tuple(
+        case_id for case_id in dict.fromkeys(c.case_id for c in cases) if case_id in wanted
+    )
 
 
 def write_report(
@@ -265,7 +268,9 @@ def _chart(cases: Sequence[CaseScore], attribute: str, scores: RegionScores) -> 
         if case.region == scores.region:
             dice.setdefault(case.attributes[attribute], []).append(case.dice)
     lows = [group.metrics["dice"].low for group in scores.groups]
-    lowest = min((low for low in (*lows, *sum(dice.values(), [])) if low is not None), default=0.0)
+    lowest = min(
+        (low for low in (*lows, *itertools.chain(*dice.values())) if low is not None), default=0.0
+    )
     step = 0.1 if lowest >= 0.5 else 0.2
     low = min(step * math.floor(lowest / step + 1e-9), 0.8)
 
@@ -304,12 +309,15 @@ def _rows(scores: RegionScores) -> list[tuple[str, str, Estimate]]:
 
 
 def _heat(condition: Condition, attribute: str) -> list[list[tuple[float, str]]]:
-    """Shares of tokens with their colours, a row a value: white to blue, dark text legible on all."""
+    """Shares of tokens with their colours, a row a value: white to blue, black is legible."""
     load = condition.load.get(attribute, ())
     peak = max((share for row in load for share in row), default=0) or 1
     blue = np.array((38, 135, 190))
     return [
-        [(share, "rgb(%d,%d,%d)" % tuple(255 - (255 - blue) * share / peak)) for share in row]
+        [
+            (share, "rgb({:.0f},{:.0f},{:.0f})".format(*(255 - (255 - blue) * share / peak)))
+            for share in row
+        ]
         for row in load
     ]
 

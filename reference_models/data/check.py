@@ -37,8 +37,8 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
     errors: list[DataError] = []
     try:
         dataset = open_dataset(settings, damaged=errors)
-    except DataError as error:
-        errors.append(error)
+    except DataError as fatal:
+        errors.append(fatal)
     else:
         split_of = _splits(dataset, settings, errors)
         warnings = _read_all(dataset, errors, console)

@@ -109,7 +109,7 @@ class FairSeg(Dataset):
             mask = _member(path, members, MASK)
         if not image.size or image.dtype.kind not in "uif" or mask.dtype.kind not in "uif":
             raise DataError(
-                f"{path}: image and mask must be arrays of numbers, got {image.dtype} {image.shape} "
+                f"{path}: image and mask must be numbers, got {image.dtype} {image.shape} "
                 f"and {mask.dtype} {mask.shape}"
             )
         if image.ndim == 2:

@@ -208,7 +208,14 @@ def eval_batches(frames: Frames, *, batch_size: int, workers: int = 0) -> Iterat
 
 
 def _loaded(frames: Frames, keys: Iterable[list[_Key]], workers: int) -> Iterator[Batch]:
-    loader = data.DataLoader(frames, batch_sampler=keys, num_workers=workers, collate_fn=_collated)
+    # A generator of its own, or the loader would draw from torch's and change a model's noise.
+    loader = data.DataLoader(
+        frames,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_collated,
+        generator=torch.Generator(),
+    )
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch

@@ -144,16 +144,16 @@ def read_splits(path: Path, dataset: Dataset) -> Splits:
 
 
 def _drawn_subjects(cases: Sequence[Case], share: float, rng: np.random.Generator) -> set[str]:
-    """Subjects with about `share` of the cases, each stratum's number within one of its share.
+    """A `share` of the subjects, each stratum's number within one of its share.
 
-    The subjects are lined up by stratum, shuffled within it, and the owner of every 1/share-th
-    case is drawn.
+    The subjects are lined up by stratum, shuffled within it, and every 1/share-th is drawn.
     """
-    sizes = Counter(case.subject for case in cases)
-    share = max(share, 1 / max(len(cases), 1))  # of few cases, one
     # A subject whose cases differ, such as a lesion seen at two ages, counts by its first.
     stratum = {case.subject: case.attributes for case in reversed(cases)}
-    subjects = [list(sizes)[i] for i in rng.permutation(len(sizes))]
+    if not stratum:
+        return set()
+    subjects = [list(stratum)[i] for i in rng.permutation(len(stratum))]
     subjects.sort(key=lambda subject: stratum[subject])
-    passed = np.floor(np.cumsum([sizes[s] for s in subjects]) * share + rng.uniform())
+    share = max(share, 1 / len(subjects))  # of few, one
+    passed = np.floor(np.arange(1, len(subjects) + 1) * share + rng.uniform())
     return {s for s, drawn in zip(subjects, np.diff(passed, prepend=0) > 0, strict=True) if drawn}
