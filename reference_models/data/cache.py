@@ -50,9 +50,13 @@ class FrameCache:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"cache folder {folder}: {error.strerror}; choose another") from error
+            raise DataError(
+                f"cache folder {folder}: {error.strerror}; choose another (`cache`)"
+            ) from error
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise DataError(f"cache folder {folder}: cannot be written to; choose another")
+            raise DataError(
+                f"cache folder {folder}: cannot be written to; choose another (`cache`)"
+            )
 
     def frame(self, case: Case, make: Callable[[Case], np.ndarray]) -> np.ndarray:
         """The frame of `case` (C + 1, S), read-only: stored, or made and then stored.
@@ -74,7 +78,8 @@ class FrameCache:
             write_whole(path, lambda target: np.save(target, frame, allow_pickle=False))
         except OSError as error:
             raise DataError(
-                f"cache folder {self._folder}: {error.strerror}; make room or choose another"
+                f"cache folder {self._folder}: {error.strerror}; make room or choose another "
+                "(`cache`)"
             ) from error
         return frame
 
