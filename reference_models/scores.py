@@ -49,7 +49,8 @@ class RegionScores:
     """One region by one attribute: the groups, and what they come to together.
 
     `overall`, `worst`, `gap`, `percentile_10`, `es_dice` and `es_iou` are over the cases whose
-    value is known, the same cases for all of them; the unknown ones are a group of their own.
+    value is known, the same cases for all of them; the unknown ones are a group of their own. Where
+    no value is known, `worst_group` is "" and the estimates have no value.
     """
 
     region: str
@@ -93,7 +94,8 @@ class Summary:
         small_group: groups with fewer cases are marked as too small to judge.
         resamples: of the bootstrap.
         attributes: names, each with the names of its values.
-        population: by attribute, each value's share in "overall".
+        population: by attribute, each value's share in "overall"; 0 for a value without cases,
+            whose share the others take over in proportion to theirs.
         policy: how empty masks are scored, in a sentence.
         conditions: "as given" comes first.
     """

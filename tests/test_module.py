@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -472,3 +473,21 @@ def test_opcheck_of_the_registered_operators():
         (ops.experts, (flat, indices, gates, w1, None, w2, None, "relu", 0.0, None, torch.float32)),
     ):
         torch.library.opcheck(op.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_monais_metatensors_give_what_plain_tensors_give(dtype):
+    layer = DMoE(6, attribute_sizes=3, channel_dim=1, dtype=dtype)
+    plain = torch.randn(3, 6, 5, 4, dtype=dtype)
+    found = []
+    for image, site in ((plain, A3), (MetaTensor(plain), MetaTensor(A3))):
+        image = image.clone().requires_grad_()
+        layer.zero_grad()
+        torch.manual_seed(1)
+        with routing(site) as r:
+            y = layer(image)
+        (y.square().sum() + r.load_balancing_loss()).backward()
+        assert type(y) is type(image)
+        found.append([torch.Tensor(t) for t in (y.detach(), image.grad)])
+        found[-1] += [p.grad.clone() for p in layer.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -122,7 +122,9 @@ class Frames(data.Dataset[Batch | DataError]):
             words = np.random.SeedSequence([self.seed, _SAMPLE, epoch, index]).generate_state(1)
             self._augmentation.set_random_state(int(words[0]))
             moved = self._augmentation({"image": pair[:-1], "mask": pair[-1:]})
-            pair = torch.cat([torch.as_tensor(moved[part]) for part in ("image", "mask")])
+            # MONAI's tensors are a class of their own, which experts cannot take.
+            parts = [moved[part].as_subclass(Tensor) for part in ("image", "mask")]
+            pair = torch.cat(parts)
         return Batch(
             pair[None, :-1],
             pair[None, -1].round().to(torch.int64),

@@ -119,7 +119,7 @@ def experts_backward(
         drop = Dropout(dropout, seed, x_TD)
         gates_R = (gates_TK * drop.scale).reshape(-1)[dispatch.order]
         dgates_R = torch.empty_like(gates_R)
-        dx_TD = x_TD.new_empty(x_TD.shape) if need_x else x_TD.new_empty(0)
+        dx_TD = x_TD.new_empty(x_TD.shape) if need_x else x_TD.new_empty((0,))
         dw1, dw2 = _Sum(w1_EHD, need_w1, w1_EHD), _Sum(w2_EDH, need_w2, w1_EHD)
         db1, db2 = _Sum(b1_EH, need_b1, w1_EHD), _Sum(b2_ED, need_b2, w1_EHD)
         x_buffer, rows_buffer = _buffers(dispatch, x_TD, dtype)
@@ -166,7 +166,9 @@ def experts_backward(
                     rows_buffer[start - chunk.rows.start : stop - chunk.rows.start] = dx_RD
             if need_x:
                 dx_TD[chunk.tokens] = dispatch.combine(chunk, rows_buffer)
-        dgates_TK = dgates_R[dispatch.rows_TK] * drop.scale if need_gates else dgates_R.new_empty(0)
+        dgates_TK = (
+            dgates_R[dispatch.rows_TK] * drop.scale if need_gates else dgates_R.new_empty((0,))
+        )
         return dx_TD, dgates_TK, dw1.result(), db1.result(), dw2.result(), db2.result()
 
 
@@ -175,7 +177,7 @@ def _(dy_TD, z_RH, x_TD, expert_indices_TK, gates_TK, w1, b1, w2, b2, *options):
     needed, own = options[-1], w1.dtype
     inputs = ((x_TD, x_TD.dtype), (gates_TK, gates_TK.dtype), *((p, own) for p in (w1, b1, w2, b2)))
     return tuple(
-        x_TD.new_empty(i.shape if n and i is not None else 0, dtype=dtype)
+        x_TD.new_empty(i.shape if n and i is not None else (0,), dtype=dtype)
         for (i, dtype), n in zip(inputs, needed, strict=True)
     )
 
@@ -223,8 +225,9 @@ def _buffers(dispatch: Dispatch, x_TD: Tensor, dtype: torch.dtype) -> tuple[Tens
     block = max((stop - start for _, start, stop in dispatch.blocks), default=0)
     chunk = max((chunk.rows.stop - chunk.rows.start for chunk in dispatch.chunks), default=0)
     width = x_TD.shape[1]
-    return x_TD.new_empty(padded(block), width, dtype=dtype), x_TD.new_empty(
-        chunk, width, dtype=dtype
+    return (
+        x_TD.new_empty((padded(block), width), dtype=dtype),
+        x_TD.new_empty((chunk, width), dtype=dtype),
     )
 
 

@@ -1,0 +1,94 @@
+"""The command line: `python -m reference_models check|train|evaluate|predict|demo`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from .data import DataSettings
+from .data.cases import DataError
+from .data.check import check
+from .demo import DemoSettings, demo
+from .evaluation import EvaluatePredictions, EvaluateRun, evaluate_predictions, evaluate_run
+from .prediction import PredictSettings, predict
+from .recipe import PRESETS, RunError
+from .training import train
+
+_Preset: Any = tyro.extras.subcommand_type_from_defaults(
+    PRESETS,
+    {
+        "paper": "as the paper's appendix has it",
+        "released": "as the paper's released code has it",
+        "small": "for a CPU, on the MNI152 brain",
+    },
+    prefix_names=False,
+)
+_Evaluated = (
+    Annotated[EvaluateRun, tyro.conf.subcommand("run")]
+    | Annotated[EvaluatePredictions, tyro.conf.subcommand("predictions")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 where all is well, 1 where it is not, 2 where it was asked wrongly."""
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            {
+                "check": _check,
+                "train": _train,
+                "evaluate": _evaluate,
+                "predict": _predict,
+                "demo": _demo,
+            },
+            prog="python -m reference_models",
+            args=arguments,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+        )
+    except (DataError, RunError) as error:
+        Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
+        return 1
+
+
+def _check(settings: Annotated[DataSettings, tyro.conf.arg(name="")]) -> int:
+    """Reads a whole data set before anyone trains on it, and names what is wrong with it."""
+    return check(settings)
+
+
+def _train(recipe: Annotated[_Preset, tyro.conf.arg(name="")], resume: bool = False) -> int:
+    """Trains by a preset, changed by flags.
+
+    Args:
+        recipe: what to train, on what, how.
+        resume: Go on with the run in --out, as if it had never stopped; give the same flags.
+    """
+    train(recipe, resume=resume)
+    return 0
+
+
+def _evaluate(settings: Annotated[_Evaluated, tyro.conf.arg(name="")]) -> int:
+    """Scores a trained run, or masks by any other tool, and writes csv, json and a report."""
+    if isinstance(settings, EvaluateRun):
+        evaluate_run(settings)
+    else:
+        evaluate_predictions(settings)
+    return 0
+
+
+def _predict(settings: Annotated[PredictSettings, tyro.conf.arg(name="")]) -> int:
+    """Writes a run's masks and overlays at the images' own size."""
+    predict(settings)
+    return 0
+
+
+def _demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> int:
+    """Dense, plain MoE and dMoE on real MRI, in minutes on a CPU."""
+    demo(settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Scores a run, or a folder of any tool's masks, and writes what it found.
+
+    cases.csv      a row a case and region
+    summary.json   `scores.Summary`: groups, overall, intervals, and attributes told wrongly
+    report.html    the same to look at
+    masks/         of a run: label values at native resolution
+
+Shapes: N cases, A attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from .data import DataSettings, open_dataset
+from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
+from .data.splits import make_splits, read_splits
+from .fairness import SMALL_GROUP
+from .loads import Loads
+from .masks import find_masks, read_mask, shown, write_mask
+from .metrics import POLICY, RegionScore, score_region
+from .outputs import write_folder
+from .prediction import (
+    RunSettings,
+    TrainedRun,
+    given_attributes,
+    open_run,
+    picture_of,
+    predictions,
+)
+from .report import pictures_wanted, write_report
+from .scores import Condition, RegionScores, Summary
+from .summary import case_scores, population_shares, region_scores, write_cases, write_summary
+
+AS_GIVEN = "as given"
+CONTENTS = ("cases.csv", "summary.json", "report.html", "masks")
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How masks are scored."""
+
+    tolerance: float = 2.0
+    """Of the surface Dice, in the data's unit (mm, or pixels where the files do not say); take the
+    distance between two experts' outlines if you know it."""
+    resamples: int = 2000
+    """Of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap, and of which attributes are told wrongly."""
+
+
+@dataclass(frozen=True)
+class EvaluateRun(RunSettings):
+    """Scores a trained run."""
+
+    split: Split = "test"
+    """Which cases."""
+    out: Path | None = None
+    """Folder to write; by default evaluation-<split> in the run's."""
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
+
+
+@dataclass(frozen=True)
+class EvaluatePredictions:
+    """Scores masks that any tool has written.
+
+    One file a case: `<case id>.png`, 8 bits, grey or palette, or `<case id>.npy`, integers; values
+    are labels, the size is the image's own.
+    """
+
+    folder: Path
+    """Of the masks."""
+    data: Annotated[DataSettings, tyro.conf.arg(name="")]
+    """What they are masks of."""
+    split: Split = "test"
+    """Which cases."""
+    out: Path = Path("evaluation")
+    """Folder to write."""
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
+
+
+def evaluate_run(settings: EvaluateRun) -> Summary:
+    """Scores a run under the attributes as given and, where it knows them, told wrongly.
+
+    Raises:
+        DataError, RunError: as of `open_run`; or `out` holds something else. Nothing is written.
+    """
+    _check(settings.scoring)
+    run = open_run(settings, settings.split)
+    told, notes = _told(run, settings.scoring.seed)
+    loads = {condition: Loads(run.dataset) for condition in told}
+    scored: dict[str, list[list[RegionScore]]] = {condition: [] for condition in told}
+
+    def write(folder: Path) -> Summary:
+        (folder / "masks").mkdir()
+        for sample, masks in predictions(run, told, loads):
+            for condition, mask in masks.items():
+                scored[condition].append(_score(run.dataset, sample, mask, settings.scoring))
+            write_mask(folder / "masks", sample.case_id, masks[AS_GIVEN])
+        tables = {condition: loads[condition].tables() for condition in told}
+        found = _Found(run.dataset, run.cases, scored, notes, tables)
+        paths = {case.case_id: folder / "masks" / f"{case.case_id}.png" for case in run.cases}
+        return _write(folder, found, settings, settings.run, paths)
+
+    out = settings.out or settings.run / f"evaluation-{settings.split}"
+    return write_folder(out, write, CONTENTS)
+
+
+def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
+    """Scores a folder of masks.
+
+    Raises:
+        DataError: the data cannot be read, or masks are missing, too many, damaged, of another
+            size or hold other values than labels: all of them in one error. Nothing is written.
+    """
+    _check(settings.scoring)
+    dataset = open_dataset(settings.data)
+    splits = (
+        make_splits(dataset, settings.data.split_seed)
+        if settings.data.splits is None
+        else read_splits(settings.data.splits, dataset)
+    )
+    chosen = set(getattr(splits, settings.split))
+    cases = tuple(case for case in dataset.cases if case.case_id in chosen)
+    paths, faults = find_masks(settings.folder, [case.case_id for case in cases])
+    scored = []
+
+    def write(folder: Path) -> Summary:
+        for case in track(cases, "scoring", console=Console(stderr=True), transient=True):
+            if case.case_id not in paths:
+                continue
+            sample = dataset.load(case)
+            try:
+                mask = read_mask(paths[case.case_id], sample.native_size, dataset.classes)
+            except DataError as error:
+                faults.append(str(error))
+            if not faults:
+                scored.append(_score(dataset, sample, mask, settings.scoring))
+        if faults:
+            raise DataError(
+                f"{settings.folder}: cannot be scored as masks of the {settings.split} split of "
+                f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults)
+            )
+        notes = {AS_GIVEN: "masks read from files; what wrote them was not run"}
+        found = _Found(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
+        return _write(folder, found, settings, settings.folder, paths)
+
+    return write_folder(settings.out, write, CONTENTS)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Scores [case][region] and load tables by condition; a note on every condition."""
+
+    dataset: Dataset
+    cases: tuple[Case, ...]
+    scored: Mapping[str, list[list[RegionScore]]]
+    notes: Mapping[str, str]
+    loads: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
+
+
+def _told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What the network is told under each condition that can be run; a note on every condition."""
+    given_NA = given_attributes(run.cases)
+    left_out = [case.case_id for case in run.left_out]
+    note = f"left out, since an attribute is not known: {shown(left_out)}" if left_out else ""
+    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: note}
+    if not run.knows_attributes:
+        why = "not run: this network is not told the attributes"
+        return told, notes | dict.fromkeys(("shuffled", "wrong", "unknown"), why)
+    rng = np.random.default_rng(seed)
+    told["shuffled"] = given_NA[rng.permutation(len(given_NA))]
+    told["wrong"] = given_NA.copy()
+    for place, attribute in enumerate(run.dataset.attributes):
+        n_values = len(attribute.values)
+        others_N = rng.integers(1, max(n_values, 2), len(given_NA))
+        known_N = given_NA[:, place] != UNKNOWN
+        told["wrong"][known_N, place] = ((given_NA[:, place] + others_N) % n_values)[known_N]
+    told["unknown"] = np.full_like(given_NA, UNKNOWN)
+    for condition, how in (
+        ("shuffled", "attributes permuted among the cases"),
+        ("wrong", "each case told another value, drawn evenly, where its own is known"),
+        ("unknown", "all cases told that the attribute is not known"),
+    ):
+        right = int((told[condition] == given_NA).all(axis=1).sum())
+        notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
+    if run.refuses_unknown:
+        del told["unknown"]
+        notes["unknown"] = "not run: the network was trained with unknown='error', without a route"
+    return told, notes
+
+
+def _score(
+    dataset: Dataset, sample: Sample, mask_S: np.ndarray, scoring: Scoring
+) -> list[RegionScore]:
+    """Every region of one case."""
+    return [
+        score_region(
+            np.isin(mask_S, labels),
+            np.isin(sample.mask_S, labels),
+            spacing=sample.spacing,
+            tolerance=scoring.tolerance,
+        )
+        for labels in dataset.regions.values()
+    ]
+
+
+def _write(
+    folder: Path,
+    found: _Found,
+    settings: EvaluateRun | EvaluatePredictions,
+    source: Path,
+    masks: Mapping[str, Path],
+) -> Summary:
+    """Writes csv, json and page; a condition without scores was not run."""
+    dataset, scoring = found.dataset, settings.scoring
+    conditions = []
+    for name, note in found.notes.items():
+        scores: dict[str, tuple[RegionScores, ...]] = {}
+        if name in found.scored:
+            scores = region_scores(
+                dataset,
+                found.cases,
+                found.scored[name],
+                resamples=scoring.resamples,
+                seed=scoring.seed,
+            )
+        conditions.append(Condition(name, note, scores, found.loads.get(name, {})))
+    summary = Summary(
+        dataset=dataset.name,
+        split=settings.split,
+        source=str(source),
+        n_cases=len(found.cases),
+        unit=dataset.unit,
+        tolerance=scoring.tolerance,
+        small_group=SMALL_GROUP,
+        resamples=scoring.resamples,
+        attributes={attribute.name: attribute.values for attribute in dataset.attributes},
+        population=population_shares(dataset, found.cases),
+        policy=POLICY,
+        conditions=tuple(conditions),
+    )
+    rows = case_scores(dataset, found.cases, found.scored[AS_GIVEN])
+    write_cases(folder / "cases.csv", rows, dataset.unit)
+    write_summary(folder / "summary.json", summary)
+    by_id = {case.case_id: case for case in found.cases}
+    pictures = {}
+    for case_id in pictures_wanted(rows, summary.attributes):
+        sample = dataset.load(by_id[case_id])
+        mask = read_mask(masks[case_id], sample.native_size, dataset.classes)
+        pictures[case_id] = picture_of(sample, mask)
+    write_report(folder / "report.html", summary, rows, pictures, tuple(dataset.classes))
+    return summary
+
+
+def _check(scoring: Scoring) -> None:
+    for name, value, least in (
+        ("tolerance", scoring.tolerance, 0), ("resamples", scoring.resamples, 100),
+        ("seed", scoring.seed, 0),
+    ):  # fmt: skip
+        if not value >= least:
+            raise DataError(f"{name}: got {value}, expected {least} or more.")

@@ -1,0 +1,159 @@
+"""Reads files of trained weights, unpickling nothing, and keeps account of what is taken from them.
+
+Shapes: O and I channels out and in, h and w a kernel's sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..data.cases import DataError
+
+Shape: TypeAlias = tuple[int, ...]
+# How a file spells a layer's parameter: its layer, "weight" or "bias" (or a batch norm's
+# statistic) and its shape -> the entry's name and shape, and what einops makes PyTorch's order of
+# axes of it with, if that differs.
+Spelling: TypeAlias = Callable[[str, str, Shape], tuple[str, Shape, str | None]]
+
+
+class WeightsError(DataError, ValueError):
+    """What is wrong with a file of weights, or that it is not this network's."""
+
+
+class Entries:
+    """A file's entries, each taken once, and all that is wrong with them kept for one error."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Tensor], spelling: Spelling) -> None:
+        self.path, self.entries, self.spelling = path, entries, spelling
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
+        self.taken: set[str] = set()
+
+    def take(self, layer: str, parameter: str, shape: Shape) -> Tensor:
+        """A parameter as PyTorch has it; something of its shape where it is missing or wrong."""
+        name, spelled, pattern = self.spelling(layer, parameter, tuple(shape))
+        entry = self.entry(name, spelled)
+        return entry if pattern is None else rearrange(entry, pattern)
+
+    def entry(self, name: str, shape: Shape) -> Tensor:
+        """An entry of this shape, leading axes of length 1 aside."""
+        self.taken.add(name)
+        entry = self.entries.get(name)
+        if entry is None:
+            self.missing.append(name)
+        elif entry.numel() != math.prod(shape) or entry.shape[entry.ndim - len(shape) :] != shape:
+            self.wrong.append(f"{name} has shape {tuple(entry.shape)}, expected {shape}")
+        elif not entry.isfinite().all():
+            self.wrong.append(f"{name} holds NaN or infinity")
+        else:
+            return entry.reshape(shape)
+        return torch.zeros(shape)
+
+    def finish(self, unused: tuple[str, ...] = (), advice: tuple[str, ...] = ()) -> None:
+        """Raises unless each entry has been taken as it is, or has no use.
+
+        Args:
+            unused: entries that may be there and need not.
+            advice: what else is known to be wrong, and what to do about it.
+        """
+        left = sorted(self.entries.keys() - self.taken - {*unused})
+        problems = [
+            f"{what}: {', '.join(names)}."
+            for what, names in (
+                ("missing", self.missing),
+                ("left over", left),
+                ("not as expected", self.wrong),
+            )
+            if names
+        ]
+        if problems or advice:
+            raise WeightsError(
+                "\n  ".join([f"{self.path}: not this network's.", *advice, *problems])
+            )
+
+
+def google(heads: int) -> Spelling:
+    """How Google's JAX models spell: kernels with the inputs first, and with an axis of heads."""
+
+    def spell(layer: str, parameter: str, shape: Shape) -> tuple[str, Shape, str | None]:
+        splits = layer.endswith(("/query", "/key", "/value"))
+        if parameter == "bias" and splits:
+            return f"{layer}/bias", (heads, shape[0] // heads), "h d -> (h d)"
+        if parameter == "bias":
+            return f"{layer}/bias", shape, None
+        if len(shape) == 1:
+            return f"{layer}/scale", shape, None
+        name = f"{layer}/kernel"
+        o, i, *kernel = shape
+        if kernel:
+            return name, (*kernel, i, o), "h w i o -> o i h w"
+        if splits:
+            return name, (i, heads, o // heads), "i h d -> (h d) i"
+        if layer.endswith("/out"):
+            return name, (heads, i // heads, o), "h d o -> o (h d)"
+        return name, (i, o), "i o -> o i"
+
+    return spell
+
+
+def pytorch(layer: str, parameter: str, shape: Shape) -> tuple[str, Shape, str | None]:
+    """How a PyTorch state_dict spells."""
+    return f"{layer}.{parameter}", shape, None
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """All arrays of an `.npz`.
+
+    Raises:
+        WeightsError: there is no such file, it is damaged, or holds anything but numbers.
+    """
+    name = ""
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            entries = {}
+            for name in file.files:
+                entries[name] = torch.from_numpy(file[name])
+            return entries
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror or error}.") from error
+    # A damaged archive raises any of many kinds, and so does a file that is something else.
+    except Exception as error:
+        entry = f"{path}, entry {name!r}" if name else f"{path}"
+        raise WeightsError(
+            f"{entry}: is no .npz of plain arrays ({error}). It may be damaged: get it again. "
+            "Pickled objects are not loaded: where you trust the file, load it yourself and save "
+            "its arrays with numpy.savez."
+        ) from error
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """All tensors of a saved state_dict, without the prefix that DataParallel leaves.
+
+    Raises:
+        WeightsError: there is no such file, it is damaged, or holds anything but tensors.
+    """
+    advice = "Save it with torch.save(model.state_dict(), path)."
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror or error}.") from error
+    except Exception as error:  # a damaged file raises any of many kinds
+        raise WeightsError(
+            f"{path}: is damaged, or holds other things than tensors, which are not unpickled. "
+            f"{advice}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        held = f"a dict of {', '.join(map(str, state))}" if isinstance(state, dict) else type(state)
+        raise WeightsError(f"{path}: expected a state_dict of tensors, got {held}. {advice}")
+    prefix = "module."
+    if all(name.startswith(prefix) for name in state):
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state

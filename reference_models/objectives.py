@@ -1,0 +1,156 @@
+"""Segmentation losses that weigh groups: plain, group-DRO, fair-DRO and FEBS.
+
+Every group statistic is over the batch of all ranks together, so that several processes train as
+one. Shapes: B samples, G groups, K classes, P pixels or voxels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from torch import Tensor, nn
+
+from .parallel import global_max, global_sum
+
+Fairness = Literal["none", "group-dro", "fair-dro", "febs"]
+_SMOOTH = 1e-5  # MONAI's
+
+
+class Objective(nn.Module):
+    """The loss of a batch: λ_dice · Dice + λ_ce · cross-entropy, and how groups weigh in it.
+
+    With ℓ_i the DiceCE of sample i (MONAI's, per sample) and L_g its mean over the samples of
+    group g in the batch:
+
+    - ``none``: the mean of ℓ_i.
+    - ``group-dro`` (Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020, alg. 1):
+      Σ_g q_g L_g, where before each step q_g ← q_g · exp(η L_g), renormalised. A group that is
+      absent from the batch keeps its weight up to that normalisation. q starts even over the
+      groups of the training cases, and is saved with the run.
+    - ``fair-dro``: the mean over the groups present of R_g = τ log (1/n_g Σ_{i in g} exp(ℓ_i/τ)).
+      R_g is the worst case over reweightings w of group g's samples, max_w Σ w_i ℓ_i −
+      τ KL(w ‖ uniform), so that a group's hard samples are not hidden by its mean. That is the
+      aim that the abstract of DuetFair (Tian et al., arXiv:2605.10521) states for its FairDRO;
+      **its equations were not at hand, and these are not claimed to be them**. They are those of
+      tilted losses (Li et al., Tilted Empirical Risk Minimization, ICLR 2021), with tilt 1/τ
+      within groups; that the groups then count alike is our choice. It is not the FairDRO of
+      Jung et al. (ICLR 2023), which weighs groups against each other within a class.
+    - ``febs`` (fair error-bound scaling; Tian et al., FairSeg, ICLR 2024): the Dice loss over the
+      whole batch with each sample's probabilities scaled by its group's w_g = (min_h D_h / D_g)^γ,
+      D_g the Dice loss over the group's samples together; the minimum is over the groups
+      **present**, an absent one has no weight and takes none from the others. Cross-entropy stays
+      as it is. The scaled probabilities stand squared in the denominator, as in the authors'
+      code; its further tanh of w_g is left out, since it scales even the best group down.
+
+    Samples whose attribute is not known are a group of their own, the last.
+
+    Args:
+        fairness: one of the four.
+        lambda_dice, lambda_ce: the weights λ.
+        group_counts: training cases of each group, unknown last; for group-dro.
+        rate: η.
+        temperature: τ.
+        gamma: γ.
+    """
+
+    def __init__(
+        self,
+        fairness: Fairness,
+        *,
+        lambda_dice: float,
+        lambda_ce: float,
+        group_counts: Tensor,
+        rate: float = 0.01,
+        temperature: float = 1.0,
+        gamma: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.fairness = fairness
+        self.lambda_dice, self.lambda_ce = lambda_dice, lambda_ce
+        self.rate, self.temperature, self.gamma = rate, temperature, gamma
+        self.dice = DiceLoss(to_onehot_y=True, softmax=True, reduction="none")
+        present_G = (group_counts > 0).float()
+        self.weights_G: Tensor
+        self.register_buffer("weights_G", present_G / present_G.sum())
+
+    def forward(
+        self, logits_BKP: Tensor, mask_BP: Tensor, group_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of the batch of all ranks, and each of this rank's samples' own.
+
+        Args:
+            logits_BKP: fp32, (B, K, ...).
+            mask_BP: int64 labels, (B, ...).
+            group_B: int64 indices into the groups; -1, unknown, is the last.
+
+        Returns:
+            The scalar to minimise, the same number on every rank, whose gradients are to be
+            averaged over ranks; and (B,) DiceCE losses without gradient.
+        """
+        ce_B = F.cross_entropy(logits_BKP, mask_BP, reduction="none").flatten(1).mean(1)
+        loss_B = self.lambda_ce * ce_B
+        if self.lambda_dice:
+            dice_BK = self.dice(logits_BKP, mask_BP[:, None]).flatten(1)
+            loss_B = loss_B + self.lambda_dice * dice_BK.mean(1)
+        member_BG = F.one_hot(group_B % len(self.weights_G), len(self.weights_G)).to(loss_B)
+        if self.fairness == "group-dro":
+            loss = self._group_dro(loss_B, member_BG)
+        elif self.fairness == "fair-dro":
+            loss = self._fair_dro(loss_B, member_BG)
+        elif self.fairness == "febs":
+            loss = self.lambda_ce * _mean(ce_B) + self.lambda_dice * self._febs(
+                logits_BKP, mask_BP, member_BG
+            )
+        else:
+            loss = _mean(loss_B)
+        return loss, loss_B.detach()
+
+    def _group_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:
+        sums_2G = global_sum(torch.stack([loss_B @ member_BG, member_BG.sum(0)]))
+        mean_G = sums_2G[0] / sums_2G[1].detach().clamp(min=1)
+        if self.training:
+            grown_G = self.weights_G * torch.exp(self.rate * mean_G.detach())
+            self.weights_G = grown_G / grown_G.sum()
+        return (self.weights_G * mean_G).sum()
+
+    def _fair_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:
+        scaled_B = loss_B / self.temperature
+        # The largest of all samples, taken out of the exponentials and put back: exact, and finite.
+        top = global_max(scaled_B.detach().max())
+        sums_2G = global_sum(torch.stack([torch.exp(scaled_B - top) @ member_BG, member_BG.sum(0)]))
+        present_G = sums_2G[1] > 0
+        mean_G = sums_2G[0][present_G] / sums_2G[1][present_G].detach()
+        return (self.temperature * (mean_G.log() + top)).mean()
+
+    def _febs(self, logits_BKP: Tensor, mask_BP: Tensor, member_BG: Tensor) -> Tensor:
+        probability_BKP = logits_BKP.softmax(1).flatten(2)
+        truth_BKP = F.one_hot(mask_BP.flatten(1), logits_BKP.shape[1]).mT.to(probability_BKP)
+        of_samples = torch.stack([
+            (probability_BKP * truth_BKP).sum(2),
+            probability_BKP.square().sum(2),
+            truth_BKP.sum(2),
+        ])  # fmt: skip
+        shared_GK, predicted_GK, true_GK = global_sum(member_BG.T @ of_samples)
+        bound_G = _dice_loss(shared_GK, predicted_GK, true_GK).detach().clamp(min=_SMOOTH)
+        present_G = true_GK.sum(1) > 0  # every sample has pixels of some class
+        best = bound_G[present_G].min()
+        weight_G1 = torch.where(present_G, (best / bound_G) ** self.gamma, 0)[:, None]
+        return _dice_loss(
+            (weight_G1 * shared_GK).sum(0),
+            (weight_G1.square() * predicted_GK).sum(0),
+            true_GK.sum(0),
+        )
+
+
+def _mean(loss_B: Tensor) -> Tensor:
+    """Over all ranks' samples."""
+    total, n = global_sum(torch.stack([loss_B.sum(), loss_B.new_tensor(float(len(loss_B)))]))
+    return total / n.detach()
+
+
+def _dice_loss(shared_K: Tensor, predicted_K: Tensor, true_K: Tensor) -> Tensor:
+    """1 − (2 Σ p·y + ε) / (Σ p² + Σ y + ε), the mean over classes, the last axis."""
+    return (1 - (2 * shared_K + _SMOOTH) / (predicted_K + true_K + _SMOOTH)).mean(-1)

@@ -1,0 +1,265 @@
+"""A trained run's masks at native resolution, and `predict`, which writes them with overlays.
+
+Shapes: B samples of a batch, C channels, K classes, N cases, A attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from dmoe_layer import AttributeRouter, routing
+
+from .checkpoints import Which, load_model
+from .data import open_dataset
+from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
+from .data.framing import Framing
+from .data.splits import read_splits
+from .loads import Loads
+from .masks import shown, write_mask
+from .outputs import write_folder
+from .report import Picture, overlay
+from .runs import Task
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Which trained run, on which of its cases, and how."""
+
+    run: Path
+    """The run's folder."""
+    which: Which = "best"
+    """Which of its checkpoints."""
+    root: Path | None = None
+    """Where the data lie, if no longer where the run found them."""
+    batch_size: int = 16
+    """Cases at a time."""
+    workers: int = 0
+    """Processes that read cases."""
+    device: str | None = None
+    """Where the network computes, such as cpu or cuda; by default on a GPU if there is one."""
+    leave_out_unknown: bool = False
+    """Leave out the cases whose attribute is not known, where the run has no route for them."""
+
+
+@dataclass(frozen=True)
+class PredictSettings(RunSettings):
+    """Masks (`masks/<case id>.png`, label values, native size) and overlays of a run."""
+
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """Which cases; all: every case of the data, such as those of another --root."""
+    out: Path | None = None
+    """Folder to write; by default predictions-<split> in the run's."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A trained network, its data and the cases asked for.
+
+    Args:
+        settings: what was asked for.
+        model: in eval mode on `device`.
+        device: where it computes.
+        dataset: the run's.
+        framing: from native resolution to the network's and back.
+        cases: to be predicted.
+        left_out: those that the network has no route for, where leaving them out was asked for.
+    """
+
+    settings: RunSettings
+    model: nn.Module
+    device: torch.device
+    dataset: Dataset
+    framing: Framing
+    cases: tuple[Case, ...]
+    left_out: tuple[Case, ...]
+
+    @property
+    def knows_attributes(self) -> bool:
+        return bool(self._routers)
+
+    @property
+    def refuses_unknown(self) -> bool:
+        return any(router.unknown == "error" for router in self._routers)
+
+    @property
+    def _routers(self) -> list[AttributeRouter]:
+        return [
+            module
+            for module in self.model.modules()
+            if isinstance(module, AttributeRouter) and module.attribute_sizes is not None
+        ]
+
+
+def open_run(settings: RunSettings, split: str) -> TrainedRun:
+    """Loads a run for prediction.
+
+    Raises:
+        RunError: there is no such run or checkpoint, or it is damaged.
+        DataError: the data cannot be read or are not the run's, a device or batch size cannot be
+            used, or there are cases whose attribute is not known and no route for them.
+    """
+    if settings.batch_size < 1:
+        raise DataError(f"batch_size: got {settings.batch_size}, expected 1 or more.")
+    recipe, task, model = load_model(settings.run, settings.which)
+    data = recipe.data
+    if settings.root is not None:
+        data = dataclasses.replace(data, root=settings.root)
+    dataset = open_dataset(data)
+    if (found := Task.of(dataset)) != task:
+        raise DataError(f"{settings.run}: was trained for {task}, but the data are {found}.")
+    cases = list(dataset.cases)
+    if split != "all":
+        chosen = set(getattr(read_splits(settings.run / "splits.json", dataset), split))
+        cases = [case for case in cases if case.case_id in chosen]
+    crop = None if recipe.crop == "whole" else int(recipe.crop)
+    framing, device = Framing(recipe.size, crop), _device(settings.device)
+    run = TrainedRun(settings, model, device, dataset, framing, tuple(cases), ())
+    unknown = tuple(case for case in cases if UNKNOWN in case.attributes)
+    if unknown and run.refuses_unknown:
+        if not settings.leave_out_unknown:
+            raise DataError(
+                f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
+                f"({shown([case.case_id for case in unknown])}), and the run was trained with "
+                "unknown='error', so that there is no route for them. Leave them out with "
+                "--leave-out-unknown, or train with --model.unknown learned."
+            )
+        known = tuple(case for case in cases if case not in unknown)
+        run = dataclasses.replace(run, cases=known, left_out=unknown)
+    if not run.cases:
+        raise DataError(f"{settings.run}: no {split} case is left to predict.")
+    run.model.to(run.device)
+    return run
+
+
+def predictions(
+    run: TrainedRun, told: Mapping[str, np.ndarray], loads: Mapping[str, Loads] | None = None
+) -> Iterator[tuple[Sample, dict[str, np.ndarray]]]:
+    """Every case with its masks, read once and held for no longer than its batch.
+
+    Args:
+        run: whose cases.
+        told: by condition, the attributes (N, A) that the network is told.
+        loads: by condition, where to add the experts' loads.
+
+    Yields:
+        The sample and its mask by condition, uint8 at native resolution.
+
+    Raises:
+        DataError: a case cannot be read, or the network gives no finite numbers for it.
+    """
+    loader = DataLoader(
+        _Framed(run),
+        batch_size=run.settings.batch_size,
+        num_workers=run.settings.workers,
+        collate_fn=_unbroken,
+    )
+    start = 0
+    for batch in track(loader, "predicting", console=Console(stderr=True), transient=True):
+        if isinstance(batch, DataError):
+            raise batch
+        samples = [sample for sample, _ in batch]
+        image_BCHW = torch.stack([framed for _, framed in batch]).to(run.device)
+        masks: list[dict[str, np.ndarray]] = [{} for _ in samples]
+        for condition, told_NA in told.items():
+            told_BA = told_NA[start : start + len(samples)]
+            with torch.random.fork_rng(), torch.inference_mode():
+                # For a router that is noisy in evaluation too: whatever else is run, a case gets
+                # the same noise.
+                torch.manual_seed(start)
+                with routing(torch.from_numpy(told_BA)) as scope:
+                    logits_BKHW: Tensor = run.model(image_BCHW)
+            for sample, logits_KHW, of in zip(samples, logits_BKHW, masks, strict=True):
+                if not logits_KHW.isfinite().all():
+                    raise DataError(
+                        f"{run.settings.run}: the network's output for {sample.case_id} is not "
+                        f"finite (attributes {condition}); its weights or this image are damaged."
+                    )
+                of[condition] = run.framing.restore(logits_KHW, sample.native_size)
+            if loads is not None:
+                loads[condition].add(scope, told_BA)
+        start += len(samples)
+        yield from zip(samples, masks, strict=True)
+
+
+def given_attributes(cases: Sequence[Case]) -> np.ndarray:
+    """What the data say of each case: int64 (N, A)."""
+    return np.array([case.attributes for case in cases], dtype=np.int64).reshape(len(cases), -1)
+
+
+def picture_of(sample: Sample, predicted_HW: np.ndarray) -> Picture:
+    """A case to look at: from the image's darkest value, black, to its brightest, white."""
+    image_CS = sample.image_CS if len(sample.image_CS) == 3 else sample.image_CS.mean(0)[None]
+    low, high = float(image_CS.min()), float(image_CS.max())
+    grey_CS = ((image_CS - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+    image_3HW = np.broadcast_to(grey_CS, (3, *grey_CS.shape[1:]))
+    image_HW3 = np.ascontiguousarray(image_3HW.transpose(1, 2, 0))
+    return Picture(sample.case_id, image_HW3, sample.mask_S, predicted_HW)
+
+
+def predict(settings: PredictSettings) -> Path:
+    """Writes `masks/` and `overlays/`, whole or not at all; returns the folder.
+
+    Raises:
+        DataError, RunError: as of `open_run`; or `out` holds something else.
+    """
+    out = settings.out or settings.run / f"predictions-{settings.split}"
+
+    run = open_run(settings, settings.split)
+
+    def write(folder: Path) -> None:
+        for name in ("masks", "overlays"):
+            (folder / name).mkdir()
+        told = {"as given": given_attributes(run.cases)}
+        for sample, masks in predictions(run, told):
+            write_mask(folder / "masks", sample.case_id, masks["as given"])
+            picture = picture_of(sample, masks["as given"])
+            overlay_HW3 = overlay(picture, run.dataset.classes)
+            Image.fromarray(overlay_HW3).save(folder / "overlays" / f"{sample.case_id}.png")
+
+    write_folder(out, write, contents=("masks", "overlays"))
+    return out
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device: {name} cannot be used here ({error}).") from error
+
+
+class _Framed(TorchDataset[Any]):
+    """Each case at native resolution and as the network sees it."""
+
+    def __init__(self, run: TrainedRun) -> None:
+        self._dataset, self._cases, self._framing = run.dataset, run.cases, run.framing
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor] | DataError:
+        # An error is returned, since a worker would dress it in its traceback.
+        try:
+            sample = self._dataset.load(self._cases[index])
+        except DataError as error:
+            return error
+        framed_CHW, _ = self._framing.apply(sample.image_CS, sample.mask_S)
+        return sample, torch.from_numpy(framed_CHW)
+
+
+def _unbroken(items: list[Any]) -> list[Any] | DataError:
+    return next((item for item in items if isinstance(item, DataError)), items)

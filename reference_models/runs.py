@@ -1,0 +1,144 @@
+"""What makes a folder a run: its recipe, what the data make of the network, and its splits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .data.cases import Attribute, Dataset
+from .data.splits import Splits, write_splits
+from .files import write_whole
+from .models.transunet import TransUNet
+from .recipe import Recipe, RunError, from_json, to_json
+
+# What may differ between a run and its resumption: where things lie and what computes them.
+_MAY_DIFFER = {
+    "data.root",
+    "data.cache",
+    "out",
+    "workers",
+    "devices",
+    "nodes",
+    "strategy",
+    "checkpoint_every",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the data make of the network; saved with the run, so that it can be built without them.
+
+    Args:
+        channels: of an image.
+        classes: names by label.
+        attributes: that the router knows, in their order.
+    """
+
+    channels: int
+    classes: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Task:
+        return cls(dataset.channels, tuple(dataset.classes), tuple(dataset.attributes))
+
+
+def build_model(recipe: Recipe, task: Task) -> TransUNet:
+    """The network of a recipe, newly initialised; pretrained weights are not read.
+
+    Raises:
+        RunError: the network cannot be built so.
+    """
+    sizes = tuple(len(attribute.values) for attribute in task.attributes)
+    try:
+        return TransUNet(
+            recipe.model.variant,
+            in_channels=task.channels,
+            n_classes=len(task.classes),
+            image_size=recipe.size,
+            moe=recipe.model.moe,
+            attribute_sizes=sizes if recipe.model.aware else None,
+            noise=recipe.model.noise,
+            unknown=recipe.model.unknown,
+            gradient_checkpointing=recipe.model.gradient_checkpointing,
+        )
+    except ValueError as error:
+        raise RunError(f"model: {error}") from error
+
+
+def read_run(run: Path) -> tuple[Recipe, Task]:
+    """The recipe and the task that a run's folder was made with.
+
+    Raises:
+        RunError: there is no run, or its recipe cannot be read.
+    """
+    path = run / "recipe.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        recipe, task = content["recipe"], content["task"]
+    except FileNotFoundError as error:
+        raise RunError(f"{run}: no run here, since there is no recipe.json.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path}: not a run's recipe ({type(error).__name__}: {error}); name the folder that "
+            "training wrote."
+        ) from error
+    return from_json(Recipe, recipe, f"{path}: recipe"), from_json(Task, task, f"{path}: task")
+
+
+def refuse_taken(run: Path) -> None:
+    """Whether a folder is free for a new run.
+
+    Raises:
+        RunError: it holds a run.
+    """
+    if taken := [name for name in ("recipe.json", "history.csv") if (run / name).exists()]:
+        raise RunError(
+            f"{run}: holds a run already ({taken[0]}); go on with it by --resume, or choose "
+            "another --out."
+        )
+
+
+def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
+    """Makes a folder a run; last of all its recipe is there."""
+    text = json.dumps({"recipe": to_json(recipe), "task": to_json(task)}, indent=1) + "\n"
+    run.mkdir(parents=True, exist_ok=True)
+    write_splits(run / "splits.json", splits)
+
+    def write(target: Path) -> None:
+        target.write_text(text, encoding="utf-8")
+
+    write_whole(run / "recipe.json", write)
+
+
+def require_same(run: Path, recipe: Recipe, task: Task) -> None:
+    """Whether a run can go on by this recipe and these data.
+
+    Raises:
+        RunError: naming the settings that differ.
+    """
+    before, before_task = read_run(run)
+    differing = [
+        f"{name}: the run has {old!r}, now {new!r}"
+        for name, old, new in _differences(to_json(before), to_json(recipe))
+        if name not in _MAY_DIFFER
+    ]
+    if task != before_task:
+        differing.append(f"data: the run was made for {before_task}, now {task}")
+    if differing:
+        raise RunError(
+            f"{run}: cannot be resumed with other settings; leave them as they were, or choose "
+            "another --out. " + "; ".join(differing)
+        )
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict):
+        return [
+            difference
+            for key in old
+            for difference in _differences(old[key], new[key], f"{name}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [(name, old, new)]

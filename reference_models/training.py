@@ -1,0 +1,290 @@
+"""The training loop: one process or many, killed and resumed, on any data set and network here.
+
+    with routing(attributes) as r:
+        logits = model(images)
+    loss = objective(logits, masks, groups) + balance_weight · balance + z_weight · z
+
+A step draws its noise and dropout from (seed, step, rank), and batches are made from (seed, epoch,
+index). So a run that was killed goes on exactly as it would have, with no random state to save.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from dmoe_layer import routing
+
+from . import checkpoints
+from .data import open_dataset
+from .data.cases import UNKNOWN
+from .data.framing import Framing
+from .data.loading import Batch, Frames, eval_batches, train_batches
+from .data.splits import Splits, make_splits, read_splits
+from .models.weights import load_google_npz
+from .objectives import Objective
+from .parallel import global_sum, launch, setup
+from .progress import Reporter
+from .recipe import Recipe, RunError, learning_rate, settle, to_json
+from .runs import Task, build_model, refuse_taken, require_same, write_run
+from .state import State
+from .validation import Validation, share_of, validate
+
+
+class NonFiniteLossError(RunError):
+    """A loss that is no number; says at which step and from which cases."""
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Trains by a recipe and leaves weights, history and TensorBoard's files in its folder.
+
+    Args:
+        recipe: what to train, on what, how.
+        resume: go on with the run in ``recipe.out``; on a CPU it ends as if it had never stopped.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        RunError: the recipe does not hold together, the folder has a run already (or, to resume,
+            has none or another one), or a loss is not finite.
+        DataError: the data cannot be read.
+    """
+    recipe = settle(recipe)
+    fabric = launch(recipe)
+    try:
+        return _Run(fabric, recipe, resume).train()
+    except NonFiniteLossError:
+        if fabric.global_rank:  # all ranks find it together, and rank 0 tells
+            raise SystemExit(1) from None
+        raise
+
+
+class _Run:
+    """What a run holds while it goes."""
+
+    def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool) -> None:
+        self.fabric, self.recipe, self.folder = fabric, recipe, recipe.out
+        self.dataset = open_dataset(recipe.data)
+        self.task = Task.of(self.dataset)
+        self._on_rank_0(self._admit, resume)
+        self.splits = self._splits(resume)
+        self.frames = self._frames(self.splits.train, augment=recipe.augment)
+        self.steps_an_epoch = len(self.frames) // recipe.batch_size
+        if not self.steps_an_epoch:
+            raise RunError(
+                f"batch_size: got {recipe.batch_size}, but there are {len(self.frames)} training "
+                "cases."
+            )
+        group_counts = self._group_counts()
+        torch.manual_seed(recipe.seed)
+        network = build_model(recipe, self.task)
+        stored = checkpoints.load_last(self.folder)
+        if stored is None and recipe.model.google_npz is not None:
+            load_google_npz(network, recipe.model.google_npz)
+        # Whatever can be wrong with the settings has come up by now, and nothing was written.
+        if not resume:
+            self._on_rank_0(write_run, self.folder, recipe, self.task, self.splits)
+        self.model = setup(fabric, network)
+        # Not Fabric's wrapper, which keeps old groups when a state is loaded, except for steps.
+        self.optimizer = _optimizer(recipe, network)
+        self.stepper: Any = fabric.setup_optimizers(self.optimizer)
+        self.objective = Objective(
+            recipe.fairness,
+            lambda_dice=recipe.lambda_dice,
+            lambda_ce=recipe.lambda_ce,
+            group_counts=group_counts,
+            rate=recipe.group_dro_rate,
+            temperature=recipe.fair_dro_temperature,
+            gamma=recipe.febs_gamma,
+        ).to(fabric.device)
+        self.state = State(self.folder, fabric, network, self.optimizer, self.objective)
+        if stored is not None:
+            self.state.restore(*stored)
+
+    def train(self) -> Path:
+        recipe, position = self.recipe, self.state.position
+        validation = self._frames(
+            share_of(self.splits.validation, self.fabric.global_rank, self.fabric.world_size)
+        )
+        batch_size = recipe.batch_size // self.fabric.world_size
+        steps = int(recipe.epochs) * self.steps_an_epoch
+        speaks = self.fabric.is_global_zero
+        with Reporter(self.folder, speaks=speaks, step=position.step, steps=steps) as reporter:
+            reporter.say(f"{self.folder}: " + json.dumps(to_json(recipe)))
+            if position.step:
+                reporter.say(f"resumed after epoch {position.epoch}, step {position.step}")
+            while not position.finished(recipe):
+                self._epoch(reporter)
+                scored = validate(
+                    self.model,
+                    eval_batches(validation, batch_size=batch_size, workers=recipe.workers),
+                    self.dataset,
+                    self.fabric.device,
+                )
+                row = self._close_epoch(scored)
+                reporter.epoch(position.step, row, scored, self.task.classes)
+            reporter.say(
+                f"best validation Dice {position.best_score:.4f} after epoch "
+                f"{position.best_epoch} of {position.epoch}: {self.folder / position.best}"
+            )
+        self.fabric.barrier()
+        return self.folder
+
+    def _epoch(self, reporter: Reporter) -> None:
+        recipe, position = self.recipe, self.state.position
+        batches = train_batches(
+            self.frames,
+            batch_size=recipe.batch_size,
+            epoch=position.epoch,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            first_batch=position.batch,
+            workers=recipe.workers,
+        )
+        self.model.train()
+        for batch in batches:
+            rate = learning_rate(recipe, position.step, self.steps_an_epoch)
+            losses = self._step(batch.to(self.fabric.device), rate)
+            position.step += 1
+            position.batch += 1
+            for name, value in losses.items():
+                position.sums[name] = position.sums.get(name, 0.0) + value
+            reporter.step(position.step, position.epoch, losses, rate, recipe.batch_size)
+            every = recipe.checkpoint_every
+            if every and not position.step % every and position.batch < self.steps_an_epoch:
+                self.state.save()
+
+    def _step(self, batch: Batch, rate: float) -> dict[str, float]:
+        """One update; returns the losses, which are of all ranks together."""
+        recipe = self.recipe
+        seed = np.random.SeedSequence(
+            [recipe.seed, self.state.position.step, self.fabric.global_rank]
+        ).generate_state(2, np.uint32)
+        torch.manual_seed(int(seed[0]) << 32 | int(seed[1]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with routing(batch.attributes_BN) as r:
+            logits_BKS = self.model(batch.image_BCS)
+        segmentation, loss_B = self.objective(
+            logits_BKS.float(), batch.mask_BS, batch.attributes_BN[:, 0]
+        )
+        losses = {"segmentation": segmentation}
+        loss = segmentation
+        for name, weight, of_calls in (
+            ("balance", recipe.balance_weight, r.load_balancing_loss),
+            ("z", recipe.z_weight, r.router_z_loss),
+        ):
+            if weight and r.routings:
+                losses[name] = global_sum(of_calls()) / self.fabric.world_size
+                loss = loss + weight * losses[name]
+        values = {"loss": loss.item(), **{name: value.item() for name, value in losses.items()}}
+        if not math.isfinite(values["loss"]):
+            self._refuse(values, batch, loss_B, rate)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self.stepper.step()
+        return values
+
+    def _refuse(self, values: dict[str, float], batch: Batch, loss_B: Tensor, rate: float) -> None:
+        finite = loss_B.isfinite().tolist()
+        cases = [case for case, fine in zip(batch.case_ids, finite, strict=True) if not fine]
+        if dist.is_initialized():
+            shares: list[list[str]] = [[]] * self.fabric.world_size
+            dist.all_gather_object(shares, cases)  # from this run's own processes
+            cases = [case for share in shares for case in share]
+        position, kept = self.state.position, max(self.folder.glob("last-*"), default=None)
+        raise NonFiniteLossError(
+            f"step {position.step + 1} (epoch {position.epoch + 1}), learning rate {rate:.3g}: "
+            "the loss is not finite ("
+            + ", ".join(f"{name} {value}" for name, value in values.items())
+            + f"); cases: {', '.join(cases) or 'none of its own'}. "
+            + (f"{kept} is the last checkpoint. " if kept else "There is no checkpoint yet. ")
+            + "Look at these cases, lower --learning-rate, or compute with --precision 32."
+        )
+
+    def _close_epoch(self, scored: Validation) -> dict[str, float]:
+        """Counts the epoch, keeps its weights if they are the best, and saves."""
+        position = self.state.position
+        rate = learning_rate(self.recipe, position.step - 1, self.steps_an_epoch)
+        row = {"epoch": position.epoch + 1.0, "step": float(position.step), "learning_rate": rate}
+        row |= {name: total / self.steps_an_epoch for name, total in position.sums.items()}
+        row |= {"score": scored.score} | {f"dice {name}": d for name, d in scored.dice.items()}
+        position.epoch, position.batch, position.sums = position.epoch + 1, 0, {}
+        position.history.append(row)
+        best = scored.score > position.best_score
+        if best:
+            position.best_score, position.best_epoch = scored.score, position.epoch
+        self.state.save(best=best)
+        return row
+
+    def _admit(self, resume: bool) -> None:
+        if resume:
+            require_same(self.folder, self.recipe, self.task)
+        else:
+            refuse_taken(self.folder)
+
+    def _splits(self, resume: bool) -> Splits:
+        data = self.recipe.data
+        if resume:
+            return read_splits(self.folder / "splits.json", self.dataset)
+        if data.splits is not None:
+            return read_splits(data.splits, self.dataset)
+        return make_splits(self.dataset, data.split_seed)
+
+    def _group_counts(self) -> Tensor:
+        """Training cases by value of the first attribute, the unknown last."""
+        model, trained = self.recipe.model, {*self.splits.train}
+        used = trained | {*self.splits.validation}
+        lacking = [case.case_id for case in self.dataset.cases if UNKNOWN in case.attributes]
+        unknown = [case_id for case_id in lacking if case_id in used]
+        if unknown and model.unknown == "error" and model.aware and model.moe != "none":
+            raise RunError(
+                f"model.unknown: {len(unknown)} cases lack an attribute ({unknown[0]} is one) and "
+                "the router is to refuse them; set --model.unknown learned or average, or name a "
+                "splits file without them."
+            )
+        found = Counter(c.attributes[0] for c in self.dataset.cases if c.case_id in trained)
+        values = range(len(self.dataset.attributes[0].values))
+        return torch.tensor([found[value] for value in values] + [found[UNKNOWN]])
+
+    def _on_rank_0(self, act: Callable[..., None], *arguments: Any) -> None:
+        """Lets rank 0 act while the others wait; if it fails, it tells, and all of them end."""
+        problem: Exception | None = None
+        if self.fabric.is_global_zero:
+            try:
+                act(*arguments)
+            except (RunError, OSError) as error:
+                problem = error
+        if self.fabric.broadcast(problem is not None):
+            raise problem or SystemExit(1)
+
+    def _frames(self, case_ids: tuple[str, ...], *, augment: bool = False) -> Frames:
+        recipe = self.recipe
+        crop = None if recipe.crop == "whole" else int(recipe.crop)
+        framing = Framing(recipe.size, crop)
+        return Frames(
+            self.dataset,
+            case_ids,
+            framing,
+            augment=augment,
+            seed=recipe.seed,
+            cache=recipe.data.cache,
+        )
+
+
+def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), momentum=recipe.momentum, **options)
+    return torch.optim.AdamW(network.parameters(), **options)

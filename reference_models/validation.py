@@ -1,0 +1,149 @@
+"""How well a network does on the validation split, by group; what chooses the best checkpoint.
+
+Shapes: B samples, C channels, S spatial axes, N attributes, A attribute values, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dmoe_layer import routing
+
+from . import fairness
+from .data.cases import UNKNOWN, Attribute, Dataset
+from .data.loading import Batch
+from .parallel import global_sum
+
+
+@dataclass(frozen=True)
+class Example:
+    """A validation case as the network saw it, and what it made of it."""
+
+    case_id: str
+    image_CS: np.ndarray
+    truth_S: np.ndarray
+    predicted_S: np.ndarray
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores at the network's resolution; the report's are at native resolution.
+
+    Args:
+        score: the mean over the first attribute's groups of their mean Dice, so that a minority
+            counts as much as a majority. Cases whose value is not known are a group of their own.
+        dice: by attribute and value ("race=Black"), the mean over cases of their mean Dice over
+            the data set's regions; values without a case are left out.
+        load: by attribute, the (A, E) shares of tokens by expert; empty without experts.
+        examples: one case of each group of the first attribute that this rank came across.
+    """
+
+    score: float
+    dice: dict[str, float]
+    load: dict[str, np.ndarray]
+    examples: tuple[Example, ...]
+
+
+def share_of(case_ids: tuple[str, ...], rank: int, world_size: int) -> tuple[str, ...]:
+    """A rank's validation cases, as many as every other's: the first fill up what is missing.
+
+    Under FSDP every forward pass is a collective one, so no rank may have one more.
+
+    Example:
+        >>> [share_of(("a", "b", "c"), rank, 2) for rank in (0, 1)]
+        [('a', 'c'), ('b', 'a')]
+    """
+    short = -len(case_ids) % world_size
+    repeated = case_ids * math.ceil(short / len(case_ids))
+    return (case_ids + repeated[:short])[rank::world_size]
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, batches: Iterable[Batch], dataset: Dataset, device: torch.device
+) -> Validation:
+    """Runs the network in eval mode over a rank's share, and gathers all ranks' scores.
+
+    A case that two ranks have seen counts once in the scores, twice in the load.
+    """
+    was_training = model.training
+    model.eval()
+    scored: dict[str, tuple[tuple[int, ...], float]] = {}
+    examples: dict[int, Example] = {}
+    tables: list[Tensor] = []
+    for batch in batches:
+        moved = batch.to(device)
+        with routing(moved.attributes_BN) as r:
+            predicted_BS = model(moved.image_BCS).argmax(1)
+        dice_B = case_dice(predicted_BS, moved.mask_BS, dataset)
+        attributes = batch.attributes_BN.tolist()
+        scored |= {
+            case: (tuple(values), dice)
+            for case, values, dice in zip(batch.case_ids, attributes, dice_B, strict=True)
+        }
+        for b, values in enumerate(attributes):
+            if values[0] not in examples:
+                arrays = (batch.image_BCS[b], batch.mask_BS[b], predicted_BS[b].cpu())
+                examples[values[0]] = Example(batch.case_ids[b], *(a.numpy() for a in arrays))
+        if r.routings:
+            tables.append(_weighted_load(r, moved.attributes_BN, dataset.attributes))
+    model.train(was_training)
+    if dist.is_initialized():
+        shares: list[dict[str, tuple[tuple[int, ...], float]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(shares, scored)  # from this run's own processes
+        scored = {case: result for share in shares for case, result in share.items()}
+    dice: dict[str, float] = {}
+    score = 0.0
+    for n, attribute in enumerate(dataset.attributes):
+        # In one order, whatever the number of ranks, so that sums agree to the last bit.
+        results = [scored[case] for case in sorted(scored)]
+        means = fairness.group_means([d for _, d in results], [values[n] for values, _ in results])
+        dice |= {f"{attribute.name}={attribute.label(g)}": mean for g, mean in means.items()}
+        if n == 0:
+            score = math.fsum(means.values()) / len(means)
+    return Validation(score, dice, _load(tables, dataset.attributes), tuple(examples.values()))
+
+
+def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[float]:
+    """Each case's mean Dice over the data set's regions."""
+    by_region = []
+    for labels in dataset.regions.values():
+        wanted = torch.tensor(labels, device=truth_BS.device)
+        by_region.append(
+            fairness.dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
+        )
+    return [math.fsum(scores) / len(scores) for scores in zip(*by_region, strict=True)]
+
+
+def _weighted_load(r: routing, attributes_BN: Tensor, attributes: tuple[Attribute, ...]) -> Tensor:
+    """A batch's load tables, one under the other, each row times its samples: all have as many
+    tokens, so that sums over batches are in proportion to tokens."""
+    tables = []
+    for n, attribute in enumerate(attributes):
+        values_B = attributes_BN[:, n]
+        n_values = len(attribute.values)
+        samples_A = torch.bincount(values_B[values_B != UNKNOWN], minlength=n_values)
+        table_AE = r.load_table(attribute=n)
+        # A plain mixture's table ends at the largest value in the batch.
+        table_AE = nn.functional.pad(table_AE, (0, 0, 0, n_values - len(table_AE)))
+        tables.append(table_AE * samples_A[:, None])
+    return torch.cat(tables)
+
+
+def _load(tables: list[Tensor], attributes: tuple[Attribute, ...]) -> dict[str, np.ndarray]:
+    if not tables:
+        return {}
+    summed = global_sum(torch.stack(tables).sum(0))
+    shares = (summed / summed.sum(1, keepdim=True).clamp(min=1)).cpu()
+    sizes = [len(attribute.values) for attribute in attributes]
+    return {
+        attribute.name: part.numpy()
+        for attribute, part in zip(attributes, shares.split(sizes), strict=True)
+    }

@@ -1,0 +1,639 @@
+"""Training: two processes as one, killed and resumed to the bit, errors before anything changes."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import tyro
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dmoe_layer import routing
+from reference_models import checkpoints, training
+from reference_models.data import DataSettings, PhantomSettings, open_dataset
+from reference_models.data.cases import Attribute
+from reference_models.data.framing import Framing
+from reference_models.data.loading import Batch, Frames, eval_batches, train_batches
+from reference_models.data.phantom import Phantom
+from reference_models.models import transunet
+from reference_models.recipe import (
+    PRESETS,
+    ModelSettings,
+    Recipe,
+    RunError,
+    from_json,
+    learning_rate,
+    settle,
+    to_json,
+)
+from reference_models.runs import Task, build_model
+from reference_models.training import NonFiniteLossError, train
+from reference_models.validation import share_of, validate
+
+# 18 training cases: 4 steps an epoch; 2 validation cases.
+TINY = dataclasses.replace(
+    PRESETS["small"],
+    data=DataSettings(
+        "phantom", phantom=PhantomSettings(cases=20, test_cases_per_group=1, image_size=32)
+    ),
+    size=32,
+    batch_size=4,
+    epochs=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the tiny recipe, as it comes out."""
+    torch.set_num_threads(1)
+    return train(dataclasses.replace(TINY, out=tmp_path_factory.mktemp("finished") / "run"))
+
+
+def weights_of(run, which="last"):
+    (folder,) = run.glob(f"{which}-*")
+    return load_file(folder / "model.safetensors")
+
+
+def state_of(run):
+    (folder,) = run.glob("last-*")
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def history_of(run):
+    with (run / "history.csv").open(newline="", encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_same_tree(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tree(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_tree(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def in_fork(target, *arguments):
+    process = mp.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def as_rank(recipe, rank, world, port, prints, where):
+    """Trains as one of torchrun's processes, its output into a file; may die as `killed_at`."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    with (prints / f"{rank}.txt").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file  # pytest has put its own there
+        try:
+            if where is None:
+                train(recipe, resume=recipe.out.exists())
+            else:
+                killed_at(recipe, False, where)
+        except RunError as error:
+            print(error)
+            sys.exit(1)
+
+
+def train_in_ranks(recipe, prints, where=None, world=2):
+    """Exit codes and prints of that many processes, which go on with a run that is there."""
+    prints.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        in_fork(as_rank, recipe, rank, world, port, prints, where) for rank in range(world)
+    ]
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    return codes, [(prints / f"{rank}.txt").read_text() for rank in range(world)]
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_recipe_comes_back_from_json_as_it_was(name):
+    recipe = settle(PRESETS[name])
+    recipe = dataclasses.replace(recipe, patience=3, out=Path("a/b"))
+    assert from_json(Recipe, json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+def test_the_papers_numbers_are_the_presets():
+    paper, released = settle(PRESETS["paper"]), settle(PRESETS["released"])
+    assert (paper.epochs, paper.crop, paper.size, paper.batch_size) == (300, 512, 224, 42)
+    assert (paper.optimizer, paper.learning_rate, paper.schedule) == ("adamw", 0.01, "exponential")
+    assert (paper.lambda_dice, paper.lambda_ce) == (0, 1)
+    ham = settle(dataclasses.replace(PRESETS["paper"], data=DataSettings("ham10000")))
+    assert (ham.epochs, ham.crop) == (100, 1024)
+    assert (released.optimizer, released.learning_rate) == ("sgd", 0.0175)
+    assert (released.momentum, released.weight_decay, released.schedule) == (0.9, 1e-4, "poly")
+    assert (released.lambda_dice, released.lambda_ce) == (0.5, 0.5)
+
+
+def test_a_recipe_becomes_flags():
+    presets = {name: (name, recipe) for name, recipe in PRESETS.items()}
+    flags = ["paper", "--data.root", "x", "--fairness", "febs", "--crop", "whole", "--epochs", "7"]
+    recipe = tyro.extras.overridable_config_cli(presets, args=flags)
+    assert isinstance(recipe, Recipe)
+    assert (recipe.fairness, recipe.crop, recipe.epochs) == ("febs", "whole", 7)
+    assert recipe.data.root == Path("x")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": "paper"}, "epochs: got 'paper', which says nothing about phantom"),
+        ({"crop": "paper"}, "crop: got 'paper'.*whole"),
+        ({"batch_size": 5, "devices": 2}, "batch_size: got 5, expected a multiple of 2"),
+        ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected more than 0"),
+        ({"warmup": 1.0}, "warmup: got 1.0"),
+        ({"patience": 0}, "patience: got 0"),
+        ({"lambda_dice": 0.0, "lambda_ce": 0.0}, "nothing to train by"),
+        ({"lambda_dice": 0.0, "fairness": "febs"}, "febs scales the Dice loss"),
+        ({"strategy": "fsdp", "precision": "16-mixed"}, "fsdp does not go with 16-mixed"),
+        ({"size": 40}, "multiples of 16"),
+        ({"batch_size": 30}, "batch_size: got 30, but there are 18 training cases"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path, change, words):
+    with pytest.raises(RunError, match=words):
+        train(dataclasses.replace(TINY, out=tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_fp16_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(RunError, match="16-mixed needs a GPU"):
+        train(dataclasses.replace(TINY, out=tmp_path / "run", precision="16-mixed"))
+
+
+def test_learning_rates_follow_their_schedules():
+    recipe = dataclasses.replace(TINY, epochs=5, learning_rate=2.0, warmup=0.0)
+    rates = {
+        schedule: [
+            learning_rate(dataclasses.replace(recipe, schedule=schedule), step, 10)
+            for step in range(50)
+        ]
+        for schedule in ("exponential", "poly", "cosine")
+    }
+    by_epoch = [2.0 * 0.01 ** (epoch / 4) for epoch in range(5) for _ in range(10)]
+    assert rates["exponential"] == pytest.approx(by_epoch)
+    assert rates["poly"][25] == pytest.approx(2.0 * 0.5**0.9)
+    assert rates["cosine"][25] == pytest.approx(1.0)
+    warm = dataclasses.replace(recipe, schedule="poly", warmup=0.2)
+    assert learning_rate(warm, 4, 10) == pytest.approx(rates["poly"][4] / 2)
+    assert learning_rate(warm, 9, 10) == pytest.approx(rates["poly"][9])
+
+
+# One process and two
+
+
+@pytest.fixture
+def no_dropout(monkeypatch):
+    still = dataclasses.replace(transunet.VARIANTS["small"], dropout=0.0)
+    monkeypatch.setitem(transunet.VARIANTS, "small", still)
+
+
+@pytest.fixture
+def quiet_recipe(no_dropout):
+    """Nothing random, and SGD: Adam would blow up what rounding does to gradients near zero."""
+    return dataclasses.replace(
+        TINY,
+        model=ModelSettings(variant="small", noise="never"),
+        optimizer="sgd",
+        learning_rate=0.05,
+        balance_weight=0.0,
+        fairness="group-dro",
+        group_dro_rate=0.1,
+    )
+
+
+@pytest.mark.parametrize(("strategy", "deaths"), [("ddp", []), ("fsdp", [5])])
+def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, quiet_recipe, strategy, deaths):
+    one = train(dataclasses.replace(quiet_recipe, out=tmp_path / "one"))
+    two = dataclasses.replace(quiet_recipe, out=tmp_path / "two", devices=2, strategy=strategy)
+    for step in deaths:
+        codes, _ = train_in_ranks(two, tmp_path / "prints", where=step)
+        assert codes == [-signal.SIGKILL] * 2
+    codes, (first_prints, second_prints) = train_in_ranks(two, tmp_path / "prints")
+    assert codes == [0, 0], second_prints
+    assert "epoch 2" in first_prints
+    assert second_prints == ""
+    for row, other in zip(history_of(one), history_of(two.out), strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+    torch.testing.assert_close(weights_of(two.out), weights_of(one), rtol=1e-4, atol=1e-5)
+    momenta = [
+        {
+            name: kept["momentum_buffer"]
+            for name, kept in state_of(run)["optimizer"]["state"].items()
+        }
+        for run in (two.out, one)
+    ]
+    torch.testing.assert_close(*momenta, rtol=1e-3, atol=1e-4)
+
+
+def test_cases_without_an_attribute_need_a_router_that_takes_them(tmp_path, monkeypatch):
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run", epochs=1)
+    dataset = open_dataset(recipe.data)
+    unknown = training.make_splits(dataset, 0).train[3]
+    dataset.cases = [
+        dataclasses.replace(c, attributes=(-1,)) if c.case_id == unknown else c
+        for c in dataset.cases
+    ]
+    monkeypatch.setattr(training, "open_dataset", lambda settings: dataset)
+    with pytest.raises(RunError, match=rf"1 cases lack an attribute \({unknown} is one\)"):
+        train(recipe)
+    assert not recipe.out.exists()
+    learned = dataclasses.replace(recipe.model, unknown="learned")
+    train(dataclasses.replace(recipe, model=learned, fairness="group-dro"))
+    weights_G = state_of(recipe.out)["objective"]["weights_G"]
+    assert weights_G.shape == (4,)
+    assert weights_G[3] > 0
+
+
+def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_recipe):
+    recipe = dataclasses.replace(
+        quiet_recipe, out=tmp_path / "run", balance_weight=3.0, z_weight=0.5, fairness="none",
+        epochs=1, batch_size=18, devices=2, strategy="ddp", momentum=0.0, weight_decay=0.0,
+        warmup=0.0, schedule="poly", lambda_dice=0.0,
+    )  # fmt: skip
+    codes, _ = train_in_ranks(recipe, tmp_path / "prints")
+    assert codes == [0, 0]
+    # The one step that this makes, worked out from each rank's own balance loss.
+    dataset = open_dataset(recipe.data)
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe, Task.of(dataset))
+    splits = checkpoints.read_splits(recipe.out / "splits.json", dataset)
+    frames = Frames(dataset, splits.train, Framing(32), augment=True, seed=recipe.seed)
+    parts = [
+        next(iter(train_batches(frames, batch_size=18, epoch=0, rank=rank, world_size=2)))
+        for rank in range(2)
+    ]
+    balances, total = [], torch.zeros(())
+    for part in parts:
+        with routing(part.attributes_BN) as r:
+            logits = model(part.image_BCS)
+        balances.append(r.load_balancing_loss())
+        cross_entropy = torch.nn.functional.cross_entropy(logits, part.mask_BS)
+        total = total + (cross_entropy + 3.0 * balances[-1] + 0.5 * r.router_z_loss()) / 2
+    total.backward()
+    (row,) = history_of(recipe.out)
+    assert row["balance"] == pytest.approx(sum(b.item() for b in balances) / 2, rel=1e-5)
+    assert row["loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert abs(balances[0].item() - balances[1].item()) > 1e-3  # else the mean says nothing
+    stepped = {n: (p - 0.05 * p.grad).detach() for n, p in model.named_parameters()}
+    torch.testing.assert_close(weights_of(recipe.out), stepped, rtol=1e-4, atol=1e-6)
+
+
+def test_a_launcher_that_started_another_number_of_processes_is_told(tmp_path):
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run")
+    codes, prints = train_in_ranks(recipe, tmp_path / "prints")
+    assert codes == [1, 1]
+    assert prints[0].startswith("devices, nodes: ")
+    assert not recipe.out.exists()
+
+
+# Killed and resumed
+
+
+def killed_at(recipe, resume, where):
+    """Trains until it kills itself: at a step, or as the function named is called the n-th time."""
+    if isinstance(where, int):
+        step = training._Run._step
+
+        def lethal(self, *arguments):
+            if self.state.position.step == where:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, *arguments)
+
+        training._Run._step = lethal
+    else:
+        module, name, left = where
+        act = getattr(module, name)
+
+        def lethal(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return act(*arguments, **options)
+
+        setattr(module, name, lethal)
+    train(recipe, resume=resume)
+
+
+def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(tmp_path):
+    recipe = dataclasses.replace(
+        TINY, checkpoint_every=3, fairness="group-dro", group_dro_rate=0.1, out=tmp_path / "whole"
+    )
+    whole = train(recipe)
+    killed = dataclasses.replace(recipe, out=tmp_path / "killed")
+    deaths = [
+        2,  # before any checkpoint
+        3,  # just after one in mid-epoch
+        (checkpoints, "save_last", 1),  # between best and last
+        (torch, "save", 1),  # within a checkpoint
+        (checkpoints, "tidy", 2),  # after the epoch's end: one is from resuming
+        6,
+        (checkpoints.shutil, "rmtree", 2),
+    ]
+    for n, where in enumerate(deaths):
+        process = in_fork(killed_at, killed, n > 0, where)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, where
+    resumed = train(killed, resume=True)
+    assert_same_tree(weights_of(resumed), weights_of(whole))
+    assert_same_tree(weights_of(resumed, "best"), weights_of(whole, "best"))
+    assert_same_tree(state_of(resumed), state_of(whole))
+    assert (resumed / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
+    names = [sorted(p.name for p in run.iterdir()) for run in (resumed, whole)]
+    assert names[0] == names[1]  # nothing half done is left
+    losses = {}
+    for run in (resumed, whole):
+        events = EventAccumulator(str(run / "tensorboard")).Reload()
+        losses[run] = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert losses[resumed] == losses[whole]
+    assert [step for step, _ in losses[whole]] == list(range(1, 9))
+
+
+def test_a_finished_run_stays_as_it_is_when_resumed(finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*.safetensors")}
+    assert train(dataclasses.replace(TINY, out=finished), resume=True) == finished
+    assert {path: path.read_bytes() for path in finished.rglob("*.safetensors")} == before
+
+
+def test_other_settings_are_no_resumption_and_the_differing_ones_are_named(finished):
+    other = dataclasses.replace(
+        TINY,
+        out=finished,
+        epochs=3,
+        model=dataclasses.replace(TINY.model, moe="none"),
+        workers=1,
+        devices=2,
+    )
+    with pytest.raises(RunError, match="other settings") as caught:
+        training.require_same(finished, other, Task.of(open_dataset(other.data)))
+    assert "model.moe: the run has 'shared', now 'none'" in str(caught.value)
+    assert "epochs: the run has 2, now 3" in str(caught.value)
+    assert not any(name in str(caught.value) for name in ("workers", "devices:", "out:"))
+
+
+def test_other_data_are_no_resumption(finished):
+    task = Task(3, ("background", "organ"), ())
+    with pytest.raises(RunError, match="data: the run was made for"):
+        training.require_same(finished, dataclasses.replace(TINY, out=finished), task)
+
+
+def test_a_folder_with_a_run_is_left_alone(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(RunError, match=r"holds a run already.*--resume"):
+        train(dataclasses.replace(TINY, out=finished, seed=1))
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_there_is_nothing_to_resume_without_a_run(tmp_path):
+    with pytest.raises(RunError, match="no run here"):
+        train(dataclasses.replace(TINY, out=tmp_path / "none"), resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+# What stops a run
+
+
+def test_a_loss_that_is_not_finite_stops_it_and_names_step_and_case(tmp_path, monkeypatch):
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run", checkpoint_every=1, epochs=1)
+    dataset = open_dataset(recipe.data)
+    splits = training.make_splits(dataset, 0)
+    frames = Frames(dataset, splits.train, Framing(32), seed=0)
+    *_, third, _ = train_batches(frames, batch_size=4, epoch=0)
+    bad, load = third.case_ids[2], Phantom.load
+
+    def damaged(self, case):
+        sample = load(self, case)
+        if case.case_id == bad:
+            sample.image_CS[0, 5, 5] = np.nan
+        return sample
+
+    monkeypatch.setattr(Phantom, "load", damaged)
+    with pytest.raises(
+        NonFiniteLossError, match=rf"^step 3 \(epoch 1\).*cases: {bad}\. "
+    ) as caught:
+        train(recipe)
+    (kept,) = recipe.out.glob("last-*")
+    assert kept.name == "last-00000002"
+    assert str(kept) in str(caught.value)
+    assert all(w.isfinite().all() for w in weights_of(recipe.out).values())
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.7, 0.6, 0.7, 0.9])
+    real = training.validate
+
+    def scripted(*arguments):
+        return dataclasses.replace(real(*arguments), score=next(scores))
+
+    monkeypatch.setattr(training, "validate", scripted)
+    run = train(dataclasses.replace(TINY, out=tmp_path / "run", epochs=5, patience=2))
+    assert [row["score"] for row in history_of(run)] == [0.5, 0.7, 0.6, 0.7]
+    assert [path.name for path in run.glob("best-*")] == ["best-00000008"]
+
+
+# Precision and memory
+
+
+def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path):
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run", precision="bf16-mixed", epochs=1)
+    run = train(recipe)
+    assert math.isfinite(history_of(run)[0]["loss"])
+    assert {w.dtype for w in weights_of(run).values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, finished):
+    model = dataclasses.replace(TINY.model, gradient_checkpointing=True)
+    run = train(dataclasses.replace(TINY, out=tmp_path / "run", model=model))
+    torch.testing.assert_close(weights_of(run), weights_of(finished), rtol=1e-3, atol=1e-4)
+
+
+# What is left behind
+
+
+def test_the_best_weights_come_back_in_eval_mode_with_recipe_and_splits(finished):
+    recipe, model, splits = checkpoints.load_run(finished)
+    assert recipe == dataclasses.replace(TINY, out=finished)
+    assert not model.training
+    assert_same_tree(dict(model.state_dict()), weights_of(finished, "best"))
+    assert len(splits.train) == 18
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, which):
+    run = copied(finished, tmp_path)
+    (folder,) = run.glob(f"{which}-*")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match=rf"{folder.name}/model.safetensors: damaged"):
+        checkpoints.load_run(run, which)
+
+
+def copied(run, to):
+    return Path(checkpoints.shutil.copytree(run, to / "copy"))
+
+
+def test_foreign_files_are_refused(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    (folder,) = run.glob("best-*")
+    save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(RunError, match="weights of another network"):
+        checkpoints.load_run(run)
+    checkpoints.shutil.rmtree(folder)
+    with pytest.raises(RunError, match="has no best checkpoint yet; there is a last one"):
+        checkpoints.load_run(run)
+    content = json.loads((run / "recipe.json").read_text())
+    content["recipe"]["model"]["experts"] = 8
+    (run / "recipe.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"recipe\.model: got \['experts'\] besides"):
+        checkpoints.load_run(run)
+    (run / "recipe.json").write_text("[]")
+    with pytest.raises(RunError, match="not a run's recipe"):
+        checkpoints.load_run(run)
+    with pytest.raises(RunError, match="no run here"):
+        checkpoints.load_run(tmp_path)
+
+
+class Spell:
+    """What a pickle can do when it is opened."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("spelled",))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing", "pickle"])
+def test_a_state_that_is_no_state_is_refused_and_not_run(finished, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    run = copied(finished, tmp_path)
+    (folder,) = run.glob("last-*")
+    if content == "pickle":
+        torch.save(Spell(), folder / "state.pt")
+    else:
+        (folder / "state.pt").write_bytes(content)
+    with pytest.raises(RunError, match=r"state.pt: damaged or not a run's state"):
+        train(dataclasses.replace(TINY, out=run), resume=True)
+    assert not Path("spelled").exists()
+
+
+def test_it_prints_a_line_an_epoch_where_there_is_no_terminal(tmp_path, capsys):
+    train(dataclasses.replace(TINY, out=tmp_path / "run"))
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[0].split(": ", 1)[1])["schedule"] == "cosine"
+    assert [line.split("  ")[0] for line in lines[1:3]] == ["epoch 1", "epoch 2"]
+    for part in ("step 4/8", "loss ", "lr ", "images/s", "left", "site=site 1"):
+        assert part in lines[1]
+    assert len(lines) == 4
+
+
+def test_tensorboard_has_losses_rates_group_scores_loads_and_overlays(finished):
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/balance", "train/learning_rate", "validation/score"} <= {
+        *tags["scalars"]
+    }
+    row = history_of(finished)[-1]
+    groups = [name.removeprefix("dice ") for name in row if name.startswith("dice ")]
+    assert groups
+    for group in groups:
+        last = events.Scalars(f"validation/dice/{group}")[-1]
+        assert last.value == pytest.approx(row[f"dice {group}"], rel=1e-6)
+    assert "load/site" in tags["images"]
+    assert any(tag.startswith("overlay/") for tag in tags["images"])
+
+
+# Validation
+
+
+class AsTold(torch.nn.Module):
+    """Predicts label 2 in as many of 4 pixels as the image's values say, 0 in the others."""
+
+    def forward(self, image_BCHW):
+        count_B = image_BCHW[:, 0, 0, 0]
+        ranks = torch.arange(4.0).view(1, 2, 2)
+        twos = (ranks < count_B[:, None, None]).float()
+        return torch.stack([1 - twos, torch.zeros_like(twos), twos], 1)
+
+
+def test_the_score_is_the_mean_over_groups_so_that_a_minority_counts_as_much():
+    sites = Attribute("site", ("a", "b", "c"))
+    dataset = SimpleNamespace(regions={"organ": (1, 2), "lesion": (2,)}, attributes=(sites,))
+    image = torch.tensor([4.0, 4.0, 4.0, 2.0, 0.0]).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    mask = torch.tensor([[[1, 2], [2, 2]]] * 5)
+    attributes = torch.tensor([[0], [0], [0], [2], [-1]])
+    batch = Batch(image, mask, attributes, tuple("vwxyz"))
+    result = validate(AsTold(), [batch], dataset, torch.device("cpu"))
+    # Organ and lesion: 4 of 4 and 3 of 4 pixels found of 4 predicted; of 2 predicted, 2 and 1.
+    means = [(1 + 6 / 7) / 2, (4 / 6 + 2 / 5) / 2, 0.0]
+    assert result.dice == pytest.approx(
+        dict(zip(("site=a", "site=c", "site=unknown"), means, strict=True))
+    )
+    assert result.score == pytest.approx(sum(means) / 3)
+    assert result.load == {}
+    assert {example.case_id for example in result.examples} == {"v", "y", "z"}
+
+
+def test_scores_and_loads_do_not_depend_on_how_cases_fall_into_batches(finished):
+    recipe, model, splits = checkpoints.load_run(finished)
+    dataset = open_dataset(recipe.data)
+    frames = Frames(dataset, splits.train, Framing(32))
+    results = [
+        validate(model, eval_batches(frames, batch_size=size), dataset, torch.device("cpu"))
+        for size in (1, 7)
+    ]
+    assert results[0].dice == pytest.approx(results[1].dice)
+    (load_AE, other_AE) = (result.load["site"] for result in results)
+    assert load_AE.shape == (3, 8)
+    np.testing.assert_allclose(load_AE.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(load_AE, other_AE, atol=1e-5)
+    assert np.abs(load_AE[0] - load_AE[1]).max() > 0.01  # sites have routers of their own
+
+
+@pytest.mark.parametrize(("cases", "ranks"), [(5, 2), (1, 4), (3, 8), (8, 4)])
+def test_every_rank_validates_as_many_cases_and_all_are_validated(cases, ranks):
+    ids = tuple(str(n) for n in range(cases))
+    shares = [share_of(ids, rank, ranks) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert {case for share in shares for case in share} == {*ids}
