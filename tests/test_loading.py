@@ -324,7 +324,7 @@ def test_what_was_read_once_is_cached_for_workers_and_later_runs(tmp_path):
     assert torn.dataset.loads == 6
 
 
-def test_a_cache_that_cannot_be_written_says_so_and_data_may_be_read_only(tmp_path):
+def test_a_cache_folder_that_cannot_be_made_is_an_error_of_the_settings(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="choose another"):
         FrameCache(tmp_path / "file" / "cache", "lesions", Framing(8))

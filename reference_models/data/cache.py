@@ -3,6 +3,10 @@
 A case is one `.npy` file: float16 (C + 1, S), the image's channels and then the mask. float16 holds
 8-bit intensities to a 30th of a grey level and every label exactly, and halves what is read.
 Its name is a hash of what it was made from, so that a file that changes is framed anew.
+
+For a FairSeg file of 512 x 664 pixels, framed to 224², one core of a small machine took 9 ms to
+decode, 5 ms to frame, 1.1 ms to load the frame, and 5 ms to augment it: what then limits is the
+augmentation, and that goes up with the workers.
 """
 
 from __future__ import annotations
@@ -46,9 +50,13 @@ class FrameCache:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"cache folder {folder}: {error.strerror}; choose another") from error
+            raise DataError(
+                f"cache folder {folder}: {error.strerror}; choose another (`cache`)"
+            ) from error
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise DataError(f"cache folder {folder}: cannot be written to; choose another")
+            raise DataError(
+                f"cache folder {folder}: cannot be written to; choose another (`cache`)"
+            )
 
     def frame(self, case: Case, make: Callable[[Case], np.ndarray]) -> np.ndarray:
         """The frame of `case` (C + 1, S), read-only: stored, or made and then stored.
@@ -70,7 +78,8 @@ class FrameCache:
             write_whole(path, lambda target: np.save(target, frame, allow_pickle=False))
         except OSError as error:
             raise DataError(
-                f"cache folder {self._folder}: {error.strerror}; make room or choose another"
+                f"cache folder {self._folder}: {error.strerror}; make room or choose another "
+                "(`cache`)"
             ) from error
         return frame
 

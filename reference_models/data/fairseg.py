@@ -157,7 +157,7 @@ def _listed(
         return {case_id: (path, None) for case_id, path in files.items()}
     listed: dict[str, tuple[Path, str | None]] = {}
     for split, text in lists.items():
-        for line in text.read_text(encoding="utf-8").splitlines():
+        for line in text.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             case_id = Path(line.strip()).stem
             if not case_id:
                 continue

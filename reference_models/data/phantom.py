@@ -67,6 +67,8 @@ class Phantom(Dataset):
     def __init__(self, settings: PhantomSettings) -> None:
         self._settings = settings
         values = len(settings.shares)
+        if settings.seed < 0:
+            raise DataError(f"the phantom's seed must be 0 or more, got {settings.seed}")
         if values < 1 or min(settings.shares) <= 0 or abs(sum(settings.shares) - 1) > 1e-6:
             raise DataError(
                 f"phantom shares must be positive and add up to 1, got {settings.shares}"
