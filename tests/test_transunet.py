@@ -229,3 +229,15 @@ def test_it_trains_from_scratch(variant):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_skips_have_the_decoders_sizes_and_zeros_where_the_pooling_leaves_none():
+    stem = stirred(make(TINY_HYBRID)).stem
+    _, (eighth, quarter, half) = stem(images(size=(32, 48)))
+    assert [tuple(s.shape[1:]) for s in (eighth, quarter, half)] == [
+        (32, 4, 6), (16, 8, 12), (4, 16, 24),
+    ]  # fmt: skip
+    assert not quarter[:, :, -1].any()
+    assert not quarter[..., -1].any()
+    assert quarter[:, :, 0].any()
+    assert quarter[..., 0].any()
