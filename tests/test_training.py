@@ -27,7 +27,7 @@ from reference_models.data.cases import Attribute
 from reference_models.data.framing import Framing
 from reference_models.data.loading import Batch, Frames, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
-from reference_models.models import transunet
+from reference_models.models import transunet, vit
 from reference_models.recipe import (
     PRESETS,
     ModelSettings,
@@ -507,16 +507,25 @@ def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path, monkeypatch):
 # Precision and memory
 
 
-def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path):
-    recipe = dataclasses.replace(TINY, out=tmp_path / "run", precision="bf16-mixed", epochs=1)
-    run = train(recipe)
-    assert math.isfinite(history_of(run)[0]["loss"])
+def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path, finished):
+    run = train(dataclasses.replace(TINY, out=tmp_path / "run", precision="bf16-mixed"))
+    losses = [[row["loss"] for row in history_of(r)] for r in (run, finished)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)  # or it was not bf16
     assert {w.dtype for w in weights_of(run).values()} == {torch.float32}
 
 
-def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, finished):
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, finished, monkeypatch):
+    calls, real = [], vit.checkpoint
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(vit, "checkpoint", counted)
     model = dataclasses.replace(TINY.model, gradient_checkpointing=True)
     run = train(dataclasses.replace(TINY, out=tmp_path / "run", model=model))
+    assert len(calls) == 8 * 4  # steps, blocks
     torch.testing.assert_close(weights_of(run), weights_of(finished), rtol=1e-3, atol=1e-4)
 
 
