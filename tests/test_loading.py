@@ -1,4 +1,4 @@
-"""Splits, frames and batches: seeded, leak-free, the same for any number of workers or ranks."""
+"""Splits and batches: seeded, leak-free, the same for any number of workers or ranks."""
 
 import json
 import subprocess
@@ -124,62 +124,6 @@ def test_a_splits_file_comes_back_and_a_wrong_one_says_why(tmp_path):
             read_splits(path, dataset)
     with pytest.raises(DataError, match="nowhere"):
         read_splits(tmp_path / "nowhere.json", dataset)
-
-
-def ellipses(height, width):
-    """Three classes with smooth borders."""
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    radius = np.hypot(y / 0.8, x / 0.7)
-    return (radius < 1).astype(np.uint8) + (np.hypot(y - 0.1, x + 0.1) < 0.4)
-
-
-@pytest.mark.parametrize("native", [(64, 64), (61, 83), (97, 40), (33, 120)])
-@pytest.mark.parametrize("crop", [None, 50, 1000])
-@pytest.mark.parametrize("size", [48, 96, 300])
-def test_a_frame_goes_back_to_the_native_mask(native, crop, size):
-    framing = Framing(size, crop)
-    mask = ellipses(*native)
-    image_CS, mask_S = framing.apply(np.stack([mask, mask]).astype(np.float32), mask)
-    assert image_CS.shape == (2, size, size)
-    assert image_CS.dtype == np.float32
-    assert mask_S.dtype == np.uint8
-    logits_KHW = torch.nn.functional.one_hot(torch.from_numpy(mask_S).long(), 3).permute(2, 0, 1)
-    restored = framing.restore(logits_KHW, native)
-    kept = [min(length, crop or length) for length in native]
-    starts = [(length - k) // 2 for length, k in zip(native, kept, strict=True)]
-    window = tuple(slice(s, s + k) for s, k in zip(starts, kept, strict=True))
-    outside = np.ones(native, bool)
-    outside[window] = False
-    assert not restored[outside].any()
-    wrong = (restored != mask)[window]
-    # A pixel off the truth is one whose neighbourhood, as wide as a frame's pixel, has two labels.
-    reach = int(np.ceil(max(kept) / size)) if size < max(kept) else 1
-    padded = np.pad(mask[window], reach, mode="edge")
-    shape = mask[window].shape
-    near = np.zeros(shape, bool)
-    for dy in range(2 * reach + 1):
-        for dx in range(2 * reach + 1):
-            near |= padded[dy : dy + shape[0], dx : dx + shape[1]] != mask[window]
-    assert not (wrong & ~near).any()
-    assert wrong.mean() < 0.03
-    if size == max(kept):
-        assert not wrong.any()
-
-
-def test_frames_keep_the_aspect_ratio_and_crop_the_middle():
-    image = np.zeros((1, 40, 60), np.float32)
-    image[0, 10:30, 20:40] = 1  # a square in the middle stays one
-    framed, labels = Framing(30).apply(image, image[0].astype(np.uint8))
-    rows, columns = np.nonzero(labels)
-    assert (np.ptp(rows), np.ptp(columns)) == (9, 9)
-    assert framed[0, :5].max() == 0  # padded with zeros
-    cropped, labels = Framing(20, crop=20).apply(image, image[0].astype(np.uint8))
-    assert cropped.min() == 1
-    assert labels.min() == 1
-    with pytest.raises(ValueError, match=r"\(3, 30, 30\)|must be"):
-        Framing(30).restore(torch.zeros(3, 20, 30), (40, 60))
-    with pytest.raises(ValueError, match="size"):
-        Framing(0)
 
 
 def phantom_frames(**options):
