@@ -75,9 +75,9 @@ def demo(settings: DemoSettings) -> dict[str, Summary]:
 
 
 def _scores(summary: Summary, condition: str = AS_GIVEN) -> RegionScores:
-    """The one region by the one attribute."""
+    """The first region by the one attribute."""
     (scores,) = (c.scores for c in summary.conditions if c.name == condition)
-    ((region,),) = scores.values()
+    ((region, *_),) = scores.values()
     return region
 
 
@@ -95,7 +95,8 @@ def _table(summaries: Mapping[str, Summary]) -> Table:
         dice = [group.metrics["dice"] for group in region.groups]
         estimates = [*dice, region.overall["dice"], region.worst, region.es_dice]
         table.add_row(name, *(f"{estimate.value:.3f}" for estimate in estimates))
-    shares = "/".join(f"{100 * s:.0f}" for s in summaries["dmoe"].population["protocol"])
+    (population,) = summaries["dmoe"].population.values()
+    shares = "/".join(f"{100 * share:.0f}" for share in population)
     table.caption = f"overall: weighted {shares} %, as in training"
     return table
 

@@ -1,0 +1,107 @@
+"""The commands, as a user types them: from check to report, and what they say when they cannot."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+from PIL import Image
+
+from reference_models import demo
+from reference_models.__main__ import main
+from reference_models.data import DataSettings
+from reference_models.data.phantom import PhantomSettings
+
+# As small as still has every group in every split.
+PHANTOM = ["--data", "phantom", "--phantom.cases", "30", "--phantom.test-cases-per-group", "2"]
+PHANTOM += ["--phantom.image-size", "32"]
+RUN = ["train", "small", *PHANTOM, "--size", "32", "--epochs", "1", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "phantom"
+    assert main([*RUN, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_check_counts_the_cases_of_each_group_and_split(capsys):
+    assert main(["check", *PHANTOM]) == 0
+    printed = capsys.readouterr().out
+    assert "site 3" in printed
+    assert "no errors" in printed
+
+
+def test_a_run_is_scored_predicted_and_scored_again_from_its_masks(run, tmp_path):
+    assert main(["evaluate", "run", "--run", str(run), "--resamples", "100"]) == 0
+    assert main(["predict", "--run", str(run), "--out", str(tmp_path / "predicted")]) == 0
+    masks, again = tmp_path / "predicted" / "masks", tmp_path / "again"
+    scored = ["--folder", str(masks), *PHANTOM, "--out", str(again), "--resamples", "100"]
+    assert main(["evaluate", "predictions", *scored]) == 0
+    of_run, of_masks = run / "evaluation-test", again
+    assert (of_run / "cases.csv").read_bytes() == (of_masks / "cases.csv").read_bytes()
+    with (of_run / "cases.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 6 * 2  # regions
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (of_run, of_masks)]
+    as_given = [summary["conditions"][0]["scores"] for summary in summaries]
+    assert as_given[0] == as_given[1]
+    assert "<html" in (of_run / "report.html").read_text(encoding="utf-8")
+    assert Image.open(next((tmp_path / "predicted" / "overlays").iterdir())).mode == "RGB"
+
+
+def test_a_run_goes_on_by_the_same_command_with_resume(run, capsys):
+    before = {path: path.read_bytes() for path in run.glob("*/model.safetensors")}
+    assert main([*RUN, "--out", str(run)]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main([*RUN, "--out", str(run), "--resume"]) == 0
+    assert main([*RUN, "--out", str(run), "--resume", "--learning-rate", "0.1"]) == 1
+    assert "learning_rate" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.glob("*/model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["check", "--data", "fairseg"], "root"),
+        (["train", "paper", "--data", "phantom", "--out", "{tmp}/run"], "epochs"),
+        (["evaluate", "run", "--run", "{tmp}"], "no run here"),
+        (["predict", "--run", "{tmp}/missing"], "no run here"),
+        (["evaluate", "predictions", "--folder", "{tmp}", *PHANTOM, "--out", "{tmp}/e"], "{tmp}"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_sentence_and_nothing_is_written(
+    arguments, told, tmp_path, capsys
+):
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 1
+    error = capsys.readouterr()
+    assert told.format(tmp=tmp_path) in error.err + error.out
+    assert "Traceback" not in error.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_flag_is_refused_with_what_there_is(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "small", "--learnign-rate", "1"])
+    assert stopped.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    phantom = PhantomSettings(cases=30, test_cases_per_group=2, image_size=32)
+    small = dataclasses.replace(demo.SMALL, data=DataSettings("phantom", phantom=phantom), size=32)
+    monkeypatch.setattr(demo, "SMALL", small)
+    summaries = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"report: {tmp_path / 'dmoe' / 'evaluation-test' / 'report.html'}")
+    for words in ("ES-Dice", "worst", "shuffled", "What it does not show"):
+        assert words in printed
+    assert all((tmp_path / n / "evaluation-test" / "report.html").exists() for n in demo.MODELS)
+    ran = {name: [c.name for c in s.conditions if c.scores] for name, s in summaries.items()}
+    assert ran == {
+        "dense": ["as given"],
+        "plain-moe": ["as given"],
+        "dmoe": ["as given", "shuffled", "wrong"],
+    }
+    again = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
+    assert again == summaries
+
