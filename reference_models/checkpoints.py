@@ -73,8 +73,9 @@ def tidy(run: Path, best: str) -> None:
             discard(old)
     for left in [*run.glob(".best-*"), *run.glob(".last-*")]:
         shutil.rmtree(left)
-    for left in run.glob(".history.csv.*"):
-        left.unlink()
+    for name in ("history.csv", "splits.json", "recipe.json"):
+        for left in run.glob(f".{name}.*"):
+            left.unlink()
 
 
 def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import math
 import os
 import signal
 import socket
