@@ -239,6 +239,7 @@ def quiet_recipe(no_dropout):
         TINY,
         model=ModelSettings(variant="small", noise="never"),
         optimizer="sgd",
+        augment=False,
         learning_rate=0.05,
         balance_weight=0.0,
         fairness="group-dro",
@@ -261,7 +262,7 @@ def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, quiet_recipe
         losses = [
             {k: v for k, v in r.items() if "dice" not in k and k != "score"} for r in (row, other)
         ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         assert row == pytest.approx(other, abs=0.01)  # a pixel may fall to either of two classes
     torch.testing.assert_close(weights_of(two.out), weights_of(one), rtol=1e-4, atol=1e-5)
     momenta = [
