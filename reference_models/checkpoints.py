@@ -42,16 +42,13 @@ def name_of(which: Which, step: int) -> str:
 
 
 def save_last(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes what going on needs, then lets go of the checkpoint before."""
+    """Writes what going on needs; the checkpoint before stays until `tidy`."""
 
     def write(folder: Path) -> None:
         save_file(weights, folder / "model.safetensors")
         torch.save(state, folder / "state.pt")
 
-    path = _write_folder(run / name_of("last", step), write)
-    for old in sorted(run.glob("last-*")):
-        if old != path:
-            discard(old)
+    _write_folder(run / name_of("last", step), write)
 
 
 def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> None:
@@ -63,13 +60,13 @@ def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> None:
     _write_folder(run / name_of("best", step), write)
 
 
-def tidy(run: Path, best: str) -> None:
-    """Lets go of all best checkpoints but the one named, and of what a kill left half done.
+def tidy(run: Path, step: int, best: str) -> None:
+    """Lets go of all checkpoints but the last, of `step`, and the best, and of half done files.
 
     To be called when the last checkpoint names `best`: until then a resumed run may need an older.
     """
-    for old in sorted(run.glob("best-*")):
-        if old.name != best:
+    for old in [*run.glob("last-*"), *run.glob("best-*")]:
+        if old.name not in (name_of("last", step), best):
             discard(old)
     for left in [*run.glob(".best-*"), *run.glob(".last-*")]:
         shutil.rmtree(left)

@@ -108,7 +108,7 @@ class State:
 
     def _tidy(self) -> None:
         """Leaves in the folder what belongs to this position, nothing older or later."""
-        checkpoints.tidy(self.folder, self.position.best)
+        checkpoints.tidy(self.folder, self.position.step, self.position.best)
         rows = self.position.history
 
         def write(target: Path) -> None:
