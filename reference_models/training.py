@@ -29,7 +29,7 @@ from . import checkpoints
 from .data import open_dataset
 from .data.cases import UNKNOWN
 from .data.framing import Framing
-from .data.loading import Batch, Frames, eval_batches, train_batches
+from .data.loading import Augment, Batch, Frames, eval_batches, train_batches
 from .data.splits import Splits, make_splits, read_splits
 from .models.weights import load_google_npz
 from .objectives import Objective
@@ -266,7 +266,7 @@ class _Run:
         if self.fabric.broadcast(problem is not None):
             raise problem or SystemExit(1)
 
-    def _frames(self, case_ids: tuple[str, ...], *, augment: bool = False) -> Frames:
+    def _frames(self, case_ids: tuple[str, ...], *, augment: Augment = "none") -> Frames:
         recipe = self.recipe
         crop = None if recipe.crop == "whole" else int(recipe.crop)
         framing = Framing(recipe.size, crop)

@@ -129,7 +129,7 @@ def test_a_splits_file_comes_back_and_a_wrong_one_says_why(tmp_path):
 def phantom_frames(**options):
     phantom = Phantom(PhantomSettings(cases=22, test_cases_per_group=1, image_size=32))
     ids = [case.case_id for case in phantom.cases if case.split == "train"]
-    return Frames(phantom, ids, Framing(32), augment=True, **options)
+    return Frames(phantom, ids, Framing(32), augment="paper", **options)
 
 
 def same(first, second):
@@ -169,7 +169,7 @@ def test_ranks_see_together_what_one_process_sees():
 
 
 def test_an_epoch_goes_on_in_the_middle_without_reading_what_came_before():
-    frames = Frames(Lesions(20), [f"case{i:03}" for i in range(20)], Framing(8), augment=True)
+    frames = Frames(Lesions(20), [f"case{i:03}" for i in range(20)], Framing(8), augment="paper")
     whole = list(train_batches(frames, batch_size=3, epoch=1))
     frames.dataset.loads = 0
     assert same(whole[4:], train_batches(frames, batch_size=3, epoch=1, first_batch=4))
@@ -190,7 +190,7 @@ def test_evaluation_sees_every_case_once_in_order_and_untouched():
 
 
 def test_augmentation_is_the_papers_and_moves_image_and_mask_together():
-    frames = Frames(Lesions(2), ["case001"], Framing(24), augment=True)
+    frames = Frames(Lesions(2), ["case001"], Framing(24), augment="paper")
     # An image that is its own mask, without symmetry, in a class that the augmentation must keep.
     mark = np.zeros((24, 24), np.uint8)
     mark[8:17, 9:12], mark[8:10, 12:16] = 1, 1

@@ -48,7 +48,7 @@ TINY = dataclasses.replace(
         "phantom", phantom=PhantomSettings(cases=20, test_cases_per_group=1, image_size=32)
     ),
     size=32,
-    augment=True,
+    augment="paper",
     batch_size=4,
     epochs=2,
 )
@@ -239,7 +239,7 @@ def quiet_recipe(no_dropout):
         TINY,
         model=ModelSettings(variant="small", noise="never"),
         optimizer="sgd",
-        augment=False,
+        augment="none",
         learning_rate=0.05,
         balance_weight=0.0,
         fairness="group-dro",

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from .cache import FrameCache, default_cache
 from .cases import Case, DataError, Dataset
 from .framing import Framing
 
+Augment = Literal["paper", "shift", "none"]
 # What a seed is drawn for: order and samples get numbers of their own from one seed.
 _ORDER, _SAMPLE = 1, 2
 
@@ -58,9 +60,10 @@ class Frames(data.Dataset[Batch | DataError]):
         dataset: whose cases they are.
         case_ids: which, in this order.
         framing: to the network's square.
-        augment: as the paper does: half of the samples turned by a multiple of 90° and then
-            flipped, a quarter rotated by up to 20°, a quarter left alone. Only training batches
-            are augmented.
+        augment: "paper": half of the samples turned by a multiple of 90° and then flipped, a
+            quarter rotated by up to 20°, a quarter left alone; "shift": all moved by up to a
+            twelfth of the size along each axis, for images in one pose, the border repeated; or
+            "none". Only training batches are augmented.
         seed: of order and augmentation.
         cache: folder of framed cases; None: `~/.cache/dmoe-frames`.
 
@@ -84,7 +87,7 @@ class Frames(data.Dataset[Batch | DataError]):
         case_ids: Sequence[str],
         framing: Framing,
         *,
-        augment: bool = False,
+        augment: Augment = "none",
         seed: int = 0,
         cache: Path | None = None,
     ) -> None:
@@ -97,7 +100,7 @@ class Frames(data.Dataset[Batch | DataError]):
         self.cases = tuple(by_id[case_id] for case_id in case_ids)
         self.framing = framing
         self.seed = seed
-        self._augmentation = _paper_augmentation() if augment else None
+        self._augmentation = _augmentation(augment, framing.size)
         stored = any(case.files for case in self.cases)
         self._cache = (
             FrameCache(cache or default_cache(), dataset.name, framing) if stored else None
@@ -236,9 +239,18 @@ def _collated(samples: Sequence[Batch | DataError]) -> Batch | DataError:
     )
 
 
-def _paper_augmentation() -> transforms.OneOf:
+def _augmentation(kind: Augment, size: int) -> transforms.Compose | None:
     """Acts on the frame, where the paper's code acts on the crop, and rotates images bilinearly."""
     keys = ("image", "mask")
+    if kind == "none":
+        return None
+    if kind == "shift":
+        return transforms.Compose(
+            [
+                transforms.BorderPadd(keys, size // 12, mode="edge"),
+                transforms.RandSpatialCropd(keys, (size, size), random_size=False),
+            ]
+        )
     return transforms.OneOf(
         [
             transforms.Compose(
