@@ -19,7 +19,6 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +29,12 @@ from torch import Tensor, nn
 
 from .data import open_dataset
 from .data.splits import Splits, read_splits
+from .files import write_folder
 from .recipe import Recipe, RunError
 from .runs import Task, build_model, read_run
 
 Which = Literal["best", "last"]
+WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
 def name_of(which: Which, step: int) -> str:
@@ -45,19 +46,19 @@ def save_last(run: Path, step: int, weights: dict[str, Tensor], state: dict[str,
     """Writes what going on needs; the checkpoint before stays until `tidy`."""
 
     def write(folder: Path) -> None:
-        save_file(weights, folder / "model.safetensors")
-        torch.save(state, folder / "state.pt")
+        save_file(weights, folder / WEIGHTS)
+        torch.save(state, folder / STATE)
 
-    _write_folder(run / name_of("last", step), write)
+    write_folder(run / name_of("last", step), write, (WEIGHTS, STATE))
 
 
 def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> None:
     """Writes weights that scored best; older ones stay until `tidy`."""
 
     def write(folder: Path) -> None:
-        save_file(weights, folder / "model.safetensors")
+        save_file(weights, folder / WEIGHTS)
 
-    _write_folder(run / name_of("best", step), write)
+    write_folder(run / name_of("best", step), write, (WEIGHTS,))
 
 
 def tidy(run: Path, step: int, best: str) -> None:
@@ -84,7 +85,7 @@ def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     folder = _newest(run, "last")
     if folder is None:
         return None
-    path = folder / "state.pt"
+    path = folder / STATE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
@@ -92,7 +93,7 @@ def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             f"{path}: damaged or not a run's state ({type(error).__name__}); remove {folder} to "
             "start over."
         ) from error
-    return _read_weights(folder / "model.safetensors"), state
+    return _read_weights(folder / WEIGHTS), state
 
 
 def load_model(run: Path, which: Which = "best") -> tuple[Recipe, Task, nn.Module]:
@@ -108,7 +109,7 @@ def load_model(run: Path, which: Which = "best") -> tuple[Recipe, Task, nn.Modul
         hint = f"; there is a {other} one" if _newest(run, other) else ""  # type: ignore[arg-type]
         raise RunError(f"{run}: has no {which} checkpoint yet{hint}.")
     model = build_model(recipe, task)
-    load_weights(model, _read_weights(folder / "model.safetensors"), folder)
+    load_weights(model, _read_weights(folder / WEIGHTS), folder)
     return recipe, task, model.eval()
 
 
@@ -151,29 +152,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: damaged or not a safetensors file ({error}).") from error
-
-
-def _write_folder(path: Path, write: Callable[[Path], None]) -> Path:
-    """`files.write_whole` for a folder of files."""
-    hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        write(hidden)
-        for file in hidden.iterdir():
-            file.chmod(0o644)
-            _reach_disk(file)
-        hidden.chmod(0o755)  # mkdtemp's are the owner's alone, and so are safetensors' files
-        _reach_disk(hidden)
-        os.rename(hidden, path)
-    except BaseException:
-        shutil.rmtree(hidden)
-        raise
-    _reach_disk(path.parent)
-    return path
-
-
-def _reach_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,21 +22,20 @@ from rich.progress import track
 
 from .data import DataSettings, open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
-from .data.splits import make_splits, read_splits
+from .data.splits import choose_splits
 from .fairness import SMALL_GROUP
+from .files import write_folder
 from .loads import Loads
 from .masks import find_masks, read_mask, shown, write_mask
 from .metrics import POLICY, RegionScore, score_region
-from .outputs import write_folder
 from .prediction import (
     RunSettings,
     TrainedRun,
     given_attributes,
     open_run,
-    picture_of,
     predictions,
 )
-from .report import pictures_wanted, write_report
+from .report import Picture, pictures_wanted, write_report
 from .scores import Condition, RegionScores, Summary
 from .summary import case_scores, population_shares, region_scores, write_cases, write_summary
 
@@ -124,11 +123,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     """
     _check(settings.scoring)
     dataset = open_dataset(settings.data)
-    splits = (
-        make_splits(dataset, settings.data.split_seed)
-        if settings.data.splits is None
-        else read_splits(settings.data.splits, dataset)
-    )
+    splits = choose_splits(dataset, settings.data.splits, settings.data.split_seed)
     chosen = set(getattr(splits, settings.split))
     cases = tuple(case for case in dataset.cases if case.case_id in chosen)
     paths, faults = find_masks(settings.folder, [case.case_id for case in cases])
@@ -257,7 +252,7 @@ def _write(
     for case_id in pictures_wanted(rows, summary.attributes):
         sample = dataset.load(by_id[case_id])
         mask = read_mask(masks[case_id], sample.native_size, dataset.classes)
-        pictures[case_id] = picture_of(sample, mask)
+        pictures[case_id] = Picture.of(case_id, sample.image_CS, sample.mask_S, mask)
     write_report(folder / "report.html", summary, rows, pictures, tuple(dataset.classes))
     return summary
 

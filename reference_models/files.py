@@ -1,11 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
+
+from .data.cases import DataError
+
+Result = TypeVar("Result")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -20,8 +26,56 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(target)
         target.chmod(0o644)  # mkstemp's files are the owner's alone
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
+        _reach_disk(target)
         os.replace(target, path)
     finally:
         target.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, write: Callable[[Path], Result], contents: Collection[str]) -> Result:
+    """Calls `write` with an empty folder beside `path`, then puts that in `path`'s place.
+
+    Args:
+        path: the folder; it may be there already if it holds nothing but `contents`, which are
+            then replaced.
+        write: fills a folder. If it raises, `path` stays as it was.
+        contents: the names that `write` makes, all of them or some.
+
+    Returns:
+        What `write` returned.
+
+    Raises:
+        DataError: `path` is no folder, or holds something else; before `write` is called.
+    """
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path}: is a file, expected a folder to write to; choose another.")
+    if path.is_dir() and (other := sorted({item.name for item in path.iterdir()} - {*contents})):
+        raise DataError(
+            f"{path}: holds {', '.join(other[:5])}{', ...' if len(other) > 5 else ''}, which would "
+            f"be lost; choose another folder, or one with nothing but {', '.join(contents)}."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        new = staging / "new"
+        new.mkdir()
+        result = write(new)
+        for written in new.rglob("*"):
+            # mkdtemp's folders and safetensors' files are the owner's alone
+            written.chmod(0o755 if written.is_dir() else 0o644)
+            _reach_disk(written)
+        if path.is_dir():
+            os.rename(path, staging / "old")
+        os.rename(new, path)
+        _reach_disk(path.parent)
+        return result
+    finally:
+        shutil.rmtree(staging)
+
+
+def _reach_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,11 +5,16 @@ Shapes: B samples, A attributes, V values of an attribute, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeAlias
+
 import numpy as np
 
 from dmoe_layer import routing
 
 from .data.cases import UNKNOWN, Dataset
+
+LoadTables: TypeAlias = dict[str, tuple[tuple[float, ...], ...]]
 
 
 class Loads:
@@ -34,7 +39,16 @@ class Loads:
             sums_VE = self._sums.setdefault(name, np.zeros((size, table_VE.shape[1])))
             sums_VE[: len(table_VE)] += table_VE * counts_V[: len(table_VE), None]
 
-    def tables(self) -> dict[str, tuple[tuple[float, ...], ...]]:
+    @classmethod
+    def together(cls, dataset: Dataset, parts: Iterable[Loads]) -> Loads:
+        """Of all ranks."""
+        loads = cls(dataset)
+        for part in parts:
+            for name, sums_VE in part._sums.items():
+                loads._sums[name] = loads._sums.get(name, 0) + sums_VE
+        return loads
+
+    def tables(self) -> LoadTables:
         """By attribute, a row a value that sums to 1, or of zeros where no case has it."""
         return {
             name: tuple(

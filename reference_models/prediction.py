@@ -27,9 +27,9 @@ from .data import open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
 from .data.framing import Framing
 from .data.splits import read_splits
+from .files import write_folder
 from .loads import Loads
 from .masks import shown, write_mask
-from .outputs import write_folder
 from .report import Picture, overlay
 from .runs import Task
 
@@ -51,7 +51,8 @@ class RunSettings:
     device: str | None = None
     """Where the network computes, such as cpu or cuda; by default on a GPU if there is one."""
     leave_out_unknown: bool = False
-    """Leave out the cases whose attribute is not known, where the run has no route for them."""
+    """Leave out the cases whose attribute is not known, where the run has no route for them; as a
+    run that was trained so does anyway."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,12 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     run = TrainedRun(settings, model, device, dataset, framing, tuple(cases), ())
     unknown = tuple(case for case in cases if UNKNOWN in case.attributes)
     if unknown and run.refuses_unknown:
-        if not settings.leave_out_unknown:
+        if not (settings.leave_out_unknown or recipe.leave_out_unknown):
             raise DataError(
                 f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
                 f"({shown([case.case_id for case in unknown])}), and the run was trained with "
                 "unknown='error', so that there is no route for them. Leave them out with "
-                "--leave-out-unknown, or train with --model.unknown learned."
+                "--leave-out-unknown, or train with --unknown learned."
             )
         known = tuple(case for case in cases if case not in unknown)
         run = dataclasses.replace(run, cases=known, left_out=unknown)
@@ -199,16 +200,6 @@ def given_attributes(cases: Sequence[Case]) -> np.ndarray:
     return np.array([case.attributes for case in cases], dtype=np.int64).reshape(len(cases), -1)
 
 
-def picture_of(sample: Sample, predicted_HW: np.ndarray) -> Picture:
-    """A case to look at: from the image's darkest value, black, to its brightest, white."""
-    image_CS = sample.image_CS if len(sample.image_CS) == 3 else sample.image_CS.mean(0)[None]
-    low, high = float(image_CS.min()), float(image_CS.max())
-    grey_CS = ((image_CS - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
-    image_3HW = np.broadcast_to(grey_CS, (3, *grey_CS.shape[1:]))
-    image_HW3 = np.ascontiguousarray(image_3HW.transpose(1, 2, 0))
-    return Picture(sample.case_id, image_HW3, sample.mask_S, predicted_HW)
-
-
 def predict(settings: PredictSettings) -> Path:
     """Writes `masks/` and `overlays/`, whole or not at all; returns the folder.
 
@@ -225,7 +216,8 @@ def predict(settings: PredictSettings) -> Path:
         told = {"as given": given_attributes(run.cases)}
         for sample, masks in predictions(run, told):
             write_mask(folder / "masks", sample.case_id, masks["as given"])
-            picture = picture_of(sample, masks["as given"])
+            predicted_HW = masks["as given"]
+            picture = Picture.of(sample.case_id, sample.image_CS, sample.mask_S, predicted_HW)
             overlay_HW3 = overlay(picture, run.dataset.classes)
             Image.fromarray(overlay_HW3).save(folder / "overlays" / f"{sample.case_id}.png")
 

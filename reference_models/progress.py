@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import matplotlib.figure
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -106,11 +105,8 @@ class Reporter:
         for name, load_AE in validation.load.items():
             self.writer.add_figure(f"load/{name}", _heat_map(load_AE), step)
         for example in validation.examples:
-            picture = Picture(
-                example.case_id,
-                _visible(example.image_CS),
-                example.truth_S.astype(np.uint8),
-                example.predicted_S.astype(np.uint8),
+            picture = Picture.of(
+                example.case_id, example.image_CS, example.truth_S, example.predicted_S
             )
             image = overlay(picture, classes)
             self.writer.add_image(f"overlay/{example.case_id}", image, step, dataformats="HWC")
@@ -120,15 +116,7 @@ class Reporter:
         return self.images / max(time.monotonic() - self.started, 1e-9)
 
 
-def _visible(image_CS: np.ndarray) -> np.ndarray:
-    """An image of any intensities as (H, W, 3) uint8, from its darkest to its brightest."""
-    low, high = float(image_CS.min()), float(image_CS.max())
-    image_HWC = np.moveaxis((image_CS - low) / max(high - low, 1e-9) * 255, 0, -1)
-    channels = image_HWC if image_HWC.shape[-1] == 3 else image_HWC[..., :1].repeat(3, -1)
-    return channels.round().astype(np.uint8)
-
-
-def _heat_map(load_AE: np.ndarray) -> matplotlib.figure.Figure:
+def _heat_map(load_AE: Sequence[Sequence[float]]) -> matplotlib.figure.Figure:
     """Attribute values by experts; a row sums to 1."""
     figure = matplotlib.figure.Figure(figsize=(6, 1 + 0.4 * len(load_AE)), layout="constrained")
     axes = figure.add_subplot(xlabel="expert", ylabel="value")

@@ -38,8 +38,9 @@ class ModelSettings:
     """What the router does with a sample whose attribute is not known."""
     gradient_checkpointing: bool = False
     """Recompute each block in backward: less memory, more time."""
-    google_npz: Path | None = None
-    """Pretrained weights of ViT-B_16 or R50+ViT-B_16 as Google publishes them; a local path."""
+    weights: Path | None = None
+    """Trained weights to start from: Google's ViT-B_16.npz or R50+ViT-B_16.npz, or a .pth of the
+    paper's released 2D code."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Recipe:
     batch_size: int = 42
     """Of all devices together."""
     epochs: int | Literal["paper"] = "paper"
-    """paper: 300 for FairSeg, 100 for HAM10000."""
+    """paper: 300 for FairSeg, 100 for HAM10000; 0: none, to evaluate --weights as they are."""
+    leave_out_unknown: bool = False
+    """Leave out the cases whose attribute is not known, as the paper does."""
     patience: int | None = None
     """Stop after so many epochs without a better validation score."""
 
@@ -117,7 +120,7 @@ class Recipe:
 # epoch), AdamW's weight decay and betas (PyTorch's here), warm-up (none), augmentation (the
 # released code's), whether cross-entropy stands alone (taken at its word) and how the best epoch is
 # chosen (on validation cases of ours, carved from the training split).
-_PAPER = Recipe(data=DataSettings("fairseg"), lambda_dice=0.0)
+_PAPER = Recipe(data=DataSettings("fairseg"), leave_out_unknown=True, lambda_dice=0.0)
 
 PRESETS: dict[str, Recipe] = {
     "paper": _PAPER,
@@ -170,7 +173,8 @@ def settle(recipe: Recipe) -> Recipe:
                     f"{' or whole' if setting == 'crop' else ''}."
                 )
             recipe = dataclasses.replace(recipe, **{setting: known[name]})
-    for setting in ("epochs", "batch_size", "size", "devices", "nodes"):
+    _require(recipe, "epochs", int(recipe.epochs) >= 0, "0 or more")
+    for setting in ("batch_size", "size", "devices", "nodes"):
         _require(recipe, setting, getattr(recipe, setting) >= 1, "1 or more")
     for setting in ("learning_rate", "decay", "fair_dro_temperature"):
         _require(recipe, setting, getattr(recipe, setting) > 0, "more than 0")
@@ -218,7 +222,7 @@ def to_json(value: Any) -> Any:
     """A settings dataclass as what json can hold.
 
     Example:
-        >>> to_json(ModelSettings(google_npz=Path("a.npz")))["google_npz"]
+        >>> to_json(ModelSettings(weights=Path("a.npz")))["weights"]
         'a.npz'
     """
     if dataclasses.is_dataclass(value):
@@ -226,6 +230,21 @@ def to_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings side by side.
+
+    Example:
+        >>> flat({"seed": 0, "data": {"root": None}})
+        {'seed': 0, 'data.root': None}
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return found
 
 
 def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:

@@ -47,6 +47,18 @@ class Picture:
     truth_HW: np.ndarray
     predicted_HW: np.ndarray
 
+    @classmethod
+    def of(
+        cls, case_id: str, image_CHW: np.ndarray, truth_HW: np.ndarray, predicted_HW: np.ndarray
+    ) -> Picture:
+        """From an image of any intensities: its darkest becomes black, its brightest white."""
+        image_CHW = image_CHW if len(image_CHW) == 3 else image_CHW.mean(0, keepdims=True)
+        low, high = float(image_CHW.min()), float(image_CHW.max())
+        bytes_CHW = ((image_CHW - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+        image_HW3 = np.broadcast_to(bytes_CHW, (3, *bytes_CHW.shape[1:])).transpose(1, 2, 0)
+        masks = (truth_HW.astype(np.uint8), predicted_HW.astype(np.uint8))
+        return cls(case_id, np.ascontiguousarray(image_HW3), *masks)
+
     def __post_init__(self) -> None:
         image = self.image_HW3
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

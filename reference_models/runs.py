@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .data.cases import Attribute, Dataset
 from .data.splits import Splits, write_splits
 from .files import write_whole
 from .models.transunet import TransUNet
-from .recipe import Recipe, RunError, from_json, to_json
+from .recipe import Recipe, RunError, flat, from_json, to_json
 
 # What may differ between a run and its resumption: where things lie and what computes them.
 _MAY_DIFFER = {
@@ -120,10 +119,11 @@ def require_same(run: Path, recipe: Recipe, task: Task) -> None:
         RunError: naming the settings that differ.
     """
     before, before_task = read_run(run)
+    now = flat(to_json(recipe))
     differing = [
-        f"{name}: the run has {old!r}, now {new!r}"
-        for name, old, new in _differences(to_json(before), to_json(recipe))
-        if name not in _MAY_DIFFER
+        f"{name}: the run has {old!r}, now {now[name]!r}"
+        for name, old in flat(to_json(before)).items()
+        if old != now[name] and name not in _MAY_DIFFER
     ]
     if task != before_task:
         differing.append(f"data: the run was made for {before_task}, now {task}")
@@ -132,13 +132,3 @@ def require_same(run: Path, recipe: Recipe, task: Task) -> None:
             f"{run}: cannot be resumed with other settings; leave them as they were, or choose "
             "another --out. " + "; ".join(differing)
         )
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict):
-        return [
-            difference
-            for key in old
-            for difference in _differences(old[key], new[key], f"{name}.{key}".lstrip("."))
-        ]
-    return [] if old == new else [(name, old, new)]

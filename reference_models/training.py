@@ -10,7 +10,6 @@ index). So a run that was killed goes on exactly as it would have, with no rando
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -30,12 +29,13 @@ from .data import open_dataset
 from .data.cases import UNKNOWN
 from .data.framing import Framing
 from .data.loading import Augment, Batch, Frames, eval_batches, train_batches
-from .data.splits import Splits, make_splits, read_splits
-from .models.weights import load_google_npz
+from .data.splits import Splits, choose_splits, read_splits
+from .masks import shown
+from .models.weights import load_weights
 from .objectives import Objective
 from .parallel import global_sum, launch, setup
 from .progress import Reporter
-from .recipe import Recipe, RunError, learning_rate, settle, to_json
+from .recipe import Recipe, RunError, flat, learning_rate, settle, to_json
 from .runs import Task, build_model, refuse_taken, require_same, write_run
 from .state import State
 from .validation import Validation, share_of, validate
@@ -79,7 +79,8 @@ class _Run:
         self.task = Task.of(self.dataset)
         self._on_rank_0(self._admit, resume)
         self.splits = self._splits(resume)
-        self.frames = self._frames(self.splits.train, augment=recipe.augment)
+        self.left_out = self._left_out()
+        self.frames = self._frames(self._known(self.splits.train), augment=recipe.augment)
         self.steps_an_epoch = len(self.frames) // recipe.batch_size
         if not self.steps_an_epoch:
             raise RunError(
@@ -90,8 +91,8 @@ class _Run:
         torch.manual_seed(recipe.seed)
         network = build_model(recipe, self.task)
         stored = checkpoints.load_last(self.folder)
-        if stored is None and recipe.model.google_npz is not None:
-            load_google_npz(network, recipe.model.google_npz)
+        if stored is None and recipe.model.weights is not None:
+            load_weights(network, recipe.model.weights)
         # Whatever can be wrong with the settings has come up by now, and nothing was written.
         if not resume:
             self._on_rank_0(write_run, self.folder, recipe, self.task, self.splits)
@@ -115,15 +116,25 @@ class _Run:
     def train(self) -> Path:
         recipe, position = self.recipe, self.state.position
         validation = self._frames(
-            share_of(self.splits.validation, self.fabric.global_rank, self.fabric.world_size)
+            share_of(
+                self._known(self.splits.validation),
+                self.fabric.global_rank,
+                self.fabric.world_size,
+            )
         )
         batch_size = recipe.batch_size // self.fabric.world_size
         steps = int(recipe.epochs) * self.steps_an_epoch
         speaks = self.fabric.is_global_zero
         with Reporter(self.folder, speaks=speaks, step=position.step, steps=steps) as reporter:
-            reporter.say(f"{self.folder}: " + json.dumps(to_json(recipe)))
+            reporter.say(
+                " ".join(f"{name}={value}" for name, value in flat(to_json(recipe)).items())
+            )
+            if self.left_out:
+                reporter.say(f"left out, an attribute not known: {shown(sorted(self.left_out))}")
             if position.step:
                 reporter.say(f"resumed after epoch {position.epoch}, step {position.step}")
+            if not recipe.epochs and not position.best:
+                self.state.save(best=True)  # the weights as they are
             while not position.finished(recipe):
                 self._epoch(reporter)
                 scored = validate(
@@ -134,9 +145,10 @@ class _Run:
                 )
                 row = self._close_epoch(scored)
                 reporter.epoch(position.step, row, scored, self.task.classes)
+            score = f"validation Dice {position.best_score:.4f}, " if position.epoch else ""
             reporter.say(
-                f"best validation Dice {position.best_score:.4f} after epoch "
-                f"{position.best_epoch} of {position.epoch}: {self.folder / position.best}"
+                f"best: {score}epoch {position.best_epoch} of {position.epoch}: "
+                f"{self.folder / position.best}"
             )
         self.fabric.barrier()
         return self.folder
@@ -235,23 +247,28 @@ class _Run:
         data = self.recipe.data
         if resume:
             return read_splits(self.folder / "splits.json", self.dataset)
-        if data.splits is not None:
-            return read_splits(data.splits, self.dataset)
-        return make_splits(self.dataset, data.split_seed)
+        return choose_splits(self.dataset, data.splits, data.split_seed)
+
+    def _left_out(self) -> set[str]:
+        """The cases that lack an attribute, if those are to be left out."""
+        model, used = self.recipe.model, {*self.splits.train, *self.splits.validation}
+        lacking = [c for c in self.dataset.cases if UNKNOWN in c.attributes and c.case_id in used]
+        if self.recipe.leave_out_unknown:
+            return {case.case_id for case in lacking}
+        if lacking and model.unknown == "error" and model.aware and model.moe != "none":
+            raise RunError(
+                f"unknown: {len(lacking)} cases lack an attribute ({lacking[0].case_id} is one) "
+                "and the router is to refuse them; --leave-out-unknown trains without them, and "
+                "--unknown learned has a route for them."
+            )
+        return set()
+
+    def _known(self, case_ids: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(case_id for case_id in case_ids if case_id not in self.left_out)
 
     def _group_counts(self) -> Tensor:
         """Training cases by value of the first attribute, the unknown last."""
-        model, trained = self.recipe.model, {*self.splits.train}
-        used = trained | {*self.splits.validation}
-        lacking = [case.case_id for case in self.dataset.cases if UNKNOWN in case.attributes]
-        unknown = [case_id for case_id in lacking if case_id in used]
-        if unknown and model.unknown == "error" and model.aware and model.moe != "none":
-            raise RunError(
-                f"model.unknown: {len(unknown)} cases lack an attribute ({unknown[0]} is one) and "
-                "the router is to refuse them; set --model.unknown learned or average, or name a "
-                "splits file without them."
-            )
-        found = Counter(c.attributes[0] for c in self.dataset.cases if c.case_id in trained)
+        found = Counter(case.attributes[0] for case in self.frames.cases)
         values = range(len(self.dataset.attributes[0].values))
         return torch.tensor([found[value] for value in values] + [found[UNKNOWN]])
 

@@ -1,6 +1,6 @@
 """How well a network does on the validation split, by group; what chooses the best checkpoint.
 
-Shapes: B samples, C channels, S spatial axes, N attributes, A attribute values, E experts.
+Shapes: B samples, C channels, S spatial axes, N attributes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dmoe_layer import routing
 
 from . import fairness
-from .data.cases import UNKNOWN, Attribute, Dataset
+from .data.cases import Dataset
 from .data.loading import Batch
-from .parallel import global_sum
+from .loads import Loads, LoadTables
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Validation:
             counts as much as a majority. Cases whose value is not known are a group of their own.
         dice: by attribute and value ("race=Black"), the mean over cases of their mean Dice over
             the data set's regions; values without a case are left out.
-        load: by attribute, the (A, E) shares of tokens by expert; empty without experts.
+        load: by attribute, a row a value of its tokens' shares by expert; empty without experts.
         examples: one case of each group of the first attribute that this rank came across.
     """
 
     score: float
     dice: dict[str, float]
-    load: dict[str, np.ndarray]
+    load: LoadTables
     examples: tuple[Example, ...]
 
 
@@ -77,7 +77,7 @@ def validate(
     model.eval()
     scored: dict[str, tuple[tuple[int, ...], float]] = {}
     examples: dict[int, Example] = {}
-    tables: list[Tensor] = []
+    loads = Loads(dataset)
     for batch in batches:
         moved = batch.to(device)
         with routing(moved.attributes_BN) as r:
@@ -92,13 +92,14 @@ def validate(
             if values[0] not in examples:
                 arrays = (batch.image_BCS[b], batch.mask_BS[b], predicted_BS[b].cpu())
                 examples[values[0]] = Example(batch.case_ids[b], *(a.numpy() for a in arrays))
-        if r.routings:
-            tables.append(_weighted_load(r, moved.attributes_BN, dataset.attributes))
+        loads.add(r, batch.attributes_BN.numpy())
     model.train(was_training)
     if dist.is_initialized():
-        shares: list[dict[str, tuple[tuple[int, ...], float]]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(shares, scored)  # from this run's own processes
-        scored = {case: result for share in shares for case, result in share.items()}
+        shares: list[tuple[dict[str, tuple[tuple[int, ...], float]], Loads]]
+        shares = [(scored, loads)] * dist.get_world_size()
+        dist.all_gather_object(shares, (scored, loads))  # from this run's own processes
+        scored = {case: result for share, _ in shares for case, result in share.items()}
+        loads = Loads.together(dataset, [share for _, share in shares])
     dice: dict[str, float] = {}
     score = 0.0
     for n, attribute in enumerate(dataset.attributes):
@@ -108,7 +109,7 @@ def validate(
         dice |= {f"{attribute.name}={attribute.label(g)}": mean for g, mean in means.items()}
         if n == 0:
             score = math.fsum(means.values()) / len(means)
-    return Validation(score, dice, _load(tables, dataset.attributes), tuple(examples.values()))
+    return Validation(score, dice, loads.tables(), tuple(examples.values()))
 
 
 def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[float]:
@@ -120,30 +121,3 @@ def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[
             fairness.dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
         )
     return [math.fsum(scores) / len(scores) for scores in zip(*by_region, strict=True)]
-
-
-def _weighted_load(r: routing, attributes_BN: Tensor, attributes: tuple[Attribute, ...]) -> Tensor:
-    """A batch's load tables, one under the other, each row times its samples: all have as many
-    tokens, so that sums over batches are in proportion to tokens."""
-    tables = []
-    for n, attribute in enumerate(attributes):
-        values_B = attributes_BN[:, n]
-        n_values = len(attribute.values)
-        samples_A = torch.bincount(values_B[values_B != UNKNOWN], minlength=n_values)
-        table_AE = r.load_table(attribute=n)
-        # A plain mixture's table ends at the largest value in the batch.
-        table_AE = nn.functional.pad(table_AE, (0, 0, 0, n_values - len(table_AE)))
-        tables.append(table_AE * samples_A[:, None])
-    return torch.cat(tables)
-
-
-def _load(tables: list[Tensor], attributes: tuple[Attribute, ...]) -> dict[str, np.ndarray]:
-    if not tables:
-        return {}
-    summed = global_sum(torch.stack(tables).sum(0))
-    shares = (summed / summed.sum(1, keepdim=True).clamp(min=1)).cpu()
-    sizes = [len(attribute.values) for attribute in attributes]
-    return {
-        attribute.name: part.numpy()
-        for attribute, part in zip(attributes, shares.split(sizes), strict=True)
-    }

@@ -104,4 +104,3 @@ def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monke
     }
     again = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
     assert again == summaries
-

@@ -98,8 +98,8 @@ def run_of(tmp_path, monkeypatch):
         splits = Splits(dataset.name, 0, (), (), (), ids)
         for module in (prediction, evaluation):
             monkeypatch.setattr(module, "open_dataset", lambda settings: dataset)
-            monkeypatch.setattr(module, "read_splits", lambda path, dataset: splits)
-        monkeypatch.setattr(evaluation, "make_splits", lambda dataset, seed: splits)
+        monkeypatch.setattr(prediction, "read_splits", lambda path, dataset: splits)
+        monkeypatch.setattr(evaluation, "choose_splits", lambda dataset, path, seed: splits)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         return folder

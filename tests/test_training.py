@@ -26,6 +26,7 @@ from reference_models.data.cases import Attribute
 from reference_models.data.framing import Framing
 from reference_models.data.loading import Batch, Frames, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
+from reference_models.data.splits import make_splits
 from reference_models.models import transunet, vit
 from reference_models.recipe import (
     PRESETS,
@@ -278,7 +279,7 @@ def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, quiet_recipe
 def test_cases_without_an_attribute_need_a_router_that_takes_them(tmp_path, monkeypatch):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run", epochs=1)
     dataset = open_dataset(recipe.data)
-    unknown = training.make_splits(dataset, 0).train[3]
+    unknown = make_splits(dataset, 0).train[3]
     dataset.cases = [
         dataclasses.replace(c, attributes=(-1,)) if c.case_id == unknown else c
         for c in dataset.cases
@@ -292,6 +293,28 @@ def test_cases_without_an_attribute_need_a_router_that_takes_them(tmp_path, monk
     weights_G = state_of(recipe.out)["objective"]["weights_G"]
     assert weights_G.shape == (4,)
     assert weights_G[3] > 0
+
+
+def test_cases_without_an_attribute_can_be_left_out_and_are_named(tmp_path, monkeypatch, capsys):
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run", epochs=1, leave_out_unknown=True)
+    dataset = open_dataset(recipe.data)
+    splits = make_splits(dataset, 0)
+    left_out = (splits.train[3], splits.validation[0])
+    dataset.cases = [
+        dataclasses.replace(c, attributes=(-1,)) if c.case_id in left_out else c
+        for c in dataset.cases
+    ]
+    monkeypatch.setattr(training, "open_dataset", lambda settings: dataset)
+    seen = []
+    load = Phantom.load
+    monkeypatch.setattr(Phantom, "load", lambda *a: seen.append(a[1].case_id) or load(*a))
+    train(recipe)
+    assert (
+        f"left out, an attribute not known: {', '.join(sorted(left_out))}"
+        in capsys.readouterr().out
+    )
+    assert not set(left_out) & set(seen)
+    assert set(splits.validation[1:]) <= set(seen)
 
 
 def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_recipe):
@@ -473,7 +496,7 @@ def test_there_is_nothing_to_resume_without_a_run(tmp_path):
 def test_a_loss_that_is_not_finite_stops_it_and_names_step_and_case(tmp_path, monkeypatch):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run", checkpoint_every=1, epochs=1)
     dataset = open_dataset(recipe.data)
-    splits = training.make_splits(dataset, 0)
+    splits = make_splits(dataset, 0)
     frames = Frames(dataset, splits.train, Framing(32), seed=0)
     *_, third, _ = train_batches(frames, batch_size=4, epoch=0)
     bad, load = third.case_ids[2], Phantom.load
@@ -603,7 +626,7 @@ def test_a_state_that_is_no_state_is_refused_and_not_run(finished, tmp_path, mon
 def test_it_prints_a_line_an_epoch_where_there_is_no_terminal(tmp_path, capsys):
     train(dataclasses.replace(TINY, out=tmp_path / "run"))
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[0].split(": ", 1)[1])["schedule"] == "cosine"
+    assert {"schedule=cosine", "data.data=phantom"} <= {*lines[0].split()}
     assert [line.split("  ")[0] for line in lines[1:3]] == ["epoch 1", "epoch 2"]
     for part in ("step 4/8", "loss ", "lr ", "images/s", "left", "site=site 1"):
         assert part in lines[1]
@@ -668,7 +691,7 @@ def test_scores_and_loads_do_not_depend_on_how_cases_fall_into_batches(finished)
     ]
     assert model.training
     assert results[0].dice == pytest.approx(results[1].dice)
-    (load_AE, other_AE) = (result.load["site"] for result in results)
+    (load_AE, other_AE) = (np.array(result.load["site"]) for result in results)
     assert load_AE.shape == (3, 8)
     np.testing.assert_allclose(load_AE.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(load_AE, other_AE, atol=1e-5)

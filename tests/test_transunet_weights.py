@@ -14,9 +14,15 @@ from scipy import ndimage
 from transunets import ATTRIBUTES, TINIES, TINY_HYBRID, TINY_VIT, images, make, run, stirred
 
 from dmoe_layer import routing
+from reference_models.checkpoints import load_model
+from reference_models.data import DataSettings
+from reference_models.data.phantom import PhantomSettings
+from reference_models.models import transunet
 from reference_models.models.transunet import MOE
 from reference_models.models.weight_files import WeightsError
 from reference_models.models.weights import load_google_npz, load_released_2d
+from reference_models.recipe import PRESETS
+from reference_models.training import train
 
 
 def google_entries(config, *, class_token=True, grid=(2, 2), channels=3):
@@ -484,3 +490,30 @@ def test_a_checkpoint_that_holds_more_than_a_state_dict_is_an_error(tmp_path):
     path = save_pth(tmp_path / "best.pth", {"model": released_entries(TINY_VIT), "epoch": 3})
     with pytest.raises(WeightsError, match=r"a dict of model, epoch.*state_dict"):
         load_released_2d(make(), path)
+
+
+def test_a_run_of_no_epochs_keeps_a_released_checkpoint_for_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setitem(transunet.VARIANTS, "vit_b16", TINY_VIT)
+    phantom = PhantomSettings(cases=20, test_cases_per_group=1, image_size=32)
+    entries = released_entries(TINY_VIT, n_classes=3)
+    recipe = dataclasses.replace(
+        PRESETS["small"],
+        data=DataSettings("phantom", phantom=phantom),
+        size=32,
+        epochs=0,
+        out=tmp_path / "run",
+    )
+
+    def given(path):
+        model = dataclasses.replace(recipe.model, variant="vit_b16", weights=path)
+        return dataclasses.replace(recipe, model=model)
+
+    train(given(save_pth(tmp_path / "epoch_299.pth", entries)))
+    _, _, model = load_model(recipe.out)
+    image = torch.rand(3, 1, 32, 32, dtype=torch.float64)
+    state = {name: value.double() if value.ndim else value for name, value in entries.items()}
+    expected = released_logits(state, TINY_VIT, image.expand(-1, 3, -1, -1), ATTRIBUTES)
+    torch.testing.assert_close(run(model.double(), image), expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(WeightsError, match=r"\.npz or \.pth"):
+        train(dataclasses.replace(given(tmp_path / "weights.bin"), out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import DataSettings, open_dataset
 from .cases import SPLITS, UNKNOWN, Case, DataError, Dataset
-from .splits import leaked_subjects, make_splits, read_splits
+from .splits import choose_splits, leaked_subjects
 
 WORKERS = 8  # threads; decoding leaves Python's lock alone
 NAMED = 10  # cases of a warning; of errors, all are named
@@ -58,13 +58,10 @@ def _splits(
     """Each case's split: by the file or by seed; the data set's own where those fail."""
     official = {case.case_id: case.split for case in dataset.cases}
     try:
-        if settings.splits is not None:
-            splits = read_splits(settings.splits, dataset)
-        elif leaks := leaked_subjects(official, dataset):
+        if settings.splits is None and (leaks := leaked_subjects(official, dataset)):
             errors.extend(map(DataError, leaks))
             return official
-        else:
-            splits = make_splits(dataset, settings.split_seed)
+        splits = choose_splits(dataset, settings.splits, settings.split_seed)
     except DataError as error:
         errors.append(error)
         return official

@@ -105,6 +105,15 @@ def write_splits(path: Path, splits: Splits) -> None:
     write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
+def choose_splits(dataset: Dataset, path: Path | None, seed: int) -> Splits:
+    """The file's splits where there is a path, else new ones by seed.
+
+    Raises:
+        DataError: as of `read_splits` and `make_splits`.
+    """
+    return make_splits(dataset, seed) if path is None else read_splits(path, dataset)
+
+
 def read_splits(path: Path, dataset: Dataset) -> Splits:
     """What `write_splits` wrote; cases that the file does not name are left out.
 

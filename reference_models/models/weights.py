@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .transunet import TransUNet
 from .vit import resized_positions
-from .weight_files import Entries, google, pytorch, read_npz, read_pth
+from .weight_files import Entries, WeightsError, google, pytorch, read_npz, read_pth
 
 Weights: TypeAlias = dict[str, Tensor]  # by our names
 # What makes Google's files classifiers.
@@ -55,6 +55,18 @@ RELEASED = {
 }
 RELEASED_MOE = "transformer.encoder.sparseMoE"
 ROUTER = "vit.moe.0.router.w_A2ED"
+
+
+def load_weights(model: TransUNet, path: Path) -> None:
+    """Google's weights from a `.npz`, the paper's from a `.pth`.
+
+    Raises:
+        WeightsError: the path ends otherwise; or as of `load_google_npz`, `load_released_2d`.
+    """
+    loaders = {".npz": load_google_npz, ".pth": load_released_2d}
+    if path.suffix not in loaders:
+        raise WeightsError(f"{path}: expected a file that ends in {' or '.join(loaders)}.")
+    loaders[path.suffix](model, path)
 
 
 def load_google_npz(model: TransUNet, path: str | Path) -> None:
