@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo bench gpu test lint clean
 
 demo: .venv/demo
-	$(BIN)/python -m reference_models.demo
+	$(BIN)/python -m reference_models demo
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks

@@ -73,14 +73,16 @@ def _evaluate(settings: Annotated[_Evaluated, tyro.conf.arg(name="")]) -> int:
     """Scores a trained run, or masks by any other tool, and writes csv, json and a report."""
     if isinstance(settings, EvaluateRun):
         evaluate_run(settings)
+        print(f"report: {settings.folder / 'report.html'}")
     else:
         evaluate_predictions(settings)
+        print(f"report: {settings.out / 'report.html'}")
     return 0
 
 
 def _predict(settings: Annotated[PredictSettings, tyro.conf.arg(name="")]) -> int:
     """Writes a run's masks and overlays at the images' own size."""
-    predict(settings)
+    print(f"written: {predict(settings)}")
     return 0
 
 

@@ -67,6 +67,10 @@ class EvaluateRun(RunSettings):
     """Folder to write; by default evaluation-<split> in the run's."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
+    @property
+    def folder(self) -> Path:
+        return self.out or self.run / f"evaluation-{self.split}"
+
 
 @dataclass(frozen=True)
 class EvaluatePredictions:
@@ -110,8 +114,7 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
         paths = {case.case_id: folder / "masks" / f"{case.case_id}.png" for case in run.cases}
         return _write(folder, found, settings, settings.run, paths)
 
-    out = settings.out or settings.run / f"evaluation-{settings.split}"
-    return write_folder(out, write, CONTENTS)
+    return write_folder(settings.folder, write, CONTENTS)
 
 
 def evaluate_predictions(settings: EvaluatePredictions) -> Summary:

@@ -32,8 +32,9 @@ def test_check_counts_the_cases_of_each_group_and_split(capsys):
     assert "no errors" in printed
 
 
-def test_a_run_is_scored_predicted_and_scored_again_from_its_masks(run, tmp_path):
+def test_a_run_is_scored_predicted_and_scored_again_from_its_masks(run, tmp_path, capsys):
     assert main(["evaluate", "run", "--run", str(run), "--resamples", "100"]) == 0
+    assert f"report: {run / 'evaluation-test' / 'report.html'}" in capsys.readouterr().out
     assert main(["predict", "--run", str(run), "--out", str(tmp_path / "predicted")]) == 0
     masks, again = tmp_path / "predicted" / "masks", tmp_path / "again"
     scored = ["--folder", str(masks), *PHANTOM, "--out", str(again), "--resamples", "100"]
