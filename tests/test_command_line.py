@@ -3,6 +3,9 @@
 import csv
 import dataclasses
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,6 +15,7 @@ from reference_models.__main__ import main
 from reference_models.data import DataSettings
 from reference_models.data.phantom import PhantomSettings
 
+ROOT = Path(__file__).parent.parent
 # As small as still has every group in every split.
 PHANTOM = ["--data", "phantom", "--phantom.cases", "30", "--phantom.test-cases-per-group", "2"]
 PHANTOM += ["--phantom.image-size", "32"]
@@ -105,3 +109,20 @@ def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monke
     }
     again = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
     assert again == summaries
+
+
+def readme_commands():
+    for page in ("README.md", "reference_models/README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        yield from re.findall(r"^python -m reference_models (.+?)\s*(?:#.*)?$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if "--help" not in c])
+def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch):
+    called = []
+    for name in ("check", "train", "evaluate_run", "evaluate_predictions", "predict", "demo"):
+        monkeypatch.setattr(
+            f"reference_models.__main__.{name}", lambda *a, name=name, **k: called.append(name) or 0
+        )
+    assert main(shlex.split(command)) == 0
+    assert [name.split("_")[0] for name in called] == [command.split()[0]]
