@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,6 +292,51 @@ def test_an_earlier_evaluation_is_replaced_and_nothing_else_is(run_of, tmp_path)
         evaluate_run(EvaluateRun(run, scoring=FEW, out=out))
     assert sorted(out.rglob("*")) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_masks_of_the_users_own_are_never_replaced(other_tool, tmp_path):
+    _, folder, settings = other_tool
+    out = tmp_path / "tool"
+    out.mkdir()
+    masks = folder.rename(out / "masks")
+    before = {path: path.read_bytes() for path in masks.iterdir()}
+    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+        evaluate_predictions(dataclasses.replace(settings, folder=masks, out=out))
+    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+        predict(PredictSettings(tmp_path / "run", out=out))
+    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+        evaluate_run(EvaluateRun(tmp_path / "run", scoring=FEW, out=out))
+    assert before == {path: path.read_bytes() for path in masks.iterdir()}
+
+
+def test_where_nothing_can_be_written_a_sentence_says_so(other_tool, tmp_path, monkeypatch):
+    _, _, settings = other_tool
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file/out: cannot be written"):
+        evaluate_predictions(dataclasses.replace(settings, out=tmp_path / "file" / "out"))
+
+    def full(path, *rest):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_report", full)
+        with pytest.raises(DataError, match=r"out: cannot be written .*No space left"):
+            evaluate_predictions(settings)
+    assert not settings.out.exists()
+    assert not [*tmp_path.glob(".out*")]
+    settings.out.mkdir()
+    monkeypatch.chdir(settings.out)
+    with pytest.raises(DataError, match="the folder you are in"):
+        evaluate_predictions(dataclasses.replace(settings, out=Path()))
+
+
+def test_of_a_link_what_it_points_to_is_written(other_tool, tmp_path):
+    _, _, settings = other_tool
+    (tmp_path / "large disk").mkdir()
+    settings.out.symlink_to(tmp_path / "large disk")
+    evaluate_predictions(settings)
+    assert settings.out.is_symlink()
+    assert (tmp_path / "large disk" / "summary.json").is_file()
 
 
 def test_if_a_case_cannot_be_read_nothing_is_written(run_of, monkeypatch):
