@@ -535,7 +535,7 @@ def test_everything_wrong_with_a_folder_of_masks_is_in_one_error_and_nothing_is_
     (folder / "bar9.png").write_bytes(b"")
     Image.fromarray(good.astype(np.uint16)).save(folder / "bar10.png")
     (folder / "bar11.png").unlink()
-    (folder / "bar11.npy").write_bytes(b"\x93NUMPY")
+    (folder / "bar11.npy").write_bytes(b"\x93NUMPY\x01\x00\x06\x00{'a':(")
     with pytest.raises(DataError) as caught:
         evaluate_predictions(settings)
     text = str(caught.value)
@@ -579,6 +579,25 @@ def test_no_damaged_byte_of_a_png_goes_unnoticed(tmp_path):
         except DataError:
             continue
         assert (read == mask).all(), place
+
+
+def test_a_palette_whose_places_may_not_be_the_labels_is_refused(tmp_path):
+    path, size, classes = tmp_path / "mask.png", (6, 4), ("background", "rim", "cup")
+    mask = np.zeros(size, np.uint8)
+    mask[1:3], mask[4] = 1, 2
+    for greys in ((0, 1, 2), (0, 128, 255), (0, 0, 0)):
+        image = Image.fromarray(mask, mode="P")
+        image.putpalette(np.repeat(greys, 3).tolist())
+        image.save(path)
+        assert (read_mask(path, size, classes) == mask).all()
+    empty = np.zeros(size, np.uint8)
+    for labels in (mask, empty):
+        # As Pillow and tools that make PNGs small do: 2, 1, 0 for 0, 1, 2.
+        image = Image.fromarray(2 - labels, mode="P")
+        image.putpalette(np.repeat([2, 1, 0], 3).tolist())
+        image.save(path)
+        with pytest.raises(DataError, match=r"mask\.png: .*greys are 2, 1, 0"):
+            read_mask(path, size, classes)
 
 
 def test_a_pickle_in_a_mask_is_not_run(tmp_path):

@@ -1,6 +1,7 @@
 """Splits and batches: seeded, leak-free, the same for any number of workers or ranks."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +262,12 @@ def test_what_was_read_once_is_cached_for_workers_and_later_runs(tmp_path):
     (batch,) = eval_batches(changed, batch_size=6)
     assert changed.dataset.loads == 1
     assert batch.image_BCS[2].max() == 9
+    # So is one of the same size and, as an archive may set it, the same time.
+    times = os.stat(files[2]).st_atime_ns, os.stat(files[2]).st_mtime_ns
+    Path(files[2]).write_text("8", encoding="utf-8")
+    os.utime(files[2], ns=times)
+    (batch,) = eval_batches(frames(), batch_size=6)
+    assert batch.image_BCS[2].max() == 8
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:-100])
     torn = frames()
@@ -272,6 +279,18 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error_of_the_settings(tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="choose another"):
         FrameCache(tmp_path / "file" / "cache", "lesions", Framing(8))
+
+
+def test_a_full_cache_is_an_error_that_says_so(tmp_path, monkeypatch):
+    def full(path, array, **_):
+        raise OSError("160 requested and 0 written")  # numpy's own, without a number
+
+    monkeypatch.setattr(np, "save", full)
+    files = lesion_files(tmp_path, n=1)
+    frames = Frames(Lesions(1, files=files), ["case000"], Framing(8), cache=tmp_path / "cache")
+    with pytest.raises(DataError, match=r"cache: 160 requested and 0 written; make room"):
+        next(eval_batches(frames, batch_size=1))
+    assert [*(tmp_path / "cache").iterdir()] == []
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -221,7 +221,7 @@ def _pixels(path: str) -> np.ndarray:
                 raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
             upright = ImageOps.exif_transpose(image)
             see_through = "A" in image.mode or "transparency" in image.info
-            if see_through and upright.convert("RGBA").getextrema()[3][0] < 255:
+            if see_through and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
                 raise ValueError("parts of it are transparent, and what lies behind is not known")
             return np.asarray(upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
