@@ -1,5 +1,6 @@
 """Data sets: the files' formats are read as they stand, and what is wrong with a file is said."""
 
+import dataclasses
 import io
 import re
 import zipfile
@@ -12,6 +13,7 @@ from rich.console import Console
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
 from reference_models.data.cases import UNKNOWN, DataError
 from reference_models.data.check import check
+from reference_models.data.splits import make_splits, write_splits
 
 CODES = {"race": 2, "gender": 0, "ethnicity": 1, "language": 0, "maritalstatus": 3}
 
@@ -264,13 +266,30 @@ def test_check_finds_leaks_repeated_names_unknowns_and_missing_classes(tmp_path)
     assert "data_00001.npz: in" in checked(settings)[1]
 
 
-def test_check_counts_each_value_by_split(tmp_path):
-    code, text = checked(fairseg_folder(tmp_path))
-    assert code == 0
-    (row,) = [line for line in text.splitlines() if "Asian" in line]
-    counts = [int(word) for word in row.replace("│", " ").split()[1:]]
-    assert counts[2] == 1  # data_00012, of the test list
-    assert sum(counts) == 4
+def test_check_counts_each_value_by_split_as_training_would_use_it(tmp_path):
+    settings = fairseg_folder(tmp_path, n=40)
+    dataset = open_dataset(settings)
+    race = {case.case_id: case.attributes[0] for case in dataset.cases}
+    splits = make_splits(dataset, 0)
+    fewer = dataclasses.replace(splits, train=splits.train[5:])
+    write_splits(tmp_path / "fewer.json", fewer)
+    for wanted, change in (
+        (splits, {}),
+        (make_splits(dataset, 7), {"split_seed": 7}),
+        (fewer, {"splits": tmp_path / "fewer.json"}),
+    ):
+        code, text = checked(dataclasses.replace(settings, **change))
+        assert code == 0
+        # Cases that a splits file leaves out have a column of their own, behind the three.
+        for value, name in enumerate(("Asian", "Black", "White")):
+            (row,) = [line for line in text.splitlines() if name in line]
+            counts = [int(word) for word in row.replace("│", " ").split()[1:]]
+            assert counts[:3] == [
+                [race[case_id] for case_id in ids].count(value)
+                for ids in (wanted.train, wanted.validation, wanted.test)
+            ]
+            assert sum(counts) == [*race.values()].count(value)
+        assert ("no split" in text) == (wanted is fewer)
 
 
 def test_ham10000_is_read_as_medfair_lays_it_out(tmp_path):

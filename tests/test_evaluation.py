@@ -280,6 +280,23 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_does_not(run_of, tmp
     assert texts[0] != texts[2]
 
 
+def test_intervals_are_of_the_seed_and_the_number_of_draws_asked_for(other_tool):
+    dataset, folder, settings = other_tool
+    for number, case in enumerate(dataset.cases):
+        mask = dataset.load(case).mask_S
+        mask[12, : 1 + number] = 1  # too much, from case to case more
+        Image.fromarray(mask).save(folder / f"{case.case_id}.png")
+    texts = []
+    for change in ({}, {"seed": 1}, {"resamples": 101}, {}):
+        scoring = dataclasses.replace(FEW, **change)
+        summary = evaluate_predictions(dataclasses.replace(settings, scoring=scoring))
+        ((region,),) = summary.conditions[0].scores.values()
+        texts.append((region.es_dice.low, region.es_dice.high))
+        assert region.es_dice.low < region.es_dice.value < region.es_dice.high
+    assert texts[0] == texts[3]
+    assert len({*texts}) == 3
+
+
 def test_an_earlier_evaluation_is_replaced_and_nothing_else_is(run_of, tmp_path):
     run, out = run_of(Ruler(), Bars()), tmp_path / "out"
     evaluate_run(EvaluateRun(run, scoring=FEW, out=out))
