@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.data import get_track_meta
 
 from reference_models.data import PhantomSettings
 from reference_models.data.cache import FrameCache
@@ -200,11 +201,13 @@ def test_augmentation_is_the_papers_and_moves_image_and_mask_together():
         case.case_id, mark[None].astype(np.float32), 2 * mark, case.attributes, (1, 1)
     )
     kinds = {"left alone": 0, "turned and flipped": 0, "rotated": 0}
+    assert get_track_meta()  # MONAI's setting, which others may rely on
     turned = [np.flip(np.rot90(mark, k), axis) for k in range(4) for axis in (0, 1)]
     for epoch in range(400):
         sample = frames[0, epoch]
         image, mask = sample.image_BCS[0, 0].numpy(), sample.mask_BS[0].numpy()
         assert set(np.unique(mask)) == {0, 2}
+        assert type(sample.image_BCS) is torch.Tensor
         mask = mask // 2
         assert (mask == (image >= 0.5)).mean() > 0.97
         if (mask == mark).all() and (image == mark).all():
@@ -215,6 +218,7 @@ def test_augmentation_is_the_papers_and_moves_image_and_mask_together():
             kinds["rotated"] += 1
             y, x = np.nonzero(mask)
             assert np.hypot(y.mean() - 11.5, x.mean() - 11.5) < 3  # turned about the middle
+    assert get_track_meta()
     # 200, 100 and 100 expected; three standard deviations are 30 and 26.
     assert abs(kinds["turned and flipped"] - 200) < 30
     assert abs(kinds["rotated"] - 100) < 26
