@@ -417,6 +417,26 @@ def test_check_names_a_bad_photograph_mask_or_row(tmp_path, fault):
     assert ("HAM_0000001" if fault == "leak" else "ISIC_0000003") in line
 
 
+def test_no_damaged_byte_of_a_png_mask_goes_unnoticed(tmp_path):
+    settings, _ = ham_folder(tmp_path)
+    dataset = open_dataset(settings)
+    whole = dataset.load(dataset.cases[0]).mask_S
+    path = settings.root / "HAM10000_segmentations/ISIC_0000000_segmentation.png"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            mask = dataset.load(dataset.cases[0]).mask_S
+        except DataError:
+            continue
+        np.testing.assert_array_equal(mask, whole, err_msg=str(place))
+    path.write_bytes(content[:-20])
+    with pytest.raises(DataError, match="ISIC_0000000"):
+        dataset.load(dataset.cases[0])
+
+
 def test_settings_that_fit_no_data_set_are_refused(tmp_path):
     for settings, words in (
         (DataSettings("fairseg"), "root"),

@@ -217,6 +217,8 @@ def _pixels(path: str) -> np.ndarray:
     """Rows x columns x RGB, uint8, upright as the file's EXIF says."""
     try:
         with Image.open(path) as image:
+            image.verify()  # a PNG's checksums, which decoding alone does not look at to the end
+        with Image.open(path) as image:
             if image.mode[0] in "IF":  # which Pillow would cut off at 255
                 raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
             upright = ImageOps.exif_transpose(image)
