@@ -40,7 +40,7 @@ from .scores import Condition, RegionScores, Summary
 from .summary import case_scores, population_shares, region_scores, write_cases, write_summary
 
 AS_GIVEN = "as given"
-CONTENTS = ("cases.csv", "summary.json", "report.html", "masks")
+CONTENTS = ("cases.csv", "summary.json", "report.html")
 Split = Literal["train", "validation", "test"]
 
 
@@ -114,7 +114,7 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
         paths = {case.case_id: folder / "masks" / f"{case.case_id}.png" for case in run.cases}
         return _write(folder, found, settings, settings.run, paths)
 
-    return write_folder(settings.folder, write, CONTENTS)
+    return write_folder(settings.folder, write, (*CONTENTS, "masks"))
 
 
 def evaluate_predictions(settings: EvaluatePredictions) -> Summary:

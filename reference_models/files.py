@@ -36,24 +36,43 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
     """Calls `write` with an empty folder beside `path`, then puts that in `path`'s place.
 
     Args:
-        path: the folder; it may be there already if it holds nothing but `contents`, which are
-            then replaced.
+        path: the folder; it may be there already if it is empty, or holds `contents` and nothing
+            else, which are then replaced. Of a link, what it points to is written.
         write: fills a folder. If it raises, `path` stays as it was.
-        contents: the names that `write` makes, all of them or some.
+        contents: the names that `write` makes, all of them. Where some are missing, what is there
+            is not an earlier result but somebody's own.
 
     Returns:
         What `write` returned.
 
     Raises:
-        DataError: `path` is no folder, or holds something else; before `write` is called.
+        DataError: `path` is no folder, holds something else or is the working directory, before
+            `write` is called; or it cannot be written.
     """
+    given, path = path, path.resolve()
     if path.exists() and not path.is_dir():
-        raise DataError(f"{path}: is a file, expected a folder to write to; choose another.")
-    if path.is_dir() and (other := sorted({item.name for item in path.iterdir()} - {*contents})):
+        raise DataError(f"{given}: is a file, expected a folder to write to; choose another.")
+    if path == Path.cwd():
         raise DataError(
-            f"{path}: holds {', '.join(other[:5])}{', ...' if len(other) > 5 else ''}, which would "
-            f"be lost; choose another folder, or one with nothing but {', '.join(contents)}."
+            f"{given}: is the folder you are in, which would be replaced; choose another."
         )
+    held = {item.name for item in path.iterdir()} if path.is_dir() else set()
+    if held and held != {*contents}:
+        shown = sorted(held - {*contents}) or sorted(held)
+        raise DataError(
+            f"{given}: holds {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}, which "
+            f"would be lost; choose another folder, or one with nothing but an earlier result "
+            f"({', '.join(contents)})."
+        )
+    try:
+        return _replaced(path, write)
+    except OSError as error:
+        raise DataError(
+            f"{given}: cannot be written ({error}); make room or choose another."
+        ) from error
+
+
+def _replaced(path: Path, write: Callable[[Path], Result]) -> Result:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

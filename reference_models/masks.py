@@ -67,7 +67,7 @@ def read_mask(path: Path, size: tuple[int, ...], classes: Sequence[str]) -> np.n
     """
     try:
         values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # which one, depends on where the damage lies
         raise DataError(f"{path.name}: cannot be read ({error}).") from error
     if values.shape != size:
         raise DataError(f"{path.name}: got size {values.shape}, expected the image's, {size}.")
@@ -95,7 +95,18 @@ def _read_png(path: Path) -> np.ndarray:
             raise ValueError(
                 f"a PNG of mode {image.mode}, expected one label a pixel: 8 bits, grey or palette"
             )
-        return np.asarray(image).astype(np.uint8)
+        values = np.asarray(image).astype(np.uint8)
+        colours = np.array(image.getpalette() or [], np.int64).reshape(-1, 3)[
+            : int(values.max()) + 1
+        ]
+    # Of colours, places in the palette are the labels. Of greys that do not rise with their places
+    # they need not be: tools that make files small put greys into any order.
+    if (colours == colours[:, :1]).all() and (np.diff(colours[:, 0]) < 0).any():
+        raise ValueError(
+            f"its palette's greys are {', '.join(map(str, colours[:5, 0]))}, so that place and "
+            "grey level are different labels; write it as 8-bit grey"
+        )
+    return values
 
 
 def _read_npy(path: Path) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Data sets: the files' formats are read as they stand, and what is wrong with a file is said."""
 
+import dataclasses
 import io
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from rich.console import Console
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
 from reference_models.data.cases import UNKNOWN, DataError
 from reference_models.data.check import check
+from reference_models.data.splits import make_splits, write_splits
 
 CODES = {"race": 2, "gender": 0, "ethnicity": 1, "language": 0, "maritalstatus": 3}
 
@@ -29,8 +32,18 @@ def write_npz(root, number, **members):
     """One file in the real format; None leaves a member out."""
     content = {"slo_fundus": fundus(), "disc_cup_mask": disc(), "age": 64.0, **CODES} | members
     path = root / f"data_{number:05}.npz"
+    raw = {name: content.pop(name) for name in [*content] if isinstance(content[name], bytes)}
     np.savez_compressed(path, **{k: np.asarray(v) for k, v in content.items() if v is not None})
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, stored in raw.items():
+            archive.writestr(f"{name}.npy", stored)
     return path
+
+
+def header(shape):
+    """An array's, without its numbers."""
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
 def fairseg_folder(root, n=12, **members):
@@ -138,6 +151,13 @@ BAD_NPZ = {
     "race 7": ({"race": 7}, "race must be 0..2"),
     "text": ({"gender": "F"}, "gender must be one number"),
     "age in days": ({"age": 20000}, "would be in days"),
+    "two patients": ({"pid": [1, 2]}, r"pid must be one value, got int64 \(2,\)"),
+    "no array": ({"race": b"2"}, r"race cannot be read \(no array\)"),
+    "torn header": ({"race": header("(1")}, "race cannot be read"),
+    "claims terabytes": (
+        {"slo_fundus": header("(100000000000000,)}")},
+        "slo_fundus cannot be read",
+    ),
 }
 
 
@@ -153,6 +173,65 @@ def test_check_names_a_bad_npz_and_says_what_is_wrong(tmp_path, fault):
     assert len(lines) == 1
     assert str(path) in lines[0]
     assert re.search(words, text)
+
+
+def test_fairseg_files_are_found_whatever_the_lists_and_folders_are_like(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root, elsewhere):
+        folder.mkdir()
+    fairseg_folder(elsewhere)
+    (elsewhere / "data_00001.npz").rename(elsewhere / "data_00001.NPZ")
+    (elsewhere / "data_00002.npz").rename(elsewhere / "data.v2.npz")
+    (elsewhere / "._data_00003.npz").write_bytes(b"of macOS")
+    (root / "Training").symlink_to(elsewhere)
+    names = ["Training\\data_00001.npz", "data.v2", *(f"data_{i:05}.npz" for i in range(3, 13))]
+    (root / "Train.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(names[:10]).encode())
+    (root / "TEST.TXT").write_text("\n".join(names[10:]))
+    (elsewhere / "train.txt").unlink()
+    (elsewhere / "test.txt").unlink()
+    cases = open_dataset(DataSettings("fairseg", root)).cases
+    assert [case.split for case in cases] == ["train"] * 10 + ["test"] * 2
+    assert [case.case_id for case in cases[:3]] == ["data_00001", "data.v2", "data_00003"]
+    (root / "Train.txt").unlink()
+    (root / "TEST.TXT").unlink()
+    assert len(open_dataset(DataSettings("fairseg", root)).cases) == 12
+
+
+@pytest.mark.parametrize("pid", [-1, np.nan, ""])
+def test_patients_who_are_not_known_are_not_one_patient(tmp_path, pid):
+    settings = fairseg_folder(tmp_path, pid=pid)
+    assert len({case.subject for case in open_dataset(settings).cases}) == 12
+    assert checked(settings)[0] == 0
+
+
+def test_an_empty_list_or_table_is_an_error_and_a_missing_one_is_said(tmp_path):
+    settings = fairseg_folder(tmp_path)
+    (tmp_path / "test.txt").write_text("\n")
+    code, text = checked(settings)
+    assert code == 1
+    assert f"error: {tmp_path / 'test.txt'}: names no file" in text
+    (tmp_path / "test.txt").unlink()
+    code, text = checked(settings)
+    assert code == 0
+    assert "split: validation and test drawn by seed 0 from the rest" in text
+    assert f"split: by {tmp_path / 'train.txt'}\n" in text
+    settings, _ = ham_folder(tmp_path)
+    assert "drawn" not in checked(settings)[1]
+    table = settings.root / "split" / "new_test.csv"
+    table.write_text(table.read_text().splitlines()[0])
+    code, text = checked(settings)
+    assert code == 1
+    assert f"error: {table}: has no row" in text
+
+
+def test_check_warns_of_images_and_masks_of_one_value(tmp_path):
+    settings = fairseg_folder(tmp_path)
+    write_npz(tmp_path, 4, slo_fundus=fundus() * 0)
+    write_npz(tmp_path, 5, disc_cup_mask=np.minimum(disc(), -1))
+    code, text = checked(settings)
+    assert code == 0
+    assert "warning: image of one intensity: 1 cases: data_00004" in text
+    assert "warning: mask without background: 1 cases: data_00005" in text
 
 
 def test_check_names_every_bad_file_of_many(tmp_path):
@@ -187,13 +266,30 @@ def test_check_finds_leaks_repeated_names_unknowns_and_missing_classes(tmp_path)
     assert "data_00001.npz: in" in checked(settings)[1]
 
 
-def test_check_counts_each_value_by_split(tmp_path):
-    code, text = checked(fairseg_folder(tmp_path))
-    assert code == 0
-    (row,) = [line for line in text.splitlines() if "Asian" in line]
-    counts = [int(word) for word in row.replace("│", " ").split()[1:]]
-    assert counts[2] == 1  # data_00012, of the test list
-    assert sum(counts) == 4
+def test_check_counts_each_value_by_split_as_training_would_use_it(tmp_path):
+    settings = fairseg_folder(tmp_path, n=40)
+    dataset = open_dataset(settings)
+    race = {case.case_id: case.attributes[0] for case in dataset.cases}
+    splits = make_splits(dataset, 0)
+    fewer = dataclasses.replace(splits, train=splits.train[5:])
+    write_splits(tmp_path / "fewer.json", fewer)
+    for wanted, change in (
+        (splits, {}),
+        (make_splits(dataset, 7), {"split_seed": 7}),
+        (fewer, {"splits": tmp_path / "fewer.json"}),
+    ):
+        code, text = checked(dataclasses.replace(settings, **change))
+        assert code == 0
+        # Cases that a splits file leaves out have a column of their own, behind the three.
+        for value, name in enumerate(("Asian", "Black", "White")):
+            (row,) = [line for line in text.splitlines() if name in line]
+            counts = [int(word) for word in row.replace("│", " ").split()[1:]]
+            assert counts[:3] == [
+                [race[case_id] for case_id in ids].count(value)
+                for ids in (wanted.train, wanted.validation, wanted.test)
+            ]
+            assert sum(counts) == [*race.values()].count(value)
+        assert ("no split" in text) == (wanted is fewer)
 
 
 def test_ham10000_is_read_as_medfair_lays_it_out(tmp_path):
@@ -238,6 +334,22 @@ def test_ham10000_single_metadata_file_is_read_and_left_open(tmp_path):
     assert {case.split for case in dataset.cases} == {None}
 
 
+def test_a_bad_row_is_named_by_its_line_and_paths_may_be_of_windows(tmp_path):
+    settings, rows = ham_folder(
+        tmp_path, Path=[f"HAM10000_images\\ISIC_{i:07}.jpg" for i in range(12)]
+    )
+    assert len(open_dataset(settings).cases) == 12
+    rows[3]["Sex"] = "x"
+    write_ham_tables(settings.root, rows)
+    table = settings.root / "split" / "new_train.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines[:2], "", "", *lines[2:]]))
+    assert f"error: {table}:7: ISIC_0000003" in checked(settings)[1]
+    table.write_text(table.read_text().replace(",", ";"))
+    with pytest.raises(DataError, match="the first has ;lesion_id;image_id"):
+        open_dataset(settings)
+
+
 def test_photographs_are_turned_as_their_exif_says(tmp_path):
     settings, _ = ham_folder(tmp_path)
     path = settings.root / "HAM10000_images/ISIC_0000000.jpg"
@@ -268,6 +380,16 @@ def _damage_ham(root, rows, fault):
         Image.fromarray(grey[:10] + 255).save(mask)
     elif fault == "not an image":
         mask.write_text("sorry")
+    elif fault == "16 bits":
+        Image.fromarray(grey.astype(np.uint16) + 30000).save(image, format="PNG")
+    elif fault == "16-bit mask":
+        Image.fromarray(grey.astype(np.uint16) + 300).save(mask)
+    elif fault == "coloured mask":
+        Image.fromarray(np.stack([grey + 255, grey + 255, grey + 252], -1)).save(mask)
+    elif fault == "mask in alpha":
+        Image.fromarray(np.stack([grey + 255] * 3 + [grey], -1)).save(mask)
+    elif fault == "hidden name":
+        rows[3]["image_id"] = ".ISIC_0000003"
     elif fault == "age group 9":
         rows[3]["Age_multi"] = 9
     elif fault == "sex":
@@ -282,7 +404,8 @@ def _damage_ham(root, rows, fault):
 @pytest.mark.parametrize(
     "fault",
     ["missing mask", "missing image", "torn image", "empty mask", "grey mask", "sizes differ",
-     "not an image", "age group 9", "sex", "listed twice", "leak"],
+     "not an image", "16 bits", "16-bit mask", "coloured mask", "mask in alpha", "hidden name",
+     "age group 9", "sex", "listed twice", "leak"],
 )  # fmt: skip
 def test_check_names_a_bad_photograph_mask_or_row(tmp_path, fault):
     settings, rows = ham_folder(tmp_path)

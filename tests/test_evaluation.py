@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,6 +280,23 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_does_not(run_of, tmp
     assert texts[0] != texts[2]
 
 
+def test_intervals_are_of_the_seed_and_the_number_of_draws_asked_for(other_tool):
+    dataset, folder, settings = other_tool
+    for number, case in enumerate(dataset.cases):
+        mask = dataset.load(case).mask_S
+        mask[12, : 1 + number] = 1  # too much, from case to case more
+        Image.fromarray(mask).save(folder / f"{case.case_id}.png")
+    texts = []
+    for change in ({}, {"seed": 1}, {"resamples": 101}, {}):
+        scoring = dataclasses.replace(FEW, **change)
+        summary = evaluate_predictions(dataclasses.replace(settings, scoring=scoring))
+        ((region,),) = summary.conditions[0].scores.values()
+        texts.append((region.es_dice.low, region.es_dice.high))
+        assert region.es_dice.low < region.es_dice.value < region.es_dice.high
+    assert texts[0] == texts[3]
+    assert len({*texts}) == 3
+
+
 def test_an_earlier_evaluation_is_replaced_and_nothing_else_is(run_of, tmp_path):
     run, out = run_of(Ruler(), Bars()), tmp_path / "out"
     evaluate_run(EvaluateRun(run, scoring=FEW, out=out))
@@ -290,6 +309,51 @@ def test_an_earlier_evaluation_is_replaced_and_nothing_else_is(run_of, tmp_path)
         evaluate_run(EvaluateRun(run, scoring=FEW, out=out))
     assert sorted(out.rglob("*")) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_masks_of_the_users_own_are_never_replaced(other_tool, tmp_path):
+    _, folder, settings = other_tool
+    out = tmp_path / "tool"
+    out.mkdir()
+    masks = folder.rename(out / "masks")
+    before = {path: path.read_bytes() for path in masks.iterdir()}
+    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+        evaluate_predictions(dataclasses.replace(settings, folder=masks, out=out))
+    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+        predict(PredictSettings(tmp_path / "run", out=out))
+    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+        evaluate_run(EvaluateRun(tmp_path / "run", scoring=FEW, out=out))
+    assert before == {path: path.read_bytes() for path in masks.iterdir()}
+
+
+def test_where_nothing_can_be_written_a_sentence_says_so(other_tool, tmp_path, monkeypatch):
+    _, _, settings = other_tool
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file/out: cannot be written"):
+        evaluate_predictions(dataclasses.replace(settings, out=tmp_path / "file" / "out"))
+
+    def full(path, *rest):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_report", full)
+        with pytest.raises(DataError, match=r"out: cannot be written .*No space left"):
+            evaluate_predictions(settings)
+    assert not settings.out.exists()
+    assert not [*tmp_path.glob(".out*")]
+    settings.out.mkdir()
+    monkeypatch.chdir(settings.out)
+    with pytest.raises(DataError, match="the folder you are in"):
+        evaluate_predictions(dataclasses.replace(settings, out=Path()))
+
+
+def test_of_a_link_what_it_points_to_is_written(other_tool, tmp_path):
+    _, _, settings = other_tool
+    (tmp_path / "large disk").mkdir()
+    settings.out.symlink_to(tmp_path / "large disk")
+    evaluate_predictions(settings)
+    assert settings.out.is_symlink()
+    assert (tmp_path / "large disk" / "summary.json").is_file()
 
 
 def test_if_a_case_cannot_be_read_nothing_is_written(run_of, monkeypatch):
@@ -488,7 +552,7 @@ def test_everything_wrong_with_a_folder_of_masks_is_in_one_error_and_nothing_is_
     (folder / "bar9.png").write_bytes(b"")
     Image.fromarray(good.astype(np.uint16)).save(folder / "bar10.png")
     (folder / "bar11.png").unlink()
-    (folder / "bar11.npy").write_bytes(b"\x93NUMPY")
+    (folder / "bar11.npy").write_bytes(b"\x93NUMPY\x01\x00\x06\x00{'a':(")
     with pytest.raises(DataError) as caught:
         evaluate_predictions(settings)
     text = str(caught.value)
@@ -532,6 +596,25 @@ def test_no_damaged_byte_of_a_png_goes_unnoticed(tmp_path):
         except DataError:
             continue
         assert (read == mask).all(), place
+
+
+def test_a_palette_whose_places_may_not_be_the_labels_is_refused(tmp_path):
+    path, size, classes = tmp_path / "mask.png", (6, 4), ("background", "rim", "cup")
+    mask = np.zeros(size, np.uint8)
+    mask[1:3], mask[4] = 1, 2
+    for greys in ((0, 1, 2), (0, 128, 255), (0, 0, 0)):
+        image = Image.fromarray(mask, mode="P")
+        image.putpalette(np.repeat(greys, 3).tolist())
+        image.save(path)
+        assert (read_mask(path, size, classes) == mask).all()
+    empty = np.zeros(size, np.uint8)
+    for labels in (mask, empty):
+        # As Pillow and tools that make PNGs small do: 2, 1, 0 for 0, 1, 2.
+        image = Image.fromarray(2 - labels, mode="P")
+        image.putpalette(np.repeat([2, 1, 0], 3).tolist())
+        image.save(path)
+        with pytest.raises(DataError, match=r"mask\.png: .*greys are 2, 1, 0"):
+            read_mask(path, size, classes)
 
 
 def test_a_pickle_in_a_mask_is_not_run(tmp_path):

@@ -51,7 +51,7 @@ class FrameCache:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(
-                f"cache folder {folder}: {error.strerror}; choose another (`cache`)"
+                f"cache folder {folder}: {error.strerror or error}; choose another (`cache`)"
             ) from error
         if not os.access(folder, os.W_OK | os.X_OK):
             raise DataError(
@@ -78,8 +78,8 @@ class FrameCache:
             write_whole(path, lambda target: np.save(target, frame, allow_pickle=False))
         except OSError as error:
             raise DataError(
-                f"cache folder {self._folder}: {error.strerror}; make room or choose another "
-                "(`cache`)"
+                f"cache folder {self._folder}: {error.strerror or error}; make room or choose "
+                "another (`cache`)"
             ) from error
         return frame
 
@@ -90,6 +90,9 @@ class FrameCache:
                 status = os.stat(name)
             except OSError as error:
                 raise DataError(f"{name}: {error.strerror} (case {case.case_id})") from error
-            files.append([os.path.realpath(name), status.st_size, status.st_mtime_ns])
+            # The time of the last change of any kind (ctime) shows a file that was put in another's
+            # place with its times kept, as unpacking and copying may do.
+            times = [status.st_mtime_ns, status.st_ctime_ns]
+            files.append([os.path.realpath(name), status.st_size, *times])
         key = json.dumps([*self._made_by, case.case_id, files])
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.npy"

@@ -25,8 +25,8 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
 
     Errors: files that are missing or cannot be read, masks of labels out of range, of background
     alone or of another size than their image, attributes that are no known value, subjects in
-    several splits. Warnings: unknown attributes, masks that lack a class. Without attributes
-    named, all that the files hold are looked at.
+    several splits. Warnings: unknown attributes, masks that lack a class, images of one intensity.
+    Without attributes named, all that the files hold are looked at.
 
     Returns:
         1 if there is an error, else 0: the exit code of the command.
@@ -44,6 +44,10 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
         warnings = _read_all(dataset, errors, console)
         for table in _counts(dataset, split_of):
             console.print(table)
+        own = {case.split for case in dataset.cases}
+        drawn = [split for split in SPLITS if split not in own]
+        if settings.splits is None and drawn:
+            say(f"split: {' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest")
         for line in (*dataset.notes, *warnings):
             say(line)
     for error in errors:
@@ -71,15 +75,16 @@ def _splits(
 def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> list[str]:
     """Loads every case; errors are added, warnings returned."""
 
-    def labels(case: Case) -> set[int] | DataError:
+    def seen(case: Case) -> tuple[set[int], bool] | DataError:
         try:
-            return set(np.unique(dataset.load(case).mask_S).tolist())
+            sample = dataset.load(case)
         except DataError as error:
             return error
+        return set(np.unique(sample.mask_S).tolist()), bool(np.ptp(sample.image_CS) == 0)
 
     lacking: dict[str, list[str]] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        results = pool.map(labels, dataset.cases)
+        results = pool.map(seen, dataset.cases)
         for case, found in zip(
             dataset.cases,
             track(results, "reading", total=len(dataset.cases), console=console, transient=True),
@@ -88,9 +93,12 @@ def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> li
             if isinstance(found, DataError):
                 errors.append(found)
                 continue
-            for label, name in enumerate(dataset.classes[1:], start=1):
-                if label not in found:
+            labels, blank = found
+            for label, name in enumerate(dataset.classes):
+                if label not in labels:
                     lacking.setdefault(f"mask without {name}", []).append(case.case_id)
+            if blank:
+                lacking.setdefault("image of one intensity", []).append(case.case_id)
     for index, attribute in enumerate(dataset.attributes):
         unknown = [c.case_id for c in dataset.cases if c.attributes[index] == UNKNOWN]
         if unknown:

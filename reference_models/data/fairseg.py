@@ -8,10 +8,10 @@ members otherwise and some stand in unsigned bytes, where -1 and -2 read 255 and
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import glob
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
@@ -40,9 +40,10 @@ class FairSeg(Dataset):
     """The `.npz` files under `root`, split by `train.txt` and `test.txt` where those are there.
 
     The lists (and a `validation.txt` or `val.txt`) hold a file name a line and lie in `root` or in
-    a `lists` folder of it. Files that no list names are left out; without lists all are taken and
-    the split is left open. Images are given three channels, since pretrained networks expect them,
-    with intensities / 255. The subject is `pid` where a file has it, the file elsewhere.
+    a `lists` folder of it, the files anywhere below `root`. Files that no list names are left out;
+    without lists all are taken and the split is left open. Images are given three channels, since
+    pretrained networks expect them, with intensities / 255. The subject is `pid` where a file has
+    it and it is known, the file elsewhere.
 
     Args:
         root: the folder.
@@ -51,7 +52,8 @@ class FairSeg(Dataset):
 
     Raises:
         DataError: no files, an attribute that no file holds, ages partly in days and partly in
-            years, or files that are missing, damaged, listed twice or hold Python objects.
+            years, an empty list, or files that are missing, damaged, listed twice or hold Python
+            objects.
     """
 
     name = "fairseg"
@@ -145,7 +147,9 @@ def _listed(
 ) -> dict[str, tuple[Path, str | None]]:
     """By case id, the file and the official split."""
     files: dict[str, Path] = {}
-    for path in sorted(root.rglob("*.npz")):
+    # Unlike rglob, glob follows links to folders, and leaves hidden files such as macOS's out.
+    found = glob.glob("**/*.[nN][pP][zZ]", root_dir=root, recursive=True)
+    for path in sorted(root / name for name in found):
         if path.stem in files:
             faults.append(DataError(f"{path}: {files[path.stem]} has the same name"))
         files.setdefault(path.stem, path)
@@ -155,17 +159,21 @@ def _listed(
     if not lists:
         notes.append("split: no train.txt or test.txt, so split by seed")
         return {case_id: (path, None) for case_id, path in files.items()}
+    notes.append(f"split: by {', '.join(map(str, lists.values()))}")
     listed: dict[str, tuple[Path, str | None]] = {}
     for split, text in lists.items():
-        for line in text.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-            case_id = Path(line.strip()).stem
-            if not case_id:
-                continue
+        lines = text.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+        if not names:
+            faults.append(DataError(f"{text}: names no file"))
+        for name in names:
+            # Of a path in Windows' manner too; "data.v1" without a suffix keeps its dot.
+            case_id = re.sub(r"\.npz$", "", PureWindowsPath(name).name, flags=re.IGNORECASE)
             if case_id not in files:
-                faults.append(DataError(f"{line.strip()}: in {text}, but no such file"))
+                faults.append(DataError(f"{name}: in {text}, but no such file"))
             elif case_id in listed:
                 other = lists[str(listed[case_id][1])]
-                faults.append(DataError(f"{line.strip()}: in {text} and already in {other}"))
+                faults.append(DataError(f"{name}: in {text} and already in {other}"))
             else:
                 listed[case_id] = (files[case_id], split)
     if left_out := len(files) - len(listed):
@@ -203,11 +211,13 @@ def _age_groups(
 
 def _lists(root: Path) -> dict[str, Path]:
     """The lists of names by split, from the first folder that has any."""
-    for folder in (root, root / "lists", *sorted((root / "lists").glob("*/"))):
-        names = {split: folder / f"{split}.txt" for split in SPLITS}
-        if not names["validation"].exists():
-            names["validation"] = folder / "val.txt"
-        if lists := {split: path for split, path in names.items() if path.is_file()}:
+    folders = (root, root / "lists", *sorted((root / "lists").glob("*/")))
+    for folder in filter(Path.is_dir, folders):
+        there = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
+        names = {split: f"{split}.txt" for split in SPLITS}
+        if names["validation"] not in there:
+            names["validation"] = "val.txt"
+        if lists := {split: there[name] for split, name in names.items() if name in there}:
             return lists
     return {}
 
@@ -237,17 +247,19 @@ def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str
             values[name] = value
         subject = path.stem
         if "pid" in members.files:
-            subject = str(_member(path, members, ("pid",)).item())
+            array = _member(path, members, ("pid",))
+            if array.size != 1:
+                raise DataError(f"{path}: pid must be one value, got {array.dtype} {array.shape}")
+            # A patient who is not known is nobody else's.
+            if (patient := str(array.item()).strip()) not in ("", "nan", "-1", "-1.0"):
+                subject = patient
     return values, subject
-
-
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def _opened(path: Path) -> np.lib.npyio.NpzFile:
     try:
         opened = np.load(path, allow_pickle=False)
-    except _DAMAGED as error:
+    except Exception as error:  # which one, depends on where the damage lies
         raise DataError(f"{path}: not a readable .npz file ({error})") from error
     if not isinstance(opened, np.lib.npyio.NpzFile):
         raise DataError(f"{path}: not an .npz file but a single array")
@@ -265,8 +277,11 @@ def _member(path: Path, members: np.lib.npyio.NpzFile, aliases: tuple[str, ...])
     if name is None:
         raise DataError(f"{path}: no {' or '.join(aliases)} in it, only {', '.join(members.files)}")
     try:
-        return members[name]
-    except _DAMAGED as error:
+        array = members[name]
+        if not isinstance(array, np.ndarray):  # numpy hands out as bytes what is no array
+            raise ValueError("no array")
+        return array
+    except Exception as error:  # out of memory too, where a header claims terabytes
         if "allow_pickle" not in str(error):
             raise DataError(f"{path}: {name} cannot be read ({error})") from error
         raise DataError(

@@ -65,10 +65,8 @@ class Ham10000(Dataset):
         rows = [
             (f"{path}:{line}", split, row)
             for split, path in _tables(root)
-            for line, row in enumerate(_rows(path), start=2)
+            for line, row in _rows(path)
         ]
-        if not rows:
-            raise DataError(f"{root}: its csv files have no row")
         columns = set.intersection(*(set(row) for _, _, row in rows))
         sources = {
             "age": {"age_multi", "age"} & columns,
@@ -79,8 +77,8 @@ class Ham10000(Dataset):
         needed = {"image_id", "lesion_id", *(name for name in names if not sources[name])}
         if missing := sorted(needed - columns):
             raise DataError(
-                f"{root}: the csv files lack {', '.join(missing)}; they have "
-                f"{', '.join(sorted(columns))}"
+                f"{root}: the csv files lack {', '.join(missing)}; the first has "
+                f"{', '.join(rows[0][2])}"
             )
         if "age" in names:
             source = "Age_multi" if "age_multi" in columns else "age, in years"
@@ -102,8 +100,11 @@ class Ham10000(Dataset):
 
     def load(self, case: Case) -> Sample:
         image_path, mask_path = case.files
-        image_SC = _pixels(image_path, "RGB")
-        mask_S = _pixels(mask_path, "L")
+        image_SC = _pixels(image_path)
+        mask_SC = _pixels(mask_path)
+        mask_S = mask_SC[..., 0]
+        if (mask_SC != mask_S[..., None]).any():
+            raise DataError(f"{mask_path}: the mask must be black and white, but has colours")
         if image_SC.shape[:2] != mask_S.shape:
             raise DataError(
                 f"{mask_path}: mask of {mask_S.shape} pixels, but its image has "
@@ -142,23 +143,30 @@ def _tables(root: Path) -> list[tuple[str | None, Path]]:
     return [(None, tables[0])]
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """Rows by column, names of columns in lower case."""
+def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Line and content of each row, by column, names of columns in lower case."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
             reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            return [{k: v.strip() for k, v in row.items() if k is not None} for row in reader]
+            rows = [
+                (reader.line_num, {k: v.strip() for k, v in row.items() if k is not None})
+                for row in reader
+            ]
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: not a readable csv ({error})") from error
+    if not rows:
+        raise DataError(f"{path}: has no row")
+    return rows
 
 
 def _case(root: Path, row: dict[str, str], split: str | None, names: tuple[str, ...]) -> Case:
     image_id, lesion = row["image_id"], row["lesion_id"]
-    if not image_id or not lesion or Path(image_id).name != image_id:
+    if not image_id or not lesion or image_id[0] == "." or Path(image_id).name != image_id:
         raise DataError(f"image_id and lesion_id must be names, got {image_id!r} and {lesion!r}")
     # The rule for masks holds for the csv's path; the root's own name may contain "_images" too.
-    relative = PurePosixPath(row.get("path") or f"HAM10000_images/{image_id}.jpg")
+    written = (row.get("path") or f"HAM10000_images/{image_id}.jpg").replace("\\", "/")
+    relative = PurePosixPath(written)
     mask = str(relative.with_name(f"{relative.stem}_segmentation.png"))
     mask = mask.replace("_images", "_segmentations")
     image_path, mask_path = root / relative, root / mask
@@ -205,10 +213,16 @@ def _site(row: dict[str, str]) -> int:
     return SITES.index(text)
 
 
-def _pixels(path: str, mode: str) -> np.ndarray:
-    """Rows x columns (x channels), uint8, upright as the file's EXIF says."""
+def _pixels(path: str) -> np.ndarray:
+    """Rows x columns x RGB, uint8, upright as the file's EXIF says."""
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert(mode))
+            if image.mode[0] in "IF":  # which Pillow would cut off at 255
+                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
+            upright = ImageOps.exif_transpose(image)
+            see_through = "A" in image.mode or "transparency" in image.info
+            if see_through and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
+                raise ValueError("parts of it are transparent, and what lies behind is not known")
+            return np.asarray(upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
