@@ -112,18 +112,19 @@ class Objective(nn.Module):
         sums_2G = global_sum(torch.stack([loss_B @ member_BG, member_BG.sum(0)]))
         mean_G = sums_2G[0] / sums_2G[1].detach().clamp(min=1)
         if self.training:
-            grown_G = self.weights_G * torch.exp(self.rate * mean_G.detach())
-            self.weights_G = grown_G / grown_G.sum()
+            # q · exp(η L), renormalised, where no exponential can overflow.
+            self.weights_G = (self.weights_G.log() + self.rate * mean_G.detach()).softmax(0)
         return (self.weights_G * mean_G).sum()
 
     def _fair_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:
-        scaled_B = loss_B / self.temperature
-        # The largest of all samples, taken out of the exponentials and put back: exact, and finite.
-        top = global_max(scaled_B.detach().max())
-        sums_2G = global_sum(torch.stack([torch.exp(scaled_B - top) @ member_BG, member_BG.sum(0)]))
+        scaled_B1 = loss_B[:, None] / self.temperature
+        # Each group's largest, taken out of the exponentials and put back: exact, and finite.
+        top_G = global_max((scaled_B1.detach() * member_BG).amax(0))
+        risen_BG = torch.exp((scaled_B1 - top_G) * member_BG) * member_BG
+        sums_2G = global_sum(torch.stack([risen_BG.sum(0), member_BG.sum(0)]))
         present_G = sums_2G[1] > 0
         mean_G = sums_2G[0][present_G] / sums_2G[1][present_G].detach()
-        return (self.temperature * (mean_G.log() + top)).mean()
+        return (self.temperature * (mean_G.log() + top_G[present_G])).mean()
 
     def _febs(self, logits_BKP: Tensor, mask_BP: Tensor, member_BG: Tensor) -> Tensor:
         probability_BKP = logits_BKP.softmax(1).flatten(2)

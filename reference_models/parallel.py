@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,6 +60,18 @@ def setup(fabric: Fabric, network: nn.Module) -> nn.Module:
         # Without it each GPU would normalise by its own part of the batch. There is none for CPUs.
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return fabric.setup_module(network)
+
+
+def on_rank_0(fabric: Fabric, act: Callable[..., None], *arguments: Any) -> None:
+    """Lets rank 0 act while the others wait; if it fails, it tells, and all of them end."""
+    problem: RunError | None = None
+    if fabric.is_global_zero:
+        try:
+            act(*arguments)
+        except RunError as error:
+            problem = error
+    if fabric.broadcast(problem is not None):
+        raise problem or SystemExit(1)
 
 
 def global_sum(local: Tensor) -> Tensor:

@@ -174,13 +174,15 @@ def settle(recipe: Recipe) -> Recipe:
                 )
             recipe = dataclasses.replace(recipe, **{setting: known[name]})
     _require(recipe, "epochs", int(recipe.epochs) >= 0, "0 or more")
+    _require(recipe, "seed", 0 <= recipe.seed < 2**64, "0 or more and less than 2**64")
     for setting in ("batch_size", "size", "devices", "nodes"):
         _require(recipe, setting, getattr(recipe, setting) >= 1, "1 or more")
-    for setting in ("learning_rate", "decay", "fair_dro_temperature"):
-        _require(recipe, setting, getattr(recipe, setting) > 0, "more than 0")
+    for setting in ("learning_rate", "fair_dro_temperature"):
+        _require(recipe, setting, 0 < getattr(recipe, setting) < math.inf, "more than 0 and finite")
+    _require(recipe, "decay", 0 < recipe.decay <= 1, "more than 0 and at most 1")
     weights = ("lambda_dice", "lambda_ce", "balance_weight", "z_weight", "weight_decay", "workers")
     for setting in (*weights, "checkpoint_every", "group_dro_rate", "febs_gamma"):
-        _require(recipe, setting, getattr(recipe, setting) >= 0, "0 or more")
+        _require(recipe, setting, 0 <= getattr(recipe, setting) < math.inf, "0 or more and finite")
     _require(recipe, "warmup", 0 <= recipe.warmup < 1, "0 or more and less than 1")
     _require(recipe, "momentum", 0 <= recipe.momentum < 1, "0 or more and less than 1")
     _require(recipe, "patience", recipe.patience is None or recipe.patience >= 1, "1 or more")

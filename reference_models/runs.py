@@ -91,8 +91,10 @@ def refuse_taken(run: Path) -> None:
     """Whether a folder is free for a new run.
 
     Raises:
-        RunError: it holds a run.
+        RunError: it holds a run, or is no folder.
     """
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run}: is a file, expected a folder for the run; choose another --out.")
     if taken := [name for name in ("recipe.json", "history.csv") if (run / name).exists()]:
         raise RunError(
             f"{run}: holds a run already ({taken[0]}); go on with it by --resume, or choose "
@@ -101,15 +103,24 @@ def refuse_taken(run: Path) -> None:
 
 
 def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
-    """Makes a folder a run; last of all its recipe is there."""
+    """Makes a folder a run; last of all its recipe is there.
+
+    Raises:
+        RunError: the folder cannot be made or written to.
+    """
     text = json.dumps({"recipe": to_json(recipe), "task": to_json(task)}, indent=1) + "\n"
-    run.mkdir(parents=True, exist_ok=True)
-    write_splits(run / "splits.json", splits)
 
     def write(target: Path) -> None:
         target.write_text(text, encoding="utf-8")
 
-    write_whole(run / "recipe.json", write)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_splits(run / "splits.json", splits)
+        write_whole(run / "recipe.json", write)
+    except OSError as error:
+        raise RunError(
+            f"{run}: cannot be written to ({error.strerror}); choose another --out."
+        ) from error
 
 
 def require_same(run: Path, recipe: Recipe, task: Task) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from . import checkpoints
 from .files import write_whole
-from .recipe import Recipe
+from .parallel import on_rank_0
+from .recipe import Recipe, RunError
 
 # By parameters' names and in full, also where ranks hold a part each; on rank 0's CPU.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -82,27 +84,47 @@ class State:
         optimizer = get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE)
         if best:
             self.position.best = checkpoints.name_of("best", self.position.step)
-        if not self.fabric.is_global_zero:
-            return
-        if best:
-            checkpoints.save_best(self.folder, self.position.step, weights)
         state = {
             "optimizer": optimizer,
             "objective": self.objective.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "position": dataclasses.asdict(self.position),
         }
-        checkpoints.save_last(self.folder, self.position.step, weights, state)
-        self._tidy()
+
+        def write() -> None:
+            try:
+                if best:
+                    checkpoints.save_best(self.folder, self.position.step, weights)
+                checkpoints.save_last(self.folder, self.position.step, weights, state)
+                self._tidy()
+            except (OSError, RuntimeError, SafetensorError) as error:  # each for a full disk
+                raise RunError(
+                    f"{self.folder}: the checkpoint of step {self.position.step} cannot be written "
+                    f"({error}). The one before is still there; make room and go on by --resume."
+                ) from error
+
+        on_rank_0(self.fabric, write)
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Goes back to what `save` wrote; all ranks call it."""
+        """Goes back to what `save` wrote; all ranks call it.
+
+        Raises:
+            RunError: weights or state are another network's, or no run's.
+        """
         named: dict[str, Any] = dict(weights)
-        set_model_state_dict(self.network, named, options=_WHOLE)
-        set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_WHOLE)
-        self.objective.load_state_dict(state["objective"])
-        self.fabric.strategy.precision.load_state_dict(state["precision"])
-        self.position = Position(**state["position"])
+        try:
+            set_model_state_dict(self.network, named, options=_WHOLE)
+            set_optimizer_state_dict(
+                self.network, self.optimizer, state["optimizer"], options=_WHOLE
+            )
+            self.objective.load_state_dict(state["objective"])
+            self.fabric.strategy.precision.load_state_dict(state["precision"])
+            self.position = Position(**state["position"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"{self.folder}: its last checkpoint is not this run's ({type(error).__name__}: "
+                f"{error}); put back what was there, or remove its folder to start over."
+            ) from error
         if self.fabric.is_global_zero:
             self._tidy()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from .data.splits import Splits, choose_splits, read_splits
 from .masks import shown
 from .models.weights import load_weights
 from .objectives import Objective
-from .parallel import global_sum, launch, setup
+from .parallel import global_sum, launch, on_rank_0, setup
 from .progress import Reporter
 from .recipe import Recipe, RunError, flat, learning_rate, settle, to_json
 from .runs import Task, build_model, refuse_taken, require_same, write_run
@@ -77,7 +76,7 @@ class _Run:
         self.fabric, self.recipe, self.folder = fabric, recipe, recipe.out
         self.dataset = open_dataset(recipe.data)
         self.task = Task.of(self.dataset)
-        self._on_rank_0(self._admit, resume)
+        on_rank_0(fabric, self._admit, resume)
         self.splits = self._splits(resume)
         self.left_out = self._left_out()
         self.frames = self._frames(self._known(self.splits.train), augment=recipe.augment)
@@ -95,7 +94,7 @@ class _Run:
             load_weights(network, recipe.model.weights)
         # Whatever can be wrong with the settings has come up by now, and nothing was written.
         if not resume:
-            self._on_rank_0(write_run, self.folder, recipe, self.task, self.splits)
+            on_rank_0(fabric, write_run, self.folder, recipe, self.task, self.splits)
         self.model = setup(fabric, network)
         # Not Fabric's wrapper, which keeps old groups when a state is loaded, except for steps.
         self.optimizer = _optimizer(recipe, network)
@@ -271,17 +270,6 @@ class _Run:
         found = Counter(case.attributes[0] for case in self.frames.cases)
         values = range(len(self.dataset.attributes[0].values))
         return torch.tensor([found[value] for value in values] + [found[UNKNOWN]])
-
-    def _on_rank_0(self, act: Callable[..., None], *arguments: Any) -> None:
-        """Lets rank 0 act while the others wait; if it fails, it tells, and all of them end."""
-        problem: Exception | None = None
-        if self.fabric.is_global_zero:
-            try:
-                act(*arguments)
-            except (RunError, OSError) as error:
-                problem = error
-        if self.fabric.broadcast(problem is not None):
-            raise problem or SystemExit(1)
 
     def _frames(self, case_ids: tuple[str, ...], *, augment: Augment = "none") -> Frames:
         recipe = self.recipe

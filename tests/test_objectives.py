@@ -63,6 +63,12 @@ def test_group_dro_raises_the_weight_of_the_group_with_the_larger_loss():
     assert loss == pytest.approx(expected[0] * 2 + expected[1] * 1, rel=1e-6)
 
 
+def test_group_dro_is_finite_at_any_rate():
+    loss, made = of_losses("group-dro", [1.0, 3.0, 2.0], [0, 1, 2], rate=1e4)
+    assert made.weights_G.tolist() == [0, 1, 0, 0]
+    assert loss == pytest.approx(3.0)
+
+
 def test_group_dro_carries_its_weights_from_step_to_step_and_in_its_state():
     made = objective("group-dro", lambda_dice=0.0, rate=0.5)
     logits, mask = logits_with_losses(2.0, 1.0)
@@ -90,6 +96,19 @@ def test_fair_dro_is_a_tilted_mean_within_groups_and_a_plain_mean_over_those_pre
 def test_fair_dro_lies_between_the_mean_and_the_largest_loss_of_a_group():
     assert of_losses("fair-dro", [1.0, 3.0], [0, 0], temperature=1e4)[0] == pytest.approx(2, 1e-3)
     assert of_losses("fair-dro", [1.0, 3.0], [0, 0], temperature=1e-3)[0] == pytest.approx(3, 1e-3)
+
+
+def test_fair_dro_is_finite_however_far_the_groups_losses_lie_apart():
+    # One group's largest loss in the exponentials of another would leave log 0.
+    loss, _ = of_losses("fair-dro", [9.0, 8.0, 0.5, 0.25], [0, 0, 1, -1], temperature=0.01)
+    first = 9.0 + 0.01 * math.log((1 + math.exp(-100)) / 2)
+    assert loss == pytest.approx((first + 0.5 + 0.25) / 3, rel=1e-6)
+    logits, mask = logits_with_losses(9.0, 0.5)
+    logits.requires_grad_()
+    made = objective("fair-dro", lambda_dice=0.0, temperature=0.01)
+    made(logits, mask, torch.tensor([0, 1]))[0].backward()
+    slopes = torch.softmax(logits.detach(), 1)[:, 1, 0, 0]
+    torch.testing.assert_close(logits.grad[:, 1, 0, 0], slopes / 2)
 
 
 def test_fair_dro_weighs_samples_by_the_softmax_of_their_losses():
@@ -161,6 +180,7 @@ def test_the_loss_falls_when_it_is_followed(fairness):
 
 
 def work(rank, store, results):
+    torch.set_num_threads(1)  # a fork has none of the threads that its parent may have started
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     logits, mask, group = random_batch()
     part = slice(0, 2) if rank == 0 else slice(2, 6)

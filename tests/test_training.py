@@ -185,6 +185,11 @@ def test_a_recipe_becomes_flags():
         ({"crop": "paper"}, "crop: got 'paper'.*whole"),
         ({"batch_size": 5, "devices": 2}, "batch_size: got 5, expected a multiple of 2"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected more than 0"),
+        ({"learning_rate": float("inf")}, "learning_rate: got inf, expected .* finite"),
+        ({"balance_weight": float("inf")}, "balance_weight: got inf, expected .* finite"),
+        ({"decay": 5.0}, "decay: got 5.0, expected more than 0 and at most 1"),
+        ({"seed": -1}, "seed: got -1, expected 0 or more"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616, expected .* less than"),
         ({"warmup": 1.0}, "warmup: got 1.0"),
         ({"patience": 0}, "patience: got 0"),
         ({"lambda_dice": 0.0, "lambda_ce": 0.0}, "nothing to train by"),
@@ -556,6 +561,43 @@ def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, finished, m
     torch.testing.assert_close(weights_of(run), weights_of(finished), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("where", ["taken", "taken/run"])
+def test_an_out_folder_that_cannot_be_is_refused(tmp_path, where):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(RunError, match=rf"{where}: (is a file|cannot be written to)"):
+        train(dataclasses.replace(TINY, out=tmp_path / where))
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error"),
+    [
+        (checkpoints, "save_file", checkpoints.SafetensorError("No space left on device")),
+        (torch, "save", RuntimeError("unexpected pos 3318720 vs 3318672")),
+        (os, "fsync", OSError(28, "No space left on device")),
+    ],
+)
+def test_a_disk_that_is_full_ends_a_run_that_goes_on_when_there_is_room(
+    tmp_path, finished, monkeypatch, module, name, error
+):
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run")
+    real, allowed = getattr(module, name), {"save_file": 2, "save": 1, "fsync": 12}[name]
+
+    def full(*arguments, **options):
+        nonlocal allowed
+        allowed -= 1
+        if allowed < 0:
+            raise error
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, full)
+        with pytest.raises(RunError, match="checkpoint of step 8 cannot be written.*--resume"):
+            train(recipe)
+    assert not list(recipe.out.glob(".*"))
+    assert_same_tree(weights_of(train(recipe, resume=True)), weights_of(finished))
+
+
 # What is left behind
 
 
@@ -621,6 +663,24 @@ def test_a_state_that_is_no_state_is_refused_and_not_run(finished, tmp_path, mon
     with pytest.raises(RunError, match=r"state.pt: damaged or not a run's state"):
         train(dataclasses.replace(TINY, out=run), resume=True)
     assert not Path("spelled").exists()
+
+
+@pytest.mark.parametrize("part", ["weights", "optimizer", "position", "parameter"])
+def test_a_last_checkpoint_of_something_else_is_refused(finished, tmp_path, part):
+    run = copied(finished, tmp_path)
+    (folder,) = run.glob("last-*")
+    state = state_of(run)
+    if part == "weights":
+        save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
+    elif part == "parameter":
+        state["optimizer"]["state"].popitem()
+    elif part == "position":
+        state["position"]["name"] = 3
+    else:
+        del state["optimizer"]
+    torch.save(state, folder / "state.pt")
+    with pytest.raises(RunError, match=r"copy: its last checkpoint is not this run's"):
+        train(dataclasses.replace(TINY, out=run), resume=True)
 
 
 def test_it_prints_a_line_an_epoch_where_there_is_no_terminal(tmp_path, capsys):
