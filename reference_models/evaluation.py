@@ -24,7 +24,7 @@ from .data import DataSettings, open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
 from .data.splits import choose_splits
 from .fairness import SMALL_GROUP
-from .files import write_folder
+from .files import write_results
 from .loads import Loads
 from .masks import find_masks, read_mask, shown, write_mask
 from .metrics import POLICY, RegionScore, score_region
@@ -114,7 +114,7 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
         paths = {case.case_id: folder / "masks" / f"{case.case_id}.png" for case in run.cases}
         return _write(folder, found, settings, settings.run, paths)
 
-    return write_folder(settings.folder, write, (*CONTENTS, "masks"))
+    return write_results(settings.folder, write, (*CONTENTS, "masks"))
 
 
 def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
@@ -152,7 +152,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
         found = _Found(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
         return _write(folder, found, settings, settings.folder, paths)
 
-    return write_folder(settings.out, write, CONTENTS)
+    return write_results(settings.out, write, CONTENTS)
 
 
 @dataclass(frozen=True)

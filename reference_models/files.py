@@ -47,7 +47,8 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
 
     Raises:
         DataError: `path` is no folder, holds something else or is the working directory, before
-            `write` is called; or it cannot be written.
+            `write` is called.
+        OSError: it cannot be written.
     """
     given, path = path, path.resolve()
     if path.exists() and not path.is_dir():
@@ -64,15 +65,6 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
             f"would be lost; choose another folder, or one with nothing but an earlier result "
             f"({', '.join(contents)})."
         )
-    try:
-        return _replaced(path, write)
-    except OSError as error:
-        raise DataError(
-            f"{given}: cannot be written ({error}); make room or choose another."
-        ) from error
-
-
-def _replaced(path: Path, write: Callable[[Path], Result]) -> Result:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -90,6 +82,20 @@ def _replaced(path: Path, write: Callable[[Path], Result]) -> Result:
         return result
     finally:
         shutil.rmtree(staging)
+
+
+def write_results(path: Path, write: Callable[[Path], Result], contents: Collection[str]) -> Result:
+    """As `write_folder`, for a folder that the user named: all errors are sentences.
+
+    Raises:
+        DataError: as of `write_folder`, or the folder cannot be written.
+    """
+    try:
+        return write_folder(path, write, contents)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error}); make room or choose another."
+        ) from error
 
 
 def _reach_disk(path: Path) -> None:

@@ -27,7 +27,7 @@ from .data import open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
 from .data.framing import Framing
 from .data.splits import read_splits
-from .files import write_folder
+from .files import write_results
 from .loads import Loads
 from .masks import shown, write_mask
 from .report import Picture, overlay
@@ -221,7 +221,7 @@ def predict(settings: PredictSettings) -> Path:
             overlay_HW3 = overlay(picture, run.dataset.classes)
             Image.fromarray(overlay_HW3).save(folder / "overlays" / f"{sample.case_id}.png")
 
-    write_folder(out, write, contents=("masks", "overlays"))
+    write_results(out, write, contents=("masks", "overlays"))
     return out
 
 
