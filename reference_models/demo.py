@@ -32,10 +32,10 @@ CLEAR_GAIN = 0.05
 LIMITS = (
     "[bold]What it does not show.[/] This is one averaged, left-right symmetric head, an attribute "
     "made up for the purpose, one seed, settings chosen with these slices in sight, and intervals "
-    "over neighbouring slices of that head: nothing here speaks of fairness in a clinic. What pays is knowing the attribute; a simpler "
-    "way to tell the model, such as FiLM, can be expected to do as well at this size. And "
-    "different loads prove no specialisation, since loads differ even where an attribute means "
-    "nothing; the shuffled attributes are the test of that."
+    "over neighbouring slices of that head: nothing here speaks of fairness in a clinic. What pays "
+    "is knowing the attribute; a simpler way to tell the model, such as FiLM, can be expected to "
+    "do as well at this size. And different loads prove no specialisation, since loads differ even "
+    "where an attribute means nothing; the shuffled attributes are the test of that."
 )
 
 

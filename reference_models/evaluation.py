@@ -10,7 +10,7 @@ Shapes: N cases, A attributes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ from rich.progress import track
 
 from .data import DataSettings, open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
-from .data.splits import choose_splits
+from .data.splits import choose_splits, untrained_values
 from .fairness import SMALL_GROUP
 from .files import write_results
 from .loads import Loads
@@ -86,6 +86,8 @@ class EvaluatePredictions:
     """What they are masks of."""
     split: Split = "test"
     """Which cases."""
+    leave_out_unknown: bool = False
+    """Leave out the cases whose attribute is not known, as a run's evaluation may have done."""
     out: Path = Path("evaluation")
     """Folder to write."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
@@ -129,7 +131,13 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     splits = choose_splits(dataset, settings.data.splits, settings.data.split_seed)
     chosen = set(getattr(splits, settings.split))
     cases = tuple(case for case in dataset.cases if case.case_id in chosen)
-    paths, faults = find_masks(settings.folder, [case.case_id for case in cases])
+    left_out: tuple[Case, ...] = ()
+    if settings.leave_out_unknown:
+        left_out = tuple(case for case in cases if UNKNOWN in case.attributes)
+        cases = tuple(case for case in cases if case not in left_out)
+    paths, faults = find_masks(
+        settings.folder, [c.case_id for c in cases], [c.case_id for c in left_out]
+    )
     scored = []
 
     def write(folder: Path) -> Summary:
@@ -148,7 +156,8 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
                 f"{settings.folder}: cannot be scored as masks of the {settings.split} split of "
                 f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults)
             )
-        notes = {AS_GIVEN: "masks read from files; what wrote them was not run"}
+        told = ("masks read from files; what wrote them was not run", _left_out(left_out))
+        notes = {AS_GIVEN: "; ".join(filter(None, told))}
         found = _Found(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
         return _write(folder, found, settings, settings.folder, paths)
 
@@ -169,10 +178,8 @@ class _Found:
 def _told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """What the network is told under each condition that can be run; a note on every condition."""
     given_NA = given_attributes(run.cases)
-    left_out = [case.case_id for case in run.left_out]
-    note = f"left out, since an attribute is not known: {shown(left_out)}" if left_out else ""
-    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: note}
-    if not run.knows_attributes:
+    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: _left_out(run.left_out)}
+    if run.unknown is None:
         why = "not run: this network is not told the attributes"
         return told, notes | dict.fromkeys(("shuffled", "wrong", "unknown"), why)
     rng = np.random.default_rng(seed)
@@ -191,10 +198,22 @@ def _told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, 
     ):
         right = int((told[condition] == given_NA).all(axis=1).sum())
         notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
-    if run.refuses_unknown:
-        del told["unknown"]
-        notes["unknown"] = "not run: the network was trained with unknown='error', without a route"
+    if run.unknown == "error":
+        notes["unknown"] += "; trained with unknown='error', it averages the values' routers here"
+    untrained = untrained_values(run.dataset, run.trained)
+    if run.unknown == "learned" and not any(
+        UNKNOWN in case.attributes for case in run.dataset.cases if case.case_id in run.trained
+    ):
+        notes["unknown"] += "; no training case was unknown, so this route was never trained"
+    if untrained:
+        lacking = f"no training case, so that no router learned it: {', '.join(untrained)}"
+        notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
     return told, notes
+
+
+def _left_out(cases: Sequence[Case]) -> str:
+    ids = [case.case_id for case in cases]
+    return f"left out, since an attribute is not known: {shown(ids)}" if ids else ""
 
 
 def _score(

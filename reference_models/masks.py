@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,12 @@ def write_mask(folder: Path, case_id: str, mask_HW: np.ndarray) -> None:
     Image.fromarray(mask_HW.astype(np.uint8)).save(folder / f"{case_id}.png")
 
 
-def find_masks(folder: Path, case_ids: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+def find_masks(
+    folder: Path, case_ids: Sequence[str], others: Collection[str] = ()
+) -> tuple[dict[str, Path], list[str]]:
     """The file of each case, and a sentence for each thing that is wrong with the folder.
 
+    Masks of `others`, cases that are not to be scored, may be there.
     Files of other kinds and folders are let be: tools keep their settings beside their masks.
 
     Raises:
@@ -35,9 +38,9 @@ def find_masks(folder: Path, case_ids: Sequence[str]) -> tuple[dict[str, Path], 
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             files.setdefault(path.stem, []).append(path)
-    wanted = set(case_ids)
+    known = {*case_ids, *others}
     missing = [case_id for case_id in case_ids if case_id not in files]
-    extra = [path.name for stem in files if stem not in wanted for path in files[stem]]
+    extra = [path.name for stem in files if stem not in known for path in files[stem]]
     faults = [
         f"{' and '.join(path.name for path in files[case_id])}: two masks of one case; keep one."
         for case_id in case_ids

@@ -51,8 +51,7 @@ class RunSettings:
     device: str | None = None
     """Where the network computes, such as cpu or cuda; by default on a GPU if there is one."""
     leave_out_unknown: bool = False
-    """Leave out the cases whose attribute is not known, where the run has no route for them; as a
-    run that was trained so does anyway."""
+    """Leave out the cases whose attribute is not known; a run that was trained so does anyway."""
 
 
 @dataclass(frozen=True)
@@ -71,37 +70,26 @@ class TrainedRun:
 
     Args:
         settings: what was asked for.
+        unknown: the policy that it was trained with for unknown attributes, None if it is not told
+            any. Trained with "error", it takes the average of the values' routers here.
         model: in eval mode on `device`.
         device: where it computes.
         dataset: the run's.
         framing: from native resolution to the network's and back.
+        trained: ids of the cases that it was trained on, and of those then left out.
         cases: to be predicted.
-        left_out: those that the network has no route for, where leaving them out was asked for.
+        left_out: those whose attribute is not known, where leaving them out was asked for.
     """
 
     settings: RunSettings
+    unknown: str | None
     model: nn.Module
     device: torch.device
     dataset: Dataset
     framing: Framing
+    trained: tuple[str, ...]
     cases: tuple[Case, ...]
     left_out: tuple[Case, ...]
-
-    @property
-    def knows_attributes(self) -> bool:
-        return bool(self._routers)
-
-    @property
-    def refuses_unknown(self) -> bool:
-        return any(router.unknown == "error" for router in self._routers)
-
-    @property
-    def _routers(self) -> list[AttributeRouter]:
-        return [
-            module
-            for module in self.model.modules()
-            if isinstance(module, AttributeRouter) and module.attribute_sizes is not None
-        ]
 
 
 def open_run(settings: RunSettings, split: str) -> TrainedRun:
@@ -121,24 +109,44 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     dataset = open_dataset(data)
     if (found := Task.of(dataset)) != task:
         raise DataError(f"{settings.run}: was trained for {task}, but the data are {found}.")
+    splits = read_splits(settings.run / "splits.json", dataset)
     cases = list(dataset.cases)
     if split != "all":
-        chosen = set(getattr(read_splits(settings.run / "splits.json", dataset), split))
+        chosen = set(getattr(splits, split))
         cases = [case for case in cases if case.case_id in chosen]
     crop = None if recipe.crop == "whole" else int(recipe.crop)
     framing, device = Framing(recipe.size, crop), _device(settings.device)
-    run = TrainedRun(settings, model, device, dataset, framing, tuple(cases), ())
     unknown = tuple(case for case in cases if UNKNOWN in case.attributes)
-    if unknown and run.refuses_unknown:
-        if not (settings.leave_out_unknown or recipe.leave_out_unknown):
-            raise DataError(
-                f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
-                f"({shown([case.case_id for case in unknown])}), and the run was trained with "
-                "unknown='error', so that there is no route for them. Leave them out with "
-                "--leave-out-unknown, or train with --unknown learned."
-            )
-        known = tuple(case for case in cases if case not in unknown)
-        run = dataclasses.replace(run, cases=known, left_out=unknown)
+    left_out: tuple[Case, ...] = ()
+    if settings.leave_out_unknown or recipe.leave_out_unknown:
+        cases, left_out = [case for case in cases if case not in unknown], unknown
+    routers = [
+        module
+        for module in model.modules()
+        if isinstance(module, AttributeRouter) and module.attribute_sizes is not None
+    ]
+    policy = routers[0].unknown if routers else None
+    if unknown and policy == "error" and not left_out:
+        raise DataError(
+            f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
+            f"({shown([case.case_id for case in unknown])}), and the run was trained with "
+            "unknown='error', so that there is no route for them. Leave them out with "
+            "--leave-out-unknown, or train with --unknown learned."
+        )
+    for router in routers:
+        if policy == "error":  # no case is unknown to it, but an evaluation may tell it so
+            router.unknown = "average"
+    run = TrainedRun(
+        settings=settings,
+        unknown=policy,
+        model=model,
+        device=device,
+        dataset=dataset,
+        framing=framing,
+        trained=tuple(splits.train),
+        cases=tuple(cases),
+        left_out=left_out,
+    )
     if not run.cases:
         raise DataError(f"{settings.run}: no {split} case is left to predict.")
     run.model.to(run.device)

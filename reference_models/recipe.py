@@ -195,6 +195,11 @@ def settle(recipe: Recipe) -> Recipe:
         raise RunError(
             "fairness: febs scales the Dice loss, but lambda_dice is 0; set --lambda-dice above 0."
         )
+    if recipe.leave_out_unknown and recipe.model.unknown != "error":
+        raise RunError(
+            f"unknown: got {recipe.model.unknown}, but the cases that it is for are left out; add "
+            "--no-leave-out-unknown to train on them."
+        )
     if recipe.strategy == "fsdp" and recipe.precision == "16-mixed":
         raise RunError("precision: fsdp does not go with 16-mixed; choose bf16-mixed or 32.")
     return recipe

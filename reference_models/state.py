@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from . import checkpoints
+from .data.cases import DataError
 from .files import write_whole
 from .parallel import on_rank_0
 from .recipe import Recipe, RunError
@@ -97,7 +98,12 @@ class State:
                     checkpoints.save_best(self.folder, self.position.step, weights)
                 checkpoints.save_last(self.folder, self.position.step, weights, state)
                 self._tidy()
-            except (OSError, RuntimeError, SafetensorError) as error:  # each for a full disk
+            except (
+                OSError,
+                DataError,
+                RuntimeError,
+                SafetensorError,
+            ) as error:  # each for a full disk
                 raise RunError(
                     f"{self.folder}: the checkpoint of step {self.position.step} cannot be written "
                     f"({error}). The one before is still there; make room and go on by --resume."

@@ -28,7 +28,7 @@ from .data import open_dataset
 from .data.cases import UNKNOWN
 from .data.framing import Framing
 from .data.loading import Augment, Batch, Frames, eval_batches, train_batches
-from .data.splits import Splits, choose_splits, read_splits
+from .data.splits import Splits, choose_splits, read_splits, untrained_values
 from .masks import shown
 from .models.weights import load_weights
 from .objectives import Objective
@@ -130,6 +130,8 @@ class _Run:
             )
             if self.left_out:
                 reporter.say(f"left out, an attribute not known: {shown(sorted(self.left_out))}")
+            if lacking := untrained_values(self.dataset, self._known(self.splits.train)):
+                reporter.say(f"without a training case, so no router learns: {', '.join(lacking)}")
             if position.step:
                 reporter.say(f"resumed after epoch {position.epoch}, step {position.step}")
             if not recipe.epochs and not position.best:

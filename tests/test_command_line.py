@@ -105,7 +105,7 @@ def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monke
     assert ran == {
         "dense": ["as given"],
         "plain-moe": ["as given"],
-        "dmoe": ["as given", "shuffled", "wrong"],
+        "dmoe": ["as given", "shuffled", "wrong", "unknown"],
     }
     again = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
     assert again == summaries

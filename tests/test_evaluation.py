@@ -26,7 +26,7 @@ from reference_models.evaluation import (
     evaluate_predictions,
     evaluate_run,
 )
-from reference_models.masks import read_mask
+from reference_models.masks import read_mask, write_mask
 from reference_models.prediction import PredictSettings, predict
 from reference_models.recipe import ModelSettings, Recipe
 from reference_models.runs import Task, build_model, write_run
@@ -91,13 +91,13 @@ class Ruler(nn.Module):
 def run_of(tmp_path, monkeypatch):
     """Puts a network and a data set in the place of a trained run; returns its folder."""
 
-    def place(model, dataset):
+    def place(model, dataset, trained=None):
         recipe = Recipe(data=DataSettings("phantom"), size=SIZE, crop="whole")
         monkeypatch.setattr(
             prediction, "load_model", lambda run, which: (recipe, Task.of(dataset), model)
         )
         ids = tuple(case.case_id for case in dataset.cases)
-        splits = Splits(dataset.name, 0, (), (), (), ids)
+        splits = Splits(dataset.name, 0, ids if trained is None else trained, (), ids)
         for module in (prediction, evaluation):
             monkeypatch.setattr(module, "open_dataset", lambda settings: dataset)
         monkeypatch.setattr(prediction, "read_splits", lambda path, dataset: splits)
@@ -163,12 +163,41 @@ def test_a_network_that_is_not_told_runs_no_conditions_and_says_why(run_of):
     assert all("not told the attributes" in c.note for c in others)
 
 
-def test_without_a_route_for_the_unknown_that_condition_is_not_run_and_says_why(run_of):
-    summary = evaluate_run(EvaluateRun(run_of(Ruler(), Bars()), scoring=FEW))
-    unknown = summary.conditions[3]
-    assert (unknown.name, unknown.scores, unknown.load) == ("unknown", {}, {})
-    assert "unknown='error'" in unknown.note
-    assert summary.conditions[2].scores
+def test_without_a_route_for_the_unknown_the_routers_are_averaged_and_it_says_so(run_of):
+    refusing = evaluate_run(EvaluateRun(run_of(Ruler(), Bars()), scoring=FEW))
+    averaging = evaluate_run(EvaluateRun(run_of(Ruler(unknown="average"), Bars()), scoring=FEW))
+    assert refusing.conditions[3].scores == averaging.conditions[3].scores
+    assert refusing.conditions[3].load == averaging.conditions[3].load
+    assert "averages the values' routers" in refusing.conditions[3].note
+    assert "averages" not in averaging.conditions[3].note
+
+
+def test_what_no_training_case_had_is_said(run_of):
+    dataset = Bars()
+    trained = tuple(case.case_id for case in dataset.cases if case.attributes != (2,))
+    summary = evaluate_run(EvaluateRun(run_of(Ruler(), dataset, trained), scoring=FEW))
+    assert "no router learned it: width four" in summary.conditions[0].note
+    run = run_of(Ruler(unknown="learned"), dataset)
+    assert "never trained" in evaluate_run(EvaluateRun(run, scoring=FEW)).conditions[3].note
+    dataset = Bars(unknown=(3,))
+    run = run_of(Ruler(unknown="learned"), dataset)
+    assert "never trained" not in evaluate_run(EvaluateRun(run, scoring=FEW)).conditions[3].note
+
+
+@pytest.mark.parametrize("model", [Ruler(), Ruler(aware=False)], ids=["aware", "blind"])
+def test_cases_are_left_out_alike_for_every_network_and_for_masks(model, run_of, tmp_path):
+    dataset = Bars(unknown=(3, 7))
+    run = run_of(model, dataset)
+    summary = evaluate_run(EvaluateRun(run, scoring=FEW, leave_out_unknown=True))
+    assert summary.n_cases == 10
+    masks = run / "evaluation-test" / "masks"
+    write_mask(masks, "bar3", np.zeros(dataset.load(dataset.cases[3]).native_size, np.uint8))
+    settings = EvaluatePredictions(
+        masks, DataSettings("phantom"), leave_out_unknown=True, out=tmp_path / "again", scoring=FEW
+    )
+    again = evaluate_predictions(settings)
+    assert again.conditions[0].scores == summary.conditions[0].scores
+    assert "bar3, bar7" in again.conditions[0].note
 
 
 def test_cases_without_a_route_are_an_error_up_front_or_left_out_by_name(run_of, tmp_path):
@@ -222,21 +251,31 @@ def test_several_attributes_have_tables_of_their_own_and_are_all_told_wrongly(ru
     )
     model = Ruler()
     model.layer = DMoE(1, n_experts=4, k=1, attribute_sizes=(3, 2)).eval()
-    told = []
+    told, experts = [], []
     forward = model.layer.forward
 
     def listening(*args, **options):
         y, routed = forward(*args, **options)
         told.append(routed.attributes.reshape(-1, SIZE * SIZE, 2)[:, 0])
+        experts.append(routed.expert_indices.flatten())
         return y, routed
 
     monkeypatch.setattr(model.layer, "forward", listening)
     summary = evaluate_run(EvaluateRun(run_of(model, dataset), scoring=FEW))
     given, _, wrong, _ = summary.conditions
-    assert {name: len(rows) for name, rows in given.load.items()} == {"width": 3, "side": 2}
+    for name, n_values in (("width", 3), ("side", 2)):
+        place = [*given.load].index(name)
+        values = told[0][:, place]
+        table = np.array(given.load[name])
+        assert table.shape == (n_values, 4)
+        for value in range(n_values):
+            chosen = torch.cat(experts)[: 12 * SIZE * SIZE].reshape(12, -1)[values == value]
+            shares = torch.bincount(chosen.flatten(), minlength=4) / chosen.numel()
+            assert table[value] == pytest.approx(shares.tolist(), abs=1e-6)
     assert [g.n for g in given.scores["side"][0].groups] == [6, 6]
     assert summary.population == {"width": (1 / 3, 1 / 3, 1 / 3), "side": (0.9, 0.1)}
-    right, permuted, lies = told
+    right, permuted, lies, unknown = told
+    assert (unknown == -1).all()
     assert right.tolist() == [list(case.attributes) for case in dataset.cases]
     assert (lies != right).all()
     assert sorted(permuted.tolist()) == sorted(right.tolist())
@@ -269,7 +308,7 @@ def test_the_files_hold_the_same_scores_in_full(run_of, tmp_path):
 
 
 def test_the_same_run_gives_the_same_bytes_and_another_seed_does_not(run_of, tmp_path):
-    run = run_of(Ruler(), Bars())
+    run = run_of(Ruler(unknown="average"), Bars())
     texts = []
     for name, seed, batch_size in (("a", 0, 16), ("b", 0, 5), ("c", 1, 16)):
         scoring = dataclasses.replace(FEW, seed=seed)

@@ -1,5 +1,6 @@
 """Splits and batches: seeded, leak-free, the same for any number of workers or ranks."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,7 +18,12 @@ from reference_models.data.cases import Attribute, Case, DataError, Dataset, Sam
 from reference_models.data.framing import Framing
 from reference_models.data.loading import Frames, batches_an_epoch, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
-from reference_models.data.splits import make_splits, read_splits, write_splits
+from reference_models.data.splits import (
+    make_splits,
+    read_splits,
+    untrained_values,
+    write_splits,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +46,7 @@ class Lesions(Dataset):
                 (int(i // 2 % 4 == 0), i // 2 % 3 if i // 2 % 5 else -1),
                 splits(i) if splits else None,
                 files[i : i + 1],
+                int(i // 2 % 4 == 0),
             )
             for i in range(n)
         )
@@ -74,11 +81,25 @@ def test_splits_are_seeded_stratified_and_grouped_by_subject():
     assert not subjects["validation"] & subjects["test"]
     assert len(parts["test"]) == pytest.approx(120, abs=2)
     assert len(parts["validation"]) == pytest.approx(48, abs=2)
-    for attributes in {case.attributes for case in dataset.cases}:
-        count = {s: sum(cases[i].attributes == attributes for i in parts[s]) for s in parts}
+    for stratum in (0, 1):
+        count = {s: sum(cases[i].stratum == stratum for i in parts[s]) for s in parts}
         # Within one subject, which is two cases, of its share.
         assert abs(count["test"] - 0.2 * sum(count.values())) <= 2
         assert abs(count["validation"] - 0.1 * (count["train"] + count["validation"])) <= 2
+
+
+def test_splits_do_not_depend_on_the_attributes_that_a_model_is_told():
+    dataset, other = Lesions(), Lesions()
+    other.attributes = other.attributes[1:]
+    other.cases = [dataclasses.replace(c, attributes=c.attributes[1:]) for c in other.cases]
+    assert make_splits(dataset, 0) == make_splits(other, 0)
+
+
+def test_values_that_no_training_case_has_are_named():
+    dataset = Lesions(30)
+    train = [c.case_id for c in dataset.cases if c.attributes[1] != 2 and c.attributes[0] == 0]
+    assert untrained_values(dataset, train) == ["sex m", "site c"]
+    assert untrained_values(dataset, [case.case_id for case in dataset.cases]) == []
 
 
 def test_splits_keep_the_data_sets_own_and_carve_validation_from_train():

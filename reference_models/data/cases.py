@@ -55,6 +55,8 @@ class Case:
         attributes: one index for each of the data set's attributes, -1 where it is unknown.
         split: where the data set itself puts the case, None where it leaves that open.
         files: what the case is read from, empty where it is made rather than read.
+        stratum: its value of the data set's default attribute, by which splits are stratified
+            whichever attributes were named, so that all runs share one split; -1 is unknown.
     """
 
     case_id: str
@@ -62,6 +64,7 @@ class Case:
     attributes: tuple[int, ...]
     split: str | None = None
     files: tuple[str, ...] = ()
+    stratum: int = UNKNOWN
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import DataSettings, open_dataset
 from .cases import SPLITS, UNKNOWN, Case, DataError, Dataset
-from .splits import choose_splits, leaked_subjects
+from .splits import choose_splits, leaked_subjects, untrained_values
 
 WORKERS = 8  # threads; decoding leaves Python's lock alone
 NAMED = 10  # cases of a warning; of errors, all are named
@@ -48,6 +48,10 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
         drawn = [split for split in SPLITS if split not in own]
         if settings.splits is None and drawn:
             say(f"split: {' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest")
+        train = {case_id for case_id, split in split_of.items() if split == "train"}
+        warnings += [
+            f"warning: {value}: no training case" for value in untrained_values(dataset, train)
+        ]
         for line in (*dataset.notes, *warnings):
             say(line)
     for error in errors:

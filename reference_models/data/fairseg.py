@@ -34,6 +34,7 @@ AGE_GROUPS = ("under 60", "60 and over")  # as in the paper's code
 OLDEST = 130  # years; who is older than that has an age in days
 DAYS_A_YEAR = 365.25
 ATTRIBUTES = (*CODED, "age")
+STRATUM = ATTRIBUTES[0]
 
 
 class FairSeg(Dataset):
@@ -69,11 +70,11 @@ class FairSeg(Dataset):
         self.notes = notes
         listed = _listed(root, faults, notes)
         names = ATTRIBUTES if attributes is None else attributes
-        found: dict[str, dict[str, float]] = {name: {} for name in names}
+        found: dict[str, dict[str, float]] = {name: {} for name in (*names, STRATUM)}
         subjects: dict[str, str] = {}
         for case_id, (path, _) in listed.items():
             try:
-                values, subjects[case_id] = _metadata(path, names)
+                values, subjects[case_id] = _metadata(path, tuple(found))
                 for name, value in values.items():
                     found[name][case_id] = value
             except DataError as error:
@@ -90,16 +91,19 @@ class FairSeg(Dataset):
         if "age" in found:
             found["age"] = _age_groups(found["age"], listed, subjects, faults, notes)
         report_faults(faults, damaged)
+        names = tuple(name for name in names if name in found)
+        strata = found.get(STRATUM, {})
         self.attributes = tuple(
-            Attribute(name, AGE_GROUPS if name == "age" else CODED[name][1]) for name in found
+            Attribute(name, AGE_GROUPS if name == "age" else CODED[name][1]) for name in names
         )
         self.cases = tuple(
             Case(
                 case_id,
                 subject,
-                tuple(int(found[name].get(case_id, UNKNOWN)) for name in found),
+                tuple(int(found[name].get(case_id, UNKNOWN)) for name in names),
                 listed[case_id][1],
                 (str(listed[case_id][0]),),
+                int(strata.get(case_id, UNKNOWN)),
             )
             for case_id, subject in subjects.items()
         )

@@ -174,7 +174,8 @@ def _case(root: Path, row: dict[str, str], split: str | None, names: tuple[str, 
         raise DataError(f"{image_id}: no such file: {', '.join(absent)}")
     readers = {"age": _age, "sex": _sex, "localization": _site}
     attributes = tuple(readers[name](row) for name in names)
-    return Case(image_id, lesion, attributes, split, (str(image_path), str(mask_path)))
+    stratum = _age(row) if {"age", "age_multi"} & row.keys() else UNKNOWN
+    return Case(image_id, lesion, attributes, split, (str(image_path), str(mask_path)), stratum)
 
 
 def _age(row: dict[str, str]) -> int:

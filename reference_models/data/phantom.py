@@ -89,7 +89,7 @@ class Phantom(Dataset):
         sites += np.repeat(np.arange(values), settings.test_cases_per_group).tolist()
         ids = [f"phantom{i:05}" for i in range(len(sites))]
         self.cases = tuple(
-            Case(case_id, case_id, (site,), "train" if i < settings.cases else "test")
+            Case(case_id, case_id, (site,), "train" if i < settings.cases else "test", stratum=site)
             for i, (case_id, site) in enumerate(zip(ids, sites, strict=True))
         )
 

@@ -1,14 +1,16 @@
 """Which case is trained, validated and tested on: made once, seeded, kept as json.
 
 A data set's own split is kept. What it leaves open is split by subject, so that no patient or
-lesion lies on both sides, and stratified, so that every attribute value keeps its share.
+lesion lies on both sides, and stratified by the data set's default attribute, so that each of its
+values keeps its share: by that one whichever attributes a model is told, so that all models share
+a split.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,13 +30,11 @@ class Splits:
     Args:
         dataset: the data set's name.
         seed: of the cases that the data set left open.
-        attributes: names of those that it was stratified by.
         train, validation, test: case ids in the data set's order.
     """
 
     dataset: str
     seed: int
-    attributes: tuple[str, ...]
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
@@ -82,7 +82,7 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
             f"{len({case.subject for case in dataset.cases})} subjects leave nothing for "
             f"{' and '.join(empty)}"
         )
-    return Splits(dataset.name, seed, tuple(a.name for a in dataset.attributes), **members)
+    return Splits(dataset.name, seed, **members)
 
 
 def leaked_subjects(split_of: Mapping[str, str | None], dataset: Dataset) -> list[str]:
@@ -96,6 +96,22 @@ def leaked_subjects(split_of: Mapping[str, str | None], dataset: Dataset) -> lis
         + ", ".join(f"{case_id} in {split}" for split, case_id in where.items())
         for subject, where in placed.items()
         if len(where) > 1
+    ]
+
+
+def untrained_values(dataset: Dataset, train: Collection[str]) -> list[str]:
+    """The attribute values, as in "race White", that cases have but no training case has.
+
+    A router that knows the attribute has learned nothing of them.
+    """
+    trained = [case.attributes for case in dataset.cases if case.case_id in train]
+    return [
+        f"{attribute.name} {attribute.label(value)}"
+        for place, attribute in enumerate(dataset.attributes)
+        for value in sorted(
+            {case.attributes[place] for case in dataset.cases}
+            - {values[place] for values in trained}
+        )
     ]
 
 
@@ -126,13 +142,12 @@ def read_splits(path: Path, dataset: Dataset) -> Splits:
         splits = Splits(
             dataset=str(content["dataset"]),
             seed=int(content["seed"]),
-            attributes=tuple(map(str, content["attributes"])),
             **{split: tuple(map(str, content[split])) for split in SPLITS},
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{path}: not a splits file ({type(error).__name__}: {error}); expected json with "
-            f"dataset, seed, attributes, {', '.join(SPLITS)}"
+            f"dataset, seed, {', '.join(SPLITS)}"
         ) from error
     if splits.dataset != dataset.name:
         raise DataError(f"{path}: splits of {splits.dataset}, but the data set is {dataset.name}")
@@ -158,7 +173,7 @@ def _drawn_subjects(cases: Sequence[Case], share: float, rng: np.random.Generato
     The subjects are lined up by stratum, shuffled within it, and every 1/share-th is drawn.
     """
     # A subject whose cases differ, such as a lesion seen at two ages, counts by its first.
-    stratum = {case.subject: case.attributes for case in reversed(cases)}
+    stratum = {case.subject: case.stratum for case in reversed(cases)}
     if not stratum:
         return set()
     subjects = [list(stratum)[i] for i in rng.permutation(len(stratum))]
