@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from .data.cases import Attribute, Dataset
 from .data.splits import Splits, write_splits
@@ -102,6 +104,32 @@ def refuse_taken(run: Path) -> None:
         )
 
 
+def hold(run: Path) -> BinaryIO:
+    """Keeps every other process out of a run's folder until the file is closed or this one ends.
+
+    Two trainings in one folder would clear away each other's checkpoints. The lock is one that no
+    fork inherits, so that workers that outlive a killed training do not keep it.
+
+    Raises:
+        RunError: another process holds it, or the folder cannot be written to.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("ab")
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RunError(
+            f"{run}: another process is training in it; wait for its end, or stop it first."
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
 def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
     """Makes a folder a run; last of all its recipe is there.
 
@@ -118,9 +146,11 @@ def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
         write_splits(run / "splits.json", splits)
         write_whole(run / "recipe.json", write)
     except OSError as error:
-        raise RunError(
-            f"{run}: cannot be written to ({error.strerror}); choose another --out."
-        ) from error
+        raise _unwritable(run, error) from error
+
+
+def _unwritable(run: Path, error: OSError) -> RunError:
+    return RunError(f"{run}: cannot be written to ({error.strerror}); choose another --out.")
 
 
 def require_same(run: Path, recipe: Recipe, task: Task) -> None:

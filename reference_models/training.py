@@ -35,7 +35,7 @@ from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
 from .progress import Reporter
 from .recipe import Recipe, RunError, flat, learning_rate, settle, to_json
-from .runs import Task, build_model, refuse_taken, require_same, write_run
+from .runs import Task, build_model, hold, refuse_taken, require_same, write_run
 from .state import State
 from .validation import Validation, share_of, validate
 
@@ -86,6 +86,12 @@ class _Run:
                 f"batch_size: got {recipe.batch_size}, but there are {len(self.frames)} training "
                 "cases."
             )
+        self.validation = self._known(self.splits.validation)
+        if not self.validation:
+            raise RunError(
+                f"leave_out_unknown: leaves no validation case (of {len(self.splits.validation)}); "
+                "name others by --splits, or train with --unknown learned."
+            )
         group_counts = self._group_counts()
         torch.manual_seed(recipe.seed)
         network = build_model(recipe, self.task)
@@ -94,7 +100,7 @@ class _Run:
             load_weights(network, recipe.model.weights)
         # Whatever can be wrong with the settings has come up by now, and nothing was written.
         if not resume:
-            on_rank_0(fabric, write_run, self.folder, recipe, self.task, self.splits)
+            on_rank_0(fabric, self._begin)
         self.model = setup(fabric, network)
         # Not Fabric's wrapper, which keeps old groups when a state is loaded, except for steps.
         self.optimizer = _optimizer(recipe, network)
@@ -115,11 +121,7 @@ class _Run:
     def train(self) -> Path:
         recipe, position = self.recipe, self.state.position
         validation = self._frames(
-            share_of(
-                self._known(self.splits.validation),
-                self.fabric.global_rank,
-                self.fabric.world_size,
-            )
+            share_of(self.validation, self.fabric.global_rank, self.fabric.world_size)
         )
         batch_size = recipe.batch_size // self.fabric.world_size
         steps = int(recipe.epochs) * self.steps_an_epoch
@@ -241,8 +243,14 @@ class _Run:
     def _admit(self, resume: bool) -> None:
         if resume:
             require_same(self.folder, self.recipe, self.task)
+            self.lock = hold(self.folder)
         else:
             refuse_taken(self.folder)
+
+    def _begin(self) -> None:
+        self.lock = hold(self.folder)
+        refuse_taken(self.folder)  # another process may have come first
+        write_run(self.folder, self.recipe, self.task, self.splits)
 
     def _splits(self, resume: bool) -> Splits:
         data = self.recipe.data

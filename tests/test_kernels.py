@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from test_exact import TOLERANCE, assert_close, run_both
 
 from dmoe_layer import DMoE, backend, carry_routing, routing
@@ -152,6 +153,25 @@ def pair(**options):
     eager = DMoE(**{"dim": 16, "hidden_dim": 24, "attribute_sizes": 3, **options}, backend="eager")
     eager.load_state_dict(ours.state_dict())
     return ours.to(HERE), eager.to(HERE)
+
+
+@pytest.mark.parametrize("dim", [16, 136])
+@pytest.mark.parametrize("attribute_sizes", [3, None])
+def test_monais_metatensors_give_what_plain_tensors_give(dim, attribute_sizes):
+    layer, _ = pair(dim=dim, attribute_sizes=attribute_sizes, channel_dim=1)
+    plain, site = torch.randn(2, dim, 5, 4, device=HERE), torch.tensor([0, 2], device=HERE)
+    found = []
+    for image, a in ((plain, site), (MetaTensor(plain), MetaTensor(site))):
+        image = image.clone().requires_grad_()
+        layer.zero_grad()
+        torch.manual_seed(1)
+        with routing(a if attribute_sizes else None):
+            y = layer(image)
+        y.square().sum().backward()
+        assert type(y) is type(image)
+        found.append([torch.Tensor(t) for t in (y.detach(), image.grad)])
+        found[-1] += [p.grad.clone() for p in layer.parameters()]
+    assert all(torch.equal(*two) for two in zip(*found, strict=True))
 
 
 def test_autocast_computes_in_its_dtype_and_keeps_that_of_x():

@@ -26,7 +26,7 @@ from reference_models.data.cases import Attribute
 from reference_models.data.framing import Framing
 from reference_models.data.loading import Batch, Frames, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
-from reference_models.data.splits import make_splits
+from reference_models.data.splits import make_splits, write_splits
 from reference_models.models import transunet, vit
 from reference_models.recipe import (
     PRESETS,
@@ -322,6 +322,23 @@ def test_cases_without_an_attribute_can_be_left_out_and_are_named(tmp_path, monk
     assert set(splits.validation[1:]) <= set(seen)
 
 
+def test_leaving_out_the_unknown_must_leave_a_validation_case(tmp_path, monkeypatch):
+    dataset = open_dataset(TINY.data)
+    splits = make_splits(dataset, 0)
+    write_splits(tmp_path / "splits.json", splits)
+    data = dataclasses.replace(TINY.data, splits=tmp_path / "splits.json")
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run", data=data, leave_out_unknown=True)
+    left_out = splits.validation
+    dataset.cases = [
+        dataclasses.replace(c, attributes=(-1,)) if c.case_id in left_out else c
+        for c in dataset.cases
+    ]
+    monkeypatch.setattr(training, "open_dataset", lambda settings: dataset)
+    with pytest.raises(RunError, match=r"leave_out_unknown: leaves no validation case \(of 2\)"):
+        train(recipe)
+    assert not recipe.out.exists()
+
+
 def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_recipe):
     recipe = dataclasses.replace(
         quiet_recipe, out=tmp_path / "run", balance_weight=3.0, z_weight=0.5, fairness="none",
@@ -489,6 +506,45 @@ def test_a_folder_with_a_run_is_left_alone(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume):
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run")
+    codes, real = [], training.validate
+    says = tmp_path / "says.txt"
+
+    def other():
+        os.dup2(os.open(says, os.O_WRONLY | os.O_CREAT), 1)
+        try:
+            if not resume:  # as if it had looked before the first one wrote
+                training.refuse_taken = lambda run: None
+            train(recipe, resume=resume)
+        except RunError as error:
+            os.write(1, str(error).encode())
+            sys.exit(1)
+
+    def meanwhile(*arguments):
+        if not codes:
+            process = in_fork(other)
+            process.join(60)
+            process.kill()
+            codes.append(process.exitcode)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "validate", meanwhile)
+    train(recipe)
+    assert codes == [1]
+    assert "another process is training in it" in says.read_text()
+    assert len(history_of(recipe.out)) == 2
+
+
+def test_a_training_that_was_killed_holds_no_folder_through_its_workers(tmp_path):
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run", workers=1, checkpoint_every=1)
+    process = in_fork(killed_at, recipe, False, 2)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    train(recipe, resume=True)
+
+
 def test_there_is_nothing_to_resume_without_a_run(tmp_path):
     with pytest.raises(RunError, match="no run here"):
         train(dataclasses.replace(TINY, out=tmp_path / "none"), resume=True)
@@ -594,7 +650,7 @@ def test_a_disk_that_is_full_ends_a_run_that_goes_on_when_there_is_room(
         patched.setattr(module, name, full)
         with pytest.raises(RunError, match=r"checkpoint of step 8 cannot be written.*--resume"):
             train(recipe)
-    assert not list(recipe.out.glob(".*"))
+    assert [left.name for left in recipe.out.glob(".*")] == [".lock"]
     assert_same_tree(weights_of(train(recipe, resume=True)), weights_of(finished))
 
 

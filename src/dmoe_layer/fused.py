@@ -65,7 +65,7 @@ def _fused_experts(
     tensors = (x_TD, order_R, offsets, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
     call = Call(*tensors, activation, dropout, seed, dtype)
     if call.dim <= NARROW:
-        return call.sum_slots(narrow_forward(call)), x_TD.new_empty(0, dtype=dtype)
+        return call.sum_slots(narrow_forward(call)), x_TD.new_empty((0,), dtype=dtype)
     slots, hidden = wide_forward(call, keep_hidden)
     return call.sum_slots(slots), hidden
 
@@ -121,7 +121,7 @@ def _(dy_TD, hidden, x_TD, order_R, offsets, gates_TK, w1, b1, w2, b2, *options)
     of_rows, of_weights = options[-2:]
     wanted = (of_rows, of_rows, *[of_weights] * 4)
     return tuple(
-        torch.empty_like(t) if t is not None and is_wanted else x_TD.new_empty(0)
+        torch.empty_like(t) if t is not None and is_wanted else x_TD.new_empty((0,))
         for t, is_wanted in zip((x_TD, gates_TK, w1, b1, w2, b2), wanted, strict=True)
     )
 

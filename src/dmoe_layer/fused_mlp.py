@@ -85,7 +85,7 @@ class Call:
 
     def nothing(self, count: int) -> list[Tensor]:
         """In place of gradients that nobody wants: an operator's outputs are always tensors."""
-        return [self.x.new_empty(0) for _ in range(count)]
+        return [self.x.new_empty((0,)) for _ in range(count)]
 
     def sum_slots(self, slots: Tensor) -> Tensor:
         """Each token's sum over its k slots, in x's dtype."""

@@ -47,7 +47,7 @@ def fused_route(
     )  # fmt: skip
     ends = counts.view(-1).cumsum(0).view(n_experts, n_tiles)
     offsets = torch.cat([ends.new_zeros(1), ends[:, -1]])
-    order = x.new_empty(tokens * k, dtype=torch.int32)  # backend.py: fewer than 2³¹ pairs
+    order = x.new_empty((tokens * k,), dtype=torch.int32)  # backend.py: fewer than 2³¹ pairs
     launch(
         kernels.sort_kernel, (n_tiles,), x,
         indices, samples.offsets, ends - counts, order, samples.count, n_tiles,
@@ -63,8 +63,8 @@ def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, k, seed):  # type: ignore[no
         x.new_empty((tokens, n_experts), dtype=torch.float32),
         x.new_empty((tokens, k), dtype=torch.int64),
         x.new_empty((tokens, k), dtype=torch.float32),
-        x.new_empty(tokens * k, dtype=torch.int32),
-        x.new_empty(n_experts + 1, dtype=torch.int64),
+        x.new_empty((tokens * k,), dtype=torch.int32),
+        x.new_empty((n_experts + 1,), dtype=torch.int64),
     )
 
 

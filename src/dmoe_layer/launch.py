@@ -16,10 +16,12 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **op
     """Runs ``kernel`` on the device of ``on``; an empty grid is nothing to do."""
     if 0 in grid:
         return
+    # Subclasses such as MONAI's MetaTensor have methods of their own, which Triton must not meet.
+    plain = [a.as_subclass(Tensor) if isinstance(a, Tensor) else a for a in arguments]
     with torch.cuda.device_of(on):
         # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default
         # is about to change.
-        kernel[grid](*arguments, **options, enable_fp_fusion=True)
+        kernel[grid](*plain, **options, enable_fp_fusion=True)
 
 
 def padded(size: int, least: int = 16) -> int:
