@@ -28,6 +28,7 @@ from .files import write_results
 from .loads import Loads
 from .masks import find_masks, read_mask, shown, write_mask
 from .metrics import POLICY, RegionScore, score_region
+from .pictures import Picture, pictures_wanted
 from .prediction import (
     RunSettings,
     TrainedRun,
@@ -35,7 +36,7 @@ from .prediction import (
     open_run,
     predictions,
 )
-from .report import Picture, pictures_wanted, write_report
+from .report import write_report
 from .scores import Condition, RegionScores, Summary
 from .summary import case_scores, population_shares, region_scores, write_cases, write_summary
 

@@ -30,7 +30,7 @@ from .data.splits import read_splits
 from .files import write_results
 from .loads import Loads
 from .masks import shown, write_mask
-from .report import Picture, overlay
+from .pictures import Picture, overlay
 from .runs import Task
 
 

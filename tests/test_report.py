@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reference_models.report import Picture, overlay, pictures_wanted, write_report
+from reference_models.charts import chart
+from reference_models.pictures import Picture, overlay, pictures_wanted
+from reference_models.report import write_report
 from reference_models.scores import (
     METRICS,
     CaseScore,
@@ -105,7 +107,7 @@ def test_the_difference_a_condition_makes_is_shown_and_why_one_was_not_run(tmp_p
     changed = region([group("a", 41, 0.501), group("b", 46, 0.703)])
     conditions = (
         Condition("shuffled", "40 told another", {"site": (changed,)}, {}),
-        Condition("wrong", "only one value", {}, {}),
+        Condition("wrong", "not run: only one value", {}, {}),
     )
     text = written(tmp_path, summary([given], ("a", "b"), conditions)).text
     assert "−0.100" in text
@@ -183,7 +185,8 @@ def test_overlay_fills_the_prediction_and_outlines_the_truth():
     assert shown.dtype == np.uint8
     assert shown[2, 2].tolist() == [86, 180, 233]  # the outline in the class's colour
     assert shown[4, 4].tolist() == [94, 132, 153]  # 100 + .4 (colour - 100)
-    assert shown[1, 3].tolist() == [35, 35, 35]  # darkened around the outline
+    assert shown[1, 3].tolist() == [35, 35, 35]  # darkened outside the outline
+    assert shown[3, 4].tolist() == [33, 46, 54]  # and inside, so that it shows on its own fill
     assert shown[0, 0].tolist() == [100, 100, 100]  # untouched
     assert (shown == overlay(picture("1"), CLASSES)).all()
 
@@ -198,6 +201,42 @@ def test_a_picture_is_brought_to_a_size_for_the_page(tmp_path, native, shown):
     (link,) = (link for link in page.links if link.startswith("data:image/"))
     image = Image.open(io.BytesIO(base64.b64decode(link.split(",")[1])))
     assert image.size == shown  # width, height: 480 at the most, small ones by a whole factor
+
+
+def test_a_picture_of_any_intensities_goes_from_black_to_white():
+    blank_HW = np.zeros((1, 3), np.uint8)
+    one = Picture.of("7", np.array([[[-2.0, 0.0, 2.0]]], np.float32), blank_HW, blank_HW)
+    assert one.image_HW3.tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+    colours_CHW = np.array([[[0, 1, 2]], [[0, 4, 0]], [[1, 0, 0]]], np.float32)
+    three = Picture.of("7", colours_CHW, blank_HW, blank_HW)  # one range for all channels
+    assert three.image_HW3.tolist() == [[[0, 0, 64], [64, 255, 0], [128, 0, 0]]]
+    two = Picture.of("7", colours_CHW[:2], blank_HW, blank_HW)  # their mean: 0, 2.5, 1
+    assert two.image_HW3.tolist() == [[[0] * 3, [255] * 3, [102] * 3]]
+    flat = Picture.of("7", np.full((1, 1, 3), 5, np.float32), blank_HW, blank_HW)
+    assert not flat.image_HW3.any()
+
+
+def test_a_large_group_is_drawn_as_bars_that_hold_every_case(tmp_path):
+    cases = [case(str(i), "a", 0.9) for i in range(5000)] + [case("low", "a", 0.1)]
+    cases += [case(f"b{i}", "b", 0.8) for i in range(200)]
+    scores = region([group("a", 5001, 0.601), group("b", 200, 0.703)])
+    drawn = chart(cases, "site", scores)
+    assert drawn.bars["a"].count("M") == 2  # the one low case as well
+    assert drawn.dots["b"].count("M") == 200
+    assert drawn.bars.keys() == {"a"}
+    assert drawn.dots.keys() == {"b"}
+    page = written(tmp_path, summary([scores], ("a", "b")), cases)
+    assert "a group of more than 200 cases has bars" in page.text
+    assert (tmp_path / "report.html").stat().st_size < 60_000
+
+
+def test_the_worst_group_is_named_again_where_a_condition_changes_it(tmp_path):
+    given = region([group("a", 41, 0.601), group("b", 46, 0.703)])
+    changed = dataclasses.replace(given, worst_group="b")
+    conditions = (Condition("wrong", "", {"site": (changed,)}, {}),)
+    text = written(tmp_path, summary([given], ("a", "b"), conditions)).text
+    assert text.count("now b") == 1
+    assert "now a" not in text
 
 
 def test_pictures_that_do_not_fit_are_refused_with_what_came():
