@@ -27,8 +27,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .data import open_dataset
-from .data.splits import Splits, read_splits
 from .files import write_folder
 from .recipe import Recipe, RunError
 from .runs import Task, build_model, read_run
@@ -111,17 +109,6 @@ def load_model(run: Path, which: Which = "best") -> tuple[Recipe, Task, nn.Modul
     model = build_model(recipe, task)
     load_weights(model, _read_weights(folder / WEIGHTS), folder)
     return recipe, task, model.eval()
-
-
-def load_run(run: Path, which: Which = "best") -> tuple[Recipe, nn.Module, Splits]:
-    """A trained network in eval mode on the CPU, with its recipe and splits, for evaluation.
-
-    Raises:
-        RunError: as of `load_model`.
-        DataError: the data set or the splits cannot be read.
-    """
-    recipe, _, model = load_model(run, which)
-    return recipe, model, read_splits(run / "splits.json", open_dataset(recipe.data))
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: Path) -> None:

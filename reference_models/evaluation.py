@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import track
 
 from .data import DataSettings, open_dataset
-from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
+from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample, shown
 from .data.splits import choose_splits, untrained_values
 from .fairness import SMALL_GROUP
 from .files import write_results
 from .loads import Loads
-from .masks import find_masks, read_mask, shown, write_mask
+from .masks import find_masks, read_mask, write_mask
 from .metrics import POLICY, RegionScore, score_region
 from .pictures import Picture, pictures_wanted
 from .prediction import (

@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .data.cases import DataError
+from .data.cases import DataError, shown
 
 # In this order where an error names them.
 SUFFIXES = (".png", ".npy")
-# Of a list of case ids in an error; the rest is counted.
-SHOWN = 100
 
 
 def write_mask(folder: Path, case_id: str, mask_HW: np.ndarray) -> None:
@@ -82,12 +80,6 @@ def read_mask(path: Path, size: tuple[int, ...], classes: Sequence[str]) -> np.n
             f"{', ...' if len(wrong) > 5 else ''}, expected labels, not grey levels: {names}."
         )
     return values.astype(np.uint8)
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first of a list of names, and how many more there are."""
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _read_png(path: Path) -> np.ndarray:

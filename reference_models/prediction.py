@@ -24,12 +24,12 @@ from dmoe_layer import AttributeRouter, routing
 
 from .checkpoints import Which, load_model
 from .data import open_dataset
-from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample
+from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample, shown
 from .data.framing import Framing
 from .data.splits import read_splits
 from .files import write_results
 from .loads import Loads
-from .masks import shown, write_mask
+from .masks import write_mask
 from .pictures import Picture, overlay
 from .runs import Task
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from .pictures import Picture, overlay
+from .pictures import overlay
 from .validation import Validation
 
 
@@ -104,12 +104,9 @@ class Reporter:
             self.writer.add_scalar(f"validation/dice/{name}", dice, step)
         for name, load_AE in validation.load.items():
             self.writer.add_figure(f"load/{name}", _heat_map(load_AE), step)
-        for example in validation.examples:
-            picture = Picture.of(
-                example.case_id, example.image_CS, example.truth_S, example.predicted_S
-            )
+        for picture in validation.examples:
             image = overlay(picture, classes)
-            self.writer.add_image(f"overlay/{example.case_id}", image, step, dataformats="HWC")
+            self.writer.add_image(f"overlay/{picture.case_id}", image, step, dataformats="HWC")
         self.writer.flush()
 
     def _speed(self) -> float:

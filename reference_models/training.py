@@ -25,12 +25,11 @@ from dmoe_layer import routing
 
 from . import checkpoints
 from .data import open_dataset
-from .data.cases import UNKNOWN
+from .data.cases import UNKNOWN, shown
 from .data.framing import Framing
 from .data.loading import Augment, Batch, Frames, eval_batches, train_batches
 from .data.splits import Splits, choose_splits, read_splits, untrained_values
-from .masks import shown
-from .models.weights import load_weights
+from .models.weights import load_pretrained
 from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
 from .progress import Reporter
@@ -97,7 +96,7 @@ class _Run:
         network = build_model(recipe, self.task)
         stored = checkpoints.load_last(self.folder)
         if stored is None and recipe.model.weights is not None:
-            load_weights(network, recipe.model.weights)
+            load_pretrained(network, recipe.model.weights)
         # Whatever can be wrong with the settings has come up by now, and nothing was written.
         if not resume:
             on_rank_0(fabric, self._begin)

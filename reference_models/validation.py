@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,16 +19,7 @@ from . import fairness
 from .data.cases import Dataset
 from .data.loading import Batch
 from .loads import Loads, LoadTables
-
-
-@dataclass(frozen=True)
-class Example:
-    """A validation case as the network saw it, and what it made of it."""
-
-    case_id: str
-    image_CS: np.ndarray
-    truth_S: np.ndarray
-    predicted_S: np.ndarray
+from .pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Validation:
     score: float
     dice: dict[str, float]
     load: LoadTables
-    examples: tuple[Example, ...]
+    examples: tuple[Picture, ...]
 
 
 def share_of(case_ids: tuple[str, ...], rank: int, world_size: int) -> tuple[str, ...]:
@@ -76,7 +66,7 @@ def validate(
     was_training = model.training
     model.eval()
     scored: dict[str, tuple[tuple[int, ...], float]] = {}
-    examples: dict[int, Example] = {}
+    examples: dict[int, Picture] = {}
     loads = Loads(dataset)
     for batch in batches:
         moved = batch.to(device)
@@ -91,7 +81,7 @@ def validate(
         for b, values in enumerate(attributes):
             if values[0] not in examples:
                 arrays = (batch.image_BCS[b], batch.mask_BS[b], predicted_BS[b].cpu())
-                examples[values[0]] = Example(batch.case_ids[b], *(a.numpy() for a in arrays))
+                examples[values[0]] = Picture.of(batch.case_ids[b], *(a.numpy() for a in arrays))
         loads.add(r, batch.attributes_BN.numpy())
     model.train(was_training)
     if dist.is_initialized():

@@ -26,7 +26,7 @@ from reference_models.data.cases import Attribute
 from reference_models.data.framing import Framing
 from reference_models.data.loading import Batch, Frames, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
-from reference_models.data.splits import make_splits, write_splits
+from reference_models.data.splits import make_splits, read_splits, write_splits
 from reference_models.models import transunet, vit
 from reference_models.recipe import (
     PRESETS,
@@ -351,7 +351,7 @@ def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_
     dataset = open_dataset(recipe.data)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, Task.of(dataset))
-    splits = checkpoints.read_splits(recipe.out / "splits.json", dataset)
+    splits = read_splits(recipe.out / "splits.json", dataset)
     frames = Frames(dataset, splits.train, Framing(32), augment=recipe.augment, seed=recipe.seed)
     parts = [
         next(iter(train_batches(frames, batch_size=18, epoch=0, rank=rank, world_size=2)))
@@ -658,7 +658,8 @@ def test_a_disk_that_is_full_ends_a_run_that_goes_on_when_there_is_room(
 
 
 def test_the_best_weights_come_back_in_eval_mode_with_recipe_and_splits(finished):
-    recipe, model, splits = checkpoints.load_run(finished)
+    recipe, _, model = checkpoints.load_model(finished)
+    splits = read_splits(finished / "splits.json", open_dataset(recipe.data))
     assert recipe == dataclasses.replace(TINY, out=finished)
     assert not model.training
     assert_same_tree(dict(model.state_dict()), weights_of(finished, "best"))
@@ -672,7 +673,7 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, which):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RunError, match=rf"{folder.name}/model.safetensors: damaged"):
-        checkpoints.load_run(run, which)
+        checkpoints.load_model(run, which)
 
 
 def copied(run, to):
@@ -684,20 +685,20 @@ def test_foreign_files_are_refused(finished, tmp_path):
     (folder,) = run.glob("best-*")
     save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
     with pytest.raises(RunError, match="weights of another network"):
-        checkpoints.load_run(run)
+        checkpoints.load_model(run)
     checkpoints.shutil.rmtree(folder)
     with pytest.raises(RunError, match="has no best checkpoint yet; there is a last one"):
-        checkpoints.load_run(run)
+        checkpoints.load_model(run)
     content = json.loads((run / "recipe.json").read_text())
     content["recipe"]["model"]["experts"] = 8
     (run / "recipe.json").write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"recipe\.model: got \['experts'\] besides"):
-        checkpoints.load_run(run)
+        checkpoints.load_model(run)
     (run / "recipe.json").write_text("[]")
     with pytest.raises(RunError, match="not a run's recipe"):
-        checkpoints.load_run(run)
+        checkpoints.load_model(run)
     with pytest.raises(RunError, match="no run here"):
-        checkpoints.load_run(tmp_path)
+        checkpoints.load_model(tmp_path)
 
 
 class Spell:
@@ -797,7 +798,8 @@ def test_the_score_is_the_mean_over_groups_so_that_a_minority_counts_as_much():
 
 
 def test_scores_and_loads_do_not_depend_on_how_cases_fall_into_batches(finished):
-    recipe, model, splits = checkpoints.load_run(finished)
+    recipe, _, model = checkpoints.load_model(finished)
+    splits = read_splits(finished / "splits.json", open_dataset(recipe.data))
     dataset = open_dataset(recipe.data)
     frames = Frames(dataset, splits.train, Framing(32))
     model.train()  # which validation must leave, and come back to

@@ -19,6 +19,16 @@ class DataError(Exception):
     """What is wrong with a file or a folder, which one, and what to do; shown without traceback."""
 
 
+def shown(names: Sequence[str], most: int = 100) -> str:
+    """The first of a list of names, and how many more there are.
+
+    Example:
+        >>> shown(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
 def report_faults(faults: Sequence[DataError], damaged: list[DataError] | None) -> None:
     """Adds to `damaged`, where somebody collects; elsewhere raises the faults as one error.
 

@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from . import DataSettings, open_dataset
-from .cases import SPLITS, UNKNOWN, Case, DataError, Dataset
+from .cases import SPLITS, UNKNOWN, Case, DataError, Dataset, shown
 from .splits import choose_splits, leaked_subjects, untrained_values
 
 WORKERS = 8  # threads; decoding leaves Python's lock alone
@@ -108,9 +108,7 @@ def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> li
         if unknown:
             lacking[f"{attribute.name} unknown"] = unknown
     return [
-        f"warning: {what}: {len(ids)} cases: {', '.join(ids[:NAMED])}"
-        + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
-        for what, ids in lacking.items()
+        f"warning: {what}: {len(ids)} cases: {shown(ids, NAMED)}" for what, ids in lacking.items()
     ]
 
 

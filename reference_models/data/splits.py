@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_whole
-from .cases import SPLITS, Case, DataError, Dataset
+from .cases import SPLITS, Case, DataError, Dataset, shown
 
 VALIDATION_SHARE = 0.1  # of the training cases
 TEST_SHARE = 0.2  # of all cases, where the data set names no test cases
@@ -159,8 +159,7 @@ def read_splits(path: Path, dataset: Dataset) -> Splits:
         ([split for split in SPLITS if not getattr(splits, split)], "without a case"),
     ):
         if wrong:
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise DataError(f"{path}: {', '.join(wrong[:5])}{more}: {what}")
+            raise DataError(f"{path}: {shown(wrong, 5)}: {what}")
     split_of = {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
     if leaks := leaked_subjects(split_of, dataset):
         raise DataError(f"{path}: {leaks[0]} ({len(leaks)} such subjects)")

@@ -57,7 +57,7 @@ RELEASED_MOE = "transformer.encoder.sparseMoE"
 ROUTER = "vit.moe.0.router.w_A2ED"
 
 
-def load_weights(model: TransUNet, path: Path) -> None:
+def load_pretrained(model: TransUNet, path: Path) -> None:
     """Google's weights from a `.npz`, the paper's from a `.pth`.
 
     Raises:
