@@ -104,3 +104,12 @@ def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monke
     }
     again = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
     assert again == summaries
+
+
+def test_a_stopped_command_says_so_without_a_traceback(monkeypatch, capsys):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reference_models.__main__.train", stopped)
+    assert main(["train", "small"]) == 130
+    assert "Stopped. A training goes on by --resume." in capsys.readouterr().err

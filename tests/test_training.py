@@ -648,7 +648,7 @@ def test_a_disk_that_is_full_ends_a_run_that_goes_on_when_there_is_room(
 
     with monkeypatch.context() as patched:
         patched.setattr(module, name, full)
-        with pytest.raises(RunError, match="checkpoint of step 8 cannot be written.*--resume"):
+        with pytest.raises(RunError, match=r"checkpoint of step 8 cannot be written.*--resume"):
             train(recipe)
     assert [left.name for left in recipe.out.glob(".*")] == [".lock"]
     assert_same_tree(weights_of(train(recipe, resume=True)), weights_of(finished))
