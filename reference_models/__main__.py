@@ -34,7 +34,7 @@ _Evaluated = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 where all is well, 1 where it is not, 2 where it was asked wrongly."""
+    """Runs a command; 0: all is well, 1: it is not, 2: asked wrongly, 130: stopped by Ctrl-C."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {
@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, RunError) as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
         return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. A training goes on by --resume.", style="red")
+        return 130  # as shells have it
 
 
 def _check(settings: Annotated[DataSettings, tyro.conf.arg(name="")]) -> int:

@@ -111,9 +111,8 @@ class Objective(nn.Module):
     def _group_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:
         sums_2G = global_sum(torch.stack([loss_B @ member_BG, member_BG.sum(0)]))
         mean_G = sums_2G[0] / sums_2G[1].detach().clamp(min=1)
-        if self.training:
-            # q · exp(η L), renormalised, where no exponential can overflow.
-            self.weights_G = (self.weights_G.log() + self.rate * mean_G.detach()).softmax(0)
+        # q · exp(η L), renormalised, where no exponential can overflow.
+        self.weights_G = (self.weights_G.log() + self.rate * mean_G.detach()).softmax(0)
         return (self.weights_G * mean_G).sum()
 
     def _fair_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:

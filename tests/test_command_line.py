@@ -126,3 +126,12 @@ def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch
         )
     assert main(shlex.split(command)) == 0
     assert [name.split("_")[0] for name in called] == [command.split()[0]]
+
+
+def test_a_stopped_command_says_so_without_a_traceback(monkeypatch, capsys):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reference_models.__main__.train", stopped)
+    assert main(["train", "small"]) == 130
+    assert "Stopped. A training goes on by --resume." in capsys.readouterr().err

@@ -61,3 +61,10 @@ def test_frames_keep_the_aspect_ratio_and_crop_the_middle():
         Framing(30).restore(torch.zeros(3, 20, 30), (40, 60))
     with pytest.raises(ValueError, match="size"):
         Framing(0)
+
+
+def test_shrinking_averages_instead_of_picking_pixels():
+    rows, columns = np.indices((64, 64))
+    board_CS = ((rows + columns) % 2)[None].astype(np.float32)
+    framed_CS, _ = Framing(16).apply(board_CS, np.zeros((64, 64), np.uint8))
+    np.testing.assert_allclose(framed_CS, 0.5, atol=0.02)

@@ -208,7 +208,10 @@ def assert_unchanged(model, before):
 
 
 def google_map(entries, config, image):
-    """The ViT's normalised tokens, as a map, from Google's arrays in Google's order of axes."""
+    """The ViT's normalised tokens, as a map, from Google's arrays in Google's order of axes.
+
+    And the stem's maps: its root's and those of its stages.
+    """
     w = {name: torch.from_numpy(array).double() for name, array in entries.items()}
 
     def norm(name, x):
@@ -225,9 +228,10 @@ def google_map(entries, config, image):
         scale, bias = w[f"{name}/scale"].flatten(), w[f"{name}/bias"].flatten()
         return F.group_norm(x, groups, scale, bias, epsilon)
 
-    x = image
+    x, maps = image, []
     if config.stem_width is not None:
         x = group_norm("gn_root", convolution("conv_root", x, 2), config.stem_groups).relu()
+        maps.append(x)
         x = F.max_pool2d(x, 3, 2)
         for stage, units in enumerate(config.stem_units, start=1):
             for unit in range(1, units + 1):
@@ -241,6 +245,7 @@ def google_map(entries, config, image):
                     x = convolution(f"{name}/conv_proj", x, stride)
                     x = group_norm(f"{name}/gn_proj", x, x.shape[1], 1e-5)
                 x = (x + y).relu()
+            maps.append(x)
     kernel = w["embedding/kernel"].permute(3, 2, 0, 1)
     x = F.conv2d(x, kernel, w["embedding/bias"], stride=kernel.shape[-1])
     grid = x.shape[2:]
@@ -261,7 +266,7 @@ def google_map(entries, config, image):
         y = norm(f"{block}/LayerNorm_2", x)
         y = F.gelu(y @ w[f"{name}/Dense_0/kernel"] + w[f"{name}/Dense_0/bias"])
         x = x + y @ w[f"{name}/Dense_1/kernel"] + w[f"{name}/Dense_1/bias"]
-    return norm("Transformer/encoder_norm", x).mT.unflatten(2, grid)
+    return norm("Transformer/encoder_norm", x).mT.unflatten(2, grid), maps
 
 
 def vit_of(model, image):
@@ -278,8 +283,12 @@ def test_googles_arrays_give_googles_features_upcycled_too(config, moe, tmp_path
     before = snapshot(model)
     load_google_npz(model, save_npz(tmp_path / "ViT.npz", entries))
     image = images().double()
-    expected = google_map(entries, config, image)
+    expected, maps = google_map(entries, config, image)
     torch.testing.assert_close(vit_of(model, image), expected, rtol=1e-9, atol=1e-9)
+    if model.stem is not None:
+        root, quarter, eighth, _ = maps
+        skips = [eighth, F.pad(quarter, (0, 1, 0, 1)), root]
+        torch.testing.assert_close(model.stem(image)[1], skips, rtol=1e-9, atol=1e-9)
     changed = {n.split(".")[0] for n, v in snapshot(model).items() if not torch.equal(v, before[n])}
     assert changed == ({"vit"} if config is TINY_VIT else {"stem", "vit"})
 

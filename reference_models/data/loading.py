@@ -49,8 +49,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         image, mask, attributes = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.image_BCS, self.mask_BS, self.attributes_BN)
+            tensor.to(device) for tensor in (self.image_BCS, self.mask_BS, self.attributes_BN)
         )
         return Batch(image, mask, attributes, self.case_ids)
 

@@ -171,8 +171,8 @@ def _drawn_subjects(cases: Sequence[Case], share: float, rng: np.random.Generato
 
     The subjects are lined up by stratum, shuffled within it, and every 1/share-th is drawn.
     """
-    # A subject whose cases differ, such as a lesion seen at two ages, counts by its first.
-    stratum = {case.subject: case.stratum for case in reversed(cases)}
+    # A subject whose cases differ, such as a lesion seen at two ages, counts by its last.
+    stratum = {case.subject: case.stratum for case in cases}
     if not stratum:
         return set()
     subjects = [list(stratum)[i] for i in rng.permutation(len(stratum))]
