@@ -32,15 +32,17 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.text, self.tags, self.links = "", [], []
+        self.styles = False
         self.feed(path.read_text(encoding="utf-8"))
         self.text = " ".join(self.text.split())
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.styles = tag == "style"
         self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
 
     def handle_data(self, data):
-        self.text += data + " "
+        self.text += "" if self.styles else data + " "
 
 
 def case(case_id, group, dice, region="lesion"):
@@ -98,8 +100,11 @@ def test_every_number_of_the_summary_is_on_the_page(tmp_path):
             assert f"{estimate.value:.{digits}f} {estimate.low:.{digits}f} to" in page.text
     for estimate in shown:
         assert f"{estimate.value:.3f} {estimate.low:.3f} to {estimate.high:.3f}" in page.text
-    for word in ("41", "46", "87", "234", "31", "32", "33", "HD95, mm", "at 1.5 mm"):
+    for word in ("87 cases", "of 234 bootstrap", "31 32 33 b 46 0.703", "HD95, mm", "at 1.5 mm"):
         assert word in page.text
+    assert "False alarms a 41 0.601" in page.text
+    assert "87 0.501" in page.text  # the groups' n together
+    assert "62 64 66" in page.text
 
 
 def test_the_difference_a_condition_makes_is_shown_and_why_one_was_not_run(tmp_path):
@@ -112,6 +117,10 @@ def test_the_difference_a_condition_makes_is_shown_and_why_one_was_not_run(tmp_p
     text = written(tmp_path, summary([given], ("a", "b"), conditions)).text
     assert "−0.100" in text
     assert "wrong (not run): only one value" in text
+    assert "as given : all told the truth" in text
+    silent = dataclasses.replace(conditions[0], note="")
+    text = written(tmp_path, summary([given], ("a", "b"), (silent,))).text
+    assert "shuffled lesion by site" in text  # no colon where nothing is noted
 
 
 def test_names_are_escaped_and_nothing_is_fetched(tmp_path):
@@ -127,7 +136,9 @@ def test_names_are_escaped_and_nothing_is_fetched(tmp_path):
 def test_a_group_too_small_to_judge_is_marked_and_the_gap_on_it_is_qualified(tmp_path):
     scores = region([group("a", 3, 0.601, judged=False), group("b", 46, 0.703)])
     text = written(tmp_path, summary([scores], ("a", "b"))).text
-    assert "a †" in text
+    assert "False alarms a † 3" in text  # in the table
+    assert "a † n" in text  # in the chart
+    assert "† Too small to judge (fewer than 20 cases): a, n = 3." in text
     assert "The gap rests on a group too small to judge." in text
 
 
@@ -152,7 +163,10 @@ def test_what_is_not_defined_is_a_dash_with_its_reason(tmp_path):
 def test_many_groups_many_regions_one_group_and_no_attribute_make_a_page(tmp_path):
     values = tuple(f"{NASTY} {i} " + "long" * 40 for i in range(12))
     scores = [region([group(v, 30, 0.6) for v in values], f"region {i}") for i in range(10)]
-    assert written(tmp_path, summary(scores, values)).text.count("ES-Dice ") >= 10
+    text = written(tmp_path, summary(scores, values)).text
+    for at in range(10):  # a row a group in the table of every region
+        rows = text.split(f"region {at} by site")[1].split("Overall")[0]
+        assert [rows.count(f" {i} " + "long" * 40) for i in range(12)] == [1] * 12
     one = written(tmp_path, summary([region([group("a", 30, 0.6)])], ("a",)))
     assert "Only one group has a score" in one.text
     nothing = dataclasses.replace(
@@ -239,10 +253,22 @@ def test_the_worst_group_is_named_again_where_a_condition_changes_it(tmp_path):
     assert "now a" not in text
 
 
+def test_the_loads_are_shown_in_percent_of_a_row_and_an_absent_value_has_none(tmp_path):
+    plain = summary([region([group("a", 41, 0.601), group("b", 46, 0.703)])], ("a", "b"))
+    (given,) = plain.conditions
+    loaded = dataclasses.replace(given, load={"site": ((0.125, 0.375, 0.5), (0.0, 0.0, 0.0))})
+    text = written(tmp_path, dataclasses.replace(plain, conditions=(loaded,))).text
+    assert "A row sums to 100." in text
+    assert "a 12.5 37.5 50.0 b no case" in text
+
+
 def test_pictures_that_do_not_fit_are_refused_with_what_came():
     blank_HW = np.zeros((4, 4), np.uint8)
     with pytest.raises(ValueError, match=r"image_HW3 of 7: got uint8 \(4, 4\), expected uint8"):
         Picture("7", blank_HW, blank_HW, blank_HW)
+    for wrong in (np.zeros((4, 4, 1), np.uint8), np.zeros((4, 4, 3), np.float32)):
+        with pytest.raises(ValueError, match=f"image_HW3 of 7: got {wrong.dtype} "):
+            Picture("7", wrong, blank_HW, blank_HW)
     with pytest.raises(ValueError, match=r"predicted_HW of 7: got \(2, 4\), expected"):
         Picture("7", np.zeros((4, 4, 3), np.uint8), blank_HW, blank_HW[:2])
     bad = Picture("7", np.zeros((4, 4, 3), np.uint8), blank_HW + np.uint8(5), blank_HW)
