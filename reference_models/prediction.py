@@ -23,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from dmoe_layer import AttributeRouter, routing
 
 from .checkpoints import Which, load_model
+from .cohort import framing_of
 from .data import open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample, shown
 from .data.framing import Framing
@@ -59,7 +60,8 @@ class PredictSettings(RunSettings):
     """Masks (`masks/<case id>.png`, label values, native size) and overlays of a run."""
 
     split: Literal["train", "validation", "test", "all"] = "test"
-    """Which cases; all: every case of the data, such as those of another --root."""
+    """Which cases; all: every case of the data, such as those of another --root, where each
+    needs a mask too."""
     out: Path | None = None
     """Folder to write; by default predictions-<split> in the run's."""
 
@@ -114,8 +116,7 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     if split != "all":
         chosen = set(getattr(splits, split))
         cases = [case for case in cases if case.case_id in chosen]
-    crop = None if recipe.crop == "whole" else int(recipe.crop)
-    framing, device = Framing(recipe.size, crop), _device(settings.device)
+    device = _device(settings.device)
     unknown = tuple(case for case in cases if UNKNOWN in case.attributes)
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
@@ -142,7 +143,7 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         model=model,
         device=device,
         dataset=dataset,
-        framing=framing,
+        framing=framing_of(recipe),
         trained=tuple(splits.train),
         cases=tuple(cases),
         left_out=left_out,

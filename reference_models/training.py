@@ -11,7 +11,7 @@ index). So a run that was killed goes on exactly as it would have, with no rando
 from __future__ import annotations
 
 import math
-from collections import Counter
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,9 @@ from torch import Tensor, nn
 from dmoe_layer import routing
 
 from . import checkpoints
+from .cohort import Cohort
 from .data import open_dataset
-from .data.cases import UNKNOWN, shown
-from .data.framing import Framing
-from .data.loading import Augment, Batch, Frames, eval_batches, train_batches
-from .data.splits import Splits, choose_splits, read_splits, untrained_values
+from .data.loading import Batch, eval_batches, train_batches
 from .models.weights import load_pretrained
 from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
@@ -76,22 +74,9 @@ class _Run:
         self.dataset = open_dataset(recipe.data)
         self.task = Task.of(self.dataset)
         on_rank_0(fabric, self._admit, resume)
-        self.splits = self._splits(resume)
-        self.left_out = self._left_out()
-        self.frames = self._frames(self._known(self.splits.train), augment=recipe.augment)
+        self.cohort = Cohort.of(recipe, self.dataset, resume=resume)
+        self.frames = self.cohort.frames(self.cohort.train, recipe.augment)
         self.steps_an_epoch = len(self.frames) // recipe.batch_size
-        if not self.steps_an_epoch:
-            raise RunError(
-                f"batch_size: got {recipe.batch_size}, but there are {len(self.frames)} training "
-                "cases."
-            )
-        self.validation = self._known(self.splits.validation)
-        if not self.validation:
-            raise RunError(
-                f"leave_out_unknown: leaves no validation case (of {len(self.splits.validation)}); "
-                "name others by --splits, or train with --unknown learned."
-            )
-        group_counts = self._group_counts()
         torch.manual_seed(recipe.seed)
         network = build_model(recipe, self.task)
         stored = checkpoints.load_last(self.folder)
@@ -108,7 +93,7 @@ class _Run:
             recipe.fairness,
             lambda_dice=recipe.lambda_dice,
             lambda_ce=recipe.lambda_ce,
-            group_counts=group_counts,
+            group_counts=self.cohort.group_counts(),
             rate=recipe.group_dro_rate,
             temperature=recipe.fair_dro_temperature,
             gamma=recipe.febs_gamma,
@@ -119,20 +104,18 @@ class _Run:
 
     def train(self) -> Path:
         recipe, position = self.recipe, self.state.position
-        validation = self._frames(
-            share_of(self.validation, self.fabric.global_rank, self.fabric.world_size)
+        cohort, fabric = self.cohort, self.fabric
+        validation = cohort.frames(
+            share_of(cohort.validation, fabric.global_rank, fabric.world_size)
         )
         batch_size = recipe.batch_size // self.fabric.world_size
         steps = int(recipe.epochs) * self.steps_an_epoch
         speaks = self.fabric.is_global_zero
         with Reporter(self.folder, speaks=speaks, step=position.step, steps=steps) as reporter:
-            reporter.say(
-                " ".join(f"{name}={value}" for name, value in flat(to_json(recipe)).items())
-            )
-            if self.left_out:
-                reporter.say(f"left out, an attribute not known: {shown(sorted(self.left_out))}")
-            if lacking := untrained_values(self.dataset, self._known(self.splits.train)):
-                reporter.say(f"without a training case, so no router learns: {', '.join(lacking)}")
+            settings = (f"{name}={value}" for name, value in flat(to_json(recipe)).items())
+            reporter.say(textwrap.fill(" ".join(settings), 100))
+            for remark in cohort.remarks():
+                reporter.say(remark)
             if position.step:
                 reporter.say(f"resumed after epoch {position.epoch}, step {position.step}")
             if not recipe.epochs and not position.best:
@@ -249,49 +232,7 @@ class _Run:
     def _begin(self) -> None:
         self.lock = hold(self.folder)
         refuse_taken(self.folder)  # another process may have come first
-        write_run(self.folder, self.recipe, self.task, self.splits)
-
-    def _splits(self, resume: bool) -> Splits:
-        data = self.recipe.data
-        if resume:
-            return read_splits(self.folder / "splits.json", self.dataset)
-        return choose_splits(self.dataset, data.splits, data.split_seed)
-
-    def _left_out(self) -> set[str]:
-        """The cases that lack an attribute, if those are to be left out."""
-        model, used = self.recipe.model, {*self.splits.train, *self.splits.validation}
-        lacking = [c for c in self.dataset.cases if UNKNOWN in c.attributes and c.case_id in used]
-        if self.recipe.leave_out_unknown:
-            return {case.case_id for case in lacking}
-        if lacking and model.unknown == "error" and model.aware and model.moe != "none":
-            raise RunError(
-                f"unknown: {len(lacking)} cases lack an attribute ({lacking[0].case_id} is one) "
-                "and the router is to refuse them; --leave-out-unknown trains without them, and "
-                "--unknown learned has a route for them."
-            )
-        return set()
-
-    def _known(self, case_ids: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(case_id for case_id in case_ids if case_id not in self.left_out)
-
-    def _group_counts(self) -> Tensor:
-        """Training cases by value of the first attribute, the unknown last."""
-        found = Counter(case.attributes[0] for case in self.frames.cases)
-        values = range(len(self.dataset.attributes[0].values))
-        return torch.tensor([found[value] for value in values] + [found[UNKNOWN]])
-
-    def _frames(self, case_ids: tuple[str, ...], *, augment: Augment = "none") -> Frames:
-        recipe = self.recipe
-        crop = None if recipe.crop == "whole" else int(recipe.crop)
-        framing = Framing(recipe.size, crop)
-        return Frames(
-            self.dataset,
-            case_ids,
-            framing,
-            augment=augment,
-            seed=recipe.seed,
-            cache=recipe.data.cache,
-        )
+        write_run(self.folder, self.recipe, self.task, self.cohort.splits)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
