@@ -6,8 +6,12 @@ the same order, optimizer, learning rate and number of steps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import multiprocessing
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .evaluation import AS_GIVEN, EvaluateRun, evaluate_run
-from .recipe import PRESETS, ModelSettings
+from .recipe import PRESETS, ModelSettings, Recipe
 from .scores import RegionScores, Summary
 from .training import train
 
@@ -59,19 +63,41 @@ def demo(settings: DemoSettings) -> dict[str, Summary]:
     torch.set_num_threads(1)
     reports = {name: settings.out / name / "evaluation-test" / "report.html" for name in MODELS}
     console.print(f"report: {reports['dmoe']} (in a few minutes)", soft_wrap=True)
-    summaries = {}
-    for name, model in MODELS.items():
-        run = dataclasses.replace(SMALL, model=model, out=settings.out / name, seed=settings.seed)
-        if settings.epochs is not None:
-            run = dataclasses.replace(run, epochs=settings.epochs)
-        # An interrupted demo goes on where it was.
-        train(run, resume=(run.out / "recipe.json").exists())
-        summaries[name] = evaluate_run(EvaluateRun(run.out))
+    runs = {
+        name: dataclasses.replace(
+            SMALL,
+            model=model,
+            out=settings.out / name,
+            seed=settings.seed,
+            epochs=SMALL.epochs if settings.epochs is None else settings.epochs,
+        )
+        for name, model in MODELS.items()
+    }
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside:
+        # The longest of the three has a second core to itself, and says at its end what it did.
+        longest = beside.submit(_quietly, runs["dmoe"])
+        for name in ("dense", "plain-moe"):
+            _train(runs[name])
+        console.print(longest.result(), soft_wrap=True, markup=False, highlight=False)
+    summaries = {name: evaluate_run(EvaluateRun(run.out)) for name, run in runs.items()}
     console.print(_table(summaries))
     console.print(f"\n{_finding(summaries)}\n\n{LIMITS}\n")
     for name, report in reports.items():
         console.print(f"{name:<9} {report}", soft_wrap=True)
     return summaries
+
+
+def _train(run: Recipe) -> None:
+    """An interrupted demo goes on where it was."""
+    train(run, resume=(run.out / "recipe.json").exists())
+
+
+def _quietly(run: Recipe) -> str:
+    """In a process of its own; returns what it would have printed."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        _train(run)
+    return printed.getvalue()
 
 
 def _scores(summary: Summary, condition: str = AS_GIVEN) -> RegionScores:
