@@ -100,6 +100,9 @@ class Cohort:
     def remarks(self) -> list[str]:
         """What a reader of the run's output should know of its cases."""
         lacking = untrained_values(self.dataset, set(self.train))
+        if self.recipe.leave_out_unknown:  # which is said already
+            unknown = {f"{a.name} {a.label(UNKNOWN)}" for a in self.dataset.attributes}
+            lacking = [value for value in lacking if value not in unknown]
         return [
             f"{what}: {shown(names)}"
             for what, names in (

@@ -78,7 +78,8 @@ class TrainedRun:
         device: where it computes.
         dataset: the run's.
         framing: from native resolution to the network's and back.
-        trained: ids of the cases that it was trained on, and of those then left out.
+        trained: ids of the cases that it was trained on, and of those then left out; of the split
+            "all" none, since other data than the run's may be meant.
         cases: to be predicted.
         left_out: those whose attribute is not known, where leaving them out was asked for.
     """
@@ -89,7 +90,7 @@ class TrainedRun:
     device: torch.device
     dataset: Dataset
     framing: Framing
-    trained: tuple[str, ...]
+    trained: frozenset[str]
     cases: tuple[Case, ...]
     left_out: tuple[Case, ...]
 
@@ -111,10 +112,11 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     dataset = open_dataset(data)
     if (found := Task.of(dataset)) != task:
         raise DataError(f"{settings.run}: was trained for {task}, but the data are {found}.")
-    splits = read_splits(settings.run / "splits.json", dataset)
     cases = list(dataset.cases)
+    trained: frozenset[str] = frozenset()
     if split != "all":
-        chosen = set(getattr(splits, split))
+        splits = read_splits(settings.run / "splits.json", dataset)
+        trained, chosen = frozenset(splits.train), set(getattr(splits, split))
         cases = [case for case in cases if case.case_id in chosen]
     device = _device(settings.device)
     unknown = tuple(case for case in cases if UNKNOWN in case.attributes)
@@ -144,7 +146,7 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         device=device,
         dataset=dataset,
         framing=framing_of(recipe),
-        trained=tuple(splits.train),
+        trained=trained,
         cases=tuple(cases),
         left_out=left_out,
     )

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_a_run_is_scored_predicted_and_scored_again_from_its_masks(run, tmp_path
     assert as_given[0] == as_given[1]
     assert "<html" in (of_run / "report.html").read_text(encoding="utf-8")
     assert Image.open(next((tmp_path / "predicted" / "overlays").iterdir())).mode == "RGB"
+
+
+def test_all_cases_are_predicted_of_data_that_the_runs_splits_do_not_name(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    splits = json.loads((other / "splits.json").read_text())
+    splits["test"] = ["a case that is elsewhere"]
+    (other / "splits.json").write_text(json.dumps(splits))
+    assert main(["predict", "--run", str(other)]) == 1
+    assert main(["predict", "--run", str(other), "--split", "all"]) == 0
+    assert len([*(other / "predictions-all" / "masks").iterdir()]) == 30 + 3 * 2
 
 
 def test_a_run_goes_on_by_the_same_command_with_resume(run, capsys):
