@@ -15,7 +15,8 @@ from .data.check import check
 from .demo import DemoSettings, demo
 from .evaluation import EvaluatePredictions, EvaluateRun, evaluate_predictions, evaluate_run
 from .prediction import PredictSettings, predict
-from .recipe import PRESETS, RunError
+from .presets import PRESETS
+from .recipe import RunError
 from .training import train
 
 _Preset: Any = tyro.extras.subcommand_type_from_defaults(
@@ -24,6 +25,8 @@ _Preset: Any = tyro.extras.subcommand_type_from_defaults(
         "paper": "as the paper's appendix has it",
         "released": "as the paper's released code has it",
         "small": "for a CPU, on the MNI152 brain",
+        "paper3d": "volumes, as the paper's appendix has it",
+        "small3d": "volumes, for a CPU",
     },
     prefix_names=False,
 )

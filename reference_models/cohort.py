@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .data.cases import UNKNOWN, Dataset, shown
-from .data.framing import Framing
+from .data.framing import Framing, Square
 from .data.loading import Augment, Frames
 from .data.splits import Splits, choose_splits, read_splits, untrained_values
-from .recipe import Recipe, RunError
+from .recipe import Recipe, RunError, SquareSettings
 
 
 @dataclass(frozen=True)
@@ -115,4 +115,7 @@ class Cohort:
 
 def framing_of(recipe: Recipe) -> Framing:
     """From native resolution to the network's and back."""
-    return Framing(recipe.size, None if recipe.crop == "whole" else int(recipe.crop))
+    frame = recipe.frame
+    if isinstance(frame, SquareSettings):
+        return Square(frame.size, None if frame.crop == "whole" else int(frame.crop))
+    raise NotImplementedError

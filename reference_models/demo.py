@@ -20,15 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from .evaluation import AS_GIVEN, EvaluateRun, evaluate_run
-from .recipe import PRESETS, ModelSettings, Recipe
+from .presets import PRESETS
+from .recipe import Recipe, TransUNetSettings
 from .scores import RegionScores, Summary
 from .training import train
 
 SMALL = PRESETS["small"]
-MODELS: Mapping[str, ModelSettings] = {
-    "dense": dataclasses.replace(SMALL.model, moe="none"),
-    "plain-moe": dataclasses.replace(SMALL.model, aware=False),
-    "dmoe": SMALL.model,
+NETWORK = TransUNetSettings(variant="small")
+MODELS: Mapping[str, TransUNetSettings] = {
+    "dense": dataclasses.replace(NETWORK, moe="none"),
+    "plain-moe": dataclasses.replace(NETWORK, aware=False),
+    "dmoe": NETWORK,
 }
 # Of ES-Dice; what seeds alone make of it stands beside the demo's figures in the README.
 CLEAR_GAIN = 0.05

@@ -224,7 +224,7 @@ def _score(
     return [
         score_region(
             np.isin(mask_S, labels),
-            np.isin(sample.mask_S, labels),
+            np.isin(sample.truth_S, labels),
             spacing=sample.spacing,
             tolerance=scoring.tolerance,
         )
@@ -275,7 +275,7 @@ def _write(
     for case_id in pictures_wanted(rows, summary.attributes):
         sample = dataset.load(by_id[case_id])
         mask = read_mask(masks[case_id], sample.native_size, dataset.classes)
-        pictures[case_id] = Picture.of(case_id, sample.image_CS, sample.mask_S, mask)
+        pictures[case_id] = Picture.of(case_id, sample.image_CS, sample.truth_S, mask)
     write_report(folder / "report.html", summary, rows, pictures, tuple(dataset.classes))
     return summary
 

@@ -199,7 +199,7 @@ def predictions(
                         f"{run.settings.run}: the network's output for {sample.case_id} is not "
                         f"finite (attributes {condition}); its weights or this image are damaged."
                     )
-                of[condition] = run.framing.restore(logits_KHW, sample.native_size)
+                of[condition] = run.framing.restore(logits_KHW, sample)
             if loads is not None:
                 loads[condition].add(scope, told_BA)
         start += len(samples)
@@ -228,7 +228,7 @@ def predict(settings: PredictSettings) -> Path:
         for sample, masks in predictions(run, told):
             write_mask(folder / "masks", sample.case_id, masks["as given"])
             predicted_HW = masks["as given"]
-            picture = Picture.of(sample.case_id, sample.image_CS, sample.mask_S, predicted_HW)
+            picture = Picture.of(sample.case_id, sample.image_CS, sample.truth_S, predicted_HW)
             overlay_HW3 = overlay(picture, run.dataset.classes)
             Image.fromarray(overlay_HW3).save(folder / "overlays" / f"{sample.case_id}.png")
 
@@ -260,8 +260,7 @@ class _Framed(TorchDataset[Any]):
             sample = self._dataset.load(self._cases[index])
         except DataError as error:
             return error
-        framed_CHW, _ = self._framing.apply(sample.image_CS, sample.mask_S)
-        return sample, torch.from_numpy(framed_CHW)
+        return sample, torch.from_numpy(self._framing.apply(sample).image_CS)
 
 
 def _unbroken(items: list[Any]) -> list[Any] | DataError:

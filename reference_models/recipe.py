@@ -1,19 +1,16 @@
-"""What a run is made of: settings that become flags, presets, and the learning rate of a step."""
+"""What a run is made of: settings that become flags, and the learning rate of a step."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import types
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import tyro
 
 from .data import DataSettings
-from .data.loading import Augment
 
 
 class RunError(Exception):
@@ -22,14 +19,8 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The network."""
+    """The network, whichever it is."""
 
-    variant: Literal["vit_b16", "r50_vit_b16", "small"] = "vit_b16"
-    """vit_b16: what the paper's experiments ran; r50_vit_b16: TransUNet in full; small: for a
-    CPU."""
-    moe: Literal["shared", "per_block", "mlp", "none"] = "shared"
-    """shared: one residual layer after every block, the paper's; per_block: one each; mlp: in place
-    of each block's MLP; none: a dense network."""
     aware: bool = True
     """No: the router is not told the attribute, the paper's plain-MoE baseline."""
     noise: Literal["train", "always", "never"] = "train"
@@ -39,8 +30,67 @@ class ModelSettings:
     gradient_checkpointing: bool = False
     """Recompute each block in backward: less memory, more time."""
     weights: Path | None = None
-    """Trained weights to start from: Google's ViT-B_16.npz or R50+ViT-B_16.npz, or a .pth of the
-    paper's released 2D code."""
+    """Trained weights to start from: Google's ViT-B_16.npz or R50+ViT-B_16.npz for a TransUNet, or
+    a .pth of the paper's released code."""
+
+
+@dataclass(frozen=True)
+class TransUNetSettings(ModelSettings):
+    """The 2D network."""
+
+    variant: Literal["vit_b16", "r50_vit_b16", "small"] = "vit_b16"
+    """vit_b16: what the paper's experiments ran; r50_vit_b16: TransUNet in full; small: for a
+    CPU."""
+    moe: Literal["shared", "per_block", "mlp", "none"] = "shared"
+    """shared: one residual layer after every block, the paper's; per_block: one each; mlp: in place
+    of each block's MLP; none: a dense network."""
+
+
+@dataclass(frozen=True)
+class ResUNet3DSettings(ModelSettings):
+    """The 3D network."""
+
+    features: int = 24
+    """Channels of the first stage; the five have 1, 1, 2, 4 and 8 times as many."""
+    moe: Literal["per_block", "none"] = "per_block"
+    """per_block: a residual layer after each of --stages, the paper's; none: a dense network."""
+    stages: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Encoder stages that are followed by experts."""
+
+
+@dataclass(frozen=True)
+class SquareSettings:
+    """What a 2D network sees of an image."""
+
+    size: int = 224
+    """Pixels a side that the network sees."""
+    crop: int | Literal["paper", "whole"] = "paper"
+    """Native pixels of the central crop; paper: 512 for FairSeg, 1024 for HAM10000."""
+    augment: Literal["paper", "shift", "none"] = "paper"
+    """Of training images. paper: turned, flipped and rotated as in the paper's code; shift: moved
+    by up to a twelfth of the size, where all are in one pose."""
+
+
+@dataclass(frozen=True)
+class VolumeSettings:
+    """What a 3D network sees of a volume: patches, on one grid of voxels for all volumes."""
+
+    spacing: tuple[float, float, float] | Literal["median"] = "median"
+    """Voxels to resample to: mm from left to right, back to front and below to above; median: that
+    of the data, axis by axis."""
+    patch: tuple[int, int, int] = (384, 384, 128)
+    """Such voxels that the network sees at once, multiples of 32, in the same order of axes."""
+    patches: int = 1
+    """Training patches of each volume in an epoch."""
+    foreground: float = 1 / 3
+    """Share of the training patches that are laid around a voxel of the foreground."""
+    overlap: float = 0.5
+    """Of neighbouring windows in validation and prediction, as a share of the patch."""
+    body: bool = False
+    """Route only the voxels of the patient's body to the experts, none of the air around it."""
+    augment: Literal["paper", "none"] = "paper"
+    """Of training patches. paper: flips and shifts of intensity; the paper names none, and these
+    are usual."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +98,17 @@ class Recipe:
     """Everything a run is made of; saved with it as `recipe.json`."""
 
     data: Annotated[DataSettings, tyro.conf.arg(name="")]
-    model: Annotated[ModelSettings, tyro.conf.arg(name="")] = field(default_factory=ModelSettings)
+    model: Annotated[
+        TransUNetSettings | ResUNet3DSettings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands
+    ] = field(default_factory=TransUNetSettings)
+    frame: Annotated[
+        SquareSettings | VolumeSettings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands
+    ] = field(default_factory=SquareSettings)
     out: Path = Path("run")
     """The run's folder."""
     seed: int = 0
     """Of initial weights, order, augmentation, routing noise and dropout."""
 
-    size: int = 224
-    """Pixels a side that the network sees."""
-    crop: int | Literal["paper", "whole"] = "paper"
-    """Native pixels of the central crop; paper: 512 for FairSeg, 1024 for HAM10000."""
-    augment: Augment = "paper"
-    """Of training images. paper: turned, flipped and rotated as in the paper's code; shift: moved
-    by up to a twelfth of the size, where all are in one pose."""
     batch_size: int = 42
     """Of all devices together."""
     epochs: int | Literal["paper"] = "paper"
@@ -116,41 +164,7 @@ class Recipe:
     """Steps between checkpoints; there is one at the end of each epoch besides."""
 
 
-# The paper's card leaves open: the rate of the exponential decay (ours leaves 1 % in the last
-# epoch), AdamW's weight decay and betas (PyTorch's here), warm-up (none), augmentation (the
-# released code's), whether cross-entropy stands alone (taken at its word) and how the best epoch is
-# chosen (on validation cases of ours, carved from the training split).
-_PAPER = Recipe(data=DataSettings("fairseg"), leave_out_unknown=True, lambda_dice=0.0)
-
-PRESETS: dict[str, Recipe] = {
-    "paper": _PAPER,
-    # 0.0175 is the 0.01 of the released code times 42/24. Its Dice pools the batch and squares the
-    # predictions in the denominator, ours is MONAI's of each sample; its poly lags by one step.
-    "released": dataclasses.replace(
-        _PAPER,
-        optimizer="sgd",
-        learning_rate=0.0175,
-        weight_decay=1e-4,
-        schedule="poly",
-        lambda_dice=0.5,
-        lambda_ce=0.5,
-    ),
-    "small": Recipe(
-        data=DataSettings("mni152"),
-        model=ModelSettings(variant="small"),
-        size=96,
-        crop="whole",
-        augment="shift",  # one head in one pose; without it the slices are learned by heart
-        batch_size=8,
-        epochs=8,
-        learning_rate=4e-3,
-        schedule="cosine",
-        warmup=0.1,
-        balance_weight=0.01,
-    ),
-}
-
-_PAPER_EPOCHS = {"fairseg": 300, "ham10000": 100}
+_PAPER_EPOCHS = {"fairseg": 300, "ham10000": 100, "nifti": 100}
 _PAPER_CROPS = {"fairseg": 512, "ham10000": 1024}
 
 
@@ -160,22 +174,18 @@ def settle(recipe: Recipe) -> Recipe:
     Raises:
         RunError: a setting is out of range, or two of them do not fit together.
     """
-    name = recipe.data.data
-    settings: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("epochs", _PAPER_EPOCHS),
-        ("crop", _PAPER_CROPS),
-    )
-    for setting, known in settings:
-        if getattr(recipe, setting) == "paper":
-            if name not in known:
-                raise RunError(
-                    f"{setting}: got 'paper', which says nothing about {name}; give a number"
-                    f"{' or whole' if setting == 'crop' else ''}."
-                )
-            recipe = dataclasses.replace(recipe, **{setting: known[name]})
+    frame = recipe.frame
+    if recipe.epochs == "paper":
+        epochs = _known(recipe, "epochs", _PAPER_EPOCHS, "a number")
+        recipe = dataclasses.replace(recipe, epochs=epochs)
+    if isinstance(frame, SquareSettings) and frame.crop == "paper":
+        crop = _known(recipe, "crop", _PAPER_CROPS, "a number or whole")
+        recipe = dataclasses.replace(recipe, frame=dataclasses.replace(frame, crop=crop))
+    _check_kind(recipe)
+    _check_frame(recipe.frame)
     _require(recipe, "epochs", int(recipe.epochs) >= 0, "0 or more")
     _require(recipe, "seed", 0 <= recipe.seed < 2**64, "0 or more and less than 2**64")
-    for setting in ("batch_size", "size", "devices", "nodes"):
+    for setting in ("batch_size", "devices", "nodes"):
         _require(recipe, setting, getattr(recipe, setting) >= 1, "1 or more")
     for setting in ("learning_rate", "fair_dro_temperature"):
         _require(recipe, setting, 0 < getattr(recipe, setting) < math.inf, "more than 0 and finite")
@@ -186,7 +196,6 @@ def settle(recipe: Recipe) -> Recipe:
     _require(recipe, "warmup", 0 <= recipe.warmup < 1, "0 or more and less than 1")
     _require(recipe, "momentum", 0 <= recipe.momentum < 1, "0 or more and less than 1")
     _require(recipe, "patience", recipe.patience is None or recipe.patience >= 1, "1 or more")
-    _require(recipe, "crop", recipe.crop == "whole" or int(recipe.crop) >= 1, "1 or more, or whole")
     processes = recipe.devices * recipe.nodes
     _require(recipe, "batch_size", not recipe.batch_size % processes, f"a multiple of {processes}")
     if not recipe.lambda_dice + recipe.lambda_ce:
@@ -209,7 +218,7 @@ def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
     """The learning rate of a step, counted from 0, of a settled recipe.
 
     Example:
-        >>> poly = dataclasses.replace(PRESETS["released"], epochs=2)
+        >>> poly = Recipe(DataSettings("fairseg"), learning_rate=0.0175, schedule="poly", epochs=2)
         >>> [round(learning_rate(poly, step, steps_an_epoch=2), 5) for step in range(4)]
         [0.0175, 0.01351, 0.00938, 0.00503]
     """
@@ -225,74 +234,42 @@ def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
     return recipe.learning_rate * factor * min(risen, 1.0)
 
 
-def to_json(value: Any) -> Any:
-    """A settings dataclass as what json can hold.
-
-    Example:
-        >>> to_json(ModelSettings(weights=Path("a.npz")))["weights"]
-        'a.npz'
-    """
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [to_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def _known(recipe: Recipe, setting: str, values: dict[str, int], expected: str) -> int:
+    """The paper's value for the recipe's data."""
+    name = recipe.data.data
+    if name not in values:
+        raise RunError(f"{setting}: got 'paper', which says nothing about {name}; give {expected}.")
+    return values[name]
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings side by side.
-
-    Example:
-        >>> flat({"seed": 0, "data": {"root": None}})
-        {'seed': 0, 'data.root': None}
-    """
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= (
-            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+def _check_kind(recipe: Recipe) -> None:
+    """Volumes are for the 3D presets, images for the 2D ones."""
+    volumes = isinstance(recipe.frame, VolumeSettings)
+    if volumes != isinstance(recipe.model, ResUNet3DSettings):
+        raise RunError("model, frame: one is for 2D images and the other for volumes.")
+    if volumes != (recipe.data.data == "nifti"):
+        raise RunError(
+            f"data: {recipe.data.data} has {'2D images' if volumes else 'volumes'}, but the preset "
+            f"is for {'volumes' if volumes else '2D images'}; those for volumes end in 3d."
         )
-    return found
 
 
-def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
-    """The inverse of `to_json`, for a settings dataclass `kind`.
-
-    Raises:
-        RunError: a setting is missing, not known here, or not of its type.
-    """
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        if not isinstance(value, Mapping) or value.keys() != hints.keys():
-            given = set(value) if isinstance(value, Mapping) else {str(value)}
-            raise RunError(
-                f"{name}: got {sorted(given - set(hints)) or 'nothing'} besides, and lacks "
-                f"{sorted(set(hints) - given) or 'nothing'}, of what this version knows; it was "
-                "written by another version or by hand."
-            )
-        return kind(**{key: from_json(hints[key], value[key], f"{name}.{key}") for key in hints})  # type: ignore[operator]
-    if get_origin(kind) in (Union, types.UnionType):
-        for choice in get_args(kind):
-            try:
-                return from_json(choice, value, name)
-            except RunError:
-                continue
-    elif get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-    elif get_origin(kind) is tuple and isinstance(value, list):
-        kinds = get_args(kind)
-        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
-        if len(kinds) == len(value):
-            return tuple(from_json(k, v, name) for k, v in zip(kinds, value, strict=True))
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif kind is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is kind:
-        return value
-    raise RunError(f"{name}: got {value!r}, expected {kind}.")
+def _check_frame(frame: SquareSettings | VolumeSettings) -> None:
+    if isinstance(frame, SquareSettings):
+        _require(frame, "size", frame.size >= 1, "1 or more")
+        _require(
+            frame, "crop", frame.crop == "whole" or int(frame.crop) >= 1, "1 or more, or whole"
+        )
+        return
+    sides = all(side >= 1 and not side % 32 for side in frame.patch)
+    _require(frame, "patch", sides, "three multiples of 32")
+    spacing = frame.spacing == "median" or all(0 < size < math.inf for size in frame.spacing)
+    _require(frame, "spacing", spacing, "three sizes in mm above 0, or median")
+    _require(frame, "patches", frame.patches >= 1, "1 or more")
+    _require(frame, "foreground", 0 <= frame.foreground <= 1, "a share from 0 to 1")
+    _require(frame, "overlap", 0 <= frame.overlap < 1, "0 or more and less than 1")
 
 
-def _require(recipe: Recipe, setting: str, holds: bool, expected: str) -> None:
+def _require(settings: object, setting: str, holds: bool, expected: str) -> None:
     if not holds:
-        raise RunError(f"{setting}: got {getattr(recipe, setting)}, expected {expected}.")
+        raise RunError(f"{setting}: got {getattr(settings, setting)}, expected {expected}.")

@@ -6,13 +6,17 @@ import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from torch import nn
 
 from .data.cases import Attribute, Dataset
 from .data.splits import Splits, write_splits
 from .files import write_whole
+from .models.resunet3d import ResUNet3D
 from .models.transunet import TransUNet
-from .recipe import Recipe, RunError, flat, from_json, to_json
+from .recipe import Recipe, ResUNet3DSettings, RunError, SquareSettings
+from .serial import flat, from_json, to_json
 
 # What may differ between a run and its resumption: where things lie and what computes them.
 _MAY_DIFFER = {
@@ -46,25 +50,28 @@ class Task:
         return cls(dataset.channels, tuple(dataset.classes), tuple(dataset.attributes))
 
 
-def build_model(recipe: Recipe, task: Task) -> TransUNet:
+def build_model(recipe: Recipe, task: Task) -> nn.Module:
     """The network of a recipe, newly initialised; pretrained weights are not read.
 
     Raises:
         RunError: the network cannot be built so.
     """
+    model, frame = recipe.model, recipe.frame
     sizes = tuple(len(attribute.values) for attribute in task.attributes)
+    options: dict[str, Any] = {
+        "in_channels": task.channels,
+        "n_classes": len(task.classes),
+        "moe": model.moe,
+        "attribute_sizes": sizes if model.aware else None,
+        "noise": model.noise,
+        "unknown": model.unknown,
+        "gradient_checkpointing": model.gradient_checkpointing,
+    }
     try:
-        return TransUNet(
-            recipe.model.variant,
-            in_channels=task.channels,
-            n_classes=len(task.classes),
-            image_size=recipe.size,
-            moe=recipe.model.moe,
-            attribute_sizes=sizes if recipe.model.aware else None,
-            noise=recipe.model.noise,
-            unknown=recipe.model.unknown,
-            gradient_checkpointing=recipe.model.gradient_checkpointing,
-        )
+        if isinstance(model, ResUNet3DSettings):
+            return ResUNet3D(model.features, stages=model.stages, **options)
+        assert isinstance(frame, SquareSettings)  # as `settle` has made sure
+        return TransUNet(model.variant, image_size=frame.size, **options)
     except ValueError as error:
         raise RunError(f"model: {error}") from error
 

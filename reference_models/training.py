@@ -31,8 +31,9 @@ from .models.weights import load_pretrained
 from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
 from .progress import Reporter
-from .recipe import Recipe, RunError, flat, learning_rate, settle, to_json
+from .recipe import Recipe, RunError, learning_rate, settle
 from .runs import Task, build_model, hold, refuse_taken, require_same, write_run
+from .serial import flat, to_json
 from .state import State
 from .validation import Validation, share_of, validate
 
@@ -75,7 +76,7 @@ class _Run:
         self.task = Task.of(self.dataset)
         on_rank_0(fabric, self._admit, resume)
         self.cohort = Cohort.of(recipe, self.dataset, resume=resume)
-        self.frames = self.cohort.frames(self.cohort.train, recipe.augment)
+        self.frames = self.cohort.frames(self.cohort.train, recipe.frame.augment)
         self.steps_an_epoch = len(self.frames) // recipe.batch_size
         torch.manual_seed(recipe.seed)
         network = build_model(recipe, self.task)
@@ -169,7 +170,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with routing(batch.attributes_BN) as r:
-            logits_BKS = self.model(batch.image_BCS)
+            logits_BKS = self.model(*batch.inputs)
         segmentation, loss_B = self.objective(
             logits_BKS.float(), batch.mask_BS, batch.attributes_BN[:, 0]
         )

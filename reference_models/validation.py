@@ -71,7 +71,7 @@ def validate(
     for batch in batches:
         moved = batch.to(device)
         with routing(moved.attributes_BN) as r:
-            predicted_BS = model(moved.image_BCS).argmax(1)
+            predicted_BS = model(*moved.inputs).argmax(1)
         dice_B = case_dice(predicted_BS, moved.mask_BS, dataset)
         attributes = batch.attributes_BN.tolist()
         scored |= {

@@ -15,6 +15,7 @@ from reference_models import demo
 from reference_models.__main__ import main
 from reference_models.data import DataSettings
 from reference_models.data.phantom import PhantomSettings
+from reference_models.recipe import SquareSettings
 
 ROOT = Path(__file__).parent.parent
 # As small as still has every group in every split.
@@ -104,7 +105,11 @@ def test_an_unknown_flag_is_refused_with_what_there_is(capsys):
 
 def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     phantom = PhantomSettings(cases=30, test_cases_per_group=2, image_size=32)
-    small = dataclasses.replace(demo.SMALL, data=DataSettings("phantom", phantom=phantom), size=32)
+    small = dataclasses.replace(
+        demo.SMALL,
+        data=DataSettings("phantom", phantom=phantom),
+        frame=SquareSettings(32, "whole", "shift"),
+    )
     monkeypatch.setattr(demo, "SMALL", small)
     summaries = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
     printed = capsys.readouterr().out

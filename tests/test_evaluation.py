@@ -28,7 +28,7 @@ from reference_models.evaluation import (
 )
 from reference_models.masks import read_mask, write_mask
 from reference_models.prediction import PredictSettings, predict
-from reference_models.recipe import ModelSettings, Recipe
+from reference_models.recipe import Recipe, SquareSettings, TransUNetSettings
 from reference_models.runs import Task, build_model, write_run
 from reference_models.scores import METRICS
 
@@ -92,7 +92,7 @@ def run_of(tmp_path, monkeypatch):
     """Puts a network and a data set in the place of a trained run; returns its folder."""
 
     def place(model, dataset, trained=None):
-        recipe = Recipe(data=DataSettings("phantom"), size=SIZE, crop="whole")
+        recipe = Recipe(data=DataSettings("phantom"), frame=SquareSettings(SIZE, "whole"))
         monkeypatch.setattr(
             prediction, "load_model", lambda run, which: (recipe, Task.of(dataset), model)
         )
@@ -473,9 +473,8 @@ def phantom_run(tmp_path_factory):
     settings = PhantomSettings(cases=12, test_cases_per_group=4, image_size=40)
     recipe = Recipe(
         data=DataSettings("phantom", phantom=settings),
-        model=ModelSettings(variant="small"),
-        size=32,
-        crop="whole",
+        model=TransUNetSettings(variant="small"),
+        frame=SquareSettings(32, "whole"),
         batch_size=4,
         epochs=1,
     )

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from reference_models.data.framing import Framing
+from reference_models.data.cases import Sample
+from reference_models.data.framing import Square
+
+
+def sample(image_CS, mask_S):
+    return Sample("case", image_CS, mask_S, (0,), (1.0, 1.0))
 
 
 def ellipses(height, width):
@@ -18,14 +23,16 @@ def ellipses(height, width):
 @pytest.mark.parametrize("crop", [None, 50, 1000])
 @pytest.mark.parametrize("size", [48, 96, 300])
 def test_a_frame_goes_back_to_the_native_mask(native, crop, size):
-    framing = Framing(size, crop)
+    framing = Square(size, crop)
     mask = ellipses(*native)
-    image_CS, mask_S = framing.apply(np.stack([mask, mask]).astype(np.float32), mask)
+    given = sample(np.stack([mask, mask]).astype(np.float32), mask)
+    frame = framing.apply(given)
+    image_CS, mask_S = frame.image_CS, frame.mask_S
     assert image_CS.shape == (2, size, size)
     assert image_CS.dtype == np.float32
     assert mask_S.dtype == np.uint8
     logits_KHW = torch.nn.functional.one_hot(torch.from_numpy(mask_S).long(), 3).permute(2, 0, 1)
-    restored = framing.restore(logits_KHW, native)
+    restored = framing.restore(logits_KHW, given)
     kept = [min(length, crop or length) for length in native]
     starts = [(length - k) // 2 for length, k in zip(native, kept, strict=True)]
     window = tuple(slice(s, s + k) for s, k in zip(starts, kept, strict=True))
@@ -50,21 +57,23 @@ def test_a_frame_goes_back_to_the_native_mask(native, crop, size):
 def test_frames_keep_the_aspect_ratio_and_crop_the_middle():
     image = np.zeros((1, 40, 60), np.float32)
     image[0, 10:30, 20:40] = 1  # a square in the middle stays one
-    framed, labels = Framing(30).apply(image, image[0].astype(np.uint8))
+    given = sample(image, image[0].astype(np.uint8))
+    frame = Square(30).apply(given)
+    framed, labels = frame.image_CS, frame.mask_S
     rows, columns = np.nonzero(labels)
     assert (np.ptp(rows), np.ptp(columns)) == (9, 9)
     assert framed[0, :5].max() == 0  # padded with zeros
-    cropped, labels = Framing(20, crop=20).apply(image, image[0].astype(np.uint8))
-    assert cropped.min() == 1
-    assert labels.min() == 1
+    cropped = Square(20, crop=20).apply(given)
+    assert cropped.image_CS.min() == 1
+    assert cropped.mask_S.min() == 1
     with pytest.raises(ValueError, match=r"\(3, 30, 30\)|must be"):
-        Framing(30).restore(torch.zeros(3, 20, 30), (40, 60))
+        Square(30).restore(torch.zeros(3, 20, 30), given)
     with pytest.raises(ValueError, match="size"):
-        Framing(0)
+        Square(0)
 
 
 def test_shrinking_averages_instead_of_picking_pixels():
     rows, columns = np.indices((64, 64))
     board_CS = ((rows + columns) % 2)[None].astype(np.float32)
-    framed_CS, _ = Framing(16).apply(board_CS, np.zeros((64, 64), np.uint8))
-    np.testing.assert_allclose(framed_CS, 0.5, atol=0.02)
+    frame = Square(16).apply(sample(board_CS, np.zeros((64, 64), np.uint8)))
+    np.testing.assert_allclose(frame.image_CS, 0.5, atol=0.02)

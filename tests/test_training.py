@@ -23,22 +23,22 @@ from dmoe_layer import routing
 from reference_models import checkpoints, training
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
 from reference_models.data.cases import Attribute
-from reference_models.data.framing import Framing
+from reference_models.data.framing import Square
 from reference_models.data.loading import Batch, Frames, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
 from reference_models.data.splits import make_splits, read_splits, write_splits
 from reference_models.models import transunet, vit
+from reference_models.presets import PRESETS
 from reference_models.recipe import (
-    PRESETS,
-    ModelSettings,
     Recipe,
     RunError,
-    from_json,
+    SquareSettings,
+    TransUNetSettings,
     learning_rate,
     settle,
-    to_json,
 )
 from reference_models.runs import Task, build_model
+from reference_models.serial import from_json, to_json
 from reference_models.training import NonFiniteLossError, train
 from reference_models.validation import share_of, validate
 
@@ -48,8 +48,7 @@ TINY = dataclasses.replace(
     data=DataSettings(
         "phantom", phantom=PhantomSettings(cases=20, test_cases_per_group=1, image_size=32)
     ),
-    size=32,
-    augment="paper",
+    frame=SquareSettings(32, "whole", "paper"),
     batch_size=4,
     epochs=2,
 )
@@ -159,11 +158,16 @@ def test_a_recipe_comes_back_from_json_as_it_was(name):
 
 def test_the_papers_numbers_are_the_presets():
     paper, released = settle(PRESETS["paper"]), settle(PRESETS["released"])
-    assert (paper.epochs, paper.crop, paper.size, paper.batch_size) == (300, 512, 224, 42)
+    assert (paper.epochs, paper.frame.crop, paper.frame.size, paper.batch_size) == (
+        300,
+        512,
+        224,
+        42,
+    )
     assert (paper.optimizer, paper.learning_rate, paper.schedule) == ("adamw", 0.01, "exponential")
     assert (paper.lambda_dice, paper.lambda_ce) == (0, 1)
     ham = settle(dataclasses.replace(PRESETS["paper"], data=DataSettings("ham10000")))
-    assert (ham.epochs, ham.crop) == (100, 1024)
+    assert (ham.epochs, ham.frame.crop) == (100, 1024)
     assert (released.optimizer, released.learning_rate) == ("sgd", 0.0175)
     assert (released.momentum, released.weight_decay, released.schedule) == (0.9, 1e-4, "poly")
     assert (released.lambda_dice, released.lambda_ce) == (0.5, 0.5)
@@ -174,7 +178,7 @@ def test_a_recipe_becomes_flags():
     flags = ["paper", "--root", "x", "--fairness", "febs", "--crop", "whole", "--epochs", "7"]
     recipe = tyro.extras.overridable_config_cli(presets, args=flags)
     assert isinstance(recipe, Recipe)
-    assert (recipe.fairness, recipe.crop, recipe.epochs) == ("febs", "whole", 7)
+    assert (recipe.fairness, recipe.frame.crop, recipe.epochs) == ("febs", "whole", 7)
     assert recipe.data.root == Path("x")
 
 
@@ -182,7 +186,7 @@ def test_a_recipe_becomes_flags():
     ("change", "words"),
     [
         ({"epochs": "paper"}, "epochs: got 'paper', which says nothing about phantom"),
-        ({"crop": "paper"}, "crop: got 'paper'.*whole"),
+        ({"frame": SquareSettings(32)}, "crop: got 'paper'.*whole"),
         ({"batch_size": 5, "devices": 2}, "batch_size: got 5, expected a multiple of 2"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected more than 0"),
         ({"learning_rate": float("inf")}, "learning_rate: got inf, expected .* finite"),
@@ -195,7 +199,7 @@ def test_a_recipe_becomes_flags():
         ({"lambda_dice": 0.0, "lambda_ce": 0.0}, "nothing to train by"),
         ({"lambda_dice": 0.0, "fairness": "febs"}, "febs scales the Dice loss"),
         ({"strategy": "fsdp", "precision": "16-mixed"}, "fsdp does not go with 16-mixed"),
-        ({"size": 40}, "multiples of 16"),
+        ({"frame": SquareSettings(40, "whole")}, "multiples of 16"),
         ({"batch_size": 30}, "batch_size: got 30, but there are 18 training cases"),
     ],
 )
@@ -243,9 +247,9 @@ def quiet_recipe(no_dropout):
     """Nothing random, and SGD: Adam would blow up what rounding does to gradients near zero."""
     return dataclasses.replace(
         TINY,
-        model=ModelSettings(variant="small", noise="never"),
+        model=TransUNetSettings(variant="small", noise="never"),
         optimizer="sgd",
-        augment="none",
+        frame=SquareSettings(32, "whole", "none"),
         learning_rate=0.05,
         balance_weight=0.0,
         fairness="group-dro",
@@ -366,7 +370,9 @@ def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, Task.of(dataset))
     splits = read_splits(recipe.out / "splits.json", dataset)
-    frames = Frames(dataset, splits.train, Framing(32), augment=recipe.augment, seed=recipe.seed)
+    frames = Frames(
+        dataset, splits.train, Square(32), augment=recipe.frame.augment, seed=recipe.seed
+    )
     parts = [
         next(iter(train_batches(frames, batch_size=18, epoch=0, rank=rank, world_size=2)))
         for rank in range(2)
@@ -572,7 +578,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_names_step_and_case(tmp_path, mo
     recipe = dataclasses.replace(TINY, out=tmp_path / "run", checkpoint_every=1, epochs=1)
     dataset = open_dataset(recipe.data)
     splits = make_splits(dataset, 0)
-    frames = Frames(dataset, splits.train, Framing(32), seed=0)
+    frames = Frames(dataset, splits.train, Square(32), seed=0)
     *_, third, _ = train_batches(frames, batch_size=4, epoch=0)
     bad, load = third.case_ids[2], Phantom.load
 
@@ -815,7 +821,7 @@ def test_scores_and_loads_do_not_depend_on_how_cases_fall_into_batches(finished)
     recipe, _, model = checkpoints.load_model(finished)
     splits = read_splits(finished / "splits.json", open_dataset(recipe.data))
     dataset = open_dataset(recipe.data)
-    frames = Frames(dataset, splits.train, Framing(32))
+    frames = Frames(dataset, splits.train, Square(32))
     model.train()  # which validation must leave, and come back to
     results = [
         validate(model, eval_batches(frames, batch_size=size), dataset, torch.device("cpu"))

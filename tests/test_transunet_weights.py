@@ -21,7 +21,8 @@ from reference_models.models import transunet
 from reference_models.models.transunet import MOE
 from reference_models.models.weight_files import WeightsError
 from reference_models.models.weights import load_google_npz, load_released_2d
-from reference_models.recipe import PRESETS
+from reference_models.presets import PRESETS
+from reference_models.recipe import SquareSettings
 from reference_models.training import train
 
 
@@ -508,7 +509,7 @@ def test_a_run_of_no_epochs_keeps_a_released_checkpoint_for_evaluation(tmp_path,
     recipe = dataclasses.replace(
         PRESETS["small"],
         data=DataSettings("phantom", phantom=phantom),
-        size=32,
+        frame=SquareSettings(32, "whole", "shift"),
         epochs=0,
         out=tmp_path / "run",
     )

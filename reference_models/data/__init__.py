@@ -18,7 +18,7 @@ from .phantom import Phantom, PhantomSettings
 class DataSettings:
     """Which data, from where, by which attributes, and how split."""
 
-    data: Literal["fairseg", "ham10000", "mni152", "phantom"]
+    data: Literal["fairseg", "ham10000", "mni152", "phantom", "nifti"]
     """Which data set."""
     root: Path | None = None
     """Folder of its files; mni152 and phantom have none."""

@@ -15,16 +15,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from ..files import write_whole
-from .cases import Case, DataError
+from .cases import Case, DataError, Dataset
 from .framing import Framing
 
-VERSION = 1  # of what is stored; raised when loading or framing gives other pixels than before
+VERSION = 2  # of what is stored; raised when loading or framing gives other pixels than before
 
 
 def default_cache() -> Path:
@@ -37,16 +36,22 @@ class FrameCache:
 
     Args:
         folder: made where missing, readable by its owner only, since it holds patients' images.
-        dataset: the data set's name.
+        dataset: whose cases they are.
         framing: of the frames.
 
     Raises:
         DataError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, dataset: str, framing: Framing) -> None:
+    def __init__(self, folder: Path, dataset: Dataset, framing: Framing) -> None:
         self._folder = folder
-        self._made_by = [VERSION, dataset, asdict(framing)]
+        self._made_by = [
+            VERSION,
+            dataset.name,
+            dataset.made_with,
+            type(framing).__name__,
+            vars(framing),
+        ]
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

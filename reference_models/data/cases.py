@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel.nifti1 import Nifti1Header
 
 UNKNOWN = -1
 SPLITS = ("train", "validation", "test")
@@ -67,6 +68,7 @@ class Case:
         files: what the case is read from, empty where it is made rather than read.
         stratum: its value of the data set's default attribute, by which splits are stratified
             whichever attributes were named, so that all runs share one split; -1 is unknown.
+        labelled: whether it has a mask; without one it can be predicted, and nothing else.
     """
 
     case_id: str
@@ -75,6 +77,7 @@ class Case:
     split: str | None = None
     files: tuple[str, ...] = ()
     stratum: int = UNKNOWN
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,20 +87,43 @@ class Sample:
     Args:
         case_id: its case's.
         image_CS: float32, intensities as the network is to see them, before any resizing.
-        mask_S: uint8, indices into the data set's classes.
+        mask_S: uint8, indices into the data set's classes; None of an unlabelled case.
         attributes: its case's.
         spacing: size of a pixel along each spatial axis, in the data set's unit.
+        header: of a NIfTI image, whose axes are the spatial ones: where its voxels lie, and how a
+            mask of them is to be written.
+
+    Raises:
+        ValueError: image and mask differ in size.
     """
 
     case_id: str
     image_CS: np.ndarray
-    mask_S: np.ndarray
+    mask_S: np.ndarray | None
     attributes: tuple[int, ...]
     spacing: tuple[float, ...]
+    header: Nifti1Header | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask_S is not None and self.mask_S.shape != self.native_size:
+            raise ValueError(
+                f"{self.case_id}: image of {self.native_size} but mask of {self.mask_S.shape}"
+            )
+
+    @property
+    def truth_S(self) -> np.ndarray:
+        """The mask of a sample that has to have one.
+
+        Raises:
+            DataError: it has none.
+        """
+        if self.mask_S is None:
+            raise DataError(f"{self.case_id}: has no mask; it can be predicted, and nothing else.")
+        return self.mask_S
 
     @property
     def native_size(self) -> tuple[int, ...]:
-        return self.mask_S.shape
+        return self.image_CS.shape[1:]
 
 
 class Dataset(ABC):
@@ -110,6 +136,10 @@ class Dataset(ABC):
         attributes: in the order of `Case.attributes`.
         cases: every case, in a fixed order.
         channels: of an image.
+        axes: of an image: 2, or 3 of a volume.
+        spacing: of volumes, the median voxel in mm along left-right, back-front and below-above.
+        made_with: whatever else decides what `load` gives, so that cached frames are made anew
+            when it changes.
         unit: of distances and spacings, "mm", or "px" where the files do not say.
         population: by attribute name, the share of each value in the population that "overall"
             stands for; an attribute that is missing here takes the shares of the cases scored.
@@ -123,6 +153,9 @@ class Dataset(ABC):
     attributes: tuple[Attribute, ...]
     cases: Sequence[Case]
     channels: int
+    axes: int = 2
+    spacing: tuple[float, float, float] | None = None
+    made_with: tuple[float, ...] = ()
     unit: str = "px"
     population: Mapping[str, tuple[float, ...]] = {}
     notes: Sequence[str] = ()

@@ -84,7 +84,7 @@ def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> li
             sample = dataset.load(case)
         except DataError as error:
             return error
-        return set(np.unique(sample.mask_S).tolist()), bool(np.ptp(sample.image_CS) == 0)
+        return set(np.unique(sample.truth_S).tolist()), bool(np.ptp(sample.image_CS) == 0)
 
     lacking: dict[str, list[str]] = {}
     with ThreadPoolExecutor(WORKERS) as pool:

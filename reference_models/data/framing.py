@@ -1,10 +1,11 @@
-"""From native resolution to the network's square and back, keeping the aspect ratio.
+"""From native resolution to what a network sees, and back; for 2D images, to a square.
 
-Shapes: C channels, K classes, S spatial axes (rows, columns), both of length `size` in a frame.
+Shapes: C channels, K classes, S spatial axes (rows, columns; in 3D those of the grid).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cases import Sample
+
 
 @dataclass(frozen=True)
-class Framing:
+class Frame:
+    """A sample as a network sees it.
+
+    Args:
+        image_CS: float32.
+        mask_S: uint8, None where the sample has none.
+        body_S: bool, what of it the experts are to see; None where that is everything.
+    """
+
+    image_CS: np.ndarray
+    mask_S: np.ndarray | None = None
+    body_S: np.ndarray | None = None
+
+
+class Framing(ABC):
+    """How samples become frames; a frozen dataclass, whose fields are part of a cached frame's
+    name."""
+
+    @abstractmethod
+    def apply(self, sample: Sample) -> Frame:
+        """What the network sees of a sample."""
+
+    @abstractmethod
+    def restore(self, logits_KS: Tensor, sample: Sample) -> np.ndarray:
+        """The labels (uint8, the sample's native size) that a frame's logits stand for.
+
+        Raises:
+            ValueError: the logits are not of this framing's size.
+        """
+
+
+@dataclass(frozen=True)
+class Square(Framing):
     """A central crop, padded with zeros to a square and resized.
 
     Args:
@@ -26,10 +61,10 @@ class Framing:
         ValueError: a size or crop below 1.
 
     Example:
-        >>> frame_CS, mask_S = Framing(224, crop=512).apply(
-        ...     np.zeros((3, 512, 664), np.float32), np.zeros((512, 664), np.uint8)
-        ... )
-        >>> frame_CS.shape, mask_S.shape
+        >>> image_CS, mask_S = np.zeros((3, 512, 664), np.float32), np.zeros((512, 664), np.uint8)
+        >>> sample = Sample("a", image_CS, mask_S, (0,), (1.0, 1.0))
+        >>> frame = Square(224, crop=512).apply(sample)
+        >>> frame.image_CS.shape, frame.mask_S.shape
         ((3, 224, 224), (224, 224))
     """
 
@@ -42,45 +77,42 @@ class Framing:
                 f"size and crop must be 1 or more, got size={self.size}, crop={self.crop}"
             )
 
-    def apply(self, image_CS: np.ndarray, mask_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def apply(self, sample: Sample) -> Frame:
         """The image as float32 (C, size, size) and the mask as uint8 (size, size).
 
         Images are resized bilinearly, with antialiasing where they shrink; a mask takes the label
         at each pixel's middle, so that no label is invented and none is shifted.
-
-        Raises:
-            ValueError: image and mask differ in size.
         """
-        if image_CS.shape[1:] != mask_S.shape:
-            raise ValueError(f"image of {image_CS.shape[1:]} but mask of {mask_S.shape} pixels")
-        window, side = self._window(mask_S.shape)
+        window, side = self._window(sample.native_size)
         padding = _padding(window, side)
-        image_1CHW = torch.from_numpy(image_CS[:, window[0], window[1]].astype(np.float32))[None]
-        mask_11HW = torch.from_numpy(mask_S[window].astype(np.uint8))[None, None]
         size = (self.size, self.size)
+        image_CS = sample.image_CS[:, window[0], window[1]].astype(np.float32)
         framed_1CHW = F.interpolate(
-            F.pad(image_1CHW, padding), size, mode="bilinear", align_corners=False, antialias=True
+            F.pad(torch.from_numpy(image_CS)[None], padding),
+            size,
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
         )
+        if sample.mask_S is None:
+            return Frame(framed_1CHW[0].numpy())
+        mask_11HW = torch.from_numpy(sample.mask_S[window].astype(np.uint8))[None, None]
         labels_11HW = F.interpolate(F.pad(mask_11HW, padding), size, mode="nearest-exact")
-        return framed_1CHW[0].numpy(), labels_11HW[0, 0].numpy()
+        return Frame(framed_1CHW[0].numpy(), labels_11HW[0, 0].numpy())
 
-    def restore(self, logits_KHW: Tensor, native_size: tuple[int, ...]) -> np.ndarray:
-        """The labels (uint8, `native_size`) that a frame's logits stand for; 0 outside the crop.
-
-        Raises:
-            ValueError: the logits are not of this framing's size.
-        """
-        if logits_KHW.shape[1:] != (self.size, self.size):
+    def restore(self, logits_KS: Tensor, sample: Sample) -> np.ndarray:
+        """As of `Framing`: resized bilinearly; 0 outside the crop."""
+        if logits_KS.shape[1:] != (self.size, self.size):
             raise ValueError(
-                f"logits must be (K, {self.size}, {self.size}), got {tuple(logits_KHW.shape)}"
+                f"logits must be (K, {self.size}, {self.size}), got {tuple(logits_KS.shape)}"
             )
-        window, side = self._window(native_size)
+        window, side = self._window(sample.native_size)
         left, right, top, bottom = _padding(window, side)
         native_KHW = F.interpolate(
-            logits_KHW[None].float(), (side, side), mode="bilinear", align_corners=False
+            logits_KS[None].float(), (side, side), mode="bilinear", align_corners=False
         )[0]
         inside_KHW = native_KHW[:, top : side - bottom, left : side - right]
-        mask_S = np.zeros(native_size, np.uint8)
+        mask_S = np.zeros(sample.native_size, np.uint8)
         mask_S[window] = inside_KHW.argmax(0).to(torch.uint8).cpu().numpy()
         return mask_S
 

@@ -21,7 +21,7 @@ from torch.utils import data
 
 from .cache import FrameCache, default_cache
 from .cases import Case, DataError, Dataset
-from .framing import Framing
+from .framing import Framing, Square
 
 Augment = Literal["paper", "shift", "none"]
 # What a seed is drawn for: order and samples get numbers of their own from one seed.
@@ -39,19 +39,27 @@ class Batch:
         mask_BS: int64 labels.
         attributes_BN: int64 indices, -1 where unknown.
         case_ids: one a sample.
+        body_BS: bool, what the experts are to see; None where that is everything.
     """
 
     image_BCS: Tensor
     mask_BS: Tensor
     attributes_BN: Tensor
     case_ids: tuple[str, ...]
+    body_BS: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the network is called with, inside of `routing(attributes_BN)`."""
+        return (self.image_BCS,) if self.body_BS is None else (self.image_BCS, self.body_BS)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         image, mask, attributes = (
             tensor.to(device) for tensor in (self.image_BCS, self.mask_BS, self.attributes_BN)
         )
-        return Batch(image, mask, attributes, self.case_ids)
+        body = None if self.body_BS is None else self.body_BS.to(device)
+        return Batch(image, mask, attributes, self.case_ids, body)
 
 
 class Frames(data.Dataset[Batch | DataError]):
@@ -60,7 +68,7 @@ class Frames(data.Dataset[Batch | DataError]):
     Args:
         dataset: whose cases they are.
         case_ids: which, in this order.
-        framing: to the network's square.
+        framing: to what the network sees.
         augment: "paper": half of the samples turned by a multiple of 90° and then flipped, a
             quarter rotated by up to 20°, a quarter left alone; "shift": all moved by up to a
             twelfth of the size along each axis, for images in one pose, the border repeated; or
@@ -76,7 +84,7 @@ class Frames(data.Dataset[Batch | DataError]):
         >>> from reference_models.data import PhantomSettings
         >>> from reference_models.data.phantom import Phantom
         >>> phantom = Phantom(PhantomSettings())
-        >>> frames = Frames(phantom, [case.case_id for case in phantom.cases], Framing(32))
+        >>> frames = Frames(phantom, [case.case_id for case in phantom.cases], Square(32))
         >>> batch = next(iter(train_batches(frames, batch_size=4, epoch=0)))
         >>> batch.image_BCS.shape, batch.mask_BS.shape, batch.attributes_BN.shape
         (torch.Size([4, 1, 32, 32]), torch.Size([4, 32, 32]), torch.Size([4, 1]))
@@ -101,11 +109,11 @@ class Frames(data.Dataset[Batch | DataError]):
         self.cases = tuple(by_id[case_id] for case_id in case_ids)
         self.framing = framing
         self.seed = seed
-        self._augmentation = _augmentation(augment, framing.size)
-        stored = any(case.files for case in self.cases)
-        self._cache = (
-            FrameCache(cache or default_cache(), dataset.name, framing) if stored else None
+        self._augmentation = (
+            _augmentation(augment, framing.size) if isinstance(framing, Square) else None
         )
+        stored = any(case.files for case in self.cases)
+        self._cache = FrameCache(cache or default_cache(), dataset, framing) if stored else None
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -136,9 +144,9 @@ class Frames(data.Dataset[Batch | DataError]):
         )
 
     def _framed(self, case: Case) -> np.ndarray:
-        sample = self.dataset.load(case)
-        image_CS, mask_S = self.framing.apply(sample.image_CS, sample.mask_S)
-        return np.concatenate([image_CS, mask_S[None]]).astype(np.float16)
+        frame = self.framing.apply(self.dataset.load(case))
+        assert frame.mask_S is not None  # unlabelled cases are in no split
+        return np.concatenate([frame.image_CS, frame.mask_S[None]]).astype(np.float16)
 
 
 def train_batches(

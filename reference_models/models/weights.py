@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from .transunet import TransUNet
 from .vit import resized_positions
@@ -57,12 +57,13 @@ RELEASED_MOE = "transformer.encoder.sparseMoE"
 ROUTER = "vit.moe.0.router.w_A2ED"
 
 
-def load_pretrained(model: TransUNet, path: Path) -> None:
+def load_pretrained(model: nn.Module, path: Path) -> None:
     """Google's weights from a `.npz`, the paper's from a `.pth`.
 
     Raises:
         WeightsError: the path ends otherwise; or as of `load_google_npz`, `load_released_2d`.
     """
+    assert isinstance(model, TransUNet)
     loaders = {".npz": load_google_npz, ".pth": load_released_2d}
     if path.suffix not in loaders:
         raise WeightsError(f"{path}: expected a file that ends in {' or '.join(loaders)}.")
