@@ -211,7 +211,20 @@ def settle(recipe: Recipe) -> Recipe:
         )
     if recipe.strategy == "fsdp" and recipe.precision == "16-mixed":
         raise RunError("precision: fsdp does not go with 16-mixed; choose bf16-mixed or 32.")
+    if recipe.strategy == "fsdp" and isinstance(recipe.frame, VolumeSettings):
+        # Its forward passes are collective, and volumes have different numbers of windows.
+        raise RunError("strategy: fsdp is not for volumes, whose network is small; choose ddp.")
     return recipe
+
+
+def on_grid(recipe: Recipe, median: tuple[float, float, float] | None) -> Recipe:
+    """The recipe with the spacing "median" as numbers: those of the data, in mm."""
+    if median is None or not isinstance(recipe.frame, VolumeSettings):
+        return recipe
+    if recipe.frame.spacing != "median":
+        return recipe
+    x, y, z = (round(size, 4) for size in median)
+    return dataclasses.replace(recipe, frame=dataclasses.replace(recipe.frame, spacing=(x, y, z)))
 
 
 def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
