@@ -274,8 +274,9 @@ def _check_frame(frame: SquareSettings | VolumeSettings) -> None:
             frame, "crop", frame.crop == "whole" or int(frame.crop) >= 1, "1 or more, or whole"
         )
         return
-    sides = all(side >= 1 and not side % 32 for side in frame.patch)
-    _require(frame, "patch", sides, "three multiples of 32")
+    # Five stages halve it, and the last one's instance norm needs more than one voxel.
+    sides = all(side >= 1 and not side % 32 for side in frame.patch) and max(frame.patch) > 32
+    _require(frame, "patch", sides, "three multiples of 32, not all of them 32")
     spacing = frame.spacing == "median" or all(0 < size < math.inf for size in frame.spacing)
     _require(frame, "spacing", spacing, "three sizes in mm above 0, or median")
     _require(frame, "patches", frame.patches >= 1, "1 or more")
