@@ -267,6 +267,8 @@ def _collated(samples: Sequence[Batch | DataError]) -> Batch | DataError:
         if isinstance(sample, DataError):
             return sample
         batches.append(sample)
+    if len(batches) == 1:  # such as a whole volume, of which there had better be no copy
+        return batches[0]
     bodies = [batch.body_BS for batch in batches if batch.body_BS is not None]
     return Batch(
         torch.cat([batch.image_BCS for batch in batches]),
