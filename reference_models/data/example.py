@@ -69,7 +69,7 @@ class Acquisition:
 ACQUISITIONS = (
     Acquisition("1 mm", (7, 1, 2), (1, 1, 1), 0, 0.02, 0.1, 0, "LAS", "<i2", 1),
     Acquisition("thick slices", (2, 1, 2), (1, 1, 5), 0, 0.02, 0.1, 0, "LPS", "<u2", 0.25),
-    Acquisition("low field", (1, 1, 2), (2, 3, 2), 1.5, 0.1, 0.4, 10, "PSR", ">f4", 1),
+    Acquisition("low field", (1, 1, 2), (2, 3, 2), 1.5, 0.06, 0.4, 10, "PSR", ">f4", 1),
 )
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2}
 NOTE = (
@@ -186,7 +186,7 @@ def _scan(
         header = nib.Nifti1Header(endianness=dtype[0])
         header.set_data_dtype(dtype)
         header.set_xyzt_units("mm")
-        image = nib.Nifti1Image(voxels_S, affine, header).as_reoriented(stored)
+        image = nib.Nifti1Image(voxels_S / slope, affine, header).as_reoriented(stored)
         image.set_qform(image.affine, code="aligned")
         image.set_sform(image.affine, code="aligned")
         image.header.set_slope_inter(slope, 0)

@@ -101,7 +101,11 @@ class Nifti(Dataset):
     def load(self, case: Case) -> Sample:
         images = [open_volume(path) for path in case.files]
         require_one_grid(case.files, images)
-        remarks = [oddity for image in images for oddity in oddities(image)]
+        remarks = [
+            oddity
+            for path, image in zip(case.files, images, strict=True)
+            for oddity in oddities(path, image)
+        ]
         channels = []
         for name, path, image in zip(self._channels, case.files, images, strict=False):
             voxels_S = read_voxels(path, image)
@@ -136,23 +140,23 @@ class Nifti(Dataset):
                 low = float(inside.mean(dtype=np.float64))
                 high = low + float(inside.std(dtype=np.float64))
         voxels_S -= low
-        voxels_S /= max(high - low, 1e-8)  # an image of one intensity stays one
+        voxels_S /= high - low or 1.0  # of an image of one intensity
         return voxels_S
 
     def _labels(self, path: str, voxels_S: np.ndarray) -> np.ndarray:
         labels_S = np.rint(voxels_S)
+        voxels_S -= labels_S
         expected = f"0 to {len(self.classes) - 1} ({', '.join(self.classes)})"
-        if np.abs(voxels_S - labels_S).max() > INTEGRAL:
-            part = voxels_S[np.abs(voxels_S - labels_S) > INTEGRAL]
+        if (between_S := np.abs(voxels_S) > INTEGRAL).any():
             raise DataError(
-                f"{path}: labels must be whole numbers, {expected}; got {_few(part)}; resample "
-                "labels to the nearest neighbour, never smoothly"
+                f"{path}: labels must be whole numbers, {expected}; got "
+                f"{_few((labels_S + voxels_S)[between_S])}; resample labels to the nearest "
+                "neighbour, never smoothly"
             )
-        if labels_S.min() < 0 or labels_S.max() >= len(self.classes):
-            part = labels_S[(labels_S < 0) | (labels_S >= len(self.classes))]
+        if (strange_S := (labels_S < 0) | (labels_S >= len(self.classes))).any():
             raise DataError(
-                f"{path}: labels must be {expected}, as the dataset.json says; got also "
-                f"{_few(part)}"
+                f"{path}: labels must be {expected}, as dataset.json says; got also "
+                f"{_few(labels_S[strange_S])}; correct the one or the other"
             )
         return labels_S.astype(np.uint8)
 
