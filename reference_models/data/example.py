@@ -87,15 +87,8 @@ def write_example(folder: Path) -> Path:
 
     Raises:
         DataError: `folder` holds something else.
-
-    Example:
-        >>> from reference_models.data import DataSettings, open_dataset
-        >>> folder = write_example(getfixture("tmp_path") / "example")
-        >>> dataset = open_dataset(DataSettings("nifti", folder))
-        >>> dataset.attributes[0].values, len(dataset.cases), dataset.spacing
-        (('1 mm', 'low field', 'thick slices'), 19, (1.0, 1.0, 1.0))
     """
-    maps_S = [
+    maps = [
         load(resolution=1)
         for load in (
             datasets.load_mni152_template,
@@ -112,7 +105,7 @@ def write_example(folder: Path) -> Path:
             for split, scans in zip(BLOCKS, acquisition.scans, strict=True):
                 for scan in range(scans):
                     rng = np.random.default_rng([SEED, place, len(rows)])
-                    image, label = _scan(maps_S, acquisition, BLOCKS[split], rng)
+                    image, label = _scan(maps, acquisition, BLOCKS[split], rng)
                     case_id = f"{split}-{acquisition.name.replace(' ', '-')}-{scan + 1}"
                     nib.save(image, target / "imagesTr" / f"{case_id}_0000.nii.gz")
                     nib.save(label, target / "labelsTr" / f"{case_id}.nii.gz")

@@ -47,7 +47,7 @@ def open_volume(path: str) -> Nifti1Image:
     if len(shape) != 3:
         raise DataError(
             f"{path}: has {len(shape)} dimensions {shape}, expected 3; split time points or "
-            "channels up, one file each (channels as _0000, _0001 ...)"
+            "channels up, one file each (channels as _0000, _0001 ...), and drop dimensions of one"
         )
     if min(shape) < 1:
         raise DataError(f"{path}: has no voxel, its shape is {shape}; export it again")
@@ -119,8 +119,8 @@ def _require_right_angles(path: str, affine: np.ndarray) -> None:
         or abs(np.linalg.det(directions / sizes)) < SHEAR
     ):
         raise DataError(
-            f"{path}: its affine is singular or not finite, so that voxels have no place:\n"
-            f"{affine}\nexport it again, or write the right one"
+            f"{path}: its affine is singular or not finite, so that voxels have no place: "
+            f"{affine[:3].tolist()}; export it again, or write the right one"
         )
     cosines = np.abs((directions / sizes).T @ (directions / sizes) - np.eye(3))
     if cosines.max() > SHEAR:
