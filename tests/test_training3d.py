@@ -24,7 +24,6 @@ from trainings import (
 from reference_models import checkpoints
 from reference_models.__main__ import main
 from reference_models.data import DataSettings
-from reference_models.data.loading import Batch
 from reference_models.models import resunet3d
 from reference_models.presets import PRESETS
 from reference_models.recipe import ResUNet3DSettings, RunError, VolumeSettings
@@ -112,10 +111,9 @@ def test_killed_and_resumed_a_run_on_volumes_ends_as_if_it_had_never_stopped(rec
 def test_two_processes_train_on_volumes_as_one(recipe, tmp_path, monkeypatch):
     # Nothing random, and all but the loss in fp64: see test_training.
     monkeypatch.setattr(resunet3d, "DMoE", functools.partial(resunet3d.DMoE, dropout=0.0))
+    forward = resunet3d.ResUNet3D.forward
     monkeypatch.setattr(
-        Batch,
-        "to",
-        lambda batch, device: dataclasses.replace(batch, image_BCS=batch.image_BCS.double()),
+        resunet3d.ResUNet3D, "forward", lambda self, image: forward(self, image.double())
     )
     torch.set_default_dtype(torch.float64)
     try:
