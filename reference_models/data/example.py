@@ -33,7 +33,9 @@ GAP = 8  # mm between two blocks; scans are made of their block alone
 # the frontal lobe. Across and upwards the brain and a margin.
 BLOCKS = {"train": (28, 132), "validation": (140, 160), "test": (168, 200)}
 ACROSS, UPWARDS = (18, 178), (0, 160)
-SPAN = 72  # mm from back to front in a training scan, somewhere in its block
+# mm from back to front in a training scan, somewhere in its block; the other blocks are scanned
+# whole. Some as short as those, since instance norm sees how much of a patch is padding.
+SPANS = (20, 72)
 WHITE = 1000  # intensity of the template's brightest voxel
 
 
@@ -136,8 +138,10 @@ def _scan(
     rng: np.random.Generator,
 ) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """One scan of a block and its label."""
-    start = int(rng.integers(block[0], max(block[1] - SPAN, block[0]) + 1))
-    box = (ACROSS, (start, min(start + SPAN, block[1])), UPWARDS)
+    length = block[1] - block[0]
+    span = length if length <= SPANS[1] else int(rng.integers(*SPANS, endpoint=True))
+    start = int(rng.integers(block[0], block[1] - span, endpoint=True))
+    box = (ACROSS, (start, start + span), UPWARDS)
     origin = np.array([low for low, _ in box])
     template = [volume.slicer[tuple(slice(*side) for side in box)] for volume in maps]
     size = np.array(acquisition.voxel, float)
