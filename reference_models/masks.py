@@ -1,30 +1,58 @@
-"""Masks as files, ours or another tool's: one a case, label values at native resolution."""
+"""Masks as files, ours or another tool's: one a case, label values at native resolution.
+
+Of volumes they are NIfTI, as their images are; of images PNG, or .npy of another tool.
+"""
 
 from __future__ import annotations
 
+import gzip
+import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import nibabel
 import numpy as np
+from nibabel.affines import apply_affine
+from nibabel.nifti2 import Nifti2Header
 from PIL import Image
 
-from .data.cases import DataError, shown
+from .data.cases import DataError, Sample, shown
 
-# In this order where an error names them.
-SUFFIXES = (".png", ".npy")
+# By the axes of what they are masks of, in this order where an error names them.
+SUFFIXES = {2: (".png", ".npy"), 3: (".nii.gz", ".nii")}
+ASTRAY = 0.1  # voxels that a mask's corners may lie from its image's: affines are rounded
 
 
-def write_mask(folder: Path, case_id: str, mask_HW: np.ndarray) -> None:
-    """Writes `<case_id>.png`, 8 bits a pixel."""
-    Image.fromarray(mask_HW.astype(np.uint8)).save(folder / f"{case_id}.png")
+def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
+    """Writes `<case id>.png`, 8 bits a pixel, or `<case id>.nii.gz`; returns the file.
+
+    A NIfTI file has its image's affines (sform and qform), with their codes and units, and its data
+    type, unless that cannot hold the labels: then it is uint8. Scaling, display range and
+    extensions are of the image's intensities, or of its patient, and are left out.
+    """
+    if sample.header is None:
+        path = folder / f"{sample.case_id}{SUFFIXES[2][0]}"
+        Image.fromarray(mask_S.astype(np.uint8)).save(path)
+        return path
+    path = folder / f"{sample.case_id}{SUFFIXES[3][0]}"
+    header = sample.header.copy()
+    header.extensions.clear()
+    header.set_slope_inter(1, 0)
+    header["cal_max"] = header["cal_min"] = 0
+    kept = header.get_data_dtype()
+    if mask_S.max() > (np.iinfo(kept) if kept.kind in "iu" else np.finfo(kept)).max:
+        header.set_data_dtype(np.uint8)
+    kind = nibabel.Nifti2Image if isinstance(header, Nifti2Header) else nibabel.Nifti1Image
+    nibabel.save(kind(mask_S.astype(header.get_data_dtype()), None, header), path)
+    return path
 
 
 def find_masks(
-    folder: Path, case_ids: Sequence[str], others: Collection[str] = ()
+    folder: Path, case_ids: Sequence[str], others: Collection[str] = (), *, axes: int = 2
 ) -> tuple[dict[str, Path], list[str]]:
     """The file of each case, and a sentence for each thing that is wrong with the folder.
 
-    Masks of `others`, cases that are not to be scored, may be there.
+    Masks of `others`, cases that are not to be scored, may be there. `axes` are the images'.
     Files of other kinds and folders are let be: tools keep their settings beside their masks.
 
     Raises:
@@ -34,8 +62,10 @@ def find_masks(
         raise DataError(f"{folder}: no such folder; expected one with a mask for every case.")
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            files.setdefault(path.stem, []).append(path)
+        # By hand, as `Path.suffix` of .nii.gz is .gz, and case ids may have dots.
+        suffix = next((end for end in SUFFIXES[axes] if path.name.lower().endswith(end)), None)
+        if suffix and path.is_file() and not path.name.startswith("."):
+            files.setdefault(path.name[: -len(suffix)], []).append(path)
     known = {*case_ids, *others}
     missing = [case_id for case_id in case_ids if case_id not in files]
     extra = [path.name for stem in files if stem not in known for path in files[stem]]
@@ -47,33 +77,47 @@ def find_masks(
     if missing:
         faults.append(
             f"{len(missing)} of {len(case_ids)} cases have no mask "
-            f"(<case id>{' or <case id>'.join(SUFFIXES)}): {shown(missing)}."
+            f"(<case id>{' or <case id>'.join(SUFFIXES[axes])}): {shown(missing)}."
         )
     if extra:
         faults.append(f"{len(extra)} masks are of no case of this split: {shown(extra)}.")
     return {case_id: files[case_id][0] for case_id in case_ids if case_id in files}, faults
 
 
-def read_mask(path: Path, size: tuple[int, ...], classes: Sequence[str]) -> np.ndarray:
-    """The labels in a file: uint8, of the native size.
+def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
+    """The labels in a file: uint8, of the sample's size.
 
     Args:
-        path: an 8-bit (or 1-bit) PNG, grey or with a palette, whose values are labels; or an .npy
-            of integers or bool.
-        size: expected.
+        path: an 8-bit (or 1-bit) PNG, grey or with a palette, whose values are labels; an .npy of
+            integers or bool; or NIfTI of the image's geometry, of whole numbers.
+        sample: whose mask it is.
         classes: names by label.
 
     Raises:
         DataError: the file cannot be read, or holds something else.
     """
+    affine = None
     try:
-        values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
+        if path.name.lower().endswith(SUFFIXES[3]):
+            values, affine = _read_nifti(path)
+        else:
+            values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
     except Exception as error:  # which one, depends on where the damage lies
         raise DataError(f"{path.name}: cannot be read ({error}).") from error
+    size = sample.native_size
     if values.shape != size:
         raise DataError(f"{path.name}: got size {values.shape}, expected the image's, {size}.")
-    labels = np.unique(values)
-    if wrong := [label for label in labels.tolist() if not 0 <= label < len(classes)]:
+    if sample.affine is not None and affine is not None:
+        astray = _astray(sample.affine, affine, size)
+        if not astray <= ASTRAY:
+            raise DataError(
+                f"{path.name}: lies elsewhere than its image: corners are up to {astray:.1f} "
+                f"voxels apart, by the affine {affine.tolist()}; resample it onto the image's grid."
+            )
+    # Sorting out which labels there are takes seconds of a volume, and is rarely needed.
+    if not 0 <= values.min() <= values.max() < len(classes):
+        labels = np.unique(values).tolist()
+        wrong = [label for label in labels if not 0 <= label < len(classes)]
         names = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
         raise DataError(
             f"{path.name}: got label {', '.join(map(str, wrong[:5]))}"
@@ -110,3 +154,33 @@ def _read_npy(path: Path) -> np.ndarray:
         kind = getattr(values, "dtype", type(values).__name__)
         raise ValueError(f"got {kind}, expected integer labels: the argmax, not scores")
     return values
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Values, and the affine from indices to mm."""
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path) as file:  # to its checksum, which nibabel does not come to
+            while file.read(2**24):
+                pass
+    image = nibabel.load(path)
+    if not isinstance(image, nibabel.Nifti1Image | nibabel.Nifti2Image):
+        raise ValueError(f"got {type(image).__name__}, expected NIfTI")
+    values = np.asanyarray(image.dataobj)
+    if values.dtype.kind == "f":
+        labels = np.rint(values)
+        # Slopes are float32, so that a whole number may come back as nearly one; NaN is none.
+        if not (np.abs(values - labels) <= 1e-3).all():
+            raise ValueError(
+                "got fractions or NaN, expected integer labels: the argmax, not scores"
+            )
+        values = labels
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"got {values.dtype}, expected integer labels")
+    return values, image.affine
+
+
+def _astray(affine: np.ndarray, other: np.ndarray, size: tuple[int, ...]) -> float:
+    """How far the corners of two grids lie apart, in voxels of the first."""
+    corners = np.array(list(itertools.product(*((0, length - 1) for length in size))))
+    there = apply_affine(np.linalg.inv(affine) @ other, corners)
+    return float(np.abs(there - corners).max())

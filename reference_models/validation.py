@@ -9,17 +9,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmoe_layer import routing
-
 from . import fairness
 from .data.cases import Dataset
 from .data.loading import Batch
+from .inference import infer
 from .loads import Loads, LoadTables
 from .pictures import Picture
+from .recipe import SquareSettings, VolumeSettings
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,37 @@ def share_of(case_ids: tuple[str, ...], rank: int, world_size: int) -> tuple[str
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, batches: Iterable[Batch], dataset: Dataset, device: torch.device
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    frame: SquareSettings | VolumeSettings,
+    windows: int,
 ) -> Validation:
     """Runs the network in eval mode over a rank's share, and gathers all ranks' scores.
 
-    A case that two ranks have seen counts once in the scores, twice in the load.
+    Every rank has as many batches; `frame` and `windows` are as of `infer`. A case that two ranks
+    have seen counts once in the scores, twice in the load.
     """
     was_training = model.training
     model.eval()
     scored: dict[str, tuple[tuple[int, ...], float]] = {}
     examples: dict[int, Picture] = {}
     loads = Loads(dataset)
+    # Frames of volumes have the axes of patients' space.
+    affine = np.diag([*frame.spacing, 1.0]) if isinstance(frame, VolumeSettings) else None
     for batch in batches:
-        moved = batch.to(device)
-        with routing(moved.attributes_BN) as r:
-            predicted_BS = model(*moved.inputs).argmax(1)
-        dice_B = case_dice(predicted_BS, moved.mask_BS, dataset)
+        predicted_BS = infer(
+            model,
+            batch.inputs,
+            batch.attributes_BN,
+            frame=frame,
+            windows=windows,
+            device=device,
+            loads=loads,
+        ).argmax(1)
+        dice_B = case_dice(predicted_BS, batch.mask_BS.to(predicted_BS.device), dataset)
         attributes = batch.attributes_BN.tolist()
         scored |= {
             case: (tuple(values), dice)
@@ -80,9 +96,13 @@ def validate(
         }
         for b, values in enumerate(attributes):
             if values[0] not in examples:
-                arrays = (batch.image_BCS[b], batch.mask_BS[b], predicted_BS[b].cpu())
-                examples[values[0]] = Picture.of(batch.case_ids[b], *(a.numpy() for a in arrays))
-        loads.add(r, batch.attributes_BN.numpy())
+                examples[values[0]] = Picture.of(
+                    batch.case_ids[b],
+                    batch.image_BCS[b].numpy(),
+                    batch.mask_BS[b].numpy(),
+                    predicted_BS[b].cpu().numpy(),
+                    affine,
+                )
     model.train(was_training)
     if dist.is_initialized():
         shares: list[tuple[dict[str, tuple[tuple[int, ...], float]], Loads]]
