@@ -160,7 +160,7 @@ class Dataset(ABC):
     channels: int
     axes: int = 2
     spacing: tuple[float, float, float] | None = None
-    made_with: tuple[float, ...] = ()
+    made_with: tuple[float | str, ...] = ()
     unit: str = "px"
     population: Mapping[str, tuple[float, ...]] = {}
     notes: Sequence[str] = ()

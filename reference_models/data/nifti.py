@@ -1,0 +1,186 @@
+"""Volumes in nnU-Net's folders: NIfTI images and labels, `dataset.json`, and `attributes.csv`.
+
+Shapes: C channels, S the three axes as stored. Headers are read when the data set is opened, voxels
+when a case is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from nibabel.affines import voxel_sizes
+
+from .attributes_csv import Row, read_attributes
+from .cases import Attribute, Case, DataError, Dataset, Sample, report_faults, shown
+from .nnunet import CaseFiles, list_cases, read_layout
+from .volumes import canonical_spacing, oddities, open_volume, read_voxels, require_one_grid
+
+CT_WINDOW = (-175.0, 250.0)  # Hounsfield units: soft tissue
+INTEGRAL = 1e-3  # what a label may lack to a whole number, since slopes are float32
+
+
+class Nifti(Dataset):
+    """The volumes under `root`.
+
+    Intensities by the name of their channel in `dataset.json`: "CT" is clipped to `ct_window` and
+    scaled to 0..1, "noNorm" stays as it is, "rescale_to_0_1" is scaled by its own range, and all
+    others, such as MR, are brought to mean 0 and variance 1 of their voxels other than 0. Masks may
+    be empty: a tumour may be absent. Cases of `imagesTs` are test cases, those of them without a
+    label are in no split.
+
+    Args:
+        root: the folder.
+        attributes: columns of `attributes.csv`; none: the first, None: all that are groups.
+        damaged: as in `open_dataset`.
+        ct_window: in Hounsfield units.
+        known: as in `open_dataset`.
+
+    Raises:
+        DataError: a file is missing, cannot be read, or is no 3D image of real numbers on a grid of
+            right angles in mm; a label's or channel's grid is not the image's; or what
+            `dataset.json` or `attributes.csv` says does not fit the files.
+    """
+
+    name = "nifti"
+    axes = 3
+    unit = "mm"
+
+    def __init__(
+        self,
+        root: Path,
+        attributes: tuple[str, ...] | None,
+        damaged: list[DataError] | None,
+        *,
+        ct_window: tuple[float, float] = CT_WINDOW,
+        known: Sequence[Attribute] = (),
+    ) -> None:
+        low, high = ct_window
+        if not -np.inf < low < high < np.inf:
+            raise DataError(f"ct_window: got {low} {high}, expected a lower and a higher number")
+        faults: list[DataError] = []
+        notes: list[str] = []
+        self.notes = notes
+        layout = read_layout(root)
+        self._channels = layout.channels
+        self._window = ct_window
+        self.channels, self.classes, self.regions = (
+            len(layout.channels), layout.classes, layout.regions
+        )  # fmt: skip
+        self.made_with = (*layout.channels, *ct_window)
+        files = list_cases(root, layout, faults, notes)
+        table = root / "attributes.csv"
+        try:
+            self.attributes, rows = read_attributes(
+                table, [*files], attributes, known, faults, notes
+            )
+        except DataError as error:  # the volumes can be looked at all the same
+            faults.insert(0, error)
+            self.attributes, rows = (), {case_id: Row(0, case_id, None, ()) for case_id in files}
+        cases: list[Case] = []
+        spacings: list[tuple[float, ...]] = []
+        remarks: dict[str, list[str]] = {}
+        for case_id in sorted(rows):
+            try:
+                case = _case(case_id, files[case_id], rows[case_id], table)
+                images = [open_volume(path) for path in case.files]
+                require_one_grid(case.files, images)
+            except DataError as error:
+                faults.append(error)
+                continue
+            cases.append(case)
+            spacings.append(canonical_spacing(images[0].affine))
+            for remark in {remark for image in images for remark in oddities(image)}:
+                remarks.setdefault(remark, []).append(case_id)
+        report_faults(faults, damaged)
+        notes += [
+            f"warning: {remark}: {len(ids)} cases: {shown(ids, 10)}"
+            for remark, ids in remarks.items()
+        ]
+        self.cases = tuple(cases)
+        # Test cases decide nothing, not even the grid, where there are others.
+        own = [s for s, case in zip(spacings, cases, strict=True) if case.split != "test"]
+        if spacings:
+            across, along, up = np.median(own or spacings, axis=0).tolist()
+            self.spacing = (across, along, up)
+
+    def load(self, case: Case) -> Sample:
+        images = [open_volume(path) for path in case.files]
+        require_one_grid(case.files, images)
+        image_CS = np.stack(
+            [
+                self._scaled(name, read_voxels(path, image))
+                for name, path, image in zip(self._channels, case.files, images, strict=False)
+            ]
+        )
+        mask_S = None
+        if case.labelled:
+            mask_S = self._labels(case.files[-1], read_voxels(case.files[-1], images[-1]))
+        first = images[0]
+        spacing = tuple(voxel_sizes(first.affine).tolist())
+        return Sample(case.case_id, image_CS, mask_S, case.attributes, spacing, first.header)
+
+    def _scaled(self, channel: str, voxels_S: np.ndarray) -> np.ndarray:
+        """A channel's intensities as the network is to see them; changes `voxels_S`."""
+        kind = channel.lower()
+        low, high = 0.0, 1.0
+        if kind == "ct":
+            low, high = self._window
+            np.clip(voxels_S, low, high, out=voxels_S)
+        elif kind == "rescale_to_0_1":
+            low, high = float(voxels_S.min()), float(voxels_S.max())
+        elif kind != "nonorm":
+            inside = voxels_S[voxels_S != 0]
+            if inside.size:
+                low = float(inside.mean(dtype=np.float64))
+                high = low + float(inside.std(dtype=np.float64))
+        voxels_S -= low
+        voxels_S /= max(high - low, 1e-8)  # an image of one intensity stays one
+        return voxels_S
+
+    def _labels(self, path: str, voxels_S: np.ndarray) -> np.ndarray:
+        labels_S = np.rint(voxels_S)
+        expected = f"0 to {len(self.classes) - 1} ({', '.join(self.classes)})"
+        if np.abs(voxels_S - labels_S).max() > INTEGRAL:
+            part = voxels_S[np.abs(voxels_S - labels_S) > INTEGRAL]
+            raise DataError(
+                f"{path}: labels must be whole numbers, {expected}; got {_few(part)}; resample "
+                "labels to the nearest neighbour, never smoothly"
+            )
+        if labels_S.min() < 0 or labels_S.max() >= len(self.classes):
+            part = labels_S[(labels_S < 0) | (labels_S >= len(self.classes))]
+            raise DataError(
+                f"{path}: labels must be {expected}, as the dataset.json says; got also "
+                f"{_few(part)}"
+            )
+        return labels_S.astype(np.uint8)
+
+
+def _few(numbers: np.ndarray) -> str:
+    """Some of their distinct values."""
+    return shown([f"{number:g}" for number in np.unique(numbers)], 8)
+
+
+def _case(case_id: str, files: CaseFiles, row: Row, table: Path) -> Case:
+    if files.split and row.split not in (None, files.split):
+        raise DataError(
+            f"{table}:{row.line}: {case_id}: split is {row.split}, but its image is in "
+            f"{files.folder}; move it to imagesTr, or leave split empty"
+        )
+    labelled = files.label is not None
+    if row.split and not labelled:
+        raise DataError(
+            f"{table}:{row.line}: {case_id}: split is {row.split}, but it has no label; add "
+            "one to labelsTs, or leave split empty"
+        )
+    paths = [files.channels[channel] for channel in sorted(files.channels)]
+    return Case(
+        case_id,
+        row.subject,
+        row.attributes,
+        (row.split or files.split) if labelled else None,
+        tuple(str(path) for path in (*paths, *([files.label] if files.label else []))),
+        row.stratum,
+        labelled,
+    )

@@ -1,0 +1,173 @@
+"""NIfTI files: read to the end, and held to what a volume must be: 3D, real, on a straight grid.
+
+Shapes: S the three axes as stored.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Sequence
+from io import IOBase
+from typing import cast
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.fileholders import FileHolder
+from nibabel.nifti1 import Nifti1Image
+from nibabel.nifti2 import Nifti2Image
+from nibabel.orientations import io_orientation
+
+from .cases import DataError
+
+ASTRAY = 0.1  # voxels that two files' corners may lie apart: text and float32 round affines
+SHEAR = 0.01  # of the cosine of two axes: less than 1 % of any distance
+# A deflated byte stands for at most this many: a header that claims more voxels lies.
+DEFLATED = 1032
+_KINDS = {"c": "complex", "V": "colours"}  # numpy's letters
+
+
+def open_volume(path: str) -> Nifti1Image:
+    """A file's header and where its voxels are; none of them is read.
+
+    Raises:
+        DataError: it cannot be read, or is no volume on a grid of right angles in mm.
+    """
+    try:
+        image = nib.load(path, mmap=False)
+        if not isinstance(image, Nifti1Image | Nifti2Image):
+            raise ValueError(f"{type(image).__name__}, expected NIfTI")
+        header, affine = image.header, image.affine
+        shape, dtype = image.shape, header.get_data_dtype()
+        unit = header.get_xyzt_units()[0]
+    except Exception as error:  # which one, depends on where the damage lies
+        raise _unreadable(path, error) from error
+    if len(shape) != 3:
+        raise DataError(
+            f"{path}: has {len(shape)} dimensions {shape}, expected 3; split time points or "
+            "channels up, one file each (channels as _0000, _0001 ...)"
+        )
+    if min(shape) < 1:
+        raise DataError(f"{path}: has no voxel, its shape is {shape}; export it again")
+    if dtype.kind not in "iuf":
+        raise DataError(
+            f"{path}: voxels are {_KINDS.get(dtype.kind, dtype)}, expected real numbers; save "
+            "each component as a channel of its own"
+        )
+    if unit not in ("mm", "unknown"):
+        raise DataError(f"{path}: lengths are in {unit}, expected mm; convert its affine")
+    claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    there = os.stat(path).st_size
+    if claimed > there * (DEFLATED if _deflated(path) else 1):
+        raise DataError(
+            f"{path}: cut off: its header claims {claimed} bytes of voxels, and the file has "
+            f"{there}; copy it again"
+        )
+    _require_right_angles(path, affine)
+    return image
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: not a readable NIfTI file ({type(error).__name__}: {error}); copy or export it "
+        "again"
+    )
+
+
+def _deflated(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
+def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
+    """float32, scaled as the header says, the file read to its end.
+
+    Raises:
+        DataError: it is cut off or damaged, or a voxel is not finite.
+    """
+    try:
+        with cast(IOBase, (gzip.open if _deflated(path) else open)(path, "rb")) as file:
+            holder = {"image": FileHolder(path, file)}
+            again = type(image).from_file_map(holder, mmap=False)
+            voxels_S = np.array(again.get_fdata(caching="unchanged", dtype=np.float32))
+            while file.read(2**20):  # the checksum stands at the end
+                pass
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+    if not (finite_S := np.isfinite(voxels_S)).all():
+        wrong = np.argwhere(~finite_S)
+        raise DataError(
+            f"{path}: {len(wrong)} voxels are NaN or infinite, the first at index "
+            f"{tuple(wrong[0].tolist())}; replace them by what they stand for, such as air"
+        )
+    return voxels_S
+
+
+def _require_right_angles(path: str, affine: np.ndarray) -> None:
+    directions = affine[:3, :3]
+    sizes = voxel_sizes(affine)
+    if not np.isfinite(affine).all() or not sizes.all() or not np.linalg.det(directions / sizes):
+        raise DataError(
+            f"{path}: its affine is singular or not finite, so that voxels have no place:\n"
+            f"{affine}\nexport it again, or write the right one"
+        )
+    cosines = (directions / sizes).T @ (directions / sizes) - np.eye(3)
+    if np.abs(cosines).max() > SHEAR:
+        raise DataError(
+            f"{path}: its axes are not at right angles ({np.degrees(np.arccos(cosines.max())):.1f}"
+            "°), as of a tilted gantry; resample image and label onto a straight grid"
+        )
+
+
+def require_one_grid(paths: Sequence[str], images: Sequence[Nifti1Image]) -> None:
+    """Whether all images have the voxels of the first, in the same places.
+
+    Raises:
+        DataError: one has not.
+    """
+    first = images[0]
+    for path, image in zip(paths[1:], images[1:], strict=True):
+        if image.shape != first.shape:
+            raise DataError(
+                f"{path}: has {image.shape} voxels, but {paths[0]} has {first.shape}; "
+                "resample it onto that image's grid"
+            )
+        astray = _apart(first.affine, image.affine, first.shape)
+        if astray > ASTRAY:
+            raise DataError(
+                f"{path}: lies elsewhere than {paths[0]}: its corners are up to {astray:.1f} "
+                "voxels away; resample it onto that image's grid, or give it that affine if its "
+                "voxels do match"
+            )
+
+
+def _apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """How far the corners of two grids lie apart, in voxels of the first."""
+    corners = np.stack(np.meshgrid(*[(0, side - 1) for side in shape]), -1).reshape(-1, 3)
+    there = apply_affine(np.linalg.inv(affine) @ other, corners)
+    return float(np.abs(there - corners).max())
+
+
+def oddities(image: Nifti1Image) -> list[str]:
+    """What is odd in a header, but can be read."""
+    header, remarks = image.header, []
+    if not header["sform_code"] and not header["qform_code"]:
+        remarks.append(
+            "neither sform nor qform, so which side is left is not known; taken from right to left"
+        )
+    elif header["sform_code"]:
+        try:
+            qform = header.get_qform() if header["qform_code"] else None
+        except ValueError:
+            qform = np.full((4, 4), np.inf)
+        if qform is not None and not _apart(image.affine, qform, image.shape) <= ASTRAY:
+            remarks.append("sform and qform disagree; the sform is used")
+        elif not np.allclose(header.get_zooms(), voxel_sizes(image.affine), rtol=SHEAR):
+            remarks.append("pixdim and sform disagree on the voxels' size; the sform's is used")
+    return remarks
+
+
+def canonical_spacing(affine: np.ndarray) -> tuple[float, ...]:
+    """Voxel sizes along left-right, back-front and below-above."""
+    axes = io_orientation(affine)[:, 0].astype(int)
+    return tuple(voxel_sizes(affine)[np.argsort(axes)].tolist())
