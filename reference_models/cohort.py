@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .data.cases import UNKNOWN, Dataset, shown
 from .data.framing import Framing, Square
+from .data.grid import Grid
 from .data.loading import Augment, Frames
 from .data.splits import Splits, choose_splits, read_splits, untrained_values
 from .recipe import Recipe, RunError, SquareSettings
@@ -118,4 +119,6 @@ def framing_of(recipe: Recipe) -> Framing:
     frame = recipe.frame
     if isinstance(frame, SquareSettings):
         return Square(frame.size, None if frame.crop == "whole" else int(frame.crop))
-    raise NotImplementedError
+    if frame.spacing == "median":
+        raise ValueError("spacing: got median, expected sizes in mm; the data's are to be put in")
+    return Grid(frame.spacing, frame.patch, frame.body)
