@@ -1,9 +1,10 @@
-"""The command line: `python -m reference_models check|train|evaluate|predict|demo`."""
+"""The command line: `python -m reference_models check|train|evaluate|predict|demo|example`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "evaluate": _evaluate,
                 "predict": _predict,
                 "demo": _demo,
+                "example": _example,
             },
             prog="python -m reference_models",
             args=arguments,
@@ -95,6 +97,18 @@ def _predict(settings: Annotated[PredictSettings, tyro.conf.arg(name="")]) -> in
 def _demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> int:
     """Dense, plain MoE and dMoE on real MRI, in minutes on a CPU."""
     demo(settings)
+    return 0
+
+
+def _example(out: Path = Path("example")) -> int:
+    """Writes the MNI152 brain as a folder of NIfTI files, as the recipes for volumes read them.
+
+    Args:
+        out: Folder to write.
+    """
+    from .data.example import write_example  # nilearn takes seconds to import
+
+    print(f"written: {write_example(out)}")
     return 0
 
 

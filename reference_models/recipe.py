@@ -211,7 +211,20 @@ def settle(recipe: Recipe) -> Recipe:
         )
     if recipe.strategy == "fsdp" and recipe.precision == "16-mixed":
         raise RunError("precision: fsdp does not go with 16-mixed; choose bf16-mixed or 32.")
+    if recipe.strategy == "fsdp" and isinstance(recipe.frame, VolumeSettings):
+        # Its forward passes are collective, and volumes have different numbers of windows.
+        raise RunError("strategy: fsdp is not for volumes, whose network is small; choose ddp.")
     return recipe
+
+
+def on_grid(recipe: Recipe, median: tuple[float, float, float] | None) -> Recipe:
+    """The recipe with the spacing "median" as numbers: those of the data, in mm."""
+    if median is None or not isinstance(recipe.frame, VolumeSettings):
+        return recipe
+    if recipe.frame.spacing != "median":
+        return recipe
+    x, y, z = (round(size, 4) for size in median)
+    return dataclasses.replace(recipe, frame=dataclasses.replace(recipe.frame, spacing=(x, y, z)))
 
 
 def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:
@@ -261,8 +274,9 @@ def _check_frame(frame: SquareSettings | VolumeSettings) -> None:
             frame, "crop", frame.crop == "whole" or int(frame.crop) >= 1, "1 or more, or whole"
         )
         return
-    sides = all(side >= 1 and not side % 32 for side in frame.patch)
-    _require(frame, "patch", sides, "three multiples of 32")
+    # Five stages halve it, and the last one's instance norm needs more than one voxel.
+    sides = all(side >= 1 and not side % 32 for side in frame.patch) and max(frame.patch) > 32
+    _require(frame, "patch", sides, "three multiples of 32, not all of them 32")
     spacing = frame.spacing == "median" or all(0 < size < math.inf for size in frame.spacing)
     _require(frame, "spacing", spacing, "three sizes in mm above 0, or median")
     _require(frame, "patches", frame.patches >= 1, "1 or more")

@@ -31,7 +31,7 @@ from .models.weights import load_pretrained
 from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
 from .progress import Reporter
-from .recipe import Recipe, RunError, learning_rate, settle
+from .recipe import Recipe, RunError, learning_rate, on_grid, settle
 from .runs import Task, build_model, hold, refuse_taken, require_same, write_run
 from .serial import flat, to_json
 from .state import State
@@ -71,8 +71,9 @@ class _Run:
     """What a run holds while it goes."""
 
     def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool) -> None:
-        self.fabric, self.recipe, self.folder = fabric, recipe, recipe.out
+        self.fabric, self.folder = fabric, recipe.out
         self.dataset = open_dataset(recipe.data)
+        self.recipe = recipe = on_grid(recipe, self.dataset.spacing)
         self.task = Task.of(self.dataset)
         on_rank_0(fabric, self._admit, resume)
         self.cohort = Cohort.of(recipe, self.dataset, resume=resume)

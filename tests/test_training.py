@@ -1,12 +1,10 @@
 """Training: two processes as one, killed and resumed to the bit, errors before anything changes."""
 
-import csv
 import dataclasses
 import itertools
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +12,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import (
+    assert_same_tree,
+    history_of,
+    in_fork,
+    killed_at,
+    state_of,
+    train_in_ranks,
+    weights_of,
+)
 
 from dmoe_layer import routing
 from reference_models import checkpoints, training
@@ -67,83 +73,6 @@ def finished(tmp_path_factory):
     """A run of the tiny recipe, as it comes out."""
     torch.set_num_threads(1)
     return train(dataclasses.replace(TINY, out=tmp_path_factory.mktemp("finished") / "run"))
-
-
-def weights_of(run, which="last"):
-    (folder,) = run.glob(f"{which}-*")
-    return load_file(folder / "model.safetensors")
-
-
-def state_of(run):
-    (folder,) = run.glob("last-*")
-    return torch.load(folder / "state.pt", weights_only=True)
-
-
-def history_of(run):
-    with (run / "history.csv").open(newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def assert_same_tree(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same_tree(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same_tree(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
-def in_fork(target, *arguments):
-    process = mp.get_context("fork").Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
-def as_rank(recipe, rank, world, port, prints, where):
-    """Trains as one of torchrun's processes, its output into a file; may die as `killed_at`."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-    }
-    with (prints / f"{rank}.txt").open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file  # pytest has put its own there
-        try:
-            if where is None:
-                train(recipe, resume=recipe.out.exists())
-            else:
-                killed_at(recipe, False, where)
-        except RunError as error:
-            print(error)
-            sys.exit(1)
-
-
-def train_in_ranks(recipe, prints, where=None, world=2):
-    """Exit codes and prints of that many processes, which go on with a run that is there."""
-    prints.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        in_fork(as_rank, recipe, rank, world, port, prints, where) for rank in range(world)
-    ]
-    for process in processes:
-        process.join()
-    codes = [process.exitcode for process in processes]
-    return codes, [(prints / f"{rank}.txt").read_text() for rank in range(world)]
 
 
 # Recipes
@@ -402,32 +331,6 @@ def test_a_launcher_that_started_another_number_of_processes_is_told(tmp_path):
 
 
 # Killed and resumed
-
-
-def killed_at(recipe, resume, where):
-    """Trains until it kills itself: at a step, or as the function named is called the n-th time."""
-    if isinstance(where, int):
-        step = training._Run._step
-
-        def lethal(self, *arguments):
-            if self.state.position.step == where:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, *arguments)
-
-        training._Run._step = lethal
-    else:
-        module, name, left = where
-        act = getattr(module, name)
-
-        def lethal(*arguments, **options):
-            nonlocal left
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return act(*arguments, **options)
-
-        setattr(module, name, lethal)
-    train(recipe, resume=resume)
 
 
 def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(tmp_path):
