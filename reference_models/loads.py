@@ -33,13 +33,10 @@ class Loads:
         """
         if not scope.routings:
             return
-        values_TA = torch.cat(
-            [
-                routed.attributes.reshape(len(routed.logits), -1)
-                for routed in scope.routings
-                if routed.attributes is not None
-            ]
+        values_T = torch.cat(
+            [routed.attributes for routed in scope.routings if routed.attributes is not None]
         )
+        values_TA = values_T[:, None] if values_T.ndim == 1 else values_T
         for place, (name, size) in enumerate(zip(self._names, self._sizes, strict=True)):
             # Place 0 takes the unknown, and is dropped.
             tokens_V = torch.bincount(values_TA[:, place] + 1, minlength=size + 1)[1:].cpu().numpy()

@@ -5,22 +5,20 @@ Of volumes they are NIfTI, as their images are; of images PNG, or .npy of anothe
 
 from __future__ import annotations
 
-import gzip
-import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import nibabel
 import numpy as np
-from nibabel.affines import apply_affine
 from nibabel.nifti2 import Nifti2Header
 from PIL import Image
 
 from .data.cases import DataError, Sample, shown
+from .data.nifti import INTEGRAL
+from .data.volumes import ASTRAY, apart, open_volume, read_voxels
 
 # By the axes of what they are masks of, in this order where an error names them.
 SUFFIXES = {2: (".png", ".npy"), 3: (".nii.gz", ".nii")}
-ASTRAY = 0.1  # voxels that a mask's corners may lie from its image's: affines are rounded
 
 
 def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
@@ -96,31 +94,25 @@ def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
     Raises:
         DataError: the file cannot be read, or holds something else.
     """
-    affine = None
     try:
         if path.name.lower().endswith(SUFFIXES[3]):
-            values, affine = _read_nifti(path)
+            values = _read_nifti(path, sample)
         else:
             values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
+    except DataError:
+        raise
     except Exception as error:  # which one, depends on where the damage lies
         raise DataError(f"{path.name}: cannot be read ({error}).") from error
     size = sample.native_size
     if values.shape != size:
         raise DataError(f"{path.name}: got size {values.shape}, expected the image's, {size}.")
-    if sample.affine is not None and affine is not None:
-        astray = _astray(sample.affine, affine, size)
-        if not astray <= ASTRAY:
-            raise DataError(
-                f"{path.name}: lies elsewhere than its image: corners are up to {astray:.1f} "
-                f"voxels apart, by the affine {affine.tolist()}; resample it onto the image's grid."
-            )
     # Sorting out which labels there are takes seconds of a volume, and is rarely needed.
     if not 0 <= values.min() <= values.max() < len(classes):
         labels = np.unique(values).tolist()
         wrong = [label for label in labels if not 0 <= label < len(classes)]
         names = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
         raise DataError(
-            f"{path.name}: got label {', '.join(map(str, wrong[:5]))}"
+            f"{path.name}: got label {', '.join(f'{label:g}' for label in wrong[:5])}"
             f"{', ...' if len(wrong) > 5 else ''}, expected labels, not grey levels: {names}."
         )
     return values.astype(np.uint8)
@@ -156,31 +148,18 @@ def _read_npy(path: Path) -> np.ndarray:
     return values
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Values, and the affine from indices to mm."""
-    if path.suffix.lower() == ".gz":
-        with gzip.open(path) as file:  # to its checksum, which nibabel does not come to
-            while file.read(2**24):
-                pass
-    image = nibabel.load(path)
-    if not isinstance(image, nibabel.Nifti1Image | nibabel.Nifti2Image):
-        raise ValueError(f"got {type(image).__name__}, expected NIfTI")
-    values = np.asanyarray(image.dataobj)
-    if values.dtype.kind == "f":
-        labels = np.rint(values)
-        # Slopes are float32, so that a whole number may come back as nearly one; NaN is none.
-        if not (np.abs(values - labels) <= 1e-3).all():
-            raise ValueError(
-                "got fractions or NaN, expected integer labels: the argmax, not scores"
+def _read_nifti(path: Path, sample: Sample) -> np.ndarray:
+    """float32, of the image's own grid."""
+    image = open_volume(str(path))
+    if image.shape == sample.native_size and sample.affine is not None:
+        astray = apart(sample.affine, image.affine, image.shape)
+        if not astray <= ASTRAY:
+            raise DataError(
+                f"{path}: lies elsewhere than its image: its corners are up to {astray:.1f} "
+                "voxels away; resample it onto the image's grid"
             )
-        values = labels
-    if values.dtype.kind not in "iuf":
-        raise ValueError(f"got {values.dtype}, expected integer labels")
-    return values, image.affine
-
-
-def _astray(affine: np.ndarray, other: np.ndarray, size: tuple[int, ...]) -> float:
-    """How far the corners of two grids lie apart, in voxels of the first."""
-    corners = np.array(list(itertools.product(*((0, length - 1) for length in size))))
-    there = apply_affine(np.linalg.inv(affine) @ other, corners)
-    return float(np.abs(there - corners).max())
+    values_S = read_voxels(str(path), image)
+    labels_S = np.rint(values_S)
+    if np.abs(values_S - labels_S).max() > INTEGRAL:
+        raise DataError(f"{path}: got fractions, expected labels: the argmax, not scores")
+    return labels_S

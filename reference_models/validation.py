@@ -76,19 +76,22 @@ def validate(
     scored: dict[str, tuple[tuple[int, ...], float]] = {}
     examples: dict[int, Picture] = {}
     loads = Loads(dataset)
-    # Frames of volumes have the axes of patients' space.
-    affine = np.diag([*frame.spacing, 1.0]) if isinstance(frame, VolumeSettings) else None
+    affine = None
+    if isinstance(frame, VolumeSettings) and frame.spacing != "median":
+        affine = np.diag([*frame.spacing, 1.0])  # of a volume's frame, which is RAS+
     for batch in batches:
+        # Volumes stay on the CPU, where their logits are put together.
+        moved = batch.to(device if affine is None else torch.device("cpu"))
         predicted_BS = infer(
             model,
-            batch.inputs,
-            batch.attributes_BN,
+            moved.inputs,
+            moved.attributes_BN,
             frame=frame,
             windows=windows,
             device=device,
             loads=loads,
         ).argmax(1)
-        dice_B = case_dice(predicted_BS, batch.mask_BS.to(predicted_BS.device), dataset)
+        dice_B = case_dice(predicted_BS, moved.mask_BS, dataset)
         attributes = batch.attributes_BN.tolist()
         scored |= {
             case: (tuple(values), dice)
