@@ -190,35 +190,50 @@ def predictions(
     for batch in track(loader, "predicting", console=Console(stderr=True), transient=True):
         if isinstance(batch, DataError):
             raise batch
-        samples = [sample for sample, _ in batch]
-        inputs = [_stacked([frame.image_CS for _, frame in batch])]
-        if batch[0][1].body_S is not None:
-            inputs.append(_stacked([frame.body_S for _, frame in batch]))
-        masks: list[dict[str, np.ndarray]] = [{} for _ in samples]
-        for condition, told_NA in told.items():
-            with torch.random.fork_rng(), torch.inference_mode():
-                # For a router that is noisy in evaluation too: whatever else is run, a case gets
-                # the same noise.
-                torch.manual_seed(start)
-                logits_BKS = infer(
-                    run.model,
-                    inputs,
-                    torch.from_numpy(told_NA[start : start + len(samples)]),
-                    frame=run.frame,
-                    windows=run.batch_size,
-                    device=run.device,
-                    loads=None if loads is None else loads[condition],
+        found = _answered(run, batch, told, start, loads)
+        start += len(found)
+        batch.clear()  # the bar holds on to it while the next one, maybe a large volume, is read
+        while found:
+            yield found.pop(0)
+
+
+def _answered(
+    run: TrainedRun,
+    batch: Sequence[tuple[Sample, Frame]],
+    told: Mapping[str, np.ndarray],
+    start: int,
+    loads: Mapping[str, Loads] | None,
+) -> list[tuple[Sample, dict[str, np.ndarray]]]:
+    """The samples of a batch, of which `start` were before, with their masks by condition."""
+    samples, frames = zip(*batch, strict=True)
+    inputs = [_stacked([frame.image_CS for frame in frames])]
+    if frames[0].body_S is not None:
+        inputs.append(_stacked([frame.body_S for frame in frames]))
+    answers: list[tuple[Sample, dict[str, np.ndarray]]] = [(sample, {}) for sample in samples]
+    for condition, told_NA in told.items():
+        with torch.random.fork_rng(), torch.inference_mode():
+            # For a router that is noisy in evaluation too: whatever else is run, a case gets the
+            # same noise.
+            torch.manual_seed(start)
+            logits_BKS = infer(
+                run.model,
+                inputs,
+                torch.from_numpy(told_NA[start : start + len(samples)]),
+                frame=run.frame,
+                windows=run.batch_size,
+                device=run.device,
+                loads=None if loads is None else loads[condition],
+            )
+        for logits_KS, (sample, masks) in zip(logits_BKS, answers, strict=True):
+            # By the extremes, as asking every number takes a copy of a volume's logits.
+            if not torch.stack(logits_KS.aminmax()).isfinite().all():
+                raise DataError(
+                    f"{run.settings.run}: the network's output for {sample.case_id} is not "
+                    f"finite (attributes {condition}); its weights or this image are damaged."
                 )
-            for sample, logits_KS, of in zip(samples, logits_BKS, masks, strict=True):
-                # By the extremes, as asking every number takes a copy of a volume's logits.
-                if not torch.stack(logits_KS.aminmax()).isfinite().all():
-                    raise DataError(
-                        f"{run.settings.run}: the network's output for {sample.case_id} is not "
-                        f"finite (attributes {condition}); its weights or this image are damaged."
-                    )
-                of[condition] = run.framing.restore(logits_KS, sample)
-        start += len(samples)
-        yield from zip(samples, masks, strict=True)
+            masks[condition] = run.framing.restore(logits_KS, sample)
+        del logits_BKS, logits_KS  # before the next condition's
+    return answers
 
 
 def given_attributes(cases: Sequence[Case]) -> np.ndarray:

@@ -134,6 +134,22 @@ def test_a_patch_that_holds_the_volume_gives_the_whole_volumes_answer_of_any_net
     assert (answered(model, image, frame=smaller) - whole).abs().max() > 1e-3
 
 
+def test_where_windows_disagree_the_one_whose_middle_is_nearer_weighs_more():
+    class Mean(nn.Module):
+        def forward(self, image_BCS):
+            return torch.zeros_like(image_BCS) + image_BCS.mean((2, 3, 4), keepdim=True)
+
+    image = torch.zeros(1, 1, 48, 32, 32)
+    image[:, :, 32:] = 1  # seen by the second window alone, as one half of it
+    blended = answered(Mean(), image, told=[[0]])[0, 0, :, 16, 16]
+    assert blended[:16].abs().max() < 1e-6
+    torch.testing.assert_close(blended[32:], torch.full((16,), 0.5))
+    between = blended[16:32]
+    assert (between.diff() > 0).all()
+    torch.testing.assert_close(between + between.flip(0), torch.full((16,), 0.5))
+    assert between[0] < 0.01
+
+
 @pytest.mark.parametrize("windows", [1, 2, 5])
 def test_every_window_is_told_its_own_samples_attribute(windows):
     # Of 3 windows a sample, so that some batches are of both samples.
