@@ -142,14 +142,24 @@ class ResUNet3D(nn.Module):
         for stage in self.encoder:
             if mask_BDHW is not None:
                 mask_BDHW = reduce(mask_BDHW, "b (d 2) (h 2) (w 2) -> b d h w", "any")
-            x_BCDHW = self._run(stage, x_BCDHW, mask_BDHW)
+            x_BCDHW = self._run(stage, x_BCDHW.shape[2] // 2, x_BCDHW, mask_BDHW)
             skips.append(x_BCDHW)
         skips.pop()
         for block in self.decoder:
-            x_BCDHW = self._run(block, x_BCDHW, skips.pop())
+            x_BCDHW = self._run(block, x_BCDHW.shape[2] * 2, x_BCDHW, skips.pop())
         return self.head(x_BCDHW)
 
-    def _run(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, module: nn.Module, planes: int, x_BCDHW: Tensor, other: Tensor | None) -> Tensor:
+        """A stage's or a decoder block's map, of ``planes`` planes along the first axis."""
+        if planes == 2 and x_BCDHW.is_cpu and torch.is_autocast_enabled("cpu"):
+            # PyTorch 2.13's CPU convolutions in bfloat16 write garbage into the gradient of a 3x3x3
+            # kernel over two planes. So few are soon computed in fp32.
+            other = other.float() if other is not None and other.is_floating_point() else other
+            with torch.autocast("cpu", enabled=False):
+                return self._step(module, x_BCDHW.float(), other)
+        return self._step(module, x_BCDHW, other)
+
+    def _step(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # Routed the same way when it is run again, even after the scope has closed.
             return checkpoint(carry_routing(module), *inputs, use_reentrant=False)
