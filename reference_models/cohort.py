@@ -11,7 +11,8 @@ from torch import Tensor
 from .data.cases import UNKNOWN, Dataset, shown
 from .data.framing import Framing, Square
 from .data.grid import Grid
-from .data.loading import Augment, Frames
+from .data.loading import Frames
+from .data.patches import Patches
 from .data.splits import Splits, choose_splits, read_splits, untrained_values
 from .recipe import Recipe, RunError, SquareSettings
 
@@ -59,10 +60,13 @@ class Cohort:
                 "--unknown learned has a route for them."
             )
         cohort = cls(recipe, dataset, splits, left_out)
-        if len(cohort.train) < recipe.batch_size:
+        patches = _patches_of(recipe)
+        each = patches.count if patches else 1
+        if len(cohort.train) * each < recipe.batch_size:
+            of_each = f", of {each} patches each" if patches else ""
             raise RunError(
                 f"batch_size: got {recipe.batch_size}, but there are {len(cohort.train)} training "
-                "cases."
+                f"cases{of_each}."
             )
         if not cohort.validation:
             raise RunError(
@@ -79,14 +83,16 @@ class Cohort:
     def validation(self) -> tuple[str, ...]:
         return tuple(case for case in self.splits.validation if case not in self.left_out)
 
-    def frames(self, case_ids: tuple[str, ...], augment: Augment = "none") -> Frames:
-        """These cases as the network sees them."""
+    def frames(self, case_ids: tuple[str, ...], *, training: bool = False) -> Frames:
+        """These cases as the network sees them: augmented and, of volumes, by patches if it is
+        to train on them."""
         recipe = self.recipe
         return Frames(
             self.dataset,
             case_ids,
             framing_of(recipe),
-            augment=augment,
+            patches=_patches_of(recipe) if training else None,
+            augment=recipe.frame.augment if training else "none",
             seed=recipe.seed,
             cache=recipe.data.cache,
         )
@@ -120,5 +126,15 @@ def framing_of(recipe: Recipe) -> Framing:
     if isinstance(frame, SquareSettings):
         return Square(frame.size, None if frame.crop == "whole" else int(frame.crop))
     if frame.spacing == "median":
-        raise ValueError("spacing: got median, expected sizes in mm; the data's are to be put in")
+        raise ValueError(
+            "spacing: got median, expected sizes in mm, to be taken from the data first"
+        )
     return Grid(frame.spacing, frame.patch, frame.body)
+
+
+def _patches_of(recipe: Recipe) -> Patches | None:
+    """What training sees of volumes."""
+    frame = recipe.frame
+    if isinstance(frame, SquareSettings):
+        return None
+    return Patches(frame.patch, frame.patches, frame.foreground)

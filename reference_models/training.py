@@ -77,7 +77,7 @@ class _Run:
         self.task = Task.of(self.dataset)
         on_rank_0(fabric, self._admit, resume)
         self.cohort = Cohort.of(recipe, self.dataset, resume=resume)
-        self.frames = self.cohort.frames(self.cohort.train, recipe.frame.augment)
+        self.frames = self.cohort.frames(self.cohort.train, training=True)
         self.steps_an_epoch = len(self.frames) // recipe.batch_size
         torch.manual_seed(recipe.seed)
         network = build_model(recipe, self.task)

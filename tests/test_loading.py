@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -308,15 +310,18 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error_of_the_settings(tmp_path
         FrameCache(tmp_path / "file" / "cache", Lesions(1), Square(8))
 
 
-def test_a_full_cache_is_an_error_that_says_so(tmp_path, monkeypatch):
-    def full(path, array, **_):
-        raise OSError("160 requested and 0 written")  # numpy's own, without a number
-
-    monkeypatch.setattr(np, "save", full)
+def test_a_full_cache_is_an_error_that_says_so(tmp_path):
     files = lesion_files(tmp_path, n=1)
-    frames = Frames(Lesions(1, files=files), ["case000"], Square(8), cache=tmp_path / "cache")
-    with pytest.raises(DataError, match=r"cache: 160 requested and 0 written; make room"):
-        next(eval_batches(frames, batch_size=1))
+    frames = Frames(Lesions(1, files=files), ["case000"], Square(99), cache=tmp_path / "cache")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"cache: .*too large.*; make room or choose another"):
+            next(eval_batches(frames, batch_size=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     assert [*(tmp_path / "cache").iterdir()] == []
 
 

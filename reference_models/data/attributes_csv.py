@@ -123,12 +123,12 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, _Cells]]]:
     if repeated := sorted({name for name in columns if name and columns.count(name) > 1}):
         raise DataError(f"{path}: two columns are called {', '.join(repeated)}; rename one")
     for line, cells in lines:
-        if len(cells) != len(columns):
+        if len(cells) < len(columns) or any(cells[len(columns) :]):
             raise DataError(
                 f"{path}:{line}: {len(cells)} cells, expected {len(columns)} "
                 f"({', '.join(columns)}); put what has a separator in it between quotes"
             )
-    return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in lines]
+    return columns, [(line, dict(zip(columns, cells, strict=False))) for line, cells in lines]
 
 
 def _by_case(

@@ -92,6 +92,7 @@ class Sample:
         spacing: size of a pixel along each spatial axis, in the data set's unit.
         header: of a NIfTI image, whose axes are the spatial ones: where its voxels lie, and how a
             mask of them is to be written.
+        remarks: what is odd about its files, but leaves them readable; `check` shows them.
 
     Raises:
         ValueError: image and mask differ in size.
@@ -103,6 +104,7 @@ class Sample:
     attributes: tuple[int, ...]
     spacing: tuple[float, ...]
     header: Nifti1Header | None = None
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mask_S is not None and self.mask_S.shape != self.native_size:

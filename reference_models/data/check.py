@@ -16,7 +16,8 @@ from . import DataSettings, open_dataset
 from .cases import SPLITS, UNKNOWN, Case, DataError, Dataset, shown
 from .splits import choose_splits, leaked_subjects, untrained_values
 
-WORKERS = 8  # threads; decoding leaves Python's lock alone
+# Threads; decoding leaves Python's lock alone. Each may hold a volume, of up to a gigabyte or two.
+WORKERS = {2: 8, 3: 2}  # by the image's axes
 NAMED = 10  # cases of a warning; of errors, all are named
 
 
@@ -24,9 +25,10 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
     """Prints counts, warnings and errors; errors name every bad file.
 
     Errors: files that are missing or cannot be read, masks of labels out of range, of background
-    alone or of another size than their image, attributes that are no known value, subjects in
-    several splits. Warnings: unknown attributes, masks that lack a class, images of one intensity.
-    Without attributes named, all that the files hold are looked at.
+    alone (in 2D) or of another size than their image, volumes with NaN voxels or whose label lies
+    elsewhere, attributes that are missing or no known value, subjects in several splits. Warnings:
+    unknown attributes, masks that lack a class, images of one intensity, odd headers. Without
+    attributes named, all that the files hold are looked at.
 
     Returns:
         1 if there is an error, else 0: the exit code of the command.
@@ -45,7 +47,7 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
         for table in _counts(dataset, split_of):
             console.print(table)
         own = {case.split for case in dataset.cases}
-        drawn = [split for split in SPLITS if split not in own]
+        drawn = [split for split in SPLITS if split not in own and split in split_of.values()]
         if settings.splits is None and drawn:
             say(f"split: {' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest")
         train = {case_id for case_id, split in split_of.items() if split == "train"}
@@ -65,6 +67,8 @@ def _splits(
 ) -> Mapping[str, str | None]:
     """Each case's split: by the file or by seed; the data set's own where those fail."""
     official = {case.case_id: case.split for case in dataset.cases}
+    if not any(case.labelled for case in dataset.cases):
+        return official  # to be predicted alone
     try:
         if settings.splits is None and (leaks := leaked_subjects(official, dataset)):
             errors.extend(map(DataError, leaks))
@@ -79,15 +83,22 @@ def _splits(
 def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> list[str]:
     """Loads every case; errors are added, warnings returned."""
 
-    def seen(case: Case) -> tuple[set[int], bool] | DataError:
+    def seen(case: Case) -> list[str] | DataError:
         try:
             sample = dataset.load(case)
         except DataError as error:
             return error
-        return set(np.unique(sample.truth_S).tolist()), bool(np.ptp(sample.image_CS) == 0)
+        odd = list(sample.remarks)
+        if sample.mask_S is not None:
+            odd += [
+                f"mask without {name}"
+                for label, name in enumerate(dataset.classes)
+                if not (sample.mask_S == label).any()
+            ]
+        return odd + ["image of one intensity"] * bool(np.ptp(sample.image_CS) == 0)
 
-    lacking: dict[str, list[str]] = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
+    warned: dict[str, list[str]] = {}
+    with ThreadPoolExecutor(WORKERS[dataset.axes]) as pool:
         results = pool.map(seen, dataset.cases)
         for case, found in zip(
             dataset.cases,
@@ -97,18 +108,14 @@ def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> li
             if isinstance(found, DataError):
                 errors.append(found)
                 continue
-            labels, blank = found
-            for label, name in enumerate(dataset.classes):
-                if label not in labels:
-                    lacking.setdefault(f"mask without {name}", []).append(case.case_id)
-            if blank:
-                lacking.setdefault("image of one intensity", []).append(case.case_id)
+            for what in found:
+                warned.setdefault(what, []).append(case.case_id)
     for index, attribute in enumerate(dataset.attributes):
         unknown = [c.case_id for c in dataset.cases if c.attributes[index] == UNKNOWN]
         if unknown:
-            lacking[f"{attribute.name} unknown"] = unknown
+            warned[f"{attribute.name} unknown"] = unknown
     return [
-        f"warning: {what}: {len(ids)} cases: {shown(ids, NAMED)}" for what, ids in lacking.items()
+        f"warning: {what}: {len(ids)} cases: {shown(ids, NAMED)}" for what, ids in warned.items()
     ]
 
 
@@ -117,13 +124,18 @@ def _counts(dataset: Dataset, split_of: Mapping[str, str | None]) -> list[Table]
     tables = []
     for index, attribute in enumerate(dataset.attributes):
         counts = Counter(
-            (case.attributes[index], split_of.get(case.case_id)) for case in dataset.cases
+            (
+                case.attributes[index],
+                split_of.get(case.case_id) or ("no split" if case.labelled else "no mask"),
+            )
+            for case in dataset.cases
         )
         table = Table(title=f"{dataset.name}: cases by {attribute.name}")
         table.add_column(attribute.name)
-        columns = [*SPLITS, *([None] if any(split is None for _, split in counts) else [])]
+        found = {split for _, split in counts}
+        columns = [*SPLITS, *(split for split in ("no split", "no mask") if split in found)]
         for split in columns:
-            table.add_column(split or "no split", justify="right")
+            table.add_column(split, justify="right")
         for value in (*range(len(attribute.values)), UNKNOWN):
             table.add_row(attribute.label(value), *(str(counts[value, s]) for s in columns))
         tables.append(table)

@@ -1,33 +1,30 @@
-"""Batches: framed and cached cases, augmented so that no sample depends on who loads it.
+"""Batches: framed and cached cases or patches of them, augmented; none depends on who loads it.
 
-Shapes: B batch, C channels, S spatial axes (rows, columns), N attributes.
+Shapes: B batch, C channels, S spatial axes (rows, columns; in 3D those of the grid), N attributes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from monai import transforms
-from monai.data import get_track_meta, set_track_meta
 from torch import Tensor
 from torch.utils import data
 
+from .augmentation import Augment, Augmentation
 from .cache import FrameCache, default_cache
-from .cases import Case, DataError, Dataset
+from .cases import Case, DataError, Dataset, shown
 from .framing import Framing, Square
+from .patches import Patches, find_voxels
 
-Augment = Literal["paper", "shift", "none"]
-# What a seed is drawn for: order and samples get numbers of their own from one seed.
-_ORDER, _SAMPLE = 1, 2
+# What a seed is drawn for: order, samples and patches get numbers of their own from one seed.
+_ORDER, _SAMPLE, _PATCH = 1, 2, 3
 
-_Key = tuple[int, int | None]  # a case's index and the epoch, None where not augmented
+# Which of an epoch's samples, and the epoch; or, where that is None, which case, as it is.
+_Key = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Batch:
 
     Args:
         image_BCS: float32.
-        mask_BS: int64 labels.
+        mask_BS: labels, int64 as losses take them; uint8 in evaluation, where volumes are whole.
         attributes_BN: int64 indices, -1 where unknown.
         case_ids: one a sample.
         body_BS: bool, what the experts are to see; None where that is everything.
@@ -69,16 +66,15 @@ class Frames(data.Dataset[Batch | DataError]):
         dataset: whose cases they are.
         case_ids: which, in this order.
         framing: to what the network sees.
-        augment: "paper": half of the samples turned by a multiple of 90° and then flipped, a
-            quarter rotated by up to 20°, a quarter left alone; "shift": all moved by up to a
-            twelfth of the size along each axis, for images in one pose, the border repeated; or
-            "none". Only training batches are augmented.
-        seed: of order and augmentation.
+        patches: which parts of volumes training sees; None: all of each.
+        augment: as of `Augmentation`. Only training batches are augmented.
+        seed: of order, patches and augmentation.
         cache: folder of framed cases; None: `~/.cache/dmoe-frames`.
 
     Raises:
-        DataError: an id is not in the data set, or the cache folder cannot be written to.
-        ValueError: a negative seed.
+        DataError: an id is not in the data set, a case has no mask, or the cache folder cannot be
+            written to.
+        ValueError: a negative seed, or an augmentation that is not for such frames.
 
     Example:
         >>> from reference_models.data import PhantomSettings
@@ -96,6 +92,7 @@ class Frames(data.Dataset[Batch | DataError]):
         case_ids: Sequence[str],
         framing: Framing,
         *,
+        patches: Patches | None = None,
         augment: Augment = "none",
         seed: int = 0,
         cache: Path | None = None,
@@ -107,46 +104,70 @@ class Frames(data.Dataset[Batch | DataError]):
             raise ValueError(f"seed must be 0 or more, got {seed}")
         self.dataset = dataset
         self.cases = tuple(by_id[case_id] for case_id in case_ids)
+        if bare := [case.case_id for case in self.cases if not case.labelled]:
+            raise DataError(f"{shown(bare)}: no mask, so there is nothing to train or validate on.")
         self.framing = framing
+        self.patches = patches
         self.seed = seed
-        self._augmentation = (
-            _augmentation(augment, framing.size) if isinstance(framing, Square) else None
-        )
+        self._augmentation = Augmentation(augment, framing)
         stored = any(case.files for case in self.cases)
         self._cache = FrameCache(cache or default_cache(), dataset, framing) if stored else None
 
     def __len__(self) -> int:
-        return len(self.cases)
+        """Samples of a training epoch."""
+        return len(self.cases) * (self.patches.count if self.patches else 1)
 
     def __getitem__(self, key: _Key) -> Batch | DataError:
-        """The sample at (index, epoch) as a batch of one; epoch None is not augmented.
+        """The sample at (index, epoch) as a batch of one; epoch None is a case as it is.
 
         An error of the data is returned, since workers would dress it in their traceback.
         """
         index, epoch = key
-        case = self.cases[index]
+        patches = None if epoch is None else self.patches
+        case = self.cases[index // patches.count if patches else index]
         try:
-            frame = self._cache.frame(case, self._framed) if self._cache else self._framed(case)
+            stored = self._cache.frame(case, self._framed) if self._cache else self._framed(case)
         except DataError as error:
             return error
-        pair = torch.from_numpy(frame.astype(np.float32))
-        if self._augmentation is not None and epoch is not None:
-            words = np.random.SeedSequence([self.seed, _SAMPLE, epoch, index]).generate_state(1)
-            self._augmentation.set_random_state(int(words[0]))
-            with _untracked():
-                moved = self._augmentation({"image": pair[:-1], "mask": pair[-1:]})
-            pair = torch.cat([moved["image"], moved["mask"]])
+        # Views of what lies on the disk, of which no more is read than a patch needs.
+        parts = {name: part for name, part in stored.items() if name in ("image", "mask", "body")}
+        if patches and epoch is not None:
+            voxels = {name: part for name, part in stored.items() if name not in parts}
+            random = np.random.default_rng(self._drawn(_PATCH, epoch, index))
+            x, y, z = patches.window(tuple(parts["mask"].shape[1:]), voxels, random)
+            parts = {name: part[:, x, y, z] for name, part in parts.items()}
+        parts["image"] = parts["image"].float()
+        if epoch is not None:
+            parts = self._augmentation(parts, self._drawn(_SAMPLE, epoch, index))
+            parts["mask"] = parts["mask"].to(torch.int64)
         return Batch(
-            pair[None, :-1],
-            pair[None, -1].round().to(torch.int64),
+            parts["image"][None],
+            parts["mask"],
             torch.tensor([case.attributes], dtype=torch.int64),
             (case.case_id,),
+            parts.get("body"),
         )
 
-    def _framed(self, case: Case) -> np.ndarray:
+    def _drawn(self, purpose: int, epoch: int, index: int) -> int:
+        """A seed of one sample alone."""
+        entropy = [self.seed, purpose, epoch, index]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _framed(self, case: Case) -> dict[str, Tensor]:
+        """What is kept of a case: image (C, S), mask and body (1, S), and of volumes where the
+        voxels of each label lie."""
         frame = self.framing.apply(self.dataset.load(case))
-        assert frame.mask_S is not None  # unlabelled cases are in no split
-        return np.concatenate([frame.image_CS, frame.mask_S[None]]).astype(np.float16)
+        assert frame.mask_S is not None  # as the case is labelled
+        # float16 holds an 8-bit or normalised intensity to a 2000th of it, but whole numbers, as
+        # of a CT that is left as it is, no further than to 2048.
+        largest = max(frame.image_CS.max(), -frame.image_CS.min())
+        image_CS = frame.image_CS.astype(np.float16 if largest <= 2048 else np.float32)
+        kept = {"image": image_CS, "mask": frame.mask_S[None]}
+        if frame.body_S is not None:
+            kept["body"] = frame.body_S[None]
+        if frame.mask_S.ndim == 3:
+            kept |= find_voxels(frame.mask_S)
+        return {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in kept.items()}
 
 
 def train_batches(
@@ -171,7 +192,7 @@ def train_batches(
 
     Raises:
         ValueError: the batch does not divide by `world_size`, there is no such rank or batch, or
-            a batch has more samples than there are cases.
+            a batch has more samples than an epoch.
         DataError: a case cannot be read.
     """
     n_batches = batches_an_epoch(frames, batch_size)
@@ -195,15 +216,19 @@ def batches_an_epoch(frames: Frames, batch_size: int) -> int:
     """Full batches in an epoch; the incomplete last one is dropped.
 
     Raises:
-        ValueError: a batch has more samples than there are cases.
+        ValueError: a batch has more samples than an epoch.
     """
     if not 1 <= batch_size <= len(frames):
-        raise ValueError(f"batch_size must lie in 1..{len(frames)} (the cases), got {batch_size}")
+        raise ValueError(
+            f"batch_size must lie in 1..{len(frames)} (an epoch's samples), got {batch_size}"
+        )
     return len(frames) // batch_size
 
 
 def eval_batches(frames: Frames, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
-    """Every case once, in order and not augmented; the last batch may be smaller.
+    """Every case once, in order, whole and not augmented; the last batch may be smaller.
+
+    Volumes, whose sizes differ, come one at a time whatever `batch_size` is.
 
     Raises:
         ValueError: a batch size below 1.
@@ -211,9 +236,12 @@ def eval_batches(frames: Frames, *, batch_size: int, workers: int = 0) -> Iterat
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if not isinstance(frames.framing, Square):
+        batch_size = 1
+    cases = range(len(frames.cases))
     keys: list[list[_Key]] = [
-        [(index, None) for index in range(start, min(start + batch_size, len(frames)))]
-        for start in range(0, len(frames), batch_size)
+        [(index, None) for index in cases[start : start + batch_size]]
+        for start in cases[::batch_size]
     ]
     return _loaded(frames, keys, workers)
 
@@ -239,57 +267,11 @@ def _collated(samples: Sequence[Batch | DataError]) -> Batch | DataError:
         if isinstance(sample, DataError):
             return sample
         batches.append(sample)
+    bodies = [batch.body_BS for batch in batches if batch.body_BS is not None]
     return Batch(
         torch.cat([batch.image_BCS for batch in batches]),
         torch.cat([batch.mask_BS for batch in batches]),
         torch.cat([batch.attributes_BN for batch in batches]),
         tuple(case_id for batch in batches for case_id in batch.case_ids),
-    )
-
-
-@contextmanager
-def _untracked() -> Iterator[None]:
-    """Lets MONAI compute on plain tensors.
-
-    Its own tensors, which remember what was done to them, take up to three times as long, and
-    experts cannot take them.
-    """
-    before = get_track_meta()
-    set_track_meta(False)
-    try:
-        yield
-    finally:
-        set_track_meta(before)
-
-
-def _augmentation(kind: Augment, size: int) -> transforms.Compose | None:
-    """Acts on the frame, where the paper's code acts on the crop, and rotates images bilinearly."""
-    keys = ("image", "mask")
-    if kind == "none":
-        return None
-    if kind == "shift":
-        return transforms.Compose(
-            [
-                transforms.BorderPadd(keys, size // 12, mode="edge"),
-                transforms.RandSpatialCropd(keys, (size, size), random_size=False),
-            ]
-        )
-    return transforms.OneOf(
-        [
-            transforms.Compose(
-                [
-                    transforms.RandRotate90d(keys, prob=1, max_k=4),  # 1 to 4 quarter turns
-                    transforms.RandAxisFlipd(keys, prob=1),
-                ]
-            ),
-            transforms.RandRotated(
-                keys,
-                range_x=math.radians(20),
-                prob=1,
-                mode=("bilinear", "nearest"),
-                padding_mode="zeros",
-            ),
-            transforms.Identityd(keys),
-        ],
-        weights=(0.5, 0.25, 0.25),
+        torch.cat(bodies) if bodies else None,
     )

@@ -80,7 +80,6 @@ class Nifti(Dataset):
             self.attributes, rows = (), {case_id: Row(0, case_id, None, ()) for case_id in files}
         cases: list[Case] = []
         spacings: list[tuple[float, ...]] = []
-        remarks: dict[str, list[str]] = {}
         for case_id in sorted(rows):
             try:
                 case = _case(case_id, files[case_id], rows[case_id], table)
@@ -91,13 +90,7 @@ class Nifti(Dataset):
                 continue
             cases.append(case)
             spacings.append(canonical_spacing(images[0].affine))
-            for remark in {remark for image in images for remark in oddities(image)}:
-                remarks.setdefault(remark, []).append(case_id)
         report_faults(faults, damaged)
-        notes += [
-            f"warning: {remark}: {len(ids)} cases: {shown(ids, 10)}"
-            for remark, ids in remarks.items()
-        ]
         self.cases = tuple(cases)
         # Test cases decide nothing, not even the grid, where there are others.
         own = [s for s, case in zip(spacings, cases, strict=True) if case.split != "test"]
@@ -108,18 +101,29 @@ class Nifti(Dataset):
     def load(self, case: Case) -> Sample:
         images = [open_volume(path) for path in case.files]
         require_one_grid(case.files, images)
-        image_CS = np.stack(
-            [
-                self._scaled(name, read_voxels(path, image))
-                for name, path, image in zip(self._channels, case.files, images, strict=False)
-            ]
-        )
+        remarks = [
+            oddity
+            for path, image in zip(case.files, images, strict=True)
+            for oddity in oddities(path, image)
+        ]
+        channels = []
+        for name, path, image in zip(self._channels, case.files, images, strict=False):
+            voxels_S = read_voxels(path, image)
+            if name.lower() == "ct" and voxels_S.min() >= 0:
+                remarks.append("CT without a voxel below 0 HU, as if offset or scaled already")
+            channels.append(self._scaled(name, voxels_S))
         mask_S = None
         if case.labelled:
             mask_S = self._labels(case.files[-1], read_voxels(case.files[-1], images[-1]))
-        first = images[0]
-        spacing = tuple(voxel_sizes(first.affine).tolist())
-        return Sample(case.case_id, image_CS, mask_S, case.attributes, spacing, first.header)
+        return Sample(
+            case.case_id,
+            np.stack(channels),
+            mask_S,
+            case.attributes,
+            tuple(voxel_sizes(images[0].affine).tolist()),
+            images[0].header,
+            tuple(dict.fromkeys(remarks)),
+        )
 
     def _scaled(self, channel: str, voxels_S: np.ndarray) -> np.ndarray:
         """A channel's intensities as the network is to see them; changes `voxels_S`."""
@@ -136,23 +140,23 @@ class Nifti(Dataset):
                 low = float(inside.mean(dtype=np.float64))
                 high = low + float(inside.std(dtype=np.float64))
         voxels_S -= low
-        voxels_S /= max(high - low, 1e-8)  # an image of one intensity stays one
+        voxels_S /= high - low or 1.0  # of an image of one intensity
         return voxels_S
 
     def _labels(self, path: str, voxels_S: np.ndarray) -> np.ndarray:
         labels_S = np.rint(voxels_S)
+        voxels_S -= labels_S
         expected = f"0 to {len(self.classes) - 1} ({', '.join(self.classes)})"
-        if np.abs(voxels_S - labels_S).max() > INTEGRAL:
-            part = voxels_S[np.abs(voxels_S - labels_S) > INTEGRAL]
+        if (between_S := np.abs(voxels_S) > INTEGRAL).any():
             raise DataError(
-                f"{path}: labels must be whole numbers, {expected}; got {_few(part)}; resample "
-                "labels to the nearest neighbour, never smoothly"
+                f"{path}: labels must be whole numbers, {expected}; got "
+                f"{_few((labels_S + voxels_S)[between_S])}; resample labels to the nearest "
+                "neighbour, never smoothly"
             )
-        if labels_S.min() < 0 or labels_S.max() >= len(self.classes):
-            part = labels_S[(labels_S < 0) | (labels_S >= len(self.classes))]
+        if (strange_S := (labels_S < 0) | (labels_S >= len(self.classes))).any():
             raise DataError(
-                f"{path}: labels must be {expected}, as the dataset.json says; got also "
-                f"{_few(part)}"
+                f"{path}: labels must be {expected}, as dataset.json says; got also "
+                f"{_few(labels_S[strange_S])}; correct the one or the other"
             )
         return labels_S.astype(np.uint8)
 

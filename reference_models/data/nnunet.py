@@ -258,12 +258,12 @@ def _labels(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, tuple[i
     if every != [*range(len(every))] or not 2 <= len(every) <= MOST_LABELS:
         raise DataError(
             f"{path}: labels must count up from 0, the background, without a gap, at least 0 and "
-            f"1, and fewer than {MOST_LABELS}; got {every}; renumber them there and in the files"
+            f"1, at most {MOST_LABELS} of them; got {every}; renumber them there and in the files"
         )
     single = {numbers[0]: name for name, numbers in values.items() if len(numbers) == 1}
-    if 0 not in single or any(
-        0 in numbers[1:] or numbers[0] == 0 < numbers[-1] for numbers in values.values()
-    ):
+    if 0 not in single or any(numbers[0] == 0 and numbers[1:] for numbers in values.values()):
         raise DataError(f'{path}: labels must name 0 alone, as {{"background": 0}}; got {values}')
+    if len({*values.values()}) < len(values):
+        raise DataError(f"{path}: labels has two names for one thing: {values}")
     classes = tuple(single.get(label, f"label {label}") for label in every)
     return classes, {name: numbers for name, numbers in values.items() if numbers != (0,)}

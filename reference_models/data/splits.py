@@ -44,7 +44,7 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
     """The data set's own split where it has one, the rest by seed.
 
     Without test cases of the data set's own, a fifth of the open and training cases are made so;
-    without validation cases, a tenth of what is then left.
+    without validation cases, a tenth of what is then left. Cases without a mask are in no split.
 
     Raises:
         DataError: a subject lies in two of the data set's own splits, or there are too few
@@ -57,7 +57,8 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
         )  # fmt: skip
     chosen: dict[str, str] = {}
     pool = []
-    for case in dataset.cases:
+    labelled = [case for case in dataset.cases if case.labelled]
+    for case in labelled:
         if case.split in ("validation", "test"):
             chosen[case.case_id] = case.split
         else:
@@ -72,14 +73,14 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
             pool = [case for case in pool if case.subject not in taken]
     members = {
         split: tuple(
-            case.case_id for case in dataset.cases if chosen.get(case.case_id, "train") == split
+            case.case_id for case in labelled if chosen.get(case.case_id, "train") == split
         )
         for split in SPLITS
     }
     if empty := [split for split, ids in members.items() if not ids]:
         raise DataError(
-            f"{dataset.name}: {len(dataset.cases)} cases of "
-            f"{len({case.subject for case in dataset.cases})} subjects leave nothing for "
+            f"{dataset.name}: {len(labelled)} cases with a mask of "
+            f"{len({case.subject for case in labelled})} subjects leave nothing for "
             f"{' and '.join(empty)}"
         )
     return Splits(dataset.name, seed, **members)
@@ -135,7 +136,8 @@ def read_splits(path: Path, dataset: Dataset) -> Splits:
 
     Raises:
         DataError: the file cannot be read, is of another data set, names a case that the data set
-            lacks or one case twice, spreads a subject over splits, or leaves a split empty.
+            lacks or that has no mask, or one case twice, spreads a subject over splits, or leaves a
+            split empty.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -152,9 +154,10 @@ def read_splits(path: Path, dataset: Dataset) -> Splits:
     if splits.dataset != dataset.name:
         raise DataError(f"{path}: splits of {splits.dataset}, but the data set is {dataset.name}")
     named = Counter(case_id for split in SPLITS for case_id in getattr(splits, split))
-    known = {case.case_id for case in dataset.cases}
+    known = {case.case_id: case.labelled for case in dataset.cases}
     for wrong, what in (
         ([case_id for case_id in named if case_id not in known], "not in the data set"),
+        ([case_id for case_id in named if not known.get(case_id, True)], "without a mask"),
         ([case_id for case_id, times in named.items() if times > 1], "named more than once"),
         ([split for split in SPLITS if not getattr(splits, split)], "without a case"),
     ):

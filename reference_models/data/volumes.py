@@ -16,7 +16,6 @@ import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.fileholders import FileHolder
 from nibabel.nifti1 import Nifti1Image
-from nibabel.nifti2 import Nifti2Image
 from nibabel.orientations import io_orientation
 
 from .cases import DataError
@@ -25,6 +24,8 @@ ASTRAY = 0.1  # voxels that two files' corners may lie apart: text and float32 r
 SHEAR = 0.01  # of the cosine of two axes: less than 1 % of any distance
 # A deflated byte stands for at most this many: a header that claims more voxels lies.
 DEFLATED = 1032
+# nibabel logs what it finds odd in a header, without the file's name; `oddities` has it too.
+nib.imageglobals.logger.addFilter(lambda _: False)
 _KINDS = {"c": "complex", "V": "colours"}  # numpy's letters
 
 
@@ -36,7 +37,7 @@ def open_volume(path: str) -> Nifti1Image:
     """
     try:
         image = nib.load(path, mmap=False)
-        if not isinstance(image, Nifti1Image | Nifti2Image):
+        if not isinstance(image, Nifti1Image):  # or Nifti2Image, which is one
             raise ValueError(f"{type(image).__name__}, expected NIfTI")
         header, affine = image.header, image.affine
         shape, dtype = image.shape, header.get_data_dtype()
@@ -79,6 +80,10 @@ def _deflated(path: str) -> bool:
     return path.lower().endswith(".gz")
 
 
+def _stream(path: str) -> IOBase:
+    return cast(IOBase, (gzip.open if _deflated(path) else open)(path, "rb"))
+
+
 def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
     """float32, scaled as the header says, the file read to its end.
 
@@ -86,10 +91,12 @@ def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
         DataError: it is cut off or damaged, or a voxel is not finite.
     """
     try:
-        with cast(IOBase, (gzip.open if _deflated(path) else open)(path, "rb")) as file:
+        with _stream(path) as file:
             holder = {"image": FileHolder(path, file)}
             again = type(image).from_file_map(holder, mmap=False)
-            voxels_S = np.array(again.get_fdata(caching="unchanged", dtype=np.float32))
+            voxels_S = np.require(
+                again.get_fdata(caching="unchanged", dtype=np.float32), requirements="W"
+            )
             while file.read(2**20):  # the checksum stands at the end
                 pass
     except Exception as error:  # as above
@@ -106,16 +113,21 @@ def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
 def _require_right_angles(path: str, affine: np.ndarray) -> None:
     directions = affine[:3, :3]
     sizes = voxel_sizes(affine)
-    if not np.isfinite(affine).all() or not sizes.all() or not np.linalg.det(directions / sizes):
+    if (
+        not np.isfinite(affine).all()
+        or not sizes.all()
+        or abs(np.linalg.det(directions / sizes)) < SHEAR
+    ):
         raise DataError(
             f"{path}: its affine is singular or not finite, so that voxels have no place:\n"
             f"{affine}\nexport it again, or write the right one"
         )
-    cosines = (directions / sizes).T @ (directions / sizes) - np.eye(3)
-    if np.abs(cosines).max() > SHEAR:
+    cosines = np.abs((directions / sizes).T @ (directions / sizes) - np.eye(3))
+    if cosines.max() > SHEAR:
+        off = np.degrees(np.arcsin(min(cosines.max(), 1)))
         raise DataError(
-            f"{path}: its axes are not at right angles ({np.degrees(np.arccos(cosines.max())):.1f}"
-            "°), as of a tilted gantry; resample image and label onto a straight grid"
+            f"{path}: its axes are {off:.1f}° off right angles, as of a tilted gantry; resample "
+            "image and label onto a straight grid"
         )
 
 
@@ -148,9 +160,12 @@ def apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> floa
     return float(np.abs(there - corners).max())
 
 
-def oddities(image: Nifti1Image) -> list[str]:
-    """What is odd in a header, but can be read."""
-    header, remarks = image.header, []
+def oddities(path: str, image: Nifti1Image) -> list[str]:
+    """What is odd in a file's header, but leaves it readable."""
+    header = image.header
+    with _stream(path) as file:
+        report = type(header).diagnose_binaryblock(file.read(header.sizeof_hdr))
+    remarks = [f"header: {line}" for line in report.splitlines()]
     if not header["sform_code"] and not header["qform_code"]:
         remarks.append(
             "neither sform nor qform, so which side is left is not known; taken from right to left"

@@ -1,0 +1,862 @@
+"""Volumes: read wherever their voxels lie, refused with their file's name where they cannot be."""
+
+import dataclasses
+import gzip
+import io
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
+from rich.console import Console
+
+from reference_models.data import DataSettings, open_dataset
+from reference_models.data.cases import UNKNOWN, Attribute, DataError
+from reference_models.data.check import check
+from reference_models.data.example import ACQUISITIONS, write_example
+from reference_models.data.splits import make_splits, read_splits, write_splits
+from reference_models.data.volumes import open_volume, read_voxels
+
+NIBABEL = Path(nib.__file__).parent / "tests" / "data"
+SHAPE = (6, 5, 4)
+AFFINE = nib.affines.from_matvec(np.diag([1.0, 2.0, 3.0]), [-10, 5, 7])
+
+
+def voxels(number=0):
+    """Hounsfield units: air to bone."""
+    return np.random.default_rng(number).integers(-1000, 900, SHAPE).astype(np.int16)
+
+
+def mask(number=0):
+    return np.random.default_rng(number).integers(0, 3, SHAPE).astype(np.uint8)
+
+
+def save(path, array, affine=AFFINE, kind=nib.Nifti1Image, **fields):
+    image = kind(array, affine)
+    for name, value in fields.items():
+        image.header[name] = value
+    nib.save(image, path)
+    return path
+
+
+def nnunet_folder(root, n=10, rows=None, **changes):
+    """`n` labelled CTs with T-stages T1, T2 and T10 in turn."""
+    for name in ("imagesTr", "labelsTr"):
+        (root / name).mkdir(parents=True)
+    for i in range(n):
+        save(root / f"imagesTr/p{i}_0000.nii.gz", voxels(i))
+        save(root / f"labelsTr/p{i}.nii.gz", mask(i))
+    write_layout(root, **changes)
+    rows = rows or [f"p{i},T{(10, 2, 1)[i % 3]}" for i in range(n)]
+    (root / "attributes.csv").write_text("\n".join(["case,T-stage", *rows]))
+    return DataSettings("nifti", root)
+
+
+def write_layout(root, **changes):
+    content = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "tumour": 1, "node": 2},
+        "file_ending": ".nii.gz",
+    } | changes
+    content = {name: value for name, value in content.items() if value is not None}
+    (root / "dataset.json").write_text(json.dumps(content))
+
+
+def checked(settings):
+    """(exit code, what `check` printed)"""
+    text = io.StringIO()
+    return check(settings, Console(file=text, width=80)), text.getvalue()
+
+
+def _read(settings, place):
+    dataset = open_dataset(settings)
+    return dataset.load(dataset.cases[place])
+
+
+def errors(text):
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+def test_a_folder_is_read_as_nnunet_lays_it_out(tmp_path):
+    settings = nnunet_folder(tmp_path, channel_names={"0": "CT", "1": "PET"})
+    for i in range(10):
+        save(tmp_path / f"imagesTr/p{i}_0001.nii.gz", voxels(i + 50))
+    (tmp_path / "imagesTs").mkdir()
+    (tmp_path / "labelsTs").mkdir()
+    for name in ("a b.v2", "new"):
+        for channel in range(2):
+            save(tmp_path / f"imagesTs/{name}_000{channel}.nii.gz", voxels(channel))
+    save(tmp_path / "labelsTs/a b.v2.nii.gz", mask())
+    table = tmp_path / "attributes.csv"
+    rows = [
+        f"{row},{'validation' if row[1] == '3' else ''}" for row in table.read_text().split()[1:]
+    ]
+    table.write_text("\n".join(["case,T-stage,split", *rows, "a b.v2,T2,", "new,,"]))
+    dataset = open_dataset(settings)
+    cases = {case.case_id: case for case in dataset.cases}
+    assert dataset.attributes == (Attribute("T-stage", ("T1", "T2", "T10")),)
+    assert [cases[f"p{i}"].attributes for i in range(3)] == [(2,), (1,), (0,)]
+    assert (dataset.axes, dataset.channels, dataset.unit) == (3, 2, "mm")
+    assert dataset.classes == ("background", "tumour", "node")
+    assert dataset.regions == {"tumour": (1,), "node": (2,)}
+    assert [cases[name].split for name in ("p0", "p3", "a b.v2", "new")] == [
+        None, "validation", "test", None
+    ]  # fmt: skip
+    assert [name for name, case in cases.items() if not case.labelled] == ["new"]
+    assert cases["new"].attributes == (UNKNOWN,)
+    assert [Path(name).name for name in cases["p0"].files] == [
+        "p0_0000.nii.gz", "p0_0001.nii.gz", "p0.nii.gz"
+    ]  # fmt: skip
+    sample = dataset.load(cases["p4"])
+    np.testing.assert_array_equal(sample.mask_S, mask(4))
+    assert sample.mask_S.dtype == np.uint8
+    assert sample.image_CS.shape == (2, *SHAPE)
+    assert sample.image_CS.dtype == np.float32
+    assert sample.spacing == (1.0, 2.0, 3.0)
+    np.testing.assert_array_equal(sample.header.get_best_affine(), AFFINE)
+    unlabelled = dataset.load(cases["new"])
+    assert unlabelled.mask_S is None
+    assert checked(settings)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Ct", lambda v: (np.clip(v, -200, 300) + 200) / 500),
+        ("noNorm", lambda v: v),
+        ("rescale_to_0_1", lambda v: (v - v.min()) / (v.max() - v.min())),
+        ("T1", lambda v: (v - v[v != 0].mean()) / v[v != 0].std()),
+    ],
+)
+def test_intensities_are_scaled_by_the_channels_name(tmp_path, name, expected):
+    settings = nnunet_folder(tmp_path, n=3, channel_names={"0": name})
+    array = voxels()
+    array[:2] = 0
+    save(tmp_path / "imagesTr/p0_0000.nii.gz", array)
+    dataset = open_dataset(dataclasses.replace(settings, ct_window=(-200, 300)))
+    image_CS = dataset.load(dataset.cases[0]).image_CS
+    np.testing.assert_allclose(image_CS[0], expected(array.astype(np.float64)), atol=1e-5)
+    other = open_dataset(settings)
+    assert other.made_with != dataset.made_with  # so that no cached frame of the one is the other's
+    save(tmp_path / "imagesTr/p0_0000.nii.gz", array * 0 + 7)
+    assert np.isfinite(dataset.load(dataset.cases[0]).image_CS).all()
+    assert "warning: image of one intensity: 1 cases: p0" in checked(settings)[1]
+
+
+def test_older_folders_are_read_too(tmp_path):
+    settings = nnunet_folder(
+        tmp_path,
+        channel_names=None,
+        modality={"0": "CT"},
+        labels={"1": "tumour", "2": "node", "0": "background"},
+        file_ending=None,
+        numTraining=11,
+        training=[{"image": "./imagesTr/p0.nii.gz", "label": "./labelsTr/p0.nii.gz"}],
+    )
+    for path in (tmp_path / "imagesTr").iterdir():  # as the Decathlon names images
+        path.rename(path.with_name(path.name.replace("_0000", "")))
+    dataset = open_dataset(settings)
+    assert dataset.classes == ("background", "tumour", "node")
+    assert dataset.load(dataset.cases[0]).image_CS.max() == 1
+    code, text = checked(settings)
+    assert code == 0
+    assert f"warning: {tmp_path / 'dataset.json'}: numTraining is 11, but imagesTr has 10" in text
+
+
+def test_labels_that_overlap_are_regions(tmp_path):
+    labels = {"background": 0, "whole": [1, 2], "core": [2]}
+    dataset = open_dataset(nnunet_folder(tmp_path, n=3, labels=labels))
+    assert dataset.classes == ("background", "label 1", "core")
+    assert dataset.regions == {"whole": (1, 2), "core": (2,)}
+
+
+ROTATION = nib.eulerangles.euler2mat(0.3, -0.2, 0.5)
+GRIDS = {
+    "oblique": nib.affines.from_matvec(ROTATION @ np.diag([0.7, 0.7, 4]), [3, -40, 9]),
+    "negative determinant": nib.affines.from_matvec(np.diag([-1, 2, 3]), [1, 2, 3]),
+    "sagittal": nib.affines.from_matvec([[0, 0, 5.0], [-1, 0, 0], [0, 2.0, 0]], [1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_spacing_is_of_the_stored_axes_and_the_medians_is_of_the_bodys(tmp_path, name):
+    settings = nnunet_folder(tmp_path, n=3)
+    for i in range(3):
+        save(tmp_path / f"imagesTr/p{i}_0000.nii.gz", voxels(i), GRIDS[name])
+        save(tmp_path / f"labelsTr/p{i}.nii.gz", mask(i), GRIDS[name])
+    dataset = open_dataset(settings)
+    sample = dataset.load(dataset.cases[1])
+    stored = {"oblique": (0.7, 0.7, 4), "sagittal": (1, 2, 5)}.get(name, (1, 2, 3))
+    np.testing.assert_allclose(sample.spacing, stored, rtol=1e-6)
+    body = {"sagittal": (5, 1, 2)}.get(name, stored)
+    np.testing.assert_allclose(dataset.spacing, body, rtol=1e-6)
+    np.testing.assert_allclose(sample.header.get_best_affine(), GRIDS[name], rtol=1e-5)
+    np.testing.assert_array_equal(sample.mask_S, mask(1))
+
+
+def _stored(path, array, how):
+    """The same numbers, written in another way."""
+    if how == "big-endian":
+        header = nib.Nifti1Header(endianness=">")
+        header.set_data_dtype(">i2")
+        nib.save(nib.Nifti1Image(array, AFFINE, header), path)
+    elif how == "NIfTI-2":
+        save(path, array, kind=nib.Nifti2Image)
+    elif how == "slope":
+        header = nib.Nifti1Header()
+        header.set_data_dtype(np.int16)
+        header.set_slope_inter(0.5, -1024)
+        image = nib.Nifti1Image(2 * (array.astype(float) + 1024), AFFINE, header)
+        image.header.set_slope_inter(0.5, -1024)
+        nib.save(image, path)
+    elif how == "upper case":
+        save(path, array)
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    else:
+        save(path, array.astype(how))
+
+
+@pytest.mark.parametrize(
+    "how", ["big-endian", "NIfTI-2", "slope", "upper case", "float32", "float64", "int32"]
+)
+def test_the_same_voxels_stored_in_another_way_are_the_same(tmp_path, how):
+    settings = nnunet_folder(tmp_path, n=3)
+    before = open_dataset(settings)
+    before = before.load(before.cases[1])
+    for path in (tmp_path / "imagesTr/p1_0000.nii.gz", tmp_path / "labelsTr/p1.nii.gz"):
+        array = np.asarray(nib.load(path).dataobj).astype(np.int16)
+        path.unlink()
+        _stored(path, array, how)
+    dataset = open_dataset(settings)
+    after = dataset.load(dataset.cases[1])
+    np.testing.assert_array_equal(after.image_CS, before.image_CS)
+    np.testing.assert_array_equal(after.mask_S, before.mask_S)
+    assert after.spacing == before.spacing
+    assert checked(settings)[0] == 0
+
+
+NIBABELS_OWN = {
+    "anatomical.nii": None,  # big-endian 16-bit integers, from left to right reversed
+    "reoriented_anat_moved.nii": None,  # big-endian floats
+    "standard.nii.gz": None,
+    "resampled_anat_moved.nii": "153 voxels are NaN",
+    "functional.nii": "has 4 dimensions",
+    "example4d.nii.gz": "has 4 dimensions",
+    "example_nifti2.nii.gz": "has 4 dimensions",
+    "row_major.dconn.nii": "not a readable NIfTI file .*Cifti2Image",
+}
+
+
+@pytest.mark.parametrize("name", NIBABELS_OWN)
+def test_nibabels_own_files_are_read_or_refused(tmp_path, name):
+    ending = ".nii.gz" if name.endswith(".gz") else ".nii"
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+    write_layout(tmp_path, channel_names={"0": "noNorm"}, file_ending=ending)
+    (tmp_path / "attributes.csv").write_text("case,site\nown,a")
+    path = tmp_path / f"imagesTr/own_0000{ending}"
+    path.symlink_to(NIBABEL / name)
+    image = nib.load(path)
+    label = np.arange(np.prod(image.shape[:3])).reshape(image.shape[:3]) % 3
+    affine = getattr(image, "affine", AFFINE)
+    save(tmp_path / f"labelsTr/own{ending}", label.astype(np.uint8), affine)
+    settings = DataSettings("nifti", tmp_path)
+    if NIBABELS_OWN[name]:
+        with pytest.raises(DataError, match=f"{path}: {NIBABELS_OWN[name]}"):
+            _read(settings, 0)
+        return
+    sample = _read(settings, 0)
+    np.testing.assert_array_equal(sample.image_CS[0], image.get_fdata(dtype=np.float32))
+    np.testing.assert_allclose(sample.spacing, image.header.get_zooms(), rtol=1e-5)
+    np.testing.assert_array_equal(sample.mask_S, label)
+
+
+def _bad_header(**fields):
+    return lambda path, array: save(path, array, **fields)
+
+
+def _with_affine(change):
+    affine = AFFINE.copy()
+    affine[:3] = change(affine[:3])
+
+    def damage(path, array):
+        header = nib.Nifti1Header()
+        header["srow_x"], header["srow_y"], header["srow_z"] = affine[:3]
+        header["sform_code"] = 1
+        header.set_data_shape(array.shape)
+        header.set_data_dtype(array.dtype)
+        header["vox_offset"], header["magic"] = 352, b"n+1"
+        content = header.binaryblock + bytes(4) + array.tobytes(order="F")
+        path.write_bytes(gzip.compress(content))
+
+    return damage
+
+
+def _at(index, value):
+    def damage(path, array):
+        array = array.astype(np.float32)
+        array[index] = value
+        save(path, array)
+
+    return damage
+
+
+def _bytes(change):
+    def damage(path, array):
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def _moved(x):
+    affine = AFFINE.copy()
+    affine[0, 3] += x
+    return affine
+
+
+COLOURS = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+# What is done to a file, and what is said of it.
+BAD_FILES = {
+    "4D": (lambda p, a: save(p, np.stack([a, a], -1)), "4 dimensions .6, 5, 4, 2."),
+    "one time point": (lambda p, a: save(p, a[..., None]), "4 dimensions"),
+    "2D": (lambda p, a: save(p, a[..., 0]), "2 dimensions"),
+    "complex": (lambda p, a: save(p, a.astype(np.complex64)), "complex"),
+    "colours": (lambda p, a: save(p, np.zeros(SHAPE, COLOURS)), "colours"),
+    "NaN": (_at((1, 2, 3), np.nan), r"1 voxels are NaN or infinite, the first at .* \(1, 2, 3\)"),
+    "infinite": (_at((0, 0), np.inf), "4 voxels are NaN or infinite"),
+    "other shape": (lambda p, a: save(p, a[:, :, 1:]), r"\(6, 5, 3\) voxels.*has \(6, 5, 4\)"),
+    "elsewhere": (lambda p, a: save(p, a, _moved(0.2)), "corners are up to 0.2 voxels away"),
+    "flipped": (lambda p, a: save(p, a, GRIDS["negative determinant"]), "lies elsewhere"),
+    "other spacing": (lambda p, a: save(p, a, AFFINE @ np.diag([1, 1, 1.1, 1])), "lies elsewhere"),
+    "singular": (_with_affine(lambda m: m * [1, 1, 0, 1]), "singular"),
+    "axes alike": (_with_affine(lambda m: m[:, [0, 0, 2, 3]]), "singular"),
+    "not finite": (_with_affine(lambda m: m * [1, np.nan, 1, 1]), "singular or not finite"),
+    "tilted": (_with_affine(lambda m: m + np.outer([0, 0, 1], [0, 0.5, 0, 0])), "14.0° off right"),
+    "in metres": (_bad_header(xyzt_units=1), "lengths are in meter, expected mm"),
+    "cut off": (_bytes(lambda b: b[:-30]), "not a readable NIfTI"),
+    "cut off at once": (_bytes(lambda b: b[:60]), "not a readable NIfTI"),
+    "empty": (_bytes(lambda b: b""), "not a readable NIfTI"),
+    "text": (_bytes(lambda b: b"sorry"), "not a readable NIfTI"),
+    "not deflated": (_bytes(gzip.decompress), "not a readable NIfTI"),
+    "deflated twice": (_bytes(gzip.compress), "not a readable NIfTI"),
+    "a byte off": (_bytes(lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:]), "not a readable NIfTI"),
+    "header alone": (
+        _bytes(lambda b: gzip.compress(gzip.decompress(b)[:352])), "not a readable NIfTI"
+    ),
+    "claims terabytes": (
+        _bytes(lambda b: gzip.compress(_claiming(gzip.decompress(b)))), "cut off: its header claims"
+    ),
+}  # fmt: skip
+BAD_LABELS = {
+    "label out of range": (_at((0, 0, 0), 3), "labels must be 0 to 2 .*; got also 3;"),
+    "negative label": (_at((0, 0, 0), -1), "got also -1;"),
+    "label of 256": (_at((0, 0, 0), 256), "got also 256;"),
+    "smoothed label": (_at((0, 0, 0), 0.5), "whole numbers, .* got 0.5;"),
+    "scaled label": (_bad_header(scl_slope=0.25, scl_inter=0), "whole numbers"),
+}
+
+
+def _claiming(content):
+    header = nib.Nifti1Header(content[:348])
+    header.set_data_shape((30000, 30000, 30000))
+    return header.binaryblock + content[348:]
+
+
+@pytest.mark.parametrize(
+    ("which", "fault"),
+    [("imagesTr/p4_0001", fault) for fault in BAD_FILES]
+    + [("labelsTr/p4", fault) for fault in (*BAD_FILES, *BAD_LABELS)],
+)
+def test_check_names_a_bad_volume_and_says_what_is_wrong(tmp_path, which, fault):
+    settings = nnunet_folder(tmp_path, n=5, channel_names={"0": "CT", "1": "MR"})
+    for i in range(5):
+        save(tmp_path / f"imagesTr/p{i}_0001.nii.gz", voxels(i))
+    damage, words = (BAD_FILES | BAD_LABELS)[fault]
+    path = tmp_path / f"{which}.nii.gz"
+    array = mask() if "labels" in which else voxels()
+    save(path, array, _moved(0.05))  # which is rounding
+    assert checked(settings)[0] == 0
+    damage(save(path, array), array)
+    code, text = checked(settings)
+    assert code == 1
+    assert len(errors(text)) == 1
+    assert str(path) in errors(text)[0]
+    assert re.search(words, text)
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        _read(settings, 4)
+
+
+def test_no_damaged_byte_of_a_deflated_volume_goes_unnoticed(tmp_path):
+    # More than a reader takes at once, and of noise, so that no two streams stand for the same.
+    whole_S = np.random.default_rng(0).integers(0, 256, (64, 64, 80)).astype(np.uint8)
+    path = save(tmp_path / "p0.nii.gz", whole_S)
+    image = open_volume(str(path))
+    np.testing.assert_array_equal(read_voxels(str(path), image), whole_S)
+    content = path.read_bytes()
+    end = len(content)
+    for place in (*range(10, end, end // 40), *range(end - 8, end)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{path}: not a readable NIfTI"):
+            read_voxels(str(path), image)
+
+
+def test_check_warns_of_what_is_odd_but_can_be_read(tmp_path, capfd):
+    settings = nnunet_folder(tmp_path)
+    image = nib.Nifti1Image(voxels(), AFFINE)
+    image.set_qform(GRIDS["oblique"], code=1)
+    nib.save(image, tmp_path / "imagesTr/p0_0000.nii.gz")
+    for path in (tmp_path / "imagesTr/p1_0000.nii.gz", tmp_path / "labelsTr/p1.nii.gz"):
+        nib.save(nib.Nifti1Image(voxels() % 3, None), path)
+    save(tmp_path / "imagesTr/p2_0000.nii.gz", voxels(), pixdim=[1, 3, 3, 3, 1, 1, 1, 1])
+    save(tmp_path / "imagesTr/p3_0000.nii.gz", voxels() + 1024)
+    save(tmp_path / "labelsTr/p4.nii.gz", mask() * 0)
+    path = tmp_path / "imagesTr/p5_0000.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[76:80] = np.float32(0.5).tobytes()  # pixdim[0]
+    path.write_bytes(gzip.compress(content))
+    (tmp_path / "imagesTr/p5.nrrd").write_text("another format")
+    code, text = checked(settings)
+    assert code == 0
+    for warning in (
+        "sform and qform disagree; the sform is used: 1 cases: p0",
+        "neither sform nor qform, so which side is left is not known; taken from right to left: "
+        "1 cases: p1",
+        "pixdim and sform disagree on the voxels' size; the sform's is used: 1 cases: p2",
+        "header: pixdim[0] (qfac) should be 1 (default) or -1: 1 cases: p5",
+        "CT without a voxel below 0 HU, as if offset or scaled already: 2 cases: p1, p3",
+        "mask without tumour: 1 cases: p4",
+        "mask without node: 1 cases: p4",
+        f"{tmp_path / 'imagesTr'}: not .nii.gz and left out: p5.nrrd",
+    ):
+        assert f"warning: {warning}\n" in text
+    assert capfd.readouterr().err == ""  # nibabel's own remarks name no file
+    assert _read(settings, 0).spacing == (1, 2, 3)  # of the sform
+
+
+def _rename(old, new):
+    return lambda root: (root / old).rename(root / new)
+
+
+def _remove(name):
+    return lambda root: (root / name).unlink()
+
+
+def _copy(old, new):
+    def change(root):
+        (root / new).parent.mkdir(exist_ok=True)
+        (root / new).write_bytes((root / old).read_bytes())
+
+    return change
+
+
+BAD_FOLDERS = {
+    "no label": (_remove("labelsTr/p3.nii.gz"), "{root}/labelsTr/p3.nii.gz: no such file"),
+    "no image": (_remove("imagesTr/p3_0000.nii.gz"), "{root}/labelsTr/p3.nii.gz: no image for it"),
+    "no first channel": (
+        _rename("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0001.nii.gz"),
+        "{root}/imagesTr/p3_0001.nii.gz: channel 0001, but",
+    ),
+    "one channel too many": (
+        _copy("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0001.nii.gz"),
+        "{root}/imagesTr/p3_0001.nii.gz: channel 0001, but {root}/dataset.json names 1",
+    ),
+    "also not deflated": (
+        _copy("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0000.nii"),
+        "{root}/imagesTr/p3_0000.nii: ends in .nii, but the file_ending of",
+    ),
+    "two spellings": (
+        _copy("labelsTr/p3.nii.gz", "labelsTr/p3.NII.GZ"), "the same name as"
+    ),
+    "with and without channel": (
+        _copy("imagesTr/p3_0000.nii.gz", "imagesTr/p3.nii.gz"), "the same channel as"
+    ),
+    "trained and tested on": (
+        _copy("imagesTr/p3_0000.nii.gz", "imagesTs/p3_0000.nii.gz"),
+        "{root}/imagesTs/p3_0000.nii.gz: case p3 is in {root}/imagesTr already",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD_FOLDERS)
+def test_check_names_files_that_make_up_no_case(tmp_path, fault):
+    settings = nnunet_folder(tmp_path)
+    change, words = BAD_FOLDERS[fault]
+    change(tmp_path)
+    code, text = checked(settings)
+    assert code == 1
+    (line,) = [line for line in errors(text) if "attributes.csv" not in line]
+    assert words.format(root=tmp_path) in line
+
+
+def test_a_channel_that_is_missing_is_named_and_so_is_a_4d_image_without_channels(tmp_path):
+    settings = nnunet_folder(tmp_path, n=4, channel_names={"0": "T1", "1": "T2"})
+    for i in (0, 2, 3):
+        save(tmp_path / f"imagesTr/p{i}_0001.nii.gz", voxels(i))
+    path = tmp_path / "imagesTr/p2_0000.nii.gz"
+    path.rename(path.with_name("p2.nii.gz"))
+    with pytest.raises(DataError) as raised:
+        open_dataset(settings)
+    assert f"{tmp_path}/imagesTr/p1_0001.nii.gz: no such file (channel T2)" in str(raised.value)
+    assert f"{tmp_path}/imagesTr/p2.nii.gz: expected a file for each of the 2" in str(raised.value)
+
+
+def test_hidden_files_and_other_peoples_files_are_no_cases(tmp_path):
+    settings = nnunet_folder(tmp_path)
+    for name in ("._p0_0000.nii.gz", ".DS_Store", "notes.txt"):
+        (tmp_path / "imagesTr" / name).write_bytes(b"of macOS")
+    assert len(open_dataset(settings).cases) == 10
+    assert "not .nii.gz and left out: notes.txt\n" in checked(settings)[1]
+
+
+BAD_LAYOUTS = {
+    "none": (None, "no such file; write one"),
+    "trailing comma": ('{"labels": {"background": 0,},}', "not readable json .*line 1"),
+    "a list": ("[]", "expected an object"),
+    "a dataset key": ({"dataset": {}}, "by the key 'dataset'"),
+    "other ending": ({"file_ending": ".nrrd"}, "file_ending is '.nrrd', expected .nii.gz or .nii"),
+    "no channels": ({"channel_names": None}, "channel_names must name"),
+    "empty channels": ({"channel_names": {}}, "names no channel"),
+    "channels from 1": ({"channel_names": {"1": "CT"}}, "channel_names must name"),
+    "no labels": ({"labels": None}, "labels must be an object"),
+    "a gap": ({"labels": {"background": 0, "tumour": 2}}, r"without a gap.*got \[0, 2\]"),
+    "background alone": ({"labels": {"background": 0}}, "at least 0 and 1"),
+    "ignore": ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "ignore label"),
+    "fraction": ({"labels": {"background": 0, "tumour": 1.5}}, "'tumour' must be a whole number"),
+    "text": ({"labels": {"background": 0, "tumour": "one"}}, "'tumour' must be a whole number"),
+    "two names": ({"labels": {"background": 0, "a": 1, "b": 1}}, "two names for one"),
+    "no background": ({"labels": {"all": [0, 1], "a": 1}}, "must name 0 alone"),
+    "one name twice": ({"labels": {"0": "background", "1": "a", "2": "a"}}, "one thing twice"),
+    "257 labels": ({"labels": {str(i): f"l{i}" for i in range(257)}}, "at most 256"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_LAYOUTS)
+def test_a_dataset_json_that_cannot_be_used_is_refused(tmp_path, fault):
+    settings = nnunet_folder(tmp_path, n=3)
+    content, words = BAD_LAYOUTS[fault]
+    path = tmp_path / "dataset.json"
+    if content is None:
+        path.unlink()
+    elif isinstance(content, str):
+        path.write_text(content)
+    else:
+        write_layout(tmp_path, **content)
+    with pytest.raises(DataError, match=f"{path}: .*{words}"):
+        open_dataset(settings)
+    assert checked(settings)[0] == 1
+
+
+def test_a_folder_without_images_is_refused_and_a_byte_order_mark_is_not(tmp_path):
+    settings = nnunet_folder(tmp_path, n=3)
+    path = tmp_path / "dataset.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(open_dataset(settings).cases) == 3
+    (tmp_path / "imagesTr").rename(tmp_path / "images")
+    with pytest.raises(DataError, match=f"{tmp_path}: no .nii.gz file in its folder imagesTr"):
+        open_dataset(settings)
+    for low, high in ((250, -175), (0, 0), (np.nan, 1), (-np.inf, 1)):
+        with pytest.raises(DataError, match="ct_window"):
+            open_dataset(dataclasses.replace(settings, ct_window=(low, high)))
+
+
+TABLES = {
+    "byte order mark": "\ufeffcase,T-stage\n{a},T1\n{b},T2\n{c},\n",
+    "semicolons": "case;T-stage\r\n{a};T1\r\n{b};T2\r\n{c};\r\n;\r\n\r\n",
+    "tabs": "case\tT-stage\n{a}\tT1\n{b}\tT2\n{c}\t",
+    "blanks": " Case , T-stage \n {a} ,T1 \n{b}\xa0,\tT2\n{c}, NaN\n  ,\n",
+    "quotes": '"case","T-stage"\n"{a}","T1"\n"{b}","T2"\n"{c}","Unknown"\n',
+    "cells behind": "case,T-stage\n{a},T1,,\n{b},T2,\n{c},n/a",
+    "an index": ",case,T-stage\n0,{a},T1\n1,{b},T2\n2,{c},None\n",
+    "file names": "case,T-stage\n{a}.nii.gz,T1\nimagesTr\\{b}_0000.NII.GZ,T2\nx/{c}.nii,na\n",
+    "others behind": "subject,case,split,T-stage,age\n7,{a},,T1,40\n8,{b},Val,T2,41\n,{c},,,42\n",
+}
+
+
+@pytest.mark.parametrize("way", TABLES)
+def test_the_table_is_read_in_whatever_way_spreadsheets_write_it(tmp_path, way):
+    settings = nnunet_folder(tmp_path, n=3)
+    names = dict(zip("abc", ("p0", "pat 1.v2_b", "p2"), strict=True))
+    (tmp_path / "imagesTr/p1_0000.nii.gz").rename(tmp_path / "imagesTr/pat 1.v2_b_0000.nii.gz")
+    (tmp_path / "labelsTr/p1.nii.gz").rename(tmp_path / "labelsTr/pat 1.v2_b.nii.gz")
+    (tmp_path / "attributes.csv").write_bytes(TABLES[way].format(**names).encode())
+    dataset = open_dataset(settings)
+    assert dataset.attributes == (Attribute("T-stage", ("T1", "T2")),)
+    cases = {case.case_id: case for case in dataset.cases}
+    assert {name: case.attributes for name, case in cases.items()} == {
+        "p0": (0,), "pat 1.v2_b": (1,), "p2": (UNKNOWN,)
+    }  # fmt: skip
+    if way == "others behind":
+        assert [cases[name].subject for name in names.values()] == ["7", "8", "p2"]
+        assert [cases[name].split for name in names.values()] == [None, "validation", None]
+
+
+def test_values_stand_in_natural_order_and_a_number_is_one_however_it_is_written(tmp_path):
+    entries = ["10", "2.0", "-1.5", "02", "10.0", "", "T10b", "T2b", "T2a", "x"]
+    rows = [f"p{i},{entry},{entry}" for i, entry in enumerate(entries)]
+    settings = nnunet_folder(tmp_path, rows=rows)
+    table = tmp_path / "attributes.csv"
+    table.write_text(table.read_text().replace("case,T-stage", "case,T-stage,again", 1))
+    dataset = open_dataset(dataclasses.replace(settings, attributes=("again", "T-stage")))
+    values = ("-1.5", "2", "10", "T2a", "T2b", "T10b", "x")
+    assert dataset.attributes == (Attribute("again", values), Attribute("T-stage", values))
+    assert [case.attributes[1] for case in dataset.cases] == [2, 1, 0, 1, 2, UNKNOWN, 5, 4, 3, 6]
+    assert [case.stratum for case in dataset.cases] == [
+        case.attributes[1] for case in dataset.cases
+    ]
+
+
+def test_columns_that_are_no_groups_are_refused_where_they_are_asked_for(tmp_path):
+    settings = nnunet_folder(tmp_path, n=22, rows=[f"p{i},T{i % 2},{i},,é" for i in range(22)])
+    table = tmp_path / "attributes.csv"
+    columns = "case,T-stage,weight,nothing,site"
+    table.write_text(table.read_text().replace("case,T-stage", columns, 1), encoding="utf-8")
+    code, text = checked(settings)
+    assert code == 0
+    assert "weight: 22 values, which is no group; left out" in text
+    assert "nothing: 0 values" in text
+    assert "cases by site" in text
+    for name, words in (
+        ("weight", "22 values"),
+        ("nothing", "no values"),
+        ("age", "no column age"),
+    ):
+        with pytest.raises(DataError, match=f"{table}: .*{words}"):
+            open_dataset(dataclasses.replace(settings, attributes=(name,)))
+        assert checked(dataclasses.replace(settings, attributes=(name,)))[0] == 1
+    with pytest.raises(DataError, match="name each once"):
+        open_dataset(dataclasses.replace(settings, attributes=("site", "site")))
+    table.write_text("\n".join(["case,weight,site", *(f"p{i},{i},a" for i in range(22))]))
+    assert "make groups of them" in checked(settings)[1]  # since it is the default now
+    dataset = open_dataset(dataclasses.replace(settings, attributes=("site",)))
+    assert {case.stratum for case in dataset.cases} == {UNKNOWN}
+
+
+BAD_TABLES = {
+    "none": (None, "{table}: no such file; write one"),
+    "empty": ("", "{table}: has no row"),
+    "columns alone": ("case,T-stage\n", "{table}: has no row"),
+    "no case": ("id,T-stage\np0,T1", "{table}: must have a column case"),
+    "no attribute": ("case,split\np0,", "{table}: must have a column case and one for"),
+    "one column twice": ("case,T-stage,T-stage\np0,1,2", "{table}: two columns are called T-stage"),
+    "in another code": ("case,T-stage\np0,größer".encode("latin-1"), "{table}: not a readable csv"),
+    "in 16 bits": ("case,T-stage\np0,T1".encode("utf-16"), "{table}: not a readable csv"),
+    "a quote that stays open": ('case,T-stage\np0,"T1', "{table}: not a readable csv"),
+    "a cell too few": ("{rows}\np3", "{table}:5: 1 cells, expected 2 (case, T-stage)"),
+    "a cell too many": ("{rows}\np3,T1,x", "{table}:5: 3 cells, expected 2"),
+    "no row": ("{rows}", "{table}: no row for case p3"),
+    "no such case": ("{rows}\np3,T1\np4,T1", "{table}:6: 'p4' is no case of the folder"),
+    "a case twice": ("{rows}\np3,T1\np0,T1", "{table}:6: p0 has a row already, line 2"),
+    "upper case": ("{rows}\np3,t1", "{table}: T-stage: 'T1' (line 2) and 't1' (line 5) differ"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_TABLES)
+def test_check_names_what_is_wrong_with_the_table_and_reads_the_volumes_all_the_same(
+    tmp_path, fault
+):
+    settings = nnunet_folder(tmp_path, n=4)
+    table = tmp_path / "attributes.csv"
+    content, words = BAD_TABLES[fault]
+    if content is None:
+        table.unlink()
+    elif isinstance(content, bytes):
+        table.write_bytes(content)
+    else:
+        table.write_text(content.replace("{rows}", "case,T-stage\np0,T1\np1,T2\np2,T1"))
+    _at((0, 0, 0), np.nan)(tmp_path / "imagesTr/p1_0000.nii.gz", voxels())
+    code, text = checked(settings)
+    assert code == 1
+    assert f"error: {words.format(table=table)}" in text
+    assert f"error: {tmp_path / 'imagesTr/p1_0000.nii.gz'}: 1 voxels are NaN" in text
+    assert "2 errors" in text
+    with pytest.raises(DataError, match=re.escape(words.format(table=table))):
+        open_dataset(settings)
+
+
+def test_splits_that_contradict_the_folders_are_refused(tmp_path):
+    settings = nnunet_folder(tmp_path, n=4)
+    (tmp_path / "imagesTs").mkdir()
+    for name in ("p2", "p3"):
+        image = tmp_path / f"imagesTr/{name}_0000.nii.gz"
+        image.rename(tmp_path / f"imagesTs/{name}_0000.nii.gz")
+    (tmp_path / "labelsTs").mkdir()
+    (tmp_path / "labelsTr/p2.nii.gz").rename(tmp_path / "labelsTs/p2.nii.gz")
+    (tmp_path / "labelsTr/p3.nii.gz").unlink()
+    table = tmp_path / "attributes.csv"
+    table.write_text("case,T-stage,split\np0,T1,tset\np1,T1,train\np2,T1,train\np3,T1,test")
+    lines = errors(checked(settings)[1])
+    for words in (
+        f"{table}:2: p0: split must be train, validation, test or nothing, got 'tset'",
+        f"{table}:4: p2: split is train, but its image is in {tmp_path / 'imagesTs'}",
+        f"{table}:5: p3: split is test, but it has no label",
+    ):
+        assert any(line.startswith(f"error: {words}") for line in lines)
+
+
+def test_check_names_all_that_is_wrong_in_one_run(tmp_path):
+    settings = nnunet_folder(tmp_path, n=30)
+    bad = [tmp_path / f"imagesTr/p{i}_0000.nii.gz" for i in range(14)]
+    for i, path in enumerate(bad):
+        (_at((0, 0, 0), np.nan) if i % 2 else BAD_FILES["cut off at once"][0])(path, voxels())
+    (tmp_path / "labelsTr/p20.nii.gz").unlink()
+    table = tmp_path / "attributes.csv"
+    table.write_text(table.read_text().replace("p21,T10", "p21,").replace("p22,T2", "p99,T2"))
+    code, text = checked(settings)
+    assert code == 1
+    lines = errors(text)
+    assert len(lines) == 18
+    for name in (*bad, tmp_path / "labelsTr/p20.nii.gz", f"{table}:24: 'p99'", f"{table}: no row"):
+        assert sum(str(name) in line for line in lines) == 1
+    assert "warning: T-stage unknown: 1 cases: p21" in text
+    with pytest.raises(DataError, match="more; `check` names them all"):
+        open_dataset(settings)
+
+
+def test_other_data_are_read_by_the_values_that_a_run_was_trained_with(tmp_path):
+    trained = (Attribute("T-stage", ("T1", "T2", "T3", "T10")),)
+    settings = nnunet_folder(tmp_path, n=3, rows=["p0,x,T10", "p1,y,", "p2,z,T2"])
+    table = tmp_path / "attributes.csv"
+    table.write_text(table.read_text().replace("T-stage", "site,T-stage", 1))
+    dataset = open_dataset(settings, known=trained)
+    assert dataset.attributes == trained
+    assert [case.attributes for case in dataset.cases] == [(3,), (UNKNOWN,), (1,)]
+    table.write_text(table.read_text().replace("T2", "T4"))
+    with pytest.raises(DataError, match=f"{table}:4: p2: T-stage must be one of T1, T2, T3, T10"):
+        open_dataset(settings, known=trained)
+    table.write_text(table.read_text().replace("T-stage", "stage"))
+    with pytest.raises(DataError, match="has no column T-stage; it has site, stage"):
+        open_dataset(settings, known=trained)
+
+
+def test_cases_without_a_mask_are_in_no_split_and_are_counted_by_themselves(tmp_path):
+    settings = nnunet_folder(tmp_path, n=12)
+    (tmp_path / "imagesTs").mkdir()
+    for i in (10, 11):
+        image = tmp_path / f"imagesTr/p{i}_0000.nii.gz"
+        image.rename(tmp_path / f"imagesTs/p{i}_0000.nii.gz")
+        (tmp_path / f"labelsTr/p{i}.nii.gz").unlink()
+    dataset = open_dataset(settings)
+    splits = make_splits(dataset, 0)
+    split = {*splits.train, *splits.validation, *splits.test}
+    assert split == {f"p{i}" for i in range(10)}
+    code, text = checked(settings)
+    assert code == 0
+    (row,) = [line for line in text.splitlines() if "T2" in line]
+    assert row.replace("│", " ").split()[-1] == "1"
+    assert "no mask" in text
+    path = tmp_path / "splits.json"
+    write_splits(path, dataclasses.replace(splits, test=(*splits.test, "p10")))
+    with pytest.raises(DataError, match=f"{path}: p10: without a mask"):
+        read_splits(path, dataset)
+    for i in range(10):
+        (tmp_path / f"labelsTr/p{i}.nii.gz").unlink()
+        image = tmp_path / f"imagesTr/p{i}_0000.nii.gz"
+        image.rename(tmp_path / f"imagesTs/p{i}_0000.nii.gz")
+    code, text = checked(settings)  # a folder that is there to be predicted
+    assert code == 0
+    assert "drawn" not in text
+    assert open_dataset(settings).spacing == (1, 2, 3)
+
+
+def test_the_grid_is_the_median_of_all_but_the_test_cases(tmp_path):
+    rows = [f"p{i},T1,{'test' if i > 2 else ''}" for i in range(8)]
+    settings = nnunet_folder(tmp_path, n=8, rows=rows)
+    table = tmp_path / "attributes.csv"
+    table.write_text(table.read_text().replace("T-stage", "T-stage,split", 1))
+    for i, size in enumerate((1, 4, 2, 9, 9, 9, 9, 9)):
+        for path in (tmp_path / f"imagesTr/p{i}_0000.nii.gz", tmp_path / f"labelsTr/p{i}.nii.gz"):
+            save(path, mask(), np.diag([size, 1, 10 - size, 1]))
+    assert open_dataset(settings).spacing == (2, 1, 8)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    return write_example(tmp_path_factory.mktemp("made") / "example")
+
+
+def test_the_example_is_a_sound_folder_that_trains_unbalanced(example):
+    settings = DataSettings("nifti", example)
+    code, text = checked(settings)
+    assert code == 0
+    assert "warning" not in text
+    dataset = open_dataset(settings)
+    (attribute,) = dataset.attributes
+    assert attribute == Attribute("acquisition", ("1 mm", "low field", "thick slices"))
+    counts = {
+        split: np.bincount([c.attributes[0] for c in dataset.cases if c.split == split]).tolist()
+        for split in ("train", "validation", "test")
+    }
+    assert counts == {"train": [7, 1, 2], "validation": [1, 1, 1], "test": [2, 2, 2]}
+    assert json.loads((example / "dataset.json").read_text())["numTraining"] == len(dataset.cases)
+    assert "say nothing about scanners" in (example / "README.txt").read_text()
+
+
+def test_no_scan_of_the_example_shows_what_another_split_does(example):
+    reach = {}
+    for case in open_dataset(DataSettings("nifti", example)).cases:
+        image = nib.load(case.files[0])
+        far = np.array(image.shape) - 0.5  # the outer faces of the voxels
+        corners = [
+            [x, y, z] for x in (-0.5, far[0]) for y in (-0.5, far[1]) for z in (-0.5, far[2])
+        ]
+        front = nib.affines.apply_affine(image.affine, corners)[:, 1]
+        reach.setdefault(case.split, []).extend([front.min(), front.max()])
+    (_, train), (low, validation), (test, _) = (
+        (min(reach[split]), max(reach[split])) for split in ("train", "validation", "test")
+    )
+    assert low - train >= 8
+    assert test - validation >= 8
+
+
+def test_the_examples_labels_lie_where_the_templates_tissues_do(example):
+    grey, white = (
+        load(resolution=1) for load in (load_mni152_gm_template, load_mni152_wm_template)
+    )
+    tissues = [image.get_fdata(dtype=np.float32) for image in (grey, white)]
+    truth_S = np.stack([1 - tissues[0] - tissues[1], *tissues]).argmax(0)
+    dataset = open_dataset(DataSettings("nifti", example))
+    found = {}
+    for case in dataset.cases:
+        if case.split != "validation":
+            continue
+        image, mask_S = nib.load(case.files[0]), dataset.load(case).mask_S
+        places = nib.affines.apply_affine(
+            np.linalg.inv(grey.affine) @ image.affine, np.argwhere(mask_S >= 0)
+        )
+        there = truth_S[tuple(np.rint(places).astype(int).clip(0, np.array(truth_S.shape) - 1).T)]
+        name = dataset.attributes[0].label(case.attributes[0])
+        inside = (there > 0) | (mask_S.ravel() > 0)
+        found[name] = (there == mask_S.ravel())[inside].mean()
+        header = image.header
+        found[f"{name} stored"] = (
+            "".join(nib.aff2axcodes(image.affine)), header.get_data_dtype().str, image.dataobj.slope
+        )  # fmt: skip
+        brightness = image.get_fdata()
+        assert 550 < np.median(brightness[mask_S == 2]) < 1050  # a share of the template's 1000
+        assert np.median(brightness[mask_S == 1]) < np.median(brightness[mask_S == 2])
+    # Voxels of 1 mm are the template's; of a larger one, the label is of its mean.
+    assert found["1 mm"] == 1
+    assert found["low field"] > 0.8
+    assert found["thick slices"] > 0.7
+    assert found["1 mm stored"] == ("LAS", "<i2", 1)
+    assert found["thick slices stored"] == ("LPS", "<u2", 0.25)
+    assert found["low field stored"] == ("PSR", ">f4", 1)
+
+
+def test_the_example_is_the_same_each_time_and_replaces_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr("reference_models.data.example.ACQUISITIONS", ACQUISITIONS[2:])
+    first, second = (write_example(tmp_path / name) for name in ("first", "second"))
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert len(files) == 3 + 2 * 4
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    scans = [(first / name).read_bytes() for name in files if "test" in str(name)]
+    assert len({*scans}) == len(scans) - 1  # two scans of one block differ, their labels do not
+    (first / "mine.txt").write_text("kept")
+    with pytest.raises(DataError, match=r"mine\.txt"):
+        write_example(first)
+    assert (first / "mine.txt").read_text() == "kept"
