@@ -445,13 +445,13 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
             os.write(1, str(error).encode())
             sys.exit(1)
 
-    def meanwhile(*arguments):
+    def meanwhile(*arguments, **options):
         if not codes:
             process = in_fork(other)
             process.join(60)
             process.kill()
             codes.append(process.exitcode)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(training, "validate", meanwhile)
     train(recipe)
@@ -506,8 +506,8 @@ def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path, monkeypatch):
     scores = iter([0.5, 0.7, 0.6, 0.7, 0.9])
     real = training.validate
 
-    def scripted(*arguments):
-        return dataclasses.replace(real(*arguments), score=next(scores))
+    def scripted(*arguments, **options):
+        return dataclasses.replace(real(*arguments, **options), score=next(scores))
 
     monkeypatch.setattr(training, "validate", scripted)
     run = train(dataclasses.replace(TINY, out=tmp_path / "run", epochs=5, patience=2))
