@@ -35,7 +35,6 @@ def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
     path = folder / f"{sample.case_id}{SUFFIXES[3][0]}"
     header = sample.header.copy()
     header.extensions.clear()
-    header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0
     kept = header.get_data_dtype()
     if mask_S.max() > (np.iinfo(kept) if kept.kind in "iu" else np.finfo(kept)).max:

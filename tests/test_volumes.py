@@ -1,7 +1,6 @@
 """Volumes in validation, evaluation and prediction: windows, masks, pictures, scores in mm."""
 
 import dataclasses
-import gc
 import itertools
 import json
 import threading
@@ -204,7 +203,6 @@ def test_no_routing_outlives_its_window_batch():
 
     class Watched(Local):
         def forward(self, image_BCS):
-            gc.collect()
             most.append(len(alive))
             y, routed = self.layer(self.before(image_BCS), return_routing=True)
             for tensor in (routed.logits, routed.expert_indices):
