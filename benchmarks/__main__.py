@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from .peers import PEERS
 from .providers import OWN, Provider
 from .runner import measure_shape
 from .shapes import parse_shapes
-from .table import Row, shape_table, write_csv
+from .table import Row, check_writable, shape_table, write_csv
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -43,7 +42,7 @@ def main(words: list[str] | None = None) -> int:
             and options.dtype is None
         )
         out = options.out or (RESULTS if whole else Path("bench_output"))
-        _check_writable(out)
+        check_writable(out)
     except (ValueError, OSError) as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
@@ -132,17 +131,6 @@ def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, but PyTorch finds no GPU; expected cpu.")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"out: got {folder}, expected a folder that can be written to ({error.strerror})."
-        ) from error
 
 
 if __name__ == "__main__":

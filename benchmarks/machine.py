@@ -40,7 +40,8 @@ def commit(folder: Path) -> str:
     """The commit checked out in ``folder``, marked where code differs; "unknown" outside git."""
     try:
         head = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--", "src", "benchmarks/*.py")
+        measured = ("src", "benchmarks/*.py", "reference_models/models")
+        changed = _git(folder, "status", "--porcelain", "--", *measured)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}-dirty" if changed else head

@@ -7,7 +7,7 @@ router's noise and drop a tenth of the experts' outputs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +84,13 @@ class MaskLoop(Layer):
 
     One pair of linear layers for each attribute value's router; gates are a softmax over scores of
     which all but the k best are -inf.
+
+    Args:
+        weights: the parameters of a DMoE, by their names.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        weights = problem.weights
         w_A2ED, b_A2E = weights["router.w_A2ED"], weights["router.b_A2E"]
         self.clean, self.noise = (
             nn.ModuleList(
@@ -230,7 +232,9 @@ def _grad(parameter: Tensor) -> Tensor:
 OWN = [
     Provider("eager", lambda problem: Ours(problem, "eager"), "ours"),
     Provider("triton", lambda problem: Ours(problem, "triton"), "ours"),
-    Provider("mask-loop", MaskLoop, "like the paper's released code"),
+    Provider(
+        "mask-loop", lambda problem: MaskLoop(problem.weights), "like the paper's released code"
+    ),
     Provider("gemm-loop", GemmLoop, "our router"),
     Provider("grouped-mm", GroupedMm, "our router"),
     Provider("dense", Dense, "no experts: an MLP of equal active FLOPs", exact=False, routes=False),

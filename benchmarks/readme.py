@@ -14,13 +14,18 @@ _EQUAL = 1.02
 
 def write_results(rows: list[Row], path: Path, stem: str) -> None:
     """Puts a run's section in the place of the last one of the same device."""
-    begin, end = (f"<!-- {rows[0].device}: {word} -->" for word in ("begin", "end"))
+    replace_section(path, rows[0].device, section(rows, stem))
+
+
+def replace_section(path: Path, name: str, content: str) -> None:
+    """Puts text between the marks of that name."""
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
     text = path.read_text(encoding="utf-8")
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
         raise ValueError(f"README: got none of {begin} … {end} in {path.name}, expected both.")
-    new = f"{before}{begin}\n{section(rows, stem)}\n{end}{after}"
+    new = f"{before}{begin}\n{content}\n{end}{after}"
     write_whole(path, new.encode())
 
 

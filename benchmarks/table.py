@@ -6,8 +6,10 @@ import csv
 import io
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,10 +108,11 @@ def figures(
     return found
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """Whole or not at all."""
+def write_csv(rows: Sequence[Any], path: Path, kind: type = Row) -> None:
+    """Whole or not at all. ``kind`` is the dataclass of the rows, whose fields are the columns."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    columns = [field.name for field in fields(kind)]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow(
@@ -129,6 +132,22 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder, and a file in it, before anything is measured.
+
+    Raises:
+        ValueError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"out: got {folder}, expected a folder that can be written to ({error.strerror})."
+        ) from error
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -3,7 +3,7 @@
     cases.csv      a row a case and region
     summary.json   `scores.Summary`: groups, overall, intervals, and attributes told wrongly
     report.html    the same to look at
-    masks/         of a run: label values at native resolution
+    masks/         of a run: label values at native resolution, of volumes NIfTI
 
 Shapes: N cases, A attributes.
 """
@@ -77,8 +77,9 @@ class EvaluateRun(RunSettings):
 class EvaluatePredictions:
     """Scores masks that any tool has written.
 
-    One file a case: `<case id>.png`, 8 bits, grey or palette, or `<case id>.npy`, integers; values
-    are labels, the size is the image's own.
+    One file a case: `<case id>.png`, 8 bits, grey or palette, or `<case id>.npy`, integers; of
+    volumes `<case id>.nii.gz` or .nii, on the image's own grid. Values are labels, the size is the
+    image's own.
     """
 
     folder: Path
@@ -98,23 +99,25 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
     """Scores a run under the attributes as given and, where it knows them, told wrongly.
 
     Raises:
-        DataError, RunError: as of `open_run`; or `out` holds something else. Nothing is written.
+        DataError, RunError: as of `open_run`; a case has no mask to be scored by; or `out` holds
+            something else. Nothing is written.
     """
     _check(settings.scoring)
     run = open_run(settings, settings.split)
+    _require_masks(run.cases, settings.split)
     told, notes = _told(run, settings.scoring.seed)
     loads = {condition: Loads(run.dataset) for condition in told}
     scored: dict[str, list[list[RegionScore]]] = {condition: [] for condition in told}
+    paths: dict[str, Path] = {}
 
     def write(folder: Path) -> Summary:
         (folder / "masks").mkdir()
         for sample, masks in predictions(run, told, loads):
             for condition, mask in masks.items():
                 scored[condition].append(_score(run.dataset, sample, mask, settings.scoring))
-            write_mask(folder / "masks", sample.case_id, masks[AS_GIVEN])
+            paths[sample.case_id] = write_mask(folder / "masks", sample, masks[AS_GIVEN])
         tables = {condition: loads[condition].tables() for condition in told}
         found = _Found(run.dataset, run.cases, scored, notes, tables)
-        paths = {case.case_id: folder / "masks" / f"{case.case_id}.png" for case in run.cases}
         return _write(folder, found, settings, settings.run, paths)
 
     return write_results(settings.folder, write, (*CONTENTS, "masks"))
@@ -124,8 +127,9 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     """Scores a folder of masks.
 
     Raises:
-        DataError: the data cannot be read, or masks are missing, too many, damaged, of another
-            size or hold other values than labels: all of them in one error. Nothing is written.
+        DataError: the data cannot be read, a case has no mask to be scored by, or masks are
+            missing, too many, damaged, of another size or place, or hold other values than labels:
+            all of them in one error. Nothing is written.
     """
     _check(settings.scoring)
     dataset = open_dataset(settings.data)
@@ -136,8 +140,12 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     if settings.leave_out_unknown:
         left_out = tuple(case for case in cases if UNKNOWN in case.attributes)
         cases = tuple(case for case in cases if case not in left_out)
+    _require_masks(cases, settings.split)
     paths, faults = find_masks(
-        settings.folder, [c.case_id for c in cases], [c.case_id for c in left_out]
+        settings.folder,
+        [c.case_id for c in cases],
+        [c.case_id for c in left_out],
+        axes=dataset.axes,
     )
     scored = []
 
@@ -147,7 +155,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
                 continue
             sample = dataset.load(case)
             try:
-                mask = read_mask(paths[case.case_id], sample.native_size, dataset.classes)
+                mask = read_mask(paths[case.case_id], sample, dataset.classes)
             except DataError as error:
                 faults.append(str(error))
             if not faults:
@@ -274,10 +282,21 @@ def _write(
     pictures = {}
     for case_id in pictures_wanted(rows, summary.attributes):
         sample = dataset.load(by_id[case_id])
-        mask = read_mask(masks[case_id], sample.native_size, dataset.classes)
-        pictures[case_id] = Picture.of(case_id, sample.image_CS, sample.truth_S, mask)
+        mask_S = read_mask(masks[case_id], sample, dataset.classes)
+        pictures[case_id] = Picture.of(
+            case_id, sample.image_CS, sample.truth_S, mask_S, sample.affine
+        )
     write_report(folder / "report.html", summary, rows, pictures, tuple(dataset.classes))
     return summary
+
+
+def _require_masks(cases: Sequence[Case], split: str) -> None:
+    """Before anything is predicted or read, whether all cases can be scored."""
+    if lacking := [case.case_id for case in cases if not case.labelled]:
+        raise DataError(
+            f"{split}: {len(lacking)} cases have no mask to be scored by ({shown(lacking)}); take "
+            "them out of the splits file, or write their masks with `predict`."
+        )
 
 
 def _check(scoring: Scoring) -> None:

@@ -1,6 +1,6 @@
 """Which experts each attribute value's tokens went to, added up over batches.
 
-Shapes: B samples, A attributes, V values of an attribute, E experts.
+Shapes: T tokens, A attributes, V values of an attribute, E experts.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
+import torch
 
 from dmoe_layer import routing
 
-from .data.cases import UNKNOWN, Dataset
+from .data.cases import Dataset
 
 LoadTables: TypeAlias = dict[str, tuple[tuple[float, ...], ...]]
 
@@ -25,19 +26,26 @@ class Loads:
         self._sizes = [len(attribute.values) for attribute in dataset.attributes]
         self._sums: dict[str, np.ndarray] = {}
 
-    def add(self, scope: routing, told_BA: np.ndarray) -> None:
-        """A batch's load tables; every sample has the same number of tokens, and weighs alike."""
+    def add(self, scope: routing) -> None:
+        """The routings of a closed scope that was opened with attributes.
+
+        Every token weighs alike: of volumes, a window with little of the body has few of them.
+        """
         if not scope.routings:
             return
+        values_T = torch.cat(
+            [routed.attributes for routed in scope.routings if routed.attributes is not None]
+        )
+        values_TA = values_T[:, None] if values_T.ndim == 1 else values_T
         for place, (name, size) in enumerate(zip(self._names, self._sizes, strict=True)):
-            told_B = told_BA[:, place]
-            if not (told_B != UNKNOWN).any():
+            # Place 0 takes the unknown, and is dropped.
+            tokens_V = torch.bincount(values_TA[:, place] + 1, minlength=size + 1)[1:].cpu().numpy()
+            if not tokens_V.any():
                 continue
-            counts_V = np.bincount(told_B[told_B != UNKNOWN], minlength=size)
             # A layer that is not told the attributes has a row up to the highest it has seen.
             table_VE = scope.load_table(attribute=place).double().cpu().numpy()
             sums_VE = self._sums.setdefault(name, np.zeros((size, table_VE.shape[1])))
-            sums_VE[: len(table_VE)] += table_VE * counts_V[: len(table_VE), None]
+            sums_VE[: len(table_VE)] += table_VE * tokens_V[: len(table_VE), None]
 
     @classmethod
     def together(cls, dataset: Dataset, parts: Iterable[Loads]) -> Loads:

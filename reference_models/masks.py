@@ -1,30 +1,55 @@
-"""Masks as files, ours or another tool's: one a case, label values at native resolution."""
+"""Masks as files, ours or another tool's: one a case, label values at native resolution.
+
+Of volumes they are NIfTI, as their images are; of images PNG, or .npy of another tool.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import nibabel
 import numpy as np
+from nibabel.nifti2 import Nifti2Header
 from PIL import Image
 
-from .data.cases import DataError, shown
+from .data.cases import DataError, Sample, shown
+from .data.nifti import INTEGRAL
+from .data.volumes import ASTRAY, apart, open_volume, read_voxels
 
-# In this order where an error names them.
-SUFFIXES = (".png", ".npy")
+# By the axes of what they are masks of, in this order where an error names them.
+SUFFIXES = {2: (".png", ".npy"), 3: (".nii.gz", ".nii")}
 
 
-def write_mask(folder: Path, case_id: str, mask_HW: np.ndarray) -> None:
-    """Writes `<case_id>.png`, 8 bits a pixel."""
-    Image.fromarray(mask_HW.astype(np.uint8)).save(folder / f"{case_id}.png")
+def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
+    """Writes `<case id>.png`, 8 bits a pixel, or `<case id>.nii.gz`; returns the file.
+
+    A NIfTI file has its image's affines (sform and qform), with their codes and units, and its data
+    type, unless that cannot hold the labels: then it is uint8. Scaling, display range and
+    extensions are of the image's intensities, or of its patient, and are left out.
+    """
+    if sample.header is None:
+        path = folder / f"{sample.case_id}{SUFFIXES[2][0]}"
+        Image.fromarray(mask_S.astype(np.uint8)).save(path)
+        return path
+    path = folder / f"{sample.case_id}{SUFFIXES[3][0]}"
+    header = sample.header.copy()
+    header.extensions.clear()
+    header["cal_max"] = header["cal_min"] = 0
+    kept = header.get_data_dtype()
+    if mask_S.max() > (np.iinfo(kept) if kept.kind in "iu" else np.finfo(kept)).max:
+        header.set_data_dtype(np.uint8)
+    kind = nibabel.Nifti2Image if isinstance(header, Nifti2Header) else nibabel.Nifti1Image
+    nibabel.save(kind(mask_S.astype(header.get_data_dtype()), None, header), path)
+    return path
 
 
 def find_masks(
-    folder: Path, case_ids: Sequence[str], others: Collection[str] = ()
+    folder: Path, case_ids: Sequence[str], others: Collection[str] = (), *, axes: int = 2
 ) -> tuple[dict[str, Path], list[str]]:
     """The file of each case, and a sentence for each thing that is wrong with the folder.
 
-    Masks of `others`, cases that are not to be scored, may be there.
+    Masks of `others`, cases that are not to be scored, may be there. `axes` are the images'.
     Files of other kinds and folders are let be: tools keep their settings beside their masks.
 
     Raises:
@@ -34,8 +59,10 @@ def find_masks(
         raise DataError(f"{folder}: no such folder; expected one with a mask for every case.")
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            files.setdefault(path.stem, []).append(path)
+        # By hand, as `Path.suffix` of .nii.gz is .gz, and case ids may have dots.
+        suffix = next((end for end in SUFFIXES[axes] if path.name.lower().endswith(end)), None)
+        if suffix and path.is_file() and not path.name.startswith("."):
+            files.setdefault(path.name[: -len(suffix)], []).append(path)
     known = {*case_ids, *others}
     missing = [case_id for case_id in case_ids if case_id not in files]
     extra = [path.name for stem in files if stem not in known for path in files[stem]]
@@ -47,36 +74,44 @@ def find_masks(
     if missing:
         faults.append(
             f"{len(missing)} of {len(case_ids)} cases have no mask "
-            f"(<case id>{' or <case id>'.join(SUFFIXES)}): {shown(missing)}."
+            f"(<case id>{' or <case id>'.join(SUFFIXES[axes])}): {shown(missing)}."
         )
     if extra:
         faults.append(f"{len(extra)} masks are of no case of this split: {shown(extra)}.")
     return {case_id: files[case_id][0] for case_id in case_ids if case_id in files}, faults
 
 
-def read_mask(path: Path, size: tuple[int, ...], classes: Sequence[str]) -> np.ndarray:
-    """The labels in a file: uint8, of the native size.
+def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
+    """The labels in a file: uint8, of the sample's size.
 
     Args:
-        path: an 8-bit (or 1-bit) PNG, grey or with a palette, whose values are labels; or an .npy
-            of integers or bool.
-        size: expected.
+        path: an 8-bit (or 1-bit) PNG, grey or with a palette, whose values are labels; an .npy of
+            integers or bool; or NIfTI of the image's geometry, of whole numbers.
+        sample: whose mask it is.
         classes: names by label.
 
     Raises:
         DataError: the file cannot be read, or holds something else.
     """
     try:
-        values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
+        if path.name.lower().endswith(SUFFIXES[3]):
+            values = _read_nifti(path, sample)
+        else:
+            values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
+    except DataError:
+        raise
     except Exception as error:  # which one, depends on where the damage lies
         raise DataError(f"{path.name}: cannot be read ({error}).") from error
+    size = sample.native_size
     if values.shape != size:
         raise DataError(f"{path.name}: got size {values.shape}, expected the image's, {size}.")
-    labels = np.unique(values)
-    if wrong := [label for label in labels.tolist() if not 0 <= label < len(classes)]:
+    # Sorting out which labels there are takes seconds of a volume, and is rarely needed.
+    if not 0 <= values.min() <= values.max() < len(classes):
+        labels = np.unique(values).tolist()
+        wrong = [label for label in labels if not 0 <= label < len(classes)]
         names = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
         raise DataError(
-            f"{path.name}: got label {', '.join(map(str, wrong[:5]))}"
+            f"{path.name}: got label {', '.join(f'{label:g}' for label in wrong[:5])}"
             f"{', ...' if len(wrong) > 5 else ''}, expected labels, not grey levels: {names}."
         )
     return values.astype(np.uint8)
@@ -110,3 +145,20 @@ def _read_npy(path: Path) -> np.ndarray:
         kind = getattr(values, "dtype", type(values).__name__)
         raise ValueError(f"got {kind}, expected integer labels: the argmax, not scores")
     return values
+
+
+def _read_nifti(path: Path, sample: Sample) -> np.ndarray:
+    """float32, of the image's own grid."""
+    image = open_volume(str(path))
+    if image.shape == sample.native_size and sample.affine is not None:
+        astray = apart(sample.affine, image.affine, image.shape)
+        if not astray <= ASTRAY:
+            raise DataError(
+                f"{path}: lies elsewhere than its image: its corners are up to {astray:.1f} "
+                "voxels away; resample it onto the image's grid"
+            )
+    values_S = read_voxels(str(path), image)
+    labels_S = np.rint(values_S)
+    if np.abs(values_S - labels_S).max() > INTEGRAL:
+        raise DataError(f"{path}: got fractions, expected labels: the argmax, not scores")
+    return labels_S

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel import orientations
+from nibabel.affines import voxel_sizes
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
@@ -19,7 +21,8 @@ from .scores import CaseScore
 COLOURS = ("#56B4E9", "#E69F00", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
 FILL = 0.4  # opacity of the prediction
 HALO = 0.35  # brightness left on both sides of a truth outline
-LONGEST = 480  # pixels of a picture's longer side in the page
+LONGEST = 480  # pixels in the page of a picture's longer side, of a volume's longest plane
+GAP = 8  # pixels between the planes of a volume, more than a halo is wide
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Picture:
         case_id: the case's.
         image_HW3: uint8, RGB.
         truth_HW, predicted_HW: uint8, indices into the classes.
+        planes: how many stand side by side: 3 of a volume.
 
     Raises:
         ValueError: the image is not uint8 RGB, or a mask does not have its size.
@@ -39,18 +43,38 @@ class Picture:
     image_HW3: np.ndarray
     truth_HW: np.ndarray
     predicted_HW: np.ndarray
+    planes: int = 1
 
     @classmethod
     def of(
-        cls, case_id: str, image_CHW: np.ndarray, truth_HW: np.ndarray, predicted_HW: np.ndarray
+        cls,
+        case_id: str,
+        image_CS: np.ndarray,
+        truth_S: np.ndarray | None,
+        predicted_S: np.ndarray,
+        affine: np.ndarray | None = None,
     ) -> Picture:
-        """From an image of any intensities: its darkest becomes black, its brightest white."""
-        image_CHW = image_CHW if len(image_CHW) == 3 else image_CHW.mean(0, keepdims=True)
-        low, high = float(image_CHW.min()), float(image_CHW.max())
-        bytes_CHW = ((image_CHW - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
-        image_HW3 = np.broadcast_to(bytes_CHW, (3, *bytes_CHW.shape[1:])).transpose(1, 2, 0)
-        masks = (truth_HW.astype(np.uint8), predicted_HW.astype(np.uint8))
-        return cls(case_id, np.ascontiguousarray(image_HW3), *masks)
+        """From an image of any intensities: its darkest becomes black, its brightest white.
+
+        Of a volume, the first channel's axial, coronal and sagittal planes, in pixels as wide as
+        they are high, each through the slice with the largest truth or, where there is none, the
+        largest prediction. In all of them the patient's right or front is on the left.
+
+        Args:
+            case_id: the case's.
+            image_CS: 3 channels of a 2D image are colours; of others, the mean is shown.
+            truth_S: labels; None where nobody knows them, and none are drawn.
+            predicted_S: labels.
+            affine: of a volume, from indices to mm (RAS+), (4, 4).
+        """
+        predicted_S = predicted_S.astype(np.uint8)
+        truth_S = np.zeros_like(predicted_S) if truth_S is None else truth_S.astype(np.uint8)
+        if affine is not None:
+            planes = _planes(image_CS[0], truth_S, predicted_S, affine)
+            return cls(case_id, np.stack([planes[0]] * 3, -1), planes[1], planes[2], len(planes))
+        image_CS = image_CS if len(image_CS) == 3 else image_CS.mean(0, keepdims=True)
+        image_HW3 = np.broadcast_to(_grey(image_CS), (3, *image_CS.shape[1:])).transpose(1, 2, 0)
+        return cls(case_id, np.ascontiguousarray(image_HW3), truth_S, predicted_S)
 
     def __post_init__(self) -> None:
         image = self.image_HW3
@@ -66,6 +90,12 @@ class Picture:
                     f"{image.shape[:2]}; bring it to native resolution first."
                 )
 
+    @property
+    def longer(self) -> int:
+        """Pixels of the longer side, of a volume's planes on average."""
+        height, width = self.truth_HW.shape
+        return max(height, width // self.planes)
+
 
 def colour_of(label: int) -> tuple[int, int, int]:
     """A class's RGB; from the eighth foreground class on they come back, half way to white."""
@@ -79,7 +109,8 @@ def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
     """The image with each class's prediction as a translucent fill and its truth as an outline.
 
     The outline lies on the outermost pixels of the truth, one pixel wide up to a longer side of
-    360 and wider in proportion above, with a dark border of the same width on both sides.
+    360 (of a plane, where there are several) and wider in proportion above, with a dark border of
+    the same width on both sides.
 
     Args:
         picture: the case.
@@ -106,7 +137,7 @@ def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
                 f"{len(classes)}, the number of classes."
             )
     shown_HW3 = picture.image_HW3.astype(np.float32)
-    width = max(1, round(max(shown_HW3.shape) / 240))
+    width = max(1, round(picture.longer / 240))
     outlines_HW = np.zeros_like(picture.truth_HW)
     for label in range(1, len(classes)):
         filled_HW, truth_HW = picture.predicted_HW == label, picture.truth_HW == label
@@ -192,7 +223,7 @@ def data_uri(picture: Picture, classes: Sequence[str]) -> str:
 
     Masks are brought to that size before they are drawn, so that outlines keep their width.
     """
-    longer = max(picture.truth_HW.shape)
+    longer = picture.longer
     scale = LONGEST / longer if longer > LONGEST else LONGEST // longer
     height, width = (max(1, round(side * scale)) for side in picture.truth_HW.shape)
 
@@ -205,6 +236,7 @@ def data_uri(picture: Picture, classes: Sequence[str]) -> str:
         resized(picture.image_HW3, Image.Resampling.LANCZOS if scale < 1 else nearest),
         resized(picture.truth_HW, nearest),
         resized(picture.predicted_HW, nearest),
+        picture.planes,
     )
     image = Image.fromarray(overlay(fitted, classes))
     encoded = []
@@ -214,3 +246,47 @@ def data_uri(picture: Picture, classes: Sequence[str]) -> str:
         encoded.append((len(buffer.getvalue()), kind, buffer.getvalue()))
     _, kind, content = min(encoded)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _grey(intensities: np.ndarray) -> np.ndarray:
+    """From the darkest to the brightest as 8 bits."""
+    low, high = float(intensities.min()), float(intensities.max())
+    return ((intensities - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+
+
+def _planes(
+    image_S: np.ndarray, truth_S: np.ndarray, predicted_S: np.ndarray, affine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Axial, coronal and sagittal plane side by side: (H, W) of image, truth and prediction."""
+    # To the patient's left, back and feet: rows and columns then run as a radiologist expects.
+    stored = orientations.io_orientation(affine)
+    turn = orientations.ornt_transform(stored, orientations.axcodes2ornt("LPI"))
+    image_S, truth_S, predicted_S = (
+        orientations.apply_orientation(array_S, turn) for array_S in (image_S, truth_S, predicted_S)
+    )
+    lengths = image_S.shape * voxel_sizes(affine)[np.argsort(turn[:, 0])]
+    marked_S = truth_S if truth_S.any() else predicted_S
+    cuts = []
+    for axis in (2, 1, 0):
+        columns, rows = sorted({0, 1, 2} - {axis})
+        areas = np.count_nonzero(marked_S, (columns, rows))
+        at = int(areas.argmax()) if areas.any() else len(areas) // 2
+        cuts.append((axis, at, (lengths[columns], lengths[rows])))
+    pixel = voxel_sizes(affine).min()
+
+    def beside(array_S: np.ndarray, how: Image.Resampling) -> np.ndarray:
+        planes = []
+        for axis, at, size in cuts:
+            plane = Image.fromarray(np.ascontiguousarray(array_S.take(at, axis).T))
+            fitted = plane.resize([max(1, round(length / pixel)) for length in size], how)
+            planes.append(np.asarray(fitted))
+        height, low = max(map(len, planes)), min(plane.min() for plane in planes)
+        padded = [
+            np.pad(plane, ((0, height - len(plane)), (0, GAP)), constant_values=low)
+            for plane in planes
+        ]
+        return np.concatenate(padded, 1)[:, :-GAP]
+
+    nearest = Image.Resampling.NEAREST
+    image_HW = _grey(beside(image_S, Image.Resampling.BILINEAR))
+    return image_HW, beside(truth_S, nearest), beside(predicted_S, nearest)

@@ -1,6 +1,6 @@
 """A trained run's masks at native resolution, and `predict`, which writes them with overlays.
 
-Shapes: B samples of a batch, C channels, K classes, N cases, A attributes.
+Shapes: B samples of a batch, C channels, K classes, S spatial axes, N cases, A attributes.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from dmoe_layer import AttributeRouter, routing
+from dmoe_layer import AttributeRouter
 
 from .checkpoints import Which, load_model
 from .cohort import framing_of
 from .data import open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample, shown
-from .data.framing import Framing
+from .data.framing import Frame, Framing
 from .data.splits import read_splits
 from .files import write_results
+from .inference import infer
 from .loads import Loads
 from .masks import write_mask
 from .pictures import Picture, overlay
+from .recipe import SquareSettings, VolumeSettings
 from .runs import Task
 
 
@@ -45,8 +47,8 @@ class RunSettings:
     """Which of its checkpoints."""
     root: Path | None = None
     """Where the data lie, if no longer where the run found them."""
-    batch_size: int = 16
-    """Cases at a time."""
+    batch_size: int | None = None
+    """Images, or windows of a volume, at a time; by default as many as in training."""
     workers: int = 0
     """Processes that read cases."""
     device: str | None = None
@@ -57,11 +59,11 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class PredictSettings(RunSettings):
-    """Masks (`masks/<case id>.png`, label values, native size) and overlays of a run."""
+    """Masks (`masks/<case id>.png` or .nii.gz, label values, native size) and overlays of a run."""
 
     split: Literal["train", "validation", "test", "all"] = "test"
-    """Which cases; all: every case of the data, such as those of another --root, where each
-    needs a mask too."""
+    """Which cases; all: every case of the data, such as those of another --root. Volumes need no
+    mask to be predicted, images do."""
     out: Path | None = None
     """Folder to write; by default predictions-<split> in the run's."""
 
@@ -72,12 +74,14 @@ class TrainedRun:
 
     Args:
         settings: what was asked for.
+        batch_size: images, or windows of a volume, at a time.
         unknown: the policy that it was trained with for unknown attributes, None if it is not told
             any. Trained with "error", it takes the average of the values' routers here.
         model: in eval mode on `device`.
         device: where it computes.
         dataset: the run's.
-        framing: from native resolution to the network's and back.
+        frame: what the network sees of an image.
+        framing: from native resolution to that and back.
         trained: ids of the cases that it was trained on, and of those then left out; of the split
             "all" none, since other data than the run's may be meant.
         cases: to be predicted.
@@ -85,10 +89,12 @@ class TrainedRun:
     """
 
     settings: RunSettings
+    batch_size: int
     unknown: str | None
     model: nn.Module
     device: torch.device
     dataset: Dataset
+    frame: SquareSettings | VolumeSettings
     framing: Framing
     trained: frozenset[str]
     cases: tuple[Case, ...]
@@ -103,13 +109,13 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         DataError: the data cannot be read or are not the run's, a device or batch size cannot be
             used, or there are cases whose attribute is not known and no route for them.
     """
-    if settings.batch_size < 1:
+    if settings.batch_size is not None and settings.batch_size < 1:
         raise DataError(f"batch_size: got {settings.batch_size}, expected 1 or more.")
     recipe, task, model = load_model(settings.run, settings.which)
     data = recipe.data
     if settings.root is not None:
         data = dataclasses.replace(data, root=settings.root)
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, known=task.attributes)
     if (found := Task.of(dataset)) != task:
         raise DataError(f"{settings.run}: was trained for {task}, but the data are {found}.")
     cases = list(dataset.cases)
@@ -141,10 +147,12 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
             router.unknown = "average"
     run = TrainedRun(
         settings=settings,
+        batch_size=settings.batch_size or recipe.batch_size,
         unknown=policy,
         model=model,
         device=device,
         dataset=dataset,
+        frame=recipe.frame,
         framing=framing_of(recipe),
         trained=trained,
         cases=tuple(cases),
@@ -174,7 +182,7 @@ def predictions(
     """
     loader = DataLoader(
         _Framed(run),
-        batch_size=run.settings.batch_size,
+        batch_size=run.batch_size if isinstance(run.frame, SquareSettings) else 1,
         num_workers=run.settings.workers,
         collate_fn=_unbroken,
     )
@@ -182,28 +190,50 @@ def predictions(
     for batch in track(loader, "predicting", console=Console(stderr=True), transient=True):
         if isinstance(batch, DataError):
             raise batch
-        samples = [sample for sample, _ in batch]
-        image_BCHW = torch.stack([framed for _, framed in batch]).to(run.device)
-        masks: list[dict[str, np.ndarray]] = [{} for _ in samples]
-        for condition, told_NA in told.items():
-            told_BA = told_NA[start : start + len(samples)]
-            with torch.random.fork_rng(), torch.inference_mode():
-                # For a router that is noisy in evaluation too: whatever else is run, a case gets
-                # the same noise.
-                torch.manual_seed(start)
-                with routing(torch.from_numpy(told_BA)) as scope:
-                    logits_BKHW: Tensor = run.model(image_BCHW)
-            for sample, logits_KHW, of in zip(samples, logits_BKHW, masks, strict=True):
-                if not logits_KHW.isfinite().all():
-                    raise DataError(
-                        f"{run.settings.run}: the network's output for {sample.case_id} is not "
-                        f"finite (attributes {condition}); its weights or this image are damaged."
-                    )
-                of[condition] = run.framing.restore(logits_KHW, sample)
-            if loads is not None:
-                loads[condition].add(scope, told_BA)
-        start += len(samples)
-        yield from zip(samples, masks, strict=True)
+        found = _answered(run, batch, told, start, loads)
+        start += len(found)
+        batch.clear()  # the bar holds on to it while the next one, maybe a large volume, is read
+        while found:
+            yield found.pop(0)
+
+
+def _answered(
+    run: TrainedRun,
+    batch: Sequence[tuple[Sample, Frame]],
+    told: Mapping[str, np.ndarray],
+    start: int,
+    loads: Mapping[str, Loads] | None,
+) -> list[tuple[Sample, dict[str, np.ndarray]]]:
+    """The samples of a batch, of which `start` were before, with their masks by condition."""
+    samples, frames = zip(*batch, strict=True)
+    inputs = [_stacked([frame.image_CS for frame in frames])]
+    if frames[0].body_S is not None:
+        inputs.append(_stacked([frame.body_S for frame in frames]))
+    answers: list[tuple[Sample, dict[str, np.ndarray]]] = [(sample, {}) for sample in samples]
+    for condition, told_NA in told.items():
+        with torch.random.fork_rng(), torch.inference_mode():
+            # For a router that is noisy in evaluation too: whatever else is run, a case gets the
+            # same noise.
+            torch.manual_seed(start)
+            logits_BKS = infer(
+                run.model,
+                inputs,
+                torch.from_numpy(told_NA[start : start + len(samples)]),
+                frame=run.frame,
+                windows=run.batch_size,
+                device=run.device,
+                loads=None if loads is None else loads[condition],
+            )
+        for logits_KS, (sample, masks) in zip(logits_BKS, answers, strict=True):
+            # By the extremes, as asking every number takes a copy of a volume's logits.
+            if not torch.stack(logits_KS.aminmax()).isfinite().all():
+                raise DataError(
+                    f"{run.settings.run}: the network's output for {sample.case_id} is not "
+                    f"finite (attributes {condition}); its weights or this image are damaged."
+                )
+            masks[condition] = run.framing.restore(logits_KS, sample)
+        del logits_BKS, logits_KS  # before the next condition's
+    return answers
 
 
 def given_attributes(cases: Sequence[Case]) -> np.ndarray:
@@ -226,9 +256,11 @@ def predict(settings: PredictSettings) -> Path:
             (folder / name).mkdir()
         told = {"as given": given_attributes(run.cases)}
         for sample, masks in predictions(run, told):
-            write_mask(folder / "masks", sample.case_id, masks["as given"])
-            predicted_HW = masks["as given"]
-            picture = Picture.of(sample.case_id, sample.image_CS, sample.truth_S, predicted_HW)
+            mask_S = masks["as given"]
+            write_mask(folder / "masks", sample, mask_S)
+            picture = Picture.of(
+                sample.case_id, sample.image_CS, sample.mask_S, mask_S, sample.affine
+            )
             overlay_HW3 = overlay(picture, run.dataset.classes)
             Image.fromarray(overlay_HW3).save(folder / "overlays" / f"{sample.case_id}.png")
 
@@ -254,13 +286,18 @@ class _Framed(TorchDataset[Any]):
     def __len__(self) -> int:
         return len(self._cases)
 
-    def __getitem__(self, index: int) -> tuple[Sample, Tensor] | DataError:
+    def __getitem__(self, index: int) -> tuple[Sample, Frame] | DataError:
         # An error is returned, since a worker would dress it in its traceback.
         try:
             sample = self._dataset.load(self._cases[index])
         except DataError as error:
             return error
-        return sample, torch.from_numpy(self._framing.apply(sample).image_CS)
+        return sample, self._framing.apply(sample)
+
+
+def _stacked(arrays: list[np.ndarray]) -> Tensor:
+    # A volume stands alone, and is not copied.
+    return torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])
 
 
 def _unbroken(items: list[Any]) -> list[Any] | DataError:

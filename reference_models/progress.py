@@ -33,7 +33,7 @@ class Reporter:
         self.console = Console(quiet=not speaks, highlight=False)
         self.steps, self.first_step = steps, step
         self.started = time.monotonic()
-        self.images = 0
+        self.samples = 0
         self.writer = SummaryWriter(run / "tensorboard", purge_step=step + 1) if speaks else None
         # A bar moves on terminals only; elsewhere each epoch has its line.
         self.bar = Progress(
@@ -41,7 +41,7 @@ class Reporter:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[rate]:.2e}"),
-            TextColumn("{task.fields[speed]:.0f} images/s"),
+            TextColumn("{task.fields[speed]:.1f} samples/s"),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
@@ -68,10 +68,10 @@ class Reporter:
         self.console.print(text, soft_wrap=True, markup=False)
 
     def step(
-        self, step: int, epoch: int, losses: Mapping[str, float], rate: float, images: int
+        self, step: int, epoch: int, losses: Mapping[str, float], rate: float, samples: int
     ) -> None:
-        """After a step: its losses, the learning rate it used and how many images it saw."""
-        self.images += images
+        """After a step: its losses, the learning rate it used and how many samples it saw."""
+        self.samples += samples
         if self.writer is None:
             return
         for name, value in losses.items():
@@ -97,7 +97,7 @@ class Reporter:
         self.say(
             f"epoch {row['epoch']:.0f}  step {step}/{self.steps}  loss {row['loss']:.4f}  "
             f"lr {row['learning_rate']:.2e}  validation Dice {validation.score:.4f} ({groups})  "
-            f"{self._speed():.0f} images/s  {timedelta(seconds=round(left))} left"
+            f"{self._speed():.1f} samples/s  {timedelta(seconds=round(left))} left"
         )
         self.writer.add_scalar("validation/score", validation.score, step)
         for name, dice in validation.dice.items():
@@ -110,7 +110,7 @@ class Reporter:
         self.writer.flush()
 
     def _speed(self) -> float:
-        return self.images / max(time.monotonic() - self.started, 1e-9)
+        return self.samples / max(time.monotonic() - self.started, 1e-9)
 
 
 def _heat_map(load_AE: Sequence[Sequence[float]]) -> matplotlib.figure.Figure:

@@ -55,6 +55,7 @@ def write_report(
         run=[condition for condition in summary.conditions if condition.scores],
         examples=shown,
         pictures={i: data_uri(pictures[i], classes) for i in pictures if i in wanted},
+        volumes=any(picture.planes > 1 for picture in pictures.values()),
         legend=[(name, colour_of(label)) for label, name in enumerate(classes) if label],
         chart=lambda attribute, scores: chart(cases, attribute, scores),
         finding=_finding,

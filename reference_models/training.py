@@ -129,6 +129,8 @@ class _Run:
                     eval_batches(validation, batch_size=batch_size, workers=recipe.workers),
                     self.dataset,
                     self.fabric.device,
+                    frame=recipe.frame,
+                    windows=batch_size,
                 )
                 row = self._close_epoch(scored)
                 reporter.epoch(position.step, row, scored, self.task.classes)

@@ -9,17 +9,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmoe_layer import routing
-
 from . import fairness
 from .data.cases import Dataset
 from .data.loading import Batch
+from .inference import infer
 from .loads import Loads, LoadTables
 from .pictures import Picture
+from .recipe import SquareSettings, VolumeSettings
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,39 @@ def share_of(case_ids: tuple[str, ...], rank: int, world_size: int) -> tuple[str
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, batches: Iterable[Batch], dataset: Dataset, device: torch.device
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    frame: SquareSettings | VolumeSettings,
+    windows: int,
 ) -> Validation:
     """Runs the network in eval mode over a rank's share, and gathers all ranks' scores.
 
-    A case that two ranks have seen counts once in the scores, twice in the load.
+    Every rank has as many batches; `frame` and `windows` are as of `infer`. A case that two ranks
+    have seen counts once in the scores, twice in the load.
     """
     was_training = model.training
     model.eval()
     scored: dict[str, tuple[tuple[int, ...], float]] = {}
     examples: dict[int, Picture] = {}
     loads = Loads(dataset)
+    affine = None
+    if isinstance(frame, VolumeSettings) and frame.spacing != "median":
+        affine = np.diag([*frame.spacing, 1.0])  # of a volume's frame, which is RAS+
     for batch in batches:
-        moved = batch.to(device)
-        with routing(moved.attributes_BN) as r:
-            predicted_BS = model(*moved.inputs).argmax(1)
+        # Volumes stay on the CPU, where their logits are put together.
+        moved = batch.to(device if affine is None else torch.device("cpu"))
+        predicted_BS = infer(
+            model,
+            moved.inputs,
+            moved.attributes_BN,
+            frame=frame,
+            windows=windows,
+            device=device,
+            loads=loads,
+        ).argmax(1)
         dice_B = case_dice(predicted_BS, moved.mask_BS, dataset)
         attributes = batch.attributes_BN.tolist()
         scored |= {
@@ -80,9 +99,13 @@ def validate(
         }
         for b, values in enumerate(attributes):
             if values[0] not in examples:
-                arrays = (batch.image_BCS[b], batch.mask_BS[b], predicted_BS[b].cpu())
-                examples[values[0]] = Picture.of(batch.case_ids[b], *(a.numpy() for a in arrays))
-        loads.add(r, batch.attributes_BN.numpy())
+                examples[values[0]] = Picture.of(
+                    batch.case_ids[b],
+                    batch.image_BCS[b].numpy(),
+                    batch.mask_BS[b].numpy(),
+                    predicted_BS[b].cpu().numpy(),
+                    affine,
+                )
     model.train(was_training)
     if dist.is_initialized():
         shares: list[tuple[dict[str, tuple[tuple[int, ...], float]], Loads]]

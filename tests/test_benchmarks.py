@@ -116,7 +116,7 @@ def test_a_wrong_gradient_alone_is_seen():
             y_BTD = super().forward(x_BTD, attributes_B)
             return y_BTD + 0.1 * (x_BTD - x_BTD.detach())
 
-    (got,) = rows_of(Provider("broken", Detached))
+    (got,) = rows_of(Provider("broken", lambda p: Detached(p.weights)))
     assert got.status.startswith("wrong")
 
 
@@ -124,7 +124,9 @@ def test_a_provider_that_raises_says_why_and_the_others_go_on():
     def build(problem):
         raise RuntimeError("no such kernel\nand a long trace")
 
-    broken, loop, _ = rows_of(Provider("broken", build), Provider("mask-loop", MaskLoop))
+    broken, loop, _ = rows_of(
+        Provider("broken", build), Provider("mask-loop", lambda p: MaskLoop(p.weights))
+    )
     assert broken.status == "failed: RuntimeError: no such kernel"
     assert loop.status == "timed"
     (missing,) = rows_of(next(p for p in PEERS if p.name == "scattermoe"))
@@ -276,7 +278,7 @@ def test_step_memory_is_that_of_a_layer_worked_out_by_hand():
 def test_ours_keeps_less_for_backward_than_the_loop():
     problem = Problem.random(Shape("", 2, 2048, 24, 3), "cpu", torch.float32)
     ours, loop = (
-        step_memory(layer, problem) for layer in (Ours(problem, "eager"), MaskLoop(problem))
+        step_memory(layer, problem) for layer in (Ours(problem, "eager"), MaskLoop(problem.weights))
     )
     unit = problem.x_BTD.numel() * 4
     assert ours.held <= unit < 8 * unit < loop.held

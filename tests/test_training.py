@@ -445,13 +445,13 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
             os.write(1, str(error).encode())
             sys.exit(1)
 
-    def meanwhile(*arguments):
+    def meanwhile(*arguments, **options):
         if not codes:
             process = in_fork(other)
             process.join(60)
             process.kill()
             codes.append(process.exitcode)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(training, "validate", meanwhile)
     train(recipe)
@@ -506,8 +506,8 @@ def test_patience_ends_a_run_that_no_longer_gets_better(tmp_path, monkeypatch):
     scores = iter([0.5, 0.7, 0.6, 0.7, 0.9])
     real = training.validate
 
-    def scripted(*arguments):
-        return dataclasses.replace(real(*arguments), score=next(scores))
+    def scripted(*arguments, **options):
+        return dataclasses.replace(real(*arguments, **options), score=next(scores))
 
     monkeypatch.setattr(training, "validate", scripted)
     run = train(dataclasses.replace(TINY, out=tmp_path / "run", epochs=5, patience=2))
@@ -668,7 +668,7 @@ def test_it_prints_a_line_an_epoch_where_there_is_no_terminal(tmp_path, capsys):
     settings, first, second, best = capsys.readouterr().out.rsplit("\n", 4)[:4]
     assert {"schedule=cosine", "data.data=phantom"} <= {*settings.split()}
     assert [line.split("  ")[0] for line in (first, second)] == ["epoch 1", "epoch 2"]
-    for part in ("step 4/8", "loss ", "lr ", "images/s", "left", "site=site 1"):
+    for part in ("step 4/8", "loss ", "lr ", "samples/s", "left", "site=site 1"):
         assert part in first
     assert best.startswith("best: ")
 
@@ -709,7 +709,9 @@ def test_the_score_is_the_mean_over_groups_so_that_a_minority_counts_as_much():
     mask = torch.tensor([[[1, 2], [2, 2]]] * 5)
     attributes = torch.tensor([[0], [0], [0], [2], [-1]])
     batch = Batch(image, mask, attributes, tuple("vwxyz"))
-    result = validate(AsTold(), [batch], dataset, torch.device("cpu"))
+    result = validate(
+        AsTold(), [batch], dataset, torch.device("cpu"), frame=SquareSettings(2), windows=5
+    )
     # Organ and lesion: 4 of 4 and 3 of 4 pixels found of 4 predicted; of 2 predicted, 2 and 1.
     means = [(1 + 6 / 7) / 2, (4 / 6 + 2 / 5) / 2, 0.0]
     assert result.dice == pytest.approx(
@@ -727,7 +729,14 @@ def test_scores_and_loads_do_not_depend_on_how_cases_fall_into_batches(finished)
     frames = Frames(dataset, splits.train, Square(32))
     model.train()  # which validation must leave, and come back to
     results = [
-        validate(model, eval_batches(frames, batch_size=size), dataset, torch.device("cpu"))
+        validate(
+            model,
+            eval_batches(frames, batch_size=size),
+            dataset,
+            torch.device("cpu"),
+            frame=recipe.frame,
+            windows=size,
+        )
         for size in (1, 7)
     ]
     assert model.training

@@ -124,6 +124,11 @@ class Sample:
         return self.mask_S
 
     @property
+    def affine(self) -> np.ndarray | None:
+        """From indices of a NIfTI volume to mm (RAS+), (4, 4)."""
+        return None if self.header is None else self.header.get_best_affine()
+
+    @property
     def native_size(self) -> tuple[int, ...]:
         return self.image_CS.shape[1:]
 

@@ -144,7 +144,7 @@ def require_one_grid(paths: Sequence[str], images: Sequence[Nifti1Image]) -> Non
                 f"{path}: has {image.shape} voxels, but {paths[0]} has {first.shape}; "
                 "resample it onto that image's grid"
             )
-        astray = _apart(first.affine, image.affine, first.shape)
+        astray = apart(first.affine, image.affine, first.shape)
         if astray > ASTRAY:
             raise DataError(
                 f"{path}: lies elsewhere than {paths[0]}: its corners are up to {astray:.1f} "
@@ -153,7 +153,7 @@ def require_one_grid(paths: Sequence[str], images: Sequence[Nifti1Image]) -> Non
             )
 
 
-def _apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+def apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
     """How far the corners of two grids lie apart, in voxels of the first."""
     corners = np.stack(np.meshgrid(*[(0, side - 1) for side in shape]), -1).reshape(-1, 3)
     there = apply_affine(np.linalg.inv(affine) @ other, corners)
@@ -175,7 +175,7 @@ def oddities(path: str, image: Nifti1Image) -> list[str]:
             qform = header.get_qform() if header["qform_code"] else None
         except ValueError:
             qform = np.full((4, 4), np.inf)
-        if qform is not None and not _apart(image.affine, qform, image.shape) <= ASTRAY:
+        if qform is not None and not apart(image.affine, qform, image.shape) <= ASTRAY:
             remarks.append("sform and qform disagree; the sform is used")
         elif not np.allclose(header.get_zooms(), voxel_sizes(image.affine), rtol=SHEAR):
             remarks.append("pixdim and sform disagree on the voxels' size; the sform's is used")

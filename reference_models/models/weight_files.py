@@ -1,11 +1,13 @@
 """Reads files of trained weights, unpickling nothing, and keeps account of what is taken from them.
 
-Shapes: O and I channels out and in, h and w a kernel's sides.
+Shapes: O and I channels out and in, h and w a kernel's sides; A routers, E experts, H hidden, D
+features.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -13,11 +15,12 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.cases import DataError
 
 Shape: TypeAlias = tuple[int, ...]
+Weights: TypeAlias = dict[str, Tensor]  # by our names
 # How a file spells a layer's parameter: its layer, "weight" or "bias" (or a batch norm's
 # statistic) and its shape -> the entry's name and shape, and what einops makes PyTorch's order of
 # axes of it with, if that differs.
@@ -56,6 +59,11 @@ class Entries:
         else:
             return entry.reshape(shape)
         return torch.zeros(shape)
+
+    def count(self, prefix: str) -> int:
+        """How many different numbers follow ``prefix`` in the entries' names."""
+        numbered = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+        return len({match[1] for match in map(numbered.match, self.entries) if match})
 
     def finish(self, unused: tuple[str, ...] = (), advice: tuple[str, ...] = ()) -> None:
         """Raises unless each entry has been taken as it is, or has no use.
@@ -157,3 +165,52 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     if all(name.startswith(prefix) for name in state):
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
+
+
+def layer_of(file: Entries, model: nn.Module, ours: str, theirs: str) -> Weights:
+    """All that a convolution, a linear layer or a norm holds."""
+    state = model.get_submodule(ours).state_dict()
+    return {f"{ours}.{name}": file.take(theirs, name, value.shape) for name, value in state.items()}
+
+
+def released_moe(file: Entries, model: nn.Module, ours: str, theirs: str) -> Weights:
+    """The released code's experts and its router for each attribute value, as DMoE holds them."""
+    state = model.get_submodule(ours).state_dict()
+    n_routers = len(state["router.w_A2ED"])
+    n_experts, hidden, dim = state["w1_EHD"].shape
+    experts = [f"{theirs}.experts.{e}.net" for e in range(n_experts)]
+    routers = [f"{theirs}.router.{a}" for a in range(n_routers)]
+
+    def stacked(layers: list[str], kind: str, shape: Shape) -> Tensor:
+        return torch.stack([file.take(layer, kind, shape) for layer in layers])
+
+    new = {
+        "w1_EHD": stacked([f"{e}.0" for e in experts], "weight", (hidden, dim)),
+        "b1_EH": stacked([f"{e}.0" for e in experts], "bias", (hidden,)),
+        "w2_EDH": stacked([f"{e}.2" for e in experts], "weight", (dim, hidden)),
+        "b2_ED": stacked([f"{e}.2" for e in experts], "bias", (dim,)),
+    }
+    shapes = {"w_A2ED": ("weight", (n_experts, dim)), "b_A2E": ("bias", (n_experts,))}
+    for name, (kind, shape) in shapes.items():
+        clean_and_noise = [
+            stacked([f"{r}.{linear}" for r in routers], kind, shape)
+            for linear in ("topkroute_linear", "noise_linear")
+        ]
+        new[f"router.{name}"] = torch.stack(clean_and_noise, 1)
+    return {f"{ours}.{name}": value for name, value in new.items()}
+
+
+def routers_advice(n: int) -> str:
+    """How the network must be made for a file with ``n`` routers."""
+    return (
+        f"It has {n} routers, one for each value: make the network with attribute_sizes={n} and "
+        "unknown='error' or 'average'."
+    )
+
+
+@torch.no_grad()
+def put(model: nn.Module, new: Weights) -> None:
+    """Copies into the network's parameters."""
+    state = model.state_dict()  # the parameters themselves
+    for name, value in new.items():
+        state[name].copy_(value)

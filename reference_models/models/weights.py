@@ -3,26 +3,38 @@
 Each entry of a file is either taken, in the shape that the network has, or known to be of no use;
 otherwise one error lists all that is wrong, and nothing is loaded.
 
-Shapes: A routers, E experts, H hidden, D features, T positions, h and w rows and columns of them.
+Shapes: H hidden, D features, T positions, h and w rows and columns of them.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .resunet3d import ResUNet3D
 from .transunet import TransUNet
 from .vit import resized_positions
-from .weight_files import Entries, WeightsError, google, pytorch, read_npz, read_pth
+from .weight_files import (
+    Entries,
+    Weights,
+    WeightsError,
+    google,
+    layer_of,
+    put,
+    pytorch,
+    read_npz,
+    read_pth,
+    released_moe,
+    routers_advice,
+)
+from .weights3d import load_released_3d
 
-Weights: TypeAlias = dict[str, Tensor]  # by our names
 # What makes Google's files classifiers.
 UNUSED = ("cls", "pre_logits/kernel", "pre_logits/bias", "head/kernel", "head/bias")
 
@@ -58,15 +70,22 @@ ROUTER = "vit.moe.0.router.w_A2ED"
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:
-    """Google's weights from a `.npz`, the paper's from a `.pth`.
+    """The weights of a file, by the network's kind and the file's.
+
+    A TransUNet takes Google's from a `.npz` and the paper's from a `.pth`, a ResUNet3D the paper's
+    from a `.pth`.
 
     Raises:
-        WeightsError: the path ends otherwise; or as of `load_google_npz`, `load_released_2d`.
+        WeightsError: there are no such files for this network; or as of `load_google_npz`,
+            `load_released_2d`, `load_released_3d`.
     """
-    assert isinstance(model, TransUNet)
-    loaders = {".npz": load_google_npz, ".pth": load_released_2d}
+    loaders = LOADERS.get(type(model), {})
     if path.suffix not in loaders:
-        raise WeightsError(f"{path}: expected a file that ends in {' or '.join(loaders)}.")
+        kinds = " or ".join(loaders)
+        raise WeightsError(
+            f"{path}: a {type(model).__name__} takes "
+            + (f"a file that ends in {kinds}." if kinds else "no files of weights.")
+        )
     loaders[path.suffix](model, path)
 
 
@@ -86,17 +105,19 @@ def load_google_npz(model: TransUNet, path: str | Path) -> None:
     file = Entries(path, read_npz(path), google(model.config.heads))
     new = _vit(file, model, GOOGLE)
     if model.stem is not None:
-        new |= _layer(file, model, "stem.root.conv", "conv_root")
-        new |= _layer(file, model, "stem.root.gn", "gn_root")
+        new |= layer_of(file, model, "stem.root.conv", "conv_root")
+        new |= layer_of(file, model, "stem.root.gn", "gn_root")
         for stage, units in enumerate(model.config.stem_units):
             for unit in range(units):
                 ours, theirs = f"stem.stages.{stage}.{unit}", f"block{stage + 1}/unit{unit + 1}"
                 for layer in ("conv1", "gn1", "conv2", "gn2", "conv3", "gn3"):
-                    new |= _layer(file, model, f"{ours}.{layer}", f"{theirs}/{layer}")
+                    new |= layer_of(file, model, f"{ours}.{layer}", f"{theirs}/{layer}")
                 for layer in ("conv", "gn") if unit == 0 else ():
-                    new |= _layer(file, model, f"{ours}.shortcut.{layer}", f"{theirs}/{layer}_proj")
+                    new |= layer_of(
+                        file, model, f"{ours}.shortcut.{layer}", f"{theirs}/{layer}_proj"
+                    )
     file.finish(UNUSED)
-    _put(model, new)
+    put(model, new)
 
 
 def load_released_2d(model: TransUNet, path: str | Path) -> None:
@@ -111,34 +132,39 @@ def load_released_2d(model: TransUNet, path: str | Path) -> None:
     """
     path = Path(path)
     file = Entries(path, read_pth(path), pytorch)
+    if not any(name.startswith("transformer.") for name in file.entries):
+        raise WeightsError(
+            f"{path}: holds nothing of the paper's released 2D network, whose entries are called "
+            "transformer..., decoder... and segmentation_head...."
+        )
     advice = _differences(file, model)
     new = _vit(file, model, RELEASED)
     if model.moe_mode == "shared":
-        new |= _released_moe(file, model)
-    new |= _layer(file, model, "decoder.entry.0", "decoder.conv_more.0")
-    new |= _layer(file, model, "decoder.entry.1", "decoder.conv_more.1")
+        new |= released_moe(file, model, "vit.moe.0", RELEASED_MOE)
+    new |= layer_of(file, model, "decoder.entry.0", "decoder.conv_more.0")
+    new |= layer_of(file, model, "decoder.entry.1", "decoder.conv_more.1")
     for n in range(len(model.decoder.blocks)):
         for conv in (0, 1):
             for layer in (0, 1):
                 ours = f"decoder.blocks.{n}.{conv}.{layer}"
-                new |= _layer(file, model, ours, f"decoder.blocks.{n}.conv{conv + 1}.{layer}")
-    new |= _layer(file, model, "head", "segmentation_head.0")
+                new |= layer_of(file, model, ours, f"decoder.blocks.{n}.conv{conv + 1}.{layer}")
+    new |= layer_of(file, model, "head", "segmentation_head.0")
     file.finish(advice=advice)
-    _put(model, new)
+    put(model, new)
 
 
 def _vit(file: Entries, model: TransUNet, names: Mapping[str, str]) -> Weights:
     """Everything of the ViT but the experts between its blocks."""
-    new = _layer(file, model, "vit.patch_embedding", names["patch_embedding"])
-    new |= _layer(file, model, "vit.norm", names["norm"])
+    new = layer_of(file, model, "vit.patch_embedding", names["patch_embedding"])
+    new |= layer_of(file, model, "vit.norm", names["norm"])
     new["vit.positions_1DHW"] = _positions(file, model, names["positions"])
     dim, hidden = model.config.dim, model.config.mlp_dim
     for n in range(model.config.depth):
         block = f"vit.blocks.{n}"
         theirs = {ours: name.format(n) for ours, name in names.items()}
-        new |= _layer(file, model, f"{block}.attention_norm", theirs["attention_norm"])
-        new |= _layer(file, model, f"{block}.mlp_norm", theirs["mlp_norm"])
-        new |= _layer(file, model, f"{block}.attention.out", theirs["out"])
+        new |= layer_of(file, model, f"{block}.attention_norm", theirs["attention_norm"])
+        new |= layer_of(file, model, f"{block}.mlp_norm", theirs["mlp_norm"])
+        new |= layer_of(file, model, f"{block}.attention.out", theirs["out"])
         for kind, shape in (("weight", (dim, dim)), ("bias", (dim,))):
             parts = [file.take(theirs[part], kind, shape) for part in ("query", "key", "value")]
             new[f"{block}.attention.qkv.{kind}"] = torch.cat(parts)
@@ -152,12 +178,6 @@ def _vit(file: Entries, model: TransUNet, names: Mapping[str, str]) -> Weights:
         mlp = in_experts if model.moe_mode == "mlp" else in_mlp
         new |= {f"{block}.mlp.{name}": value for name, value in mlp.items()}
     return new
-
-
-def _layer(file: Entries, model: TransUNet, ours: str, theirs: str) -> Weights:
-    """All that a convolution, a linear layer or a norm holds."""
-    state = model.get_submodule(ours).state_dict()
-    return {f"{ours}.{name}": file.take(theirs, name, value.shape) for name, value in state.items()}
 
 
 def _positions(file: Entries, model: TransUNet, name: str) -> Tensor:
@@ -174,46 +194,15 @@ def _positions(file: Entries, model: TransUNet, name: str) -> Tensor:
     return resized_positions(table_1DHW, (grid[0], grid[1]))
 
 
-def _released_moe(file: Entries, model: TransUNet) -> Weights:
-    """The experts that all blocks share, and a router for each attribute value."""
-    state = model.state_dict()
-    n_routers, _, n_experts, dim = state[ROUTER].shape
-    hidden = state["vit.moe.0.w1_EHD"].shape[1]
-    experts = [f"{RELEASED_MOE}.experts.{e}.net" for e in range(n_experts)]
-    routers = [f"{RELEASED_MOE}.router.{a}" for a in range(n_routers)]
-
-    def stacked(layers: list[str], kind: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([file.take(layer, kind, shape) for layer in layers])
-
-    new = {
-        "w1_EHD": stacked([f"{e}.0" for e in experts], "weight", (hidden, dim)),
-        "b1_EH": stacked([f"{e}.0" for e in experts], "bias", (hidden,)),
-        "w2_EDH": stacked([f"{e}.2" for e in experts], "weight", (dim, hidden)),
-        "b2_ED": stacked([f"{e}.2" for e in experts], "bias", (dim,)),
-    }
-    shapes = {"w_A2ED": ("weight", (n_experts, dim)), "b_A2E": ("bias", (n_experts,))}
-    for name, (kind, shape) in shapes.items():
-        clean_and_noise = [
-            stacked([f"{r}.{linear}" for r in routers], kind, shape)
-            for linear in ("topkroute_linear", "noise_linear")
-        ]
-        new[f"router.{name}"] = torch.stack(clean_and_noise, 1)
-    return {f"vit.moe.0.{name}": value for name, value in new.items()}
-
-
 def _differences(file: Entries, model: TransUNet) -> tuple[str, ...]:
     """How the network must be made to be the file's, as far as it is not."""
     advice = []
-    router = re.compile(rf"{re.escape(RELEASED_MOE)}\.router\.(\d+)\.")
-    numbers = {match[1] for match in map(router.match, file.entries) if match}
-    wanted = "shared" if numbers else "none"
+    routers = file.count(f"{RELEASED_MOE}.router.")
+    wanted = "shared" if routers else "none"
     if model.moe_mode != wanted:
-        advice.append(f"It has {len(numbers)} routers: make the network with moe={wanted!r}.")
-    elif numbers and len(numbers) != len(model.state_dict()[ROUTER]):
-        advice.append(
-            f"It has {len(numbers)} routers, one for each value: make the network with "
-            f"attribute_sizes={len(numbers)} and unknown='error' or 'average'."
-        )
+        advice.append(f"It has {routers} routers: make the network with moe={wanted!r}.")
+    elif routers and routers != len(model.state_dict()[ROUTER]):
+        advice.append(routers_advice(routers))
     head = file.entries.get("segmentation_head.0.weight")
     if head is not None and head.shape[:1] != model.head.weight.shape[:1]:
         advice.append(f"It has {len(head)} classes: make the network with n_classes={len(head)}.")
@@ -222,8 +211,7 @@ def _differences(file: Entries, model: TransUNet) -> tuple[str, ...]:
     return tuple(advice)
 
 
-@torch.no_grad()
-def _put(model: TransUNet, new: Weights) -> None:
-    state = model.state_dict()  # the parameters themselves
-    for name, value in new.items():
-        state[name].copy_(value)
+LOADERS: Mapping[type[nn.Module], Mapping[str, Callable[[Any, Path], None]]] = {
+    TransUNet: {".npz": load_google_npz, ".pth": load_released_2d},
+    ResUNet3D: {".pth": load_released_3d},
+}
