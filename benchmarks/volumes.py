@@ -92,13 +92,15 @@ def measure_patch(
     figures: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], list[float]]] = {}
     watch = Stopwatch(device)
+    timed = rounds > 0 and (device.type != "cpu" or patch.voxels <= _TIMED_ON_CPU)
     for name in networks:
         if reason := _too_large(name, patch, device, smaller):
             figures[name] = {"status": reason}
             continue
         try:
             step = Step(name, patch, device, dtype)
-            step()  # compiles and tunes what has to be
+            if device.type != "cpu" or timed:
+                step()  # compiles and tunes what has to be
             peak, held = step.memory()
         except torch.OutOfMemoryError:
             figures[name] = {"status": "out of memory"}
@@ -108,8 +110,8 @@ def measure_patch(
             torch.cuda.empty_cache() if device.type == "cuda" else None
         figures[name] = {"status": "measured", "peak_bytes": peak, "held_bytes": held}
         steps[name] = lambda step=step: watch.laps(step)  # type: ignore[misc]
-    if device.type != "cpu" or patch.voxels <= _TIMED_ON_CPU:
-        for name, laps in interleaved(steps, rounds).items() if rounds else ():
+    if timed:
+        for name, laps in interleaved(steps, rounds).items():
             spread = Spread.of([seconds for (seconds,) in laps])
             figures[name] |= {
                 "rounds": rounds,
