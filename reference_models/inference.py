@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dmoe_layer import routing
 
 from .loads import Loads
-from .parallel import global_max
 from .recipe import SquareSettings, VolumeSettings
 
 
@@ -54,26 +53,21 @@ def infer(
         ValueError: a volume is smaller than the patch.
     """
 
-    last: tuple[Sequence[Tensor], Tensor] = (inputs, told_BA)
-
-    def answer(parts: Sequence[Tensor], told_WA: Tensor, counted: Loads | None) -> Tensor:
+    def answer(parts: Sequence[Tensor], told_WA: Tensor) -> Tensor:
         with routing(told_WA) as scope:
             logits: Tensor = model(*(part.to(device) for part in parts))
-        if counted is not None:
-            counted.add(scope)
+        if loads is not None:
+            loads.add(scope)
         return logits
 
     def answer_windows(image_WCS: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
-        nonlocal last
-        _another_pass(True, device)
         samples = [sample.start for sample, *_ in places]
         cuts = [(sample, *axes) for sample, _, *axes in places]
         bodies = (torch.cat([body_BS[cut] for cut in cuts]) for body_BS in inputs[1:])
-        last = ((image_WCS, *bodies), told_BA[samples])
-        return answer(*last, loads)
+        return answer((image_WCS, *bodies), told_BA[samples])
 
     if isinstance(frame, SquareSettings):
-        return answer(inputs, told_BA, loads)
+        return answer(inputs, told_BA)
     size = tuple(inputs[0].shape[2:])
     if any(length < side for length, side in zip(size, frame.patch, strict=True)):
         # They would be padded with zeros, which are no air in a CT.
@@ -92,15 +86,4 @@ def infer(
         with_coord=True,
     )
     assert isinstance(logits_BKS, Tensor)
-    while _another_pass(False, device):
-        answer(*last, None)
     return logits_BKS
-
-
-def _another_pass(wanted: bool, device: torch.device) -> bool:
-    """Whether any rank goes on.
-
-    Where parameters are shared out among ranks (FSDP), a forward pass is one that all of them make.
-    Volumes have different numbers of windows: who is done runs along and forgets the answer.
-    """
-    return bool(global_max(torch.tensor(float(wanted), device=device)))

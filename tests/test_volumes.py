@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import threading
 import weakref
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from dmoe_layer import DMoE, routing
-from reference_models import evaluation, inference, prediction
+from reference_models import evaluation, prediction
 from reference_models.data import DataSettings
 from reference_models.data.cases import Attribute, DataError, Sample
 from reference_models.data.loading import Batch
@@ -212,51 +211,6 @@ def test_no_routing_outlives_its_window_batch():
     answered(Watched(), noise(2, 1, 64, 48, 32), loads=Loads(STAGED), windows=2)
     assert len(most) == 6
     assert set(most) == {0}
-
-
-def test_a_rank_with_fewer_windows_makes_as_many_passes(monkeypatch):
-    """Passes that all ranks make together, as under FSDP: alone, one would wait for ever."""
-    together = threading.Barrier(2, timeout=20)
-    flags = [torch.zeros(()), torch.zeros(())]
-    rank = threading.local()
-
-    def global_max(local):
-        flags[rank.number] = local
-        together.wait()
-        largest = torch.maximum(*flags)
-        together.wait()
-        return largest
-
-    class Sharded(Told):
-        def forward(self, image_B1S):
-            together.wait()
-            return super().forward(image_B1S)
-
-    monkeypatch.setattr(inference, "global_max", global_max)
-    results, loads = {}, [Loads(STAGED), Loads(STAGED)]
-    model, volumes = Sharded(), [noise(1, 1, 32, 32, 32), noise(1, 1, 80, 32, 32) + 1]
-
-    def work(number):
-        rank.number = number
-        results[number] = answered(
-            model, volumes[number], told=[[1]], windows=1, loads=loads[number]
-        )
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [results[number].shape[2] for number in (0, 1)] == [32, 80]
-    assert len(model.bodies) == 8  # the one has 1 window, the other 4
-    # Answers that are forgotten count in no load.
-    one, four = (np.array(part.tables()["stage"]) for part in loads)
-    assert np.abs(one - four).max() > 0.01
-    both = Loads.together(STAGED, loads).tables()["stage"]
-    np.testing.assert_allclose(both, (one + 4 * four) / 5, atol=1e-6)
-
-
-# Masks as files.
 
 
 def sample_of(image, case_id="case", mask=None):
