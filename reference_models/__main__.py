@@ -27,7 +27,8 @@ _Preset: Any = tyro.extras.subcommand_type_from_defaults(
         "released": "as the paper's released code has it",
         "small": "for a CPU, on the MNI152 brain",
         "paper3d": "volumes, as the paper's appendix has it",
-        "small3d": "volumes, for a CPU",
+        "paper3d-24gb": "the same in half the bits, for a card of 24 GB",
+        "small3d": "volumes, for a CPU, on the folder that `example` writes",
     },
     prefix_names=False,
 )

@@ -263,7 +263,7 @@ def _check_kind(recipe: Recipe) -> None:
     if volumes != (recipe.data.data == "nifti"):
         raise RunError(
             f"data: {recipe.data.data} has {'2D images' if volumes else 'volumes'}, but the preset "
-            f"is for {'volumes' if volumes else '2D images'}; those for volumes end in 3d."
+            f"is for {'volumes' if volumes else '2D images'}; those for volumes have 3d in their names."
         )
 
 
