@@ -2,10 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench gpu test lint clean
+.PHONY: demo demo3d bench gpu test lint clean
 
 demo: .venv/demo
 	$(BIN)/python -m reference_models demo
+
+# Real MRI with simulated acquisitions, from a folder of NIfTI files to a report.
+demo3d: .venv/demo
+	rm -rf demo3d_output
+	$(BIN)/python -m reference_models example --out demo3d_output/brain
+	$(BIN)/python -m reference_models check --data nifti --root demo3d_output/brain
+	$(BIN)/python -m reference_models train small3d --root demo3d_output/brain --out demo3d_output/run
+	$(BIN)/python -m reference_models evaluate run --run demo3d_output/run
+	$(BIN)/python -m reference_models predict --run demo3d_output/run
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks
@@ -40,4 +49,4 @@ lint: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo_output bench_output gpu_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo_output demo3d_output bench_output gpu_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

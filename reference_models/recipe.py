@@ -261,9 +261,10 @@ def _check_kind(recipe: Recipe) -> None:
     if volumes != isinstance(recipe.model, ResUNet3DSettings):
         raise RunError("model, frame: one is for 2D images and the other for volumes.")
     if volumes != (recipe.data.data == "nifti"):
+        kinds = ("2D images", "volumes") if volumes else ("volumes", "2D images")
         raise RunError(
-            f"data: {recipe.data.data} has {'2D images' if volumes else 'volumes'}, but the preset "
-            f"is for {'volumes' if volumes else '2D images'}; those for volumes have 3d in their names."
+            f"data: {recipe.data.data} has {kinds[0]}, but the preset is for {kinds[1]}; those for "
+            "volumes have 3d in their names."
         )
 
 

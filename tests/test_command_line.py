@@ -13,7 +13,7 @@ from PIL import Image
 
 from reference_models import demo
 from reference_models.__main__ import main
-from reference_models.data import DataSettings
+from reference_models.data import DataSettings, example
 from reference_models.data.phantom import PhantomSettings
 from reference_models.recipe import SquareSettings
 
@@ -140,6 +140,7 @@ def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch
         monkeypatch.setattr(
             f"reference_models.__main__.{name}", lambda *a, name=name, **k: called.append(name) or 0
         )
+    monkeypatch.setattr(example, "write_example", lambda out: called.append("example") or out)
     assert main(shlex.split(command)) == 0
     assert [name.split("_")[0] for name in called] == [command.split()[0]]
 
