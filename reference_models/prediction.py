@@ -290,9 +290,9 @@ class _Framed(TorchDataset[Any]):
         # An error is returned, since a worker would dress it in its traceback.
         try:
             sample = self._dataset.load(self._cases[index])
+            return sample, self._framing.apply(sample)
         except DataError as error:
             return error
-        return sample, self._framing.apply(sample)
 
 
 def _stacked(arrays: list[np.ndarray]) -> Tensor:

@@ -223,7 +223,7 @@ def on_grid(recipe: Recipe, median: tuple[float, float, float] | None) -> Recipe
         return recipe
     if recipe.frame.spacing != "median":
         return recipe
-    x, y, z = (round(size, 4) for size in median)
+    x, y, z = (float(f"{size:.6g}") for size in median)
     return dataclasses.replace(recipe, frame=dataclasses.replace(recipe.frame, spacing=(x, y, z)))
 
 

@@ -39,15 +39,22 @@ class Task:
         channels: of an image.
         classes: names by label.
         attributes: that the router knows, in their order.
+        channel_names: of volumes, whose intensities are scaled by them.
     """
 
     channels: int
     classes: tuple[str, ...]
     attributes: tuple[Attribute, ...]
+    channel_names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, dataset: Dataset) -> Task:
-        return cls(dataset.channels, tuple(dataset.classes), tuple(dataset.attributes))
+        return cls(
+            dataset.channels,
+            tuple(dataset.classes),
+            tuple(dataset.attributes),
+            tuple(dataset.channel_names),
+        )
 
 
 def build_model(recipe: Recipe, task: Task) -> nn.Module:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import nibabel as nib
@@ -336,6 +337,10 @@ BAD_FILES = {
     "not finite": (_with_affine(lambda m: m * [1, np.nan, 1, 1]), "singular or not finite"),
     "tilted": (_with_affine(lambda m: m + np.outer([0, 0, 1], [0, 0.5, 0, 0])), "14.0° off right"),
     "in metres": (_bad_header(xyzt_units=1), "lengths are in meter, expected mm"),
+    "in no unit": (_bad_header(xyzt_units=7), "lengths are in unit 7, expected mm"),
+    "more than it claims": (
+        _bytes(lambda b: gzip.compress(gzip.decompress(b) + bytes(5))), "5 bytes more than"
+    ),
     "cut off": (_bytes(lambda b: b[:-30]), "not a readable NIfTI"),
     "cut off at once": (_bytes(lambda b: b[:60]), "not a readable NIfTI"),
     "empty": (_bytes(lambda b: b""), "not a readable NIfTI"),
@@ -434,8 +439,22 @@ def test_check_warns_of_what_is_odd_but_can_be_read(tmp_path, caplog):
         f"{tmp_path / 'imagesTr'}: not .nii.gz and left out: p5.nrrd",
     ):
         assert f"warning: {warning}\n" in text
+    assert "of one intensity" not in text
+    assert "as if not in mm" not in text
     assert not caplog.records  # nibabel's own remarks name no file
     assert _read(settings, 0).spacing == (1, 2, 3)  # of the sform
+
+
+def test_check_warns_of_an_empty_channel_and_of_a_volume_in_cm(tmp_path):
+    settings = nnunet_folder(tmp_path, n=5, channel_names={"0": "CT", "1": "MR"})
+    for i in range(5):
+        save(tmp_path / f"imagesTr/p{i}_0001.nii.gz", voxels(i) * (i != 3))
+    for path in tmp_path.glob("*Tr/p2*"):
+        save(path, np.asarray(nib.load(path).dataobj), AFFINE * [0.1, 0.1, 0.1, 1])
+    code, text = checked(settings)
+    assert code == 0
+    assert "warning: channel 0001 of one intensity: 1 cases: p3\n" in text
+    assert "as if not in mm: 1 cases: p2\n" in text
 
 
 def _rename(old, new):
@@ -573,6 +592,7 @@ TABLES = {
     "cells behind": "case,T-stage\n{a},T1,,\n{b},T2,\n{c},n/a",
     "an index": ",case,T-stage\n0,{a},T1\n1,{b},T2\n2,{c},None\n",
     "file names": "case,T-stage\n{a}.nii.gz,T1\nimagesTr\\{b}_0000.NII.GZ,T2\nx/{c}.nii,na\n",
+    "subjects unknown": "case,subject,T-stage\n{a},nan,T1\n{b},NaN,T2\n{c},n/a,\n",
     "others behind": "subject,case,split,T-stage,age\n7,{a},,T1,40\n8,{b},Val,T2,41\n,{c},,,42\n",
 }
 
@@ -590,9 +610,21 @@ def test_the_table_is_read_in_whatever_way_spreadsheets_write_it(tmp_path, way):
     assert {name: case.attributes for name, case in cases.items()} == {
         "p0": (0,), "pat 1.v2_b": (1,), "p2": (UNKNOWN,)
     }  # fmt: skip
+    if way == "subjects unknown":
+        assert {case.subject for case in dataset.cases} == {*cases}
     if way == "others behind":
         assert [cases[name].subject for name in names.values()] == ["7", "8", "p2"]
         assert [cases[name].split for name in names.values()] == [None, "validation", None]
+
+
+def test_a_name_is_one_whichever_way_its_accents_are_written(tmp_path):
+    apart, together = (unicodedata.normalize(form, "Zoé") for form in ("NFD", "NFC"))
+    settings = nnunet_folder(tmp_path, n=2, rows=[f"{apart},T1", "p1,T2"])
+    (tmp_path / "imagesTr/p0_0000.nii.gz").rename(tmp_path / f"imagesTr/{apart}_0000.nii.gz")
+    (tmp_path / "labelsTr/p0.nii.gz").rename(tmp_path / f"labelsTr/{together}.nii.gz")
+    dataset = open_dataset(settings)
+    assert [case.case_id for case in dataset.cases] == [together, "p1"]
+    assert dataset.load(dataset.cases[0]).mask_S is not None
 
 
 def test_values_stand_in_natural_order_and_a_number_is_one_however_it_is_written(tmp_path):

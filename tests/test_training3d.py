@@ -26,7 +26,7 @@ from reference_models.__main__ import main
 from reference_models.data import DataSettings
 from reference_models.models import resunet3d
 from reference_models.presets import PRESETS
-from reference_models.recipe import ResUNet3DSettings, RunError, VolumeSettings
+from reference_models.recipe import ResUNet3DSettings, RunError, VolumeSettings, on_grid
 from reference_models.training import train
 
 STAGES = ("T1", "T2", "T3")
@@ -197,3 +197,9 @@ def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder
     ]
     assert rows[0] == rows[1]
     assert "error" not in capsys.readouterr().err
+
+
+def test_the_median_spacing_is_rounded_but_never_to_nothing():
+    recipe = PRESETS["paper3d"]
+    spacing = on_grid(recipe, (0.97656251, 2.9999999, 2e-5)).frame.spacing
+    assert spacing == (0.976563, 3.0, 2e-5)

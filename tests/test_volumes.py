@@ -571,6 +571,23 @@ def test_predicted_masks_lie_where_their_images_do_and_need_no_label(run_of, fol
     assert not nibabel.load(out / "masks" / "new.nii.gz").get_fdata().any()
 
 
+def test_what_other_data_cannot_be_is_said_in_one_line(run_of, folder):
+    run, _ = run_of()
+    path = folder / "imagesTr/b_0000.nii.gz"
+    image = nibabel.load(path)
+    metres = nibabel.affines.from_matvec(image.affine[:3, :3] * 1000)
+    for name in ("imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz"):
+        voxels = np.asarray(nibabel.load(folder / name).dataobj)
+        nibabel.save(nibabel.Nifti1Image(voxels, metres), folder / name)
+    with pytest.raises(DataError, match=r"b: its .* voxels of .* mm would become .* not in mm"):
+        predict(PredictSettings(run, split="all"))
+    # By the channel's name it is known how a volume's intensities are scaled.
+    layout = folder / "dataset.json"
+    layout.write_text(layout.read_text().replace("noNorm", "CT"))
+    with pytest.raises(DataError, match=r"was trained for .*noNorm.*, but the data are .*CT"):
+        predict(PredictSettings(run, split="all"))
+
+
 def test_a_case_without_a_label_is_never_scored(run_of, folder, tmp_path):
     run, _ = run_of(test=("a.1", "new"))
     words = r"test: 1 cases have no mask to be scored by \(new\); take them out of the splits file"

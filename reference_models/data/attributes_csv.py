@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -90,7 +91,7 @@ def read_attributes(
         try:
             read[case_id] = Row(
                 line,
-                cells.get("subject") or case_id,
+                _entry(cells.get("subject", "")) or case_id,
                 _split(cells.get("split", "")),
                 tuple(_index(name, values[name], cells) for name in chosen),
                 _index(default, values[default], cells) if values[default] else UNKNOWN,
@@ -139,6 +140,7 @@ def _by_case(
 ) -> dict[str, tuple[int, _Cells]]:
     rows: dict[str, tuple[int, _Cells]] = {}
     for line, cells in table:
+        cells["case"] = unicodedata.normalize("NFC", cells["case"])  # as file names are
         # The case as it is called, or by the name of one of its files.
         name = PureWindowsPath(cells["case"]).name
         stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)

@@ -143,6 +143,7 @@ class Dataset(ABC):
         attributes: in the order of `Case.attributes`.
         cases: every case, in a fixed order.
         channels: of an image.
+        channel_names: where the files name them, and intensities are scaled by their names.
         axes: of an image: 2, or 3 of a volume.
         spacing: of volumes, the median voxel in mm along left-right, back-front and below-above.
         made_with: whatever else decides what `load` gives, so that cached frames are made anew
@@ -160,6 +161,7 @@ class Dataset(ABC):
     attributes: tuple[Attribute, ...]
     cases: Sequence[Case]
     channels: int
+    channel_names: tuple[str, ...] = ()
     axes: int = 2
     spacing: tuple[float, float, float] | None = None
     made_with: tuple[float | str, ...] = ()

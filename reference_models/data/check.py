@@ -95,7 +95,10 @@ def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> li
                 for label, name in enumerate(dataset.classes)
                 if not (sample.mask_S == label).any()
             ]
-        return odd + ["image of one intensity"] * bool(np.ptp(sample.image_CS) == 0)
+        flat = [c for c, channel_S in enumerate(sample.image_CS) if np.ptp(channel_S) == 0]
+        if len(flat) == len(sample.image_CS):
+            return [*odd, "image of one intensity"]
+        return odd + [f"channel {c:04} of one intensity" for c in flat]
 
     warned: dict[str, list[str]] = {}
     with ThreadPoolExecutor(WORKERS[dataset.axes]) as pool:

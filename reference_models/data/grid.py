@@ -17,9 +17,10 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cases import Sample
+from .cases import DataError, Sample
 from .framing import Frame, Framing
 
+_LARGEST = 2**31  # voxels of a frame: 8 GiB a channel
 _SLAB = 2**22  # logits at a time on the way back: 16 MiB of them
 
 
@@ -68,6 +69,7 @@ class Grid(Framing):
 
         Raises:
             ValueError: a sample that is no NIfTI volume.
+            DataError: the frame would be larger than can be meant.
         """
         turn = _turn(sample)
         size, padding = self._size(sample)
@@ -122,6 +124,13 @@ class Grid(Framing):
             max(1, round(sample.native_size[axis] * sample.spacing[axis] / wanted))
             for axis, wanted in zip(order, self.spacing, strict=True)
         )
+        if math.prod(size) > _LARGEST:
+            own = " x ".join(f"{length:g}" for length in sample.spacing)
+            raise DataError(
+                f"{sample.case_id}: its {sample.native_size} voxels of {own} mm would become "
+                f"{size} of {self.spacing} mm, more than {_LARGEST}; if its affine is not in mm, "
+                "correct it, else choose a larger --spacing"
+            )
         lacking = [max(0, least - n) for least, n in zip(self.least, size, strict=True)]
         return size, [(n // 2, n - n // 2) for n in lacking]
 

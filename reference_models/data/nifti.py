@@ -18,6 +18,7 @@ from .nnunet import CaseFiles, list_cases, read_layout
 from .volumes import canonical_spacing, oddities, open_volume, read_voxels, require_one_grid
 
 CT_WINDOW = (-175.0, 250.0)  # Hounsfield units: soft tissue
+UNLIKE = 500  # of two voxels' volumes; cm taken for mm are a factor of 1000
 INTEGRAL = 1e-3  # what a label may lack to a whole number, since slopes are float32
 
 
@@ -63,11 +64,9 @@ class Nifti(Dataset):
         notes: list[str] = []
         self.notes = notes
         layout = read_layout(root)
-        self._channels = layout.channels
         self._window = ct_window
-        self.channels, self.classes, self.regions = (
-            len(layout.channels), layout.classes, layout.regions
-        )  # fmt: skip
+        self.channels, self.channel_names = len(layout.channels), layout.channels
+        self.classes, self.regions = layout.classes, layout.regions
         self.made_with = (*layout.channels, *ct_window)
         files = list_cases(root, layout, faults, notes)
         table = root / "attributes.csv"
@@ -97,6 +96,16 @@ class Nifti(Dataset):
         if spacings:
             across, along, up = np.median(own or spacings, axis=0).tolist()
             self.spacing = (across, along, up)
+            unlike = [
+                case.case_id
+                for case, spacing in zip(cases, spacings, strict=True)
+                if not 1 / UNLIKE < np.prod(spacing) / np.prod(self.spacing) < UNLIKE
+            ]
+            if unlike:
+                notes.append(
+                    f"warning: voxels of more than {UNLIKE} times the median's volume, or less "
+                    f"than a part of it, as if not in mm: {len(unlike)} cases: {shown(unlike, 10)}"
+                )
 
     def load(self, case: Case) -> Sample:
         images = [open_volume(path) for path in case.files]
@@ -107,7 +116,7 @@ class Nifti(Dataset):
             for oddity in oddities(path, image)
         ]
         channels = []
-        for name, path, image in zip(self._channels, case.files, images, strict=False):
+        for name, path, image in zip(self.channel_names, case.files, images, strict=False):
             voxels_S = read_voxels(path, image)
             if name.lower() == "ct" and voxels_S.min() >= 0:
                 remarks.append("CT without a voxel below 0 HU, as if offset or scaled already")

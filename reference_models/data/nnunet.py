@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,8 @@ def _files(
                     f"{layout.ending} too"
                 )
             )
-        elif (stem := name[: -len(ending)]) in files:
+        # macOS takes accents apart, so that one name may be written in two ways.
+        elif (stem := unicodedata.normalize("NFC", name[: -len(ending)])) in files:
             faults.append(DataError(f"{path}: the same name as {files[stem]}"))
         else:
             files[stem] = path

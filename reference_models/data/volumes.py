@@ -26,6 +26,7 @@ SHEAR = 0.01  # of the cosine of two axes: less than 1 % of any distance
 DEFLATED = 1032
 # nibabel logs what it finds odd in a header, without the file's name; `oddities` has it too.
 nib.imageglobals.logger.addFilter(lambda _: False)
+_MM = (2, 0)  # NIfTI's codes of mm and of a unit left open
 _KINDS = {"c": "complex", "V": "colours"}  # numpy's letters
 
 
@@ -41,7 +42,7 @@ def open_volume(path: str) -> Nifti1Image:
             raise ValueError(f"{type(image).__name__}, expected NIfTI")
         header, affine = image.header, image.affine
         shape, dtype = image.shape, header.get_data_dtype()
-        unit = header.get_xyzt_units()[0]
+        unit = int(header["xyzt_units"]) & 7
     except Exception as error:  # which one, depends on where the damage lies
         raise _unreadable(path, error) from error
     if len(shape) != 3:
@@ -56,8 +57,9 @@ def open_volume(path: str) -> Nifti1Image:
             f"{path}: voxels are {_KINDS.get(dtype.kind, dtype)}, expected real numbers; save "
             "each component as a channel of its own"
         )
-    if unit not in ("mm", "unknown"):
-        raise DataError(f"{path}: lengths are in {unit}, expected mm; convert its affine")
+    if unit not in _MM:
+        named = {1: "meter", 3: "micron"}.get(unit, f"unit {unit}")
+        raise DataError(f"{path}: lengths are in {named}, expected mm; convert its affine")
     claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
     there = os.stat(path).st_size
     if claimed > there * (DEFLATED if _deflated(path) else 1):
@@ -97,8 +99,14 @@ def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
             voxels_S = np.require(
                 again.get_fdata(caching="unchanged", dtype=np.float32), requirements="W"
             )
-            while file.read(2**20):  # the checksum stands at the end
-                pass
+            behind = 0
+            while part := file.read(2**20):  # the checksum stands at the end
+                behind += len(part)
+            if behind:
+                raise ValueError(
+                    f"{behind} bytes more than the voxels of its header, {image.shape} of "
+                    f"{image.get_data_dtype()}, so that these cannot be right"
+                )
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
     if not (finite_S := np.isfinite(voxels_S)).all():
