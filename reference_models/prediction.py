@@ -290,7 +290,8 @@ class _Framed(TorchDataset[Any]):
         # An error is returned, since a worker would dress it in its traceback.
         try:
             sample = self._dataset.load(self._cases[index])
-            return sample, self._framing.apply(sample)
+            # Its mask is scored at native resolution, and need not be framed.
+            return sample, self._framing.apply(dataclasses.replace(sample, mask_S=None))
         except DataError as error:
             return error
 

@@ -189,6 +189,16 @@ def test_padding_is_each_channels_minimum_shared_out_to_both_ends():
     assert not frame.body_S[outside].any()
 
 
+@pytest.mark.parametrize("factor", [2, 3, 4, 0.5])
+def test_resampling_moves_a_mask_to_no_side(factor):
+    mask_S = np.pad(ellipsoids(24, 36, 12), 6)
+    grid_ = Grid(tuple(factor * size for size in SPACING))
+    frame_S = grid_.apply(volume(np.zeros((1, *mask_S.shape)), mask_S)).mask_S
+    assert {*np.unique(frame_S)} == {0, 1, 2}
+    flipped = volume(np.zeros((1, *mask_S.shape)), np.ascontiguousarray(mask_S[::-1, ::-1, ::-1]))
+    np.testing.assert_array_equal(grid_.apply(flipped).mask_S, frame_S[::-1, ::-1, ::-1])
+
+
 @pytest.mark.parametrize("axis", range(3))
 def test_shrinking_a_volume_averages_instead_of_picking_voxels(axis):
     shape = (33, 30, 27)

@@ -792,6 +792,7 @@ def test_cases_without_a_mask_are_in_no_split_and_are_counted_by_themselves(tmp_
     code, text = checked(settings)  # a folder that is there to be predicted
     assert code == 0
     assert "drawn" not in text
+    assert "no training case" not in text
     assert open_dataset(settings).spacing == (1, 2, 3)
 
 

@@ -24,7 +24,7 @@ from ..files import write_whole
 from .cases import Case, DataError, Dataset
 from .framing import Framing
 
-VERSION = 3  # of what is stored; raised when loading or framing gives other pixels than before
+VERSION = 4  # of what is stored; raised when loading or framing gives other pixels than before
 
 
 def default_cache() -> Path:

@@ -51,9 +51,10 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
         if settings.splits is None and drawn:
             say(f"split: {' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest")
         train = {case_id for case_id, split in split_of.items() if split == "train"}
-        warnings += [
-            f"warning: {value}: no training case" for value in untrained_values(dataset, train)
-        ]
+        if train:  # not of cases that are to be predicted alone
+            warnings += [
+                f"warning: {value}: no training case" for value in untrained_values(dataset, train)
+            ]
         for line in (*dataset.notes, *warnings):
             say(line)
     for error in errors:

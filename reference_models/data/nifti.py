@@ -103,8 +103,8 @@ class Nifti(Dataset):
             ]
             if unlike:
                 notes.append(
-                    f"warning: voxels of more than {UNLIKE} times the median's volume, or less "
-                    f"than a part of it, as if not in mm: {len(unlike)} cases: {shown(unlike, 10)}"
+                    f"warning: voxels {UNLIKE} times as large as the median's or as small, as if "
+                    f"not in mm: {len(unlike)} cases: {shown(unlike, 10)}"
                 )
 
     def load(self, case: Case) -> Sample:
