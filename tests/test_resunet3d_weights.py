@@ -135,3 +135,29 @@ def test_a_file_of_another_kind_of_network_is_said_to_be_that(tmp_path):
     solid = save(tmp_path / "3d.pth", released_entries())
     with pytest.raises(WeightsError, match="nothing of the paper's released 2D network"):
         load_released_2d(make_2d(), solid)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda t: t.int(), r"encoder1.layer.conv1.conv.weight holds torch.int32"),
+        (lambda t: t + 1j, "holds torch.complex64, expected floating-point numbers"),
+        (lambda t: t.to_sparse(), "encoder1.layer.conv1.conv.weight is sparse"),
+        (lambda t: t.to("meta"), "without its numbers"),
+    ],
+)
+def test_entries_that_are_no_plain_numbers_are_an_error(spoil, said, tmp_path):
+    state = released_entries()
+    state["encoder1.layer.conv1.conv.weight"] = spoil(state["encoder1.layer.conv1.conv.weight"])
+    with pytest.raises(WeightsError, match=said):
+        load_released_3d(make_released(), save(tmp_path / "best.pth", state))
+
+
+def test_a_file_with_numbers_for_names_or_cut_short_is_said_to_be_that(tmp_path):
+    with pytest.raises(WeightsError, match="expected a state_dict of tensors, got a dict of 1"):
+        load_released_3d(make_released(), save(tmp_path / "best.pth", {1: torch.ones(2)}))
+    whole = save(tmp_path / "best.pth", released_entries()).read_bytes()
+    # Of some lengths PyTorch's reader says no more than "Invalid argument".
+    (tmp_path / "best.pth").write_bytes(whole[:50_000])
+    with pytest.raises(WeightsError, match="is damaged"):
+        load_released_3d(make_released(), tmp_path / "best.pth")

@@ -54,6 +54,8 @@ class Entries:
             self.missing.append(name)
         elif entry.numel() != math.prod(shape) or entry.shape[entry.ndim - len(shape) :] != shape:
             self.wrong.append(f"{name} has shape {tuple(entry.shape)}, expected {shape}")
+        elif shape and not entry.is_floating_point():  # a batch norm's count is a whole number
+            self.wrong.append(f"{name} holds {entry.dtype}, expected floating-point numbers")
         elif not entry.isfinite().all():
             self.wrong.append(f"{name} holds NaN or infinity")
         else:
@@ -151,16 +153,23 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     advice = "Save it with torch.save(model.state_dict(), path)."
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror or error}.") from error
-    except Exception as error:  # a damaged file raises any of many kinds
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise WeightsError(f"{path}: {error.strerror}.") from error
+    except Exception as error:  # a damaged file raises any of many kinds, of OSError too
         raise WeightsError(
             f"{path}: is damaged, or holds other things than tensors, which are not unpickled. "
             f"{advice}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
+    ):
         held = f"a dict of {', '.join(map(str, state))}" if isinstance(state, dict) else type(state)
         raise WeightsError(f"{path}: expected a state_dict of tensors, got {held}. {advice}")
+    if odd := [name for name, t in state.items() if t.layout != torch.strided or t.is_meta]:
+        raise WeightsError(
+            f"{path}: expected dense tensors, but {odd[0]} is sparse or without its numbers "
+            f"({len(odd)} such entries). {advice}"
+        )
     prefix = "module."
     if all(name.startswith(prefix) for name in state):
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
