@@ -33,6 +33,7 @@ from .prediction import (
     RunSettings,
     TrainedRun,
     given_attributes,
+    left_out_note,
     open_run,
     predictions,
 )
@@ -165,7 +166,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
                 f"{settings.folder}: cannot be scored as masks of the {settings.split} split of "
                 f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults)
             )
-        told = ("masks read from files; what wrote them was not run", _left_out(left_out))
+        told = ("masks read from files; what wrote them was not run", left_out_note(left_out))
         notes = {AS_GIVEN: "; ".join(filter(None, told))}
         found = _Found(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
         return _write(folder, found, settings, settings.folder, paths)
@@ -187,7 +188,7 @@ class _Found:
 def _told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """What the network is told under each condition that can be run; a note on every condition."""
     given_NA = given_attributes(run.cases)
-    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: _left_out(run.left_out)}
+    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: left_out_note(run.left_out)}
     if run.unknown is None:
         why = "not run: this network is not told the attributes"
         return told, notes | dict.fromkeys(("shuffled", "wrong", "unknown"), why)
@@ -218,11 +219,6 @@ def _told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, 
         lacking = f"no training case, so that no router learned it: {', '.join(untrained)}"
         notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
     return told, notes
-
-
-def _left_out(cases: Sequence[Case]) -> str:
-    ids = [case.case_id for case in cases]
-    return f"left out, since an attribute is not known: {shown(ids)}" if ids else ""
 
 
 def _score(

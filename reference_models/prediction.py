@@ -241,8 +241,16 @@ def given_attributes(cases: Sequence[Case]) -> np.ndarray:
     return np.array([case.attributes for case in cases], dtype=np.int64).reshape(len(cases), -1)
 
 
+def left_out_note(cases: Sequence[Case]) -> str:
+    """Why cases have no mask, and which; empty if there are none."""
+    ids = [case.case_id for case in cases]
+    return f"left out, since an attribute is not known: {shown(ids)}" if ids else ""
+
+
 def predict(settings: PredictSettings) -> Path:
     """Writes `masks/` and `overlays/`, whole or not at all; returns the folder.
+
+    On stderr it names the cases that are left out.
 
     Raises:
         DataError, RunError: as of `open_run`; or `out` holds something else.
@@ -250,6 +258,8 @@ def predict(settings: PredictSettings) -> Path:
     out = settings.out or settings.run / f"predictions-{settings.split}"
 
     run = open_run(settings, settings.split)
+    if run.left_out:
+        Console(stderr=True, soft_wrap=True).print(left_out_note(run.left_out), markup=False)
 
     def write(folder: Path) -> None:
         for name in ("masks", "overlays"):

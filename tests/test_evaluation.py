@@ -200,6 +200,12 @@ def test_cases_are_left_out_alike_for_every_network_and_for_masks(model, run_of,
     assert "bar3, bar7" in again.conditions[0].note
 
 
+def test_prediction_names_the_cases_that_it_leaves_out(run_of, capsys):
+    run = run_of(Ruler(), Bars(unknown=(3, 7)))
+    predict(PredictSettings(run, leave_out_unknown=True))
+    assert "left out, since an attribute is not known: bar3, bar7" in capsys.readouterr().err
+
+
 def test_cases_without_a_route_are_an_error_up_front_or_left_out_by_name(run_of, tmp_path):
     dataset = Bars(unknown=(3, 7))
     run = run_of(Ruler(), dataset)

@@ -150,6 +150,13 @@ def test_the_page_says_whether_the_intervals_overlap(tmp_path, higher, said):
     assert said in written(tmp_path, summary([scores], ("a", "b"))).text
 
 
+def test_of_groups_that_are_level_none_is_called_lowest_or_highest(tmp_path):
+    scores = region([group("a", 41, 0.601), group("b", 46, 0.601)])
+    text = written(tmp_path, summary([scores], ("a", "b"))).text
+    assert "Mean Dice is the same in every group that has a score: 0.601." in text
+    assert "lowest in" not in text
+
+
 def test_what_is_not_defined_is_a_dash_with_its_reason(tmp_path):
     empty = dict.fromkeys(METRICS, Estimate(None))
     nobody = dataclasses.replace(group("a", 0, 0.6), metrics=empty, judged=False)
