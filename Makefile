@@ -7,7 +7,9 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python -m reference_models demo
 
-# Real MRI with simulated acquisitions, from a folder of NIfTI files to a report.
+# Real MRI with simulated acquisitions, from a folder of NIfTI files to a report. One thread: on a
+# busy machine two take several times as long, since they wait for each other.
+demo3d: export OMP_NUM_THREADS = 1
 demo3d: .venv/demo
 	rm -rf demo3d_output
 	$(BIN)/python -m reference_models example --out demo3d_output/brain

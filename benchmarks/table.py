@@ -68,9 +68,6 @@ class Row:
     roofline_gbytes_per_s: float | None = None
 
 
-COLUMNS = [field.name for field in fields(Row)]
-
-
 def figures(
     shape: Shape,
     which: str,

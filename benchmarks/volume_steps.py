@@ -67,9 +67,9 @@ NETWORKS: dict[str, Callable[[], ResUNet3D]] = {
     "dense": _network(moe="none"),
     "mask-loop": _mask_loop,
     "ours": _network(),
-    "ours, half masked": _network(),
-    "dense, checkpointed": _network(moe="none", gradient_checkpointing=True),
-    "ours, checkpointed": _network(gradient_checkpointing=True),
+    "ours-half-masked": _network(),
+    "dense-checkpointed": _network(moe="none", gradient_checkpointing=True),
+    "ours-checkpointed": _network(gradient_checkpointing=True),
 }
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,10 @@ def measure_patch(
             continue
         finally:
             gc.collect()  # what an error held
-            torch.cuda.empty_cache() if device.type == "cuda" else None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         figures[name] = {"status": "measured", "peak_bytes": peak, "held_bytes": held}
-        steps[name] = lambda step=step: watch.laps(step)  # type: ignore[misc]
+        steps[name] = partial(watch.laps, step)
     if timed:
         for name, laps in interleaved(steps, rounds).items():
             spread = Spread.of([seconds for (seconds,) in laps])
@@ -207,11 +209,11 @@ def parse_patches(text: str) -> list[Patch]:
 
 
 def parse_networks(text: str) -> list[str]:
-    """Some of ``NETWORKS`` by their names in a semicolon-separated list, or "all"."""
-    names = list(NETWORKS) if text == "all" else text.split(";")
+    """Some of ``NETWORKS`` by their names in a comma-separated list, or "all"."""
+    names = list(NETWORKS) if text == "all" else text.split(",")
     if unknown := [name for name in names if name not in NETWORKS]:
         raise ValueError(
-            f"networks: got {unknown[0]!r}, expected all or some of {'; '.join(NETWORKS)}."
+            f"networks: got {unknown[0]!r}, expected all or some of {', '.join(NETWORKS)}."
         )
     return names
 

@@ -13,7 +13,7 @@ from .data.framing import Framing, Square
 from .data.grid import Grid
 from .data.loading import Frames
 from .data.patches import Patches
-from .data.splits import Splits, choose_splits, read_splits, untrained_values
+from .data.splits import Splits, absent_values, choose_splits, read_splits
 from .recipe import Recipe, RunError, SquareSettings
 
 
@@ -106,7 +106,7 @@ class Cohort:
 
     def remarks(self) -> list[str]:
         """What a reader of the run's output should know of its cases."""
-        lacking = untrained_values(self.dataset, set(self.train))
+        lacking = absent_values(self.dataset, set(self.train))
         if self.recipe.leave_out_unknown:  # which is said already
             unknown = {f"{a.name} {a.label(UNKNOWN)}" for a in self.dataset.attributes}
             lacking = [value for value in lacking if value not in unknown]

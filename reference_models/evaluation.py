@@ -22,7 +22,7 @@ from rich.progress import track
 
 from .data import DataSettings, open_dataset
 from .data.cases import UNKNOWN, Case, DataError, Dataset, Sample, shown
-from .data.splits import choose_splits, untrained_values
+from .data.splits import absent_values, choose_splits
 from .fairness import SMALL_GROUP
 from .files import write_results
 from .loads import Loads
@@ -210,7 +210,7 @@ def _told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, 
         notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
     if run.unknown == "error":
         notes["unknown"] += "; trained with unknown='error', it averages the values' routers here"
-    untrained = untrained_values(run.dataset, run.trained)
+    untrained = absent_values(run.dataset, run.trained)
     if run.unknown == "learned" and not any(
         UNKNOWN in case.attributes for case in run.dataset.cases if case.case_id in run.trained
     ):

@@ -98,7 +98,7 @@ def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
             values = _read_nifti(path, sample)
         else:
             values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # which one, depends on where the damage lies
         raise DataError(f"{path.name}: cannot be read ({error}).") from error

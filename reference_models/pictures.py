@@ -281,9 +281,10 @@ def _planes(
             fitted = plane.resize([max(1, round(length / pixel)) for length in size], how)
             planes.append(np.asarray(fitted))
         height, low = max(map(len, planes)), min(plane.min() for plane in planes)
+        above = [(height - len(plane)) // 2 for plane in planes]
         padded = [
-            np.pad(plane, ((0, height - len(plane)), (0, GAP)), constant_values=low)
-            for plane in planes
+            np.pad(plane, ((top, height - len(plane) - top), (0, GAP)), constant_values=low)
+            for plane, top in zip(planes, above, strict=True)
         ]
         return np.concatenate(padded, 1)[:, :-GAP]
 

@@ -26,6 +26,15 @@ def _fresh_state():
     torch.compiler.reset()
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads wait for each other where every core has a test already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

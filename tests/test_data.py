@@ -282,7 +282,7 @@ def test_check_counts_each_value_by_split_as_training_would_use_it(tmp_path):
         assert code == 0
         # Cases that a splits file leaves out have a column of their own, behind the three.
         for value, name in enumerate(("Asian", "Black", "White")):
-            (row,) = [line for line in text.splitlines() if name in line]
+            (row,) = [line for line in text.splitlines() if line.startswith(f"│ {name}")]
             counts = [int(word) for word in row.replace("│", " ").split()[1:]]
             assert counts[:3] == [
                 [race[case_id] for case_id in ids].count(value)

@@ -77,3 +77,12 @@ def test_shrinking_averages_instead_of_picking_pixels():
     board_CS = ((rows + columns) % 2)[None].astype(np.float32)
     frame = Square(16).apply(sample(board_CS, np.zeros((64, 64), np.uint8)))
     np.testing.assert_allclose(frame.image_CS, 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_shrinking_does_not_shift_a_mask(factor):
+    rows, columns = np.indices((96, 96))
+    disc_S = (np.hypot(rows - 40.3, columns - 51.7) < 25).astype(np.uint8)
+    frame = Square(96 // factor).apply(sample(disc_S[None].astype(np.float32), disc_S))
+    centre = (np.argwhere(frame.mask_S).mean(0) + 0.5) * factor - 0.5
+    np.testing.assert_allclose(centre, (40.3, 51.7), atol=0.3)

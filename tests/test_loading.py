@@ -21,9 +21,9 @@ from reference_models.data.framing import Square
 from reference_models.data.loading import Frames, batches_an_epoch, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
 from reference_models.data.splits import (
+    absent_values,
     make_splits,
     read_splits,
-    untrained_values,
     write_splits,
 )
 
@@ -100,8 +100,8 @@ def test_splits_do_not_depend_on_the_attributes_that_a_model_is_told():
 def test_values_that_no_training_case_has_are_named():
     dataset = Lesions(30)
     train = [c.case_id for c in dataset.cases if c.attributes[1] != 2 and c.attributes[0] == 0]
-    assert untrained_values(dataset, train) == ["sex m", "site c"]
-    assert untrained_values(dataset, [case.case_id for case in dataset.cases]) == []
+    assert absent_values(dataset, train) == ["sex m", "site c"]
+    assert absent_values(dataset, [case.case_id for case in dataset.cases]) == []
 
 
 def test_splits_keep_the_data_sets_own_and_carve_validation_from_train():

@@ -778,7 +778,7 @@ def test_cases_without_a_mask_are_in_no_split_and_are_counted_by_themselves(tmp_
     assert split == {f"p{i}" for i in range(10)}
     code, text = checked(settings)
     assert code == 0
-    (row,) = [line for line in text.splitlines() if "T2" in line]
+    (row,) = [line for line in text.splitlines() if line.startswith("│ T2")]
     assert row.replace("│", " ").split()[-1] == "1"
     assert "no mask" in text
     path = tmp_path / "splits.json"

@@ -82,6 +82,8 @@ def test_a_file_without_experts_loads_into_a_dense_network(tmp_path):
     [
         ({"attribute_sizes": 4}, {}, "5 routers.*attribute_sizes=5 and unknown='error'"),
         ({"attribute_sizes": None}, {}, "5 routers.*attribute_sizes=5"),
+        ({"attribute_sizes": 4, "unknown": "learned"}, {}, "5 routers.*unknown='error'"),
+        ({"attribute_sizes": (3, 2)}, {}, "5 routers.*attribute_sizes=5"),
         ({"unknown": "learned"}, {}, "5 routers.*unknown='error' or 'average'"),
         ({"n_classes": 3}, {}, "2 classes: make the network with n_classes=2"),
         ({"features": 4}, {}, "2 channels in its first stage: make the network with features=2"),

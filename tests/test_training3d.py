@@ -37,13 +37,7 @@ AFFINES = (
     np.array([[1.9, -0.6, 0, 0], [0.6, 1.9, 0, 0], [0, 0, 3.0, 0], [0, 0, 0, 1]]),
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -460,6 +460,7 @@ def test_a_released_network_without_experts_loads_too(tmp_path):
     ("made", "file", "said"),
     [
         ({"attribute_sizes": 4}, {}, "3 routers.*attribute_sizes=3"),
+        ({"attribute_sizes": 2, "unknown": "learned"}, {}, "3 routers.*unknown='error'"),
         ({"attribute_sizes": 3, "unknown": "learned"}, {}, "3 routers.*unknown='error'"),
         ({"attribute_sizes": None}, {}, "3 routers.*attribute_sizes=3"),
         ({"moe": "none"}, {}, "3 routers.*moe='shared'"),

@@ -63,16 +63,16 @@ def test_the_networks_are_what_their_names_say():
         "dense": {none},
         "mask-loop": {LoopSlot},
         "ours": {DMoE},
-        "ours, half masked": {DMoE},
-        "dense, checkpointed": {none},
-        "ours, checkpointed": {DMoE},
+        "ours-half-masked": {DMoE},
+        "dense-checkpointed": {none},
+        "ours-checkpointed": {DMoE},
     }
     assert {n for n, s in steps.items() if s.network.gradient_checkpointing} == {
-        "dense, checkpointed", "ours, checkpointed"
+        "dense-checkpointed", "ours-checkpointed"
     }  # fmt: skip
     assert steps["ours"].network.encoder[0].moe.attribute_sizes == 4
     masks = {name: step.inputs[1] for name, step in steps.items() if len(step.inputs) > 1}
-    assert {name: mask.float().mean() for name, mask in masks.items()} == {"ours, half masked": 0.5}
+    assert {name: mask.float().mean() for name, mask in masks.items()} == {"ours-half-masked": 0.5}
     assert all(step.network.training for step in steps.values())
 
 
@@ -122,7 +122,7 @@ def test_large_patches_are_not_timed_on_a_cpu(monkeypatch):
 
 def test_the_command_writes_a_csv_of_all_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(volumes, "QUICK", "1x32x32x64")
-    words = ["--device", "cpu", "--rounds", "1", "--networks", "dense;ours", "--out", str(tmp_path)]
+    words = ["--device", "cpu", "--rounds", "1", "--networks", "dense,ours", "--out", str(tmp_path)]
     assert volumes.main(["--quick", *words]) == 0
     with open(tmp_path / "volumes-cpu.csv", newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
@@ -139,7 +139,7 @@ def test_the_command_writes_a_csv_of_all_rows(tmp_path, capsys, monkeypatch):
     [
         (["--patches", "64x64x64"], "patches: got '64x64x64', expected batch x three sides"),
         (["--patches", "1x64x0x64"], "patches: got"),
-        (["--networks", "theirs"], "networks: got 'theirs', expected all or some of dense; mask-"),
+        (["--networks", "theirs"], "networks: got 'theirs', expected all or some of dense, mask-"),
         (["--rounds", "-1"], "rounds: got -1"),
     ],
 )
@@ -160,4 +160,4 @@ def test_the_section_says_where_and_names_every_dtype():
 def test_patches_come_smallest_first_and_networks_by_name():
     assert [p.voxels for p in parse_patches("2x64x64x64,1x64x64x32")] == [64**2 * 32, 2 * 64**3]
     assert parse_networks("all") == list(NETWORKS)
-    assert parse_networks("ours;dense") == ["ours", "dense"]
+    assert parse_networks("ours,dense") == ["ours", "dense"]

@@ -45,13 +45,7 @@ STAGED = SimpleNamespace(
     attributes=(Attribute("stage", ("T1", "T2", "T3")),), regions={"plate": (1,)}
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Local(nn.Module):
@@ -423,25 +417,26 @@ def test_planes_lie_as_radiologists_see_them_through_most_of_the_truth():
     image_CS, truth, predicted = scene()
     picture = Picture.of("a", image_CS, truth, predicted, np.diag([2.0, 1.0, 4.0, 1.0]))
     # Pixels of 1 mm: axial 24 x 40 (back to front, left to right), coronal 32 x 40, sagittal 32 x
-    # 24; the first lies on top of 8 rows of nothing.
+    # 24; the first lies between 4 rows of nothing and 4 more.
     assert picture.truth_HW.shape == (32, 40 + GAP + 40 + GAP + 24)
     assert picture.planes == 3
     axial, coronal, sagittal = np.split(picture.truth_HW, [40 + GAP, 80 + 2 * GAP], axis=1)
     mark = truth.copy()
     # Right is left, the front and the top are on top, and in the last plane the front is left.
     expected = np.repeat(mark[::-1, ::-1, 5].T, 2, axis=1)
-    np.testing.assert_array_equal(axial[:24, :40], expected)
+    np.testing.assert_array_equal(axial[4:28, :40], expected)
     np.testing.assert_array_equal(
         coronal[:, :40], np.repeat(np.repeat(mark[::-1, 6, ::-1].T, 2, 1), 4, 0)
     )
     np.testing.assert_array_equal(sagittal, np.repeat(mark[16, ::-1, ::-1].T, 4, 0))
     grey = picture.image_HW3[..., 0].astype(int)
-    assert grey[0, 0] > grey[0, 39]  # the right side is the brighter
-    assert grey[0, 0] > grey[23, 0]  # as the front
+    assert grey[4, 0] > grey[4, 39]  # the right side is the brighter
+    assert grey[4, 0] > grey[27, 0]  # as the front
     assert grey[0, 40 + GAP] > grey[31, 40 + GAP]  # and the top
     assert grey[0, 80 + 2 * GAP] > grey[0, -1]
-    assert not grey[24:, :40].any()
-    assert not picture.truth_HW[24:, :40].any()
+    for nothing in (slice(None, 4), slice(28, None)):
+        assert not grey[nothing, :40].any()
+        assert not picture.truth_HW[nothing, :40].any()
 
 
 def test_without_a_truth_the_prediction_says_where_to_look_and_none_is_drawn():

@@ -19,7 +19,7 @@ from pathlib import Path, PureWindowsPath
 
 from .cases import SPLITS, UNKNOWN, Attribute, DataError, shown
 
-MISSING = ("", "nan", "na", "n/a", "#n/a", "none", "null", "unknown")
+MISSING = ("", "-1", "nan", "na", "n/a", "#n/a", "none", "null", "unknown")
 RESERVED = ("case", "subject", "split")
 MOST_VALUES = 20  # each gets a router of its own, to be learned from its share of the cases
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import DataSettings, open_dataset
 from .cases import SPLITS, UNKNOWN, Case, DataError, Dataset, shown
-from .splits import choose_splits, leaked_subjects, untrained_values
+from .splits import absent_values, choose_splits, leaked_subjects
 
 # Threads; decoding leaves Python's lock alone. Each may hold a volume, of up to a gigabyte or two.
 WORKERS = {2: 8, 3: 2}  # by the image's axes
@@ -50,11 +50,12 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
         drawn = [split for split in SPLITS if split not in own and split in split_of.values()]
         if settings.splits is None and drawn:
             say(f"split: {' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest")
-        train = {case_id for case_id, split in split_of.items() if split == "train"}
-        if train:  # not of cases that are to be predicted alone
-            warnings += [
-                f"warning: {value}: no training case" for value in untrained_values(dataset, train)
-            ]
+        for split, called in zip(SPLITS, ("training", "validation", "test"), strict=True):
+            ids = {case_id for case_id, placed in split_of.items() if placed == split}
+            if ids:  # there are none among cases that are to be predicted alone
+                warnings += [
+                    f"warning: {value}: no {called} case" for value in absent_values(dataset, ids)
+                ]
         for line in (*dataset.notes, *warnings):
             say(line)
     for error in errors:

@@ -80,8 +80,8 @@ class Square(Framing):
     def apply(self, sample: Sample) -> Frame:
         """The image as float32 (C, size, size) and the mask as uint8 (size, size).
 
-        Images are resized bilinearly, with antialiasing where they shrink; a mask takes the label
-        at each pixel's middle, so that no label is invented and none is shifted.
+        Images are resized bilinearly, with antialiasing where they shrink; a mask as of
+        `resampled_labels`.
         """
         window, side = self._window(sample.native_size)
         padding = _padding(window, side)
@@ -96,9 +96,9 @@ class Square(Framing):
         )
         if sample.mask_S is None:
             return Frame(framed_1CHW[0].numpy())
-        mask_11HW = torch.from_numpy(sample.mask_S[window].astype(np.uint8))[None, None]
-        labels_11HW = F.interpolate(F.pad(mask_11HW, padding), size, mode="nearest-exact")
-        return Frame(framed_1CHW[0].numpy(), labels_11HW[0, 0].numpy())
+        left, right, top, bottom = padding
+        mask_S = np.pad(sample.mask_S[window], ((top, bottom), (left, right)))
+        return Frame(framed_1CHW[0].numpy(), resampled_labels(mask_S, size))
 
     def restore(self, logits_KS: Tensor, sample: Sample) -> np.ndarray:
         """As of `Framing`: resized bilinearly; 0 outside the crop."""
@@ -122,6 +122,29 @@ class Square(Framing):
         starts = [(length - k) // 2 for length, k in zip(native_size, kept, strict=True)]
         window = tuple(slice(start, start + k) for start, k in zip(starts, kept, strict=True))
         return window, max(kept)
+
+
+def resampled_labels(mask_S: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A mask of 2 or 3 axes resized to `size`: uint8, by its labels' linearly interpolated shares.
+
+    The nearest pixel's label would shift a mask by half a pixel wherever an even number of them
+    becomes one, since middles then lie between two. Of equal shares the highest label wins, so that
+    the background does not gain.
+    """
+    mask_S = mask_S.astype(np.uint8, copy=False)
+    if mask_S.shape == size:
+        return mask_S
+    mode = "bilinear" if mask_S.ndim == 2 else "trilinear"
+    labels_S, most_S = np.zeros(size, np.uint8), np.zeros(size, np.float32)
+    for label in range(int(mask_S.max()) + 1):
+        own_S = mask_S == label
+        if own_S.any():
+            share_11S = torch.from_numpy(own_S.astype(np.float32))[None, None]
+            share_11S = F.interpolate(share_11S, size, mode=mode, align_corners=False)
+            share_S = share_11S[0, 0].numpy()
+            labels_S[share_S >= most_S] = label
+            np.maximum(most_S, share_S, out=most_S)
+    return labels_S
 
 
 def _padding(window: tuple[slice, ...], side: int) -> tuple[int, int, int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cases import DataError, Sample
-from .framing import Frame, Framing
+from .framing import Frame, Framing, resampled_labels
 
 _LARGEST = 2**31  # voxels of a frame: 8 GiB a channel
 _SLAB = 2**22  # logits at a time on the way back: 16 MiB of them
@@ -78,7 +78,7 @@ class Grid(Framing):
         body_S = np.pad(find_body(image_CS), padding) if self.body else None
         mask_S = None
         if sample.mask_S is not None:
-            mask_S = np.pad(_relabelled(_turned(sample.mask_S, turn), size), padding)
+            mask_S = np.pad(resampled_labels(_turned(sample.mask_S, turn), size), padding)
         if any(sum(ends) for ends in padding):
             image_CS = np.stack(
                 [np.pad(channel, padding, constant_values=channel.min()) for channel in image_CS]
@@ -181,25 +181,6 @@ def _resampled(image_CS: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         planes_XQ = _resized(volume_S, size[1:]).reshape(1, len(volume_S), -1)
         channels.append(_resized(planes_XQ, (size[0], planes_XQ.shape[2])).reshape(size))
     return torch.stack(channels).numpy()
-
-
-def _relabelled(mask_S: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """uint8. The nearest voxel's label would shift a mask by half a voxel wherever an even number
-    of them becomes one, since middles then lie between two. Of equal shares the highest label wins,
-    so that the background does not gain."""
-    mask_S = mask_S.astype(np.uint8, copy=False)
-    if mask_S.shape == size:
-        return mask_S
-    labels_S, most_S = np.zeros(size, np.uint8), np.zeros(size, np.float32)
-    for label in range(int(mask_S.max()) + 1):
-        own_S = mask_S == label
-        if own_S.any():
-            share_11S = torch.from_numpy(own_S.astype(np.float32))[None, None]
-            share_11S = F.interpolate(share_11S, size, mode="trilinear", align_corners=False)
-            share_S = share_11S[0, 0].numpy()
-            labels_S[share_S >= most_S] = label
-            np.maximum(most_S, share_S, out=most_S)
-    return labels_S
 
 
 def _resized(planes_NHW: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -147,7 +147,8 @@ def list_cases(
                 refuse(
                     case_id,
                     f"{path}: channel {channel:04}, but {layout.path} names "
-                    f"{len(layout.channels)} (0000 on)",
+                    f"{len(layout.channels)} (0000 on); where {channel:04} is part of the case's "
+                    f"name, call it {stem}_0000{layout.ending}",
                 )
             elif (channel or 0) in case.channels:
                 refuse(case_id, f"{path}: the same channel as {case.channels[channel or 0]}")

@@ -100,18 +100,18 @@ def leaked_subjects(split_of: Mapping[str, str | None], dataset: Dataset) -> lis
     ]
 
 
-def untrained_values(dataset: Dataset, train: Collection[str]) -> list[str]:
-    """The attribute values, as in "race White", that cases have but no training case has.
+def absent_values(dataset: Dataset, case_ids: Collection[str]) -> list[str]:
+    """The attribute values, as in "race White", that cases have but none of these has.
 
-    A router that knows the attribute has learned nothing of them.
+    Of training cases: a router that knows the attribute has learned nothing of them.
     """
-    trained = [case.attributes for case in dataset.cases if case.case_id in train]
+    present = [case.attributes for case in dataset.cases if case.case_id in case_ids]
     return [
         f"{attribute.name} {attribute.label(value)}"
         for place, attribute in enumerate(dataset.attributes)
         for value in sorted(
             {case.attributes[place] for case in dataset.cases}
-            - {values[place] for values in trained}
+            - {values[place] for values in present}
         )
     ]
 

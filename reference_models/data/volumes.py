@@ -24,7 +24,8 @@ ASTRAY = 0.1  # voxels that two files' corners may lie apart: text and float32 r
 SHEAR = 0.01  # of the cosine of two axes: less than 1 % of any distance
 # A deflated byte stands for at most this many: a header that claims more voxels lies.
 DEFLATED = 1032
-# nibabel logs what it finds odd in a header, without the file's name; `oddities` has it too.
+# nibabel logs what it finds odd in a header, without the file's name; `oddities` has it too. Its own
+# suppressor swaps the logger's handlers, which `check`'s threads would do at the same time.
 nib.imageglobals.logger.addFilter(lambda _: False)
 _MM = (2, 0)  # NIfTI's codes of mm and of a unit left open
 _KINDS = {"c": "complex", "V": "colours"}  # numpy's letters
@@ -107,6 +108,8 @@ def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
                     f"{behind} bytes more than the voxels of its header, {image.shape} of "
                     f"{image.get_data_dtype()}, so that these cannot be right"
                 )
+    except MemoryError:  # no fault of the file
+        raise
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
     if not (finite_S := np.isfinite(voxels_S)).all():

@@ -209,12 +209,18 @@ def released_moe(file: Entries, model: nn.Module, ours: str, theirs: str) -> Wei
     return {f"{ours}.{name}": value for name, value in new.items()}
 
 
-def routers_advice(n: int) -> str:
-    """How the network must be made for a file with ``n`` routers."""
-    return (
+def routers_advice(n: int, layer: nn.Module) -> list[str]:
+    """How the network must be made for a file with ``n`` routers, unless its layer is made so."""
+    router = layer.get_submodule("router")
+    # Not by the number of rows: a learned unknown, or a second attribute, has rows of its own.
+    if len(router.get_parameter("w_A2ED")) == n and (
+        n == 1 or (router.attribute_sizes in (n, (n,)) and router.unknown != "learned")
+    ):
+        return []
+    return [
         f"It has {n} routers, one for each value: make the network with attribute_sizes={n} and "
         "unknown='error' or 'average'."
-    )
+    ]
 
 
 @torch.no_grad()

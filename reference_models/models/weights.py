@@ -66,7 +66,7 @@ RELEASED = {
     "mlp_2": "transformer.encoder.layer.{}.ffn.fc2",
 }
 RELEASED_MOE = "transformer.encoder.sparseMoE"
-ROUTER = "vit.moe.0.router.w_A2ED"
+MOE = "vit.moe.0"
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:
@@ -140,7 +140,7 @@ def load_released_2d(model: TransUNet, path: str | Path) -> None:
     advice = _differences(file, model)
     new = _vit(file, model, RELEASED)
     if model.moe_mode == "shared":
-        new |= released_moe(file, model, "vit.moe.0", RELEASED_MOE)
+        new |= released_moe(file, model, MOE, RELEASED_MOE)
     new |= layer_of(file, model, "decoder.entry.0", "decoder.conv_more.0")
     new |= layer_of(file, model, "decoder.entry.1", "decoder.conv_more.1")
     for n in range(len(model.decoder.blocks)):
@@ -201,8 +201,8 @@ def _differences(file: Entries, model: TransUNet) -> tuple[str, ...]:
     wanted = "shared" if routers else "none"
     if model.moe_mode != wanted:
         advice.append(f"It has {routers} routers: make the network with moe={wanted!r}.")
-    elif routers and routers != len(model.state_dict()[ROUTER]):
-        advice.append(routers_advice(routers))
+    elif routers:
+        advice += routers_advice(routers, model.get_submodule(MOE))
     head = file.entries.get("segmentation_head.0.weight")
     if head is not None and head.shape[:1] != model.head.weight.shape[:1]:
         advice.append(f"It has {len(head)} classes: make the network with n_classes={len(head)}.")

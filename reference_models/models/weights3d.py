@@ -84,13 +84,9 @@ def _differences(file: Entries, model: ResUNet3D) -> tuple[str, ...]:
             f"moe='per_block' and stages={stages}."
         )
     elif made:  # all stages alike
-        n_routers, _, n_experts, _ = model.state_dict()[
-            f"encoder.{made[0]}.moe.router.w_A2ED"
-        ].shape
-        routers = file.count(f"{EXPERTS}.{made[0]}.router.")
-        if routers != n_routers:
-            advice.append(routers_advice(routers))
+        layer = model.get_submodule(f"encoder.{made[0]}.moe")
+        advice += routers_advice(file.count(f"{EXPERTS}.{made[0]}.router."), layer)
         experts = file.count(f"{EXPERTS}.{made[0]}.experts.")
-        if experts != n_experts:
+        if experts != len(layer.get_parameter("w1_EHD")):
             advice.append(f"It has {experts} experts: make the network with n_experts={experts}.")
     return tuple(advice)
