@@ -24,8 +24,8 @@ ASTRAY = 0.1  # voxels that two files' corners may lie apart: text and float32 r
 SHEAR = 0.01  # of the cosine of two axes: less than 1 % of any distance
 # A deflated byte stands for at most this many: a header that claims more voxels lies.
 DEFLATED = 1032
-# nibabel logs what it finds odd in a header, without the file's name; `oddities` has it too. Its own
-# suppressor swaps the logger's handlers, which `check`'s threads would do at the same time.
+# nibabel logs what it finds odd in a header, without the file's name; `oddities` has it too. Its
+# own suppressor swaps the logger's handlers, which threads of `check` would do at the same time.
 nib.imageglobals.logger.addFilter(lambda _: False)
 _MM = (2, 0)  # NIfTI's codes of mm and of a unit left open
 _KINDS = {"c": "complex", "V": "colours"}  # numpy's letters
