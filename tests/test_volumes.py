@@ -566,6 +566,20 @@ def test_predicted_masks_lie_where_their_images_do_and_need_no_label(run_of, fol
     assert not nibabel.load(out / "masks" / "new.nii.gz").get_fdata().any()
 
 
+def test_every_volume_is_told_its_own_attribute(run_of):
+    told = []
+
+    class Listening(Threshold):
+        def forward(self, image_BCS):
+            _, routed = self.layer(image_BCS, return_routing=True)
+            told.append(routed.attributes.unique().tolist())
+            return super().forward(image_BCS)
+
+    run, _ = run_of(Listening(3))
+    predict(PredictSettings(run))
+    assert [values for values, _ in itertools.groupby(told)] == [[0], [1], [2]]
+
+
 def test_what_other_data_cannot_be_is_said_in_one_line(run_of, folder):
     run, _ = run_of()
     path = folder / "imagesTr/b_0000.nii.gz"
