@@ -160,7 +160,7 @@ def test_readme_snippets_run(snippet):
 def test_readme_commands_are_there():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     commands = re.findall(r"^make (\w+)", "\n".join(snippets("bash")), flags=re.MULTILINE)
-    assert commands == ["demo", "test", "bench"]
+    assert commands == ["demo", "demo3d", "test", "bench"]
     for command in commands:
         assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE)
 
