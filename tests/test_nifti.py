@@ -266,4 +266,6 @@ def test_the_grid_is_the_median_of_all_but_the_test_cases(tmp_path):
     for i, size in enumerate((1, 4, 2, 9, 9, 9, 9, 9)):
         for path in (tmp_path / f"imagesTr/p{i}_0000.nii.gz", tmp_path / f"labelsTr/p{i}.nii.gz"):
             save(path, mask(), np.diag([size, 1, 10 - size, 1]))
-    assert open_dataset(settings).spacing == (2, 1, 8)
+    dataset = open_dataset(settings)
+    assert dataset.spacing == (2, 1, 8)
+    assert "volumes: in the median 6 x 5 x 4 voxels of 2 x 1 x 8 mm, from left" in dataset.notes[-1]

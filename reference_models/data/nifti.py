@@ -15,7 +15,7 @@ from nibabel.affines import voxel_sizes
 from .attributes_csv import Row, read_attributes
 from .cases import Attribute, Case, DataError, Dataset, Sample, report_faults, shown
 from .nnunet import CaseFiles, list_cases, read_layout
-from .volumes import canonical_spacing, oddities, open_volume, read_voxels, require_one_grid
+from .volumes import canonical_grid, oddities, open_volume, read_voxels, require_one_grid
 
 CT_WINDOW = (-175.0, 250.0)  # Hounsfield units: soft tissue
 UNLIKE = 500  # of two voxels' volumes; cm taken for mm are a factor of 1000
@@ -78,7 +78,7 @@ class Nifti(Dataset):
             faults.insert(0, error)
             self.attributes, rows = (), {case_id: Row(0, case_id, None, ()) for case_id in files}
         cases: list[Case] = []
-        spacings: list[tuple[float, ...]] = []
+        grids: list[tuple[np.ndarray, np.ndarray]] = []
         for case_id in sorted(rows):
             try:
                 case = _case(case_id, files[case_id], rows[case_id], table)
@@ -88,17 +88,23 @@ class Nifti(Dataset):
                 faults.append(error)
                 continue
             cases.append(case)
-            spacings.append(canonical_spacing(images[0].affine))
+            grids.append(canonical_grid(images[0]))
         report_faults(faults, damaged)
         self.cases = tuple(cases)
         # Test cases decide nothing, not even the grid, where there are others.
-        own = [s for s, case in zip(spacings, cases, strict=True) if case.split != "test"]
-        if spacings:
-            across, along, up = np.median(own or spacings, axis=0).tolist()
+        own = [grid for grid, case in zip(grids, cases, strict=True) if case.split != "test"]
+        if grids:
+            sizes, counts = np.median(own or grids, axis=0).tolist()
+            across, along, up = sizes
             self.spacing = (across, along, up)
+            notes.append(
+                f"volumes: in the median {' x '.join(f'{n:.0f}' for n in counts)} voxels of "
+                f"{' x '.join(f'{size:.3g}' for size in sizes)} mm, from left to right, back to "
+                "front and below to above"
+            )
             unlike = [
                 case.case_id
-                for case, spacing in zip(cases, spacings, strict=True)
+                for case, (spacing, _) in zip(cases, grids, strict=True)
                 if not 1 / UNLIKE < np.prod(spacing) / np.prod(self.spacing) < UNLIKE
             ]
             if unlike:

@@ -193,7 +193,7 @@ def oddities(path: str, image: Nifti1Image) -> list[str]:
     return remarks
 
 
-def canonical_spacing(affine: np.ndarray) -> tuple[float, ...]:
-    """Voxel sizes along left-right, back-front and below-above."""
-    axes = io_orientation(affine)[:, 0].astype(int)
-    return tuple(voxel_sizes(affine)[np.argsort(axes)].tolist())
+def canonical_grid(image: Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
+    """Voxel sizes, and counts, along left-right, back-front and below-above."""
+    order = np.argsort(io_orientation(image.affine)[:, 0])
+    return voxel_sizes(image.affine)[order], np.array(image.shape)[order]
