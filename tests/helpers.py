@@ -1,8 +1,10 @@
 """What several test files share: sizes, attributes that fit them, and a thread of one's own."""
 
 import threading
+import time
 
 import torch
+import torch.distributed as dist
 
 B, T, D, E, A = 4, 3, 6, 4, 3  # batch, tokens, width, experts, attribute values
 GOOD = torch.tensor([0, 2, 1, 2])
@@ -24,3 +26,14 @@ def in_a_thread(work):
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
+
+
+def leave_group():
+    """A rank's end: waits for the others, and lets its process group go.
+
+    Gloo's thread frees what is left of the barrier under the GIL, and PyTorch 2.13 waits for that
+    thread with the GIL held as the group goes: without the pause a rank has waited for ever.
+    """
+    dist.barrier()
+    time.sleep(0.2)
+    dist.destroy_process_group()

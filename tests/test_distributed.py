@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import leave_group
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -59,8 +60,7 @@ def work(rank, kind, store, results):
     state = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in model.named_parameters()}
     if rank == 0:
         torch.save({n: t.detach() for n, t in state.items()}, results)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def train_in_one_process():

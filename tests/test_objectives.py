@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import leave_group
 from monai.losses import DiceCELoss
 
 from reference_models.objectives import Objective
@@ -192,8 +193,7 @@ def work(rank, store, results):
         loss.backward()
         found[fairness] = loss.item(), mine.grad, made.weights_G
     results.put((rank, found))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_processes_have_the_loss_the_gradients_and_the_weights_of_one(tmp_path):
