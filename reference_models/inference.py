@@ -6,6 +6,7 @@ Shapes: B samples, W windows at a time, C channels, K classes, S spatial axes, A
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from monai.inferers import sliding_window_inference
@@ -74,7 +75,7 @@ def infer(
         raise ValueError(
             f"inputs: got volumes of {size}, expected at least the patch {frame.patch}."
         )
-    logits_BKS = sliding_window_inference(
+    answer_BKS = sliding_window_inference(
         inputs[0],
         frame.patch,
         windows,
@@ -85,5 +86,4 @@ def infer(
         device=torch.device("cpu"),
         with_coord=True,
     )
-    assert isinstance(logits_BKS, Tensor)
-    return logits_BKS
+    return cast(Tensor, answer_BKS)  # as that of `answer_windows` is one

@@ -15,7 +15,14 @@ from .data.splits import Splits, write_splits
 from .files import write_whole
 from .models.resunet3d import ResUNet3D
 from .models.transunet import TransUNet
-from .recipe import Recipe, ResUNet3DSettings, RunError, SquareSettings
+from .recipe import (
+    Recipe,
+    ResUNet3DSettings,
+    RunError,
+    SquareSettings,
+    TransUNetSettings,
+    VolumeSettings,
+)
 from .serial import flat, from_json, to_json
 
 # What may differ between a run and its resumption: where things lie and what computes them.
@@ -75,12 +82,13 @@ def build_model(recipe: Recipe, task: Task) -> nn.Module:
         "gradient_checkpointing": model.gradient_checkpointing,
     }
     try:
-        if isinstance(model, ResUNet3DSettings):
+        if isinstance(model, TransUNetSettings) and isinstance(frame, SquareSettings):
+            return TransUNet(model.variant, image_size=frame.size, **options)
+        if isinstance(model, ResUNet3DSettings) and isinstance(frame, VolumeSettings):
             return ResUNet3D(model.features, stages=model.stages, **options)
-        assert isinstance(frame, SquareSettings)  # as `settle` has made sure
-        return TransUNet(model.variant, image_size=frame.size, **options)
     except ValueError as error:
         raise RunError(f"model: {error}") from error
+    raise RunError("model, frame: one is for 2D images and the other for volumes.")
 
 
 def read_run(run: Path) -> tuple[Recipe, Task]:

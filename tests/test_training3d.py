@@ -26,7 +26,14 @@ from reference_models.__main__ import main
 from reference_models.data import DataSettings
 from reference_models.models import resunet3d
 from reference_models.presets import PRESETS
-from reference_models.recipe import ResUNet3DSettings, RunError, VolumeSettings, on_grid
+from reference_models.recipe import (
+    ResUNet3DSettings,
+    RunError,
+    SquareSettings,
+    VolumeSettings,
+    on_grid,
+)
+from reference_models.runs import Task, build_model
 from reference_models.training import train
 
 STAGES = ("T1", "T2", "T3")
@@ -152,6 +159,7 @@ def test_the_median_spacing_becomes_numbers_of_the_run(recipe):
         ({"frame": VolumeSettings(overlap=1.0)}, "overlap: got 1.0"),
         ({"frame": VolumeSettings(foreground=1.5)}, "foreground: got 1.5"),
         ({"frame": VolumeSettings(patches=0)}, "patches: got 0"),
+        ({"frame": SquareSettings(64, "whole")}, "one is for 2D images and the other for volumes"),
         ({"strategy": "fsdp"}, "fsdp is not for volumes"),
         ({"model": ResUNet3DSettings(stages=(6,))}, "stages"),
     ],
@@ -197,3 +205,9 @@ def test_the_median_spacing_is_rounded_but_never_to_nothing():
     recipe = PRESETS["paper3d"]
     spacing = on_grid(recipe, (0.97656251, 2.9999999, 2e-5)).frame.spacing
     assert spacing == (0.976563, 3.0, 2e-5)
+
+
+def test_a_recipe_edited_into_two_kinds_is_refused_when_its_run_is_read(recipe):
+    edited = dataclasses.replace(recipe, frame=SquareSettings(64, "whole"))
+    with pytest.raises(RunError, match="one is for 2D images and the other for volumes"):
+        build_model(edited, Task(1, ("background", "tumour"), (), ("CT",)))

@@ -157,7 +157,8 @@ class Frames(data.Dataset[Batch | DataError]):
         """What is kept of a case: image (C, S), mask and body (1, S), and of volumes where the
         voxels of each label lie."""
         frame = self.framing.apply(self.dataset.load(case))
-        assert frame.mask_S is not None  # as the case is labelled
+        if frame.mask_S is None:
+            raise DataError(f"{case.case_id}: was read without its mask; look at {case.files}.")
         # float16 holds an 8-bit or normalised intensity to a 2000th of it, but whole numbers, as
         # of a CT that is left as it is, no further than to 2048.
         largest = max(frame.image_CS.max(), -frame.image_CS.min())
