@@ -26,6 +26,7 @@ _Preset: Any = tyro.extras.subcommand_type_from_defaults(
         "paper": "as the paper's appendix has it",
         "released": "as the paper's released code has it",
         "small": "for a CPU, on the MNI152 brain",
+        "study": "one training of the study, on the phantom",
         "paper3d": "volumes, as the paper's appendix has it",
         "paper3d-24gb": "the same in half the bits, for a card of 24 GB",
         "small3d": "volumes, for a CPU, on the folder that `example` writes",

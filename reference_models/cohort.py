@@ -53,7 +53,7 @@ class Cohort:
         left_out: frozenset[str] = frozenset()
         if recipe.leave_out_unknown:
             left_out = frozenset(case.case_id for case in lacking)
-        elif lacking and model.unknown == "error" and model.aware and model.moe != "none":
+        elif lacking and model.unknown == "error" and model.told:
             raise RunError(
                 f"unknown: {len(lacking)} cases lack an attribute ({lacking[0].case_id} is one) "
                 "and the router is to refuse them; --leave-out-unknown trains without them, and "

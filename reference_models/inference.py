@@ -18,6 +18,18 @@ from .loads import Loads
 from .recipe import SquareSettings, VolumeSettings
 
 
+def call(model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor) -> tuple[Tensor, routing]:
+    """A network's logits (B, K, S), and the closed scope with what it routed.
+
+    Experts are told the attributes by the scope. A network whose other parts need them too says so
+    by ``takes_attributes``, and is given them after its inputs.
+    """
+    with routing(told_BA) as scope:
+        further = (told_BA,) if getattr(model, "takes_attributes", False) else ()
+        logits: Tensor = model(*inputs, *further)
+    return logits, scope
+
+
 def infer(
     model: nn.Module,
     inputs: Sequence[Tensor],
@@ -55,8 +67,7 @@ def infer(
     """
 
     def answer(parts: Sequence[Tensor], told_WA: Tensor) -> Tensor:
-        with routing(told_WA) as scope:
-            logits: Tensor = model(*(part.to(device) for part in parts))
+        logits, scope = call(model, [part.to(device) for part in parts], told_WA.to(device))
         if loads is not None:
             loads.add(scope)
         return logits

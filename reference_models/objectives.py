@@ -1,4 +1,4 @@
-"""Segmentation losses that weigh groups: plain, group-DRO, fair-DRO and FEBS.
+"""Segmentation losses that weigh groups: plain, reweighted, group-DRO, fair-DRO and FEBS.
 
 Every group statistic is over the batch of all ranks together, so that several processes train as
 one. Shapes: B samples, G groups, K classes, P pixels or voxels.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .parallel import global_max, global_sum
 
-Fairness = Literal["none", "group-dro", "fair-dro", "febs"]
+Fairness = Literal["none", "reweight", "group-dro", "fair-dro", "febs"]
 _SMOOTH = 1e-5  # MONAI's
 
 
@@ -26,6 +26,9 @@ class Objective(nn.Module):
     group g in the batch:
 
     - ``none``: the mean of ℓ_i.
+    - ``reweight``: the mean of ℓ_i / (G π_g), with π_g the share of the sample's group in the
+      training cases and G the number of groups that have one: on average over batches, every
+      group counts alike.
     - ``group-dro`` (Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020, alg. 1):
       Σ_g q_g L_g, where before each step q_g ← q_g · exp(η L_g), renormalised. A group that is
       absent from the batch keeps its weight up to that normalisation. q starts even over the
@@ -48,9 +51,9 @@ class Objective(nn.Module):
     Samples whose attribute is not known are a group of their own, the last.
 
     Args:
-        fairness: one of the four.
+        fairness: one of the five.
         lambda_dice, lambda_ce: the weights λ.
-        group_counts: training cases of each group, unknown last; for group-dro.
+        group_counts: training cases of each group, unknown last; for reweight and group-dro.
         rate: η.
         temperature: τ.
         gamma: γ.
@@ -75,6 +78,9 @@ class Objective(nn.Module):
         present_G = (group_counts > 0).float()
         self.weights_G: Tensor
         self.register_buffer("weights_G", present_G / present_G.sum())
+        self.inverse_G: Tensor
+        inverse_G = group_counts.sum() / (present_G.sum() * group_counts.clamp(min=1))
+        self.register_buffer("inverse_G", inverse_G.float(), persistent=False)
 
     def forward(
         self, logits_BKP: Tensor, mask_BP: Tensor, group_B: Tensor
@@ -96,7 +102,9 @@ class Objective(nn.Module):
             dice_BK = self.dice(logits_BKP, mask_BP[:, None]).flatten(1)
             loss_B = loss_B + self.lambda_dice * dice_BK.mean(1)
         member_BG = F.one_hot(group_B % len(self.weights_G), len(self.weights_G)).to(loss_B)
-        if self.fairness == "group-dro":
+        if self.fairness == "reweight":
+            loss = _mean(loss_B * (member_BG @ self.inverse_G))
+        elif self.fairness == "group-dro":
             loss = self._group_dro(loss_B, member_BG)
         elif self.fairness == "fair-dro":
             loss = self._fair_dro(loss_B, member_BG)

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from dmoe_layer import AttributeRouter
-
 from .checkpoints import Which, load_model
 from .cohort import framing_of
 from .data import open_dataset
@@ -129,10 +127,10 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
         cases, left_out = [case for case in cases if case not in unknown], unknown
-    routers = [
+    routers: list[Any] = [  # and whatever else has a policy for unknown attributes
         module
         for module in model.modules()
-        if isinstance(module, AttributeRouter) and module.attribute_sizes is not None
+        if getattr(module, "attribute_sizes", None) and hasattr(module, "unknown")
     ]
     policy = routers[0].unknown if routers else None
     if unknown and policy == "error" and not left_out:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from .data import DataSettings
-from .recipe import Recipe, ResUNet3DSettings, SquareSettings, TransUNetSettings, VolumeSettings
+from .recipe import (
+    Recipe,
+    ResUNet3DSettings,
+    SquareSettings,
+    TransUNetSettings,
+    UNetSettings,
+    VolumeSettings,
+)
 
 # The paper's card leaves open: the rate of the exponential decay (ours leaves 1 % in the last
 # epoch), AdamW's weight decay and betas (PyTorch's here), warm-up (none), augmentation (the
@@ -52,6 +59,17 @@ PRESETS: dict[str, Recipe] = {
         schedule="cosine",
         warmup=0.1,
         balance_weight=0.01,
+    ),
+    # One training of the study, by itself.
+    "study": Recipe(
+        data=DataSettings("phantom"),
+        model=UNetSettings(),
+        frame=SquareSettings(size=64, crop="whole", augment="none"),
+        batch_size=8,
+        epochs=5,
+        learning_rate=6e-3,
+        schedule="cosine",
+        warmup=0.1,
     ),
     "paper3d": _PAPER_3D,
     # The same steps in half the bits; what they take is in the README.

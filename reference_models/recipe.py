@@ -30,8 +30,14 @@ class ModelSettings:
     gradient_checkpointing: bool = False
     """Recompute each block in backward: less memory, more time."""
     weights: Path | None = None
-    """Trained weights to start from: Google's ViT-B_16.npz or R50+ViT-B_16.npz for a TransUNet, or
-    a .pth of the paper's released code."""
+    """Trained weights to start from: Google's ViT-B_16.npz or R50+ViT-B_16.npz for a TransUNet, a
+    .pth of the paper's released code, or for a U-Net of experts the model.safetensors of a dense
+    one, whose MLPs all experts start as."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the network is told the attributes at all."""
+        return self.aware
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class TransUNetSettings(ModelSettings):
     """shared: one residual layer after every block, the paper's; per_block: one each; mlp: in place
     of each block's MLP; none: a dense network."""
 
+    @property
+    def told(self) -> bool:
+        return self.aware and self.moe != "none"
+
 
 @dataclass(frozen=True)
 class ResUNet3DSettings(ModelSettings):
@@ -56,6 +66,38 @@ class ResUNet3DSettings(ModelSettings):
     """per_block: a residual layer after each of --stages, the paper's; none: a dense network."""
     stages: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Encoder stages that are followed by experts."""
+
+    @property
+    def told(self) -> bool:
+        return self.aware and self.moe != "none"
+
+
+@dataclass(frozen=True)
+class UNetSettings(ModelSettings):
+    """The study's small 2D network; `aware` and `noise` mean something to experts alone."""
+
+    widths: tuple[int, ...] = (12, 24, 48)
+    """Channels of the stages, each of which halves the image; multiples of 4."""
+    block: Literal["mlp", "channels", "film", "per_value", "moe"] = "moe"
+    """What each stage's MLP is. mlp: dense, told nothing; channels: the same, and the attribute is
+    in further channels of the image; film: scaled and shifted by the attribute; per_value: one for
+    each attribute value; moe: experts."""
+    hidden: int = 8
+    """Hidden units that a token passes through, of all its experts together, as a multiple of the
+    stage's channels."""
+    placement: Literal["mlp", "after"] = "mlp"
+    """Of experts. mlp: in its place; after: half of the hidden units stay in the MLP, and a
+    residual layer of experts follows it."""
+    router: Literal["own", "shared"] = "own"
+    """own: each attribute value's; shared: one for all, but for a bias by attribute value."""
+    n_experts: int = 8
+    """Experts of a stage."""
+    k: int = 2
+    """Experts of a token."""
+
+    @property
+    def told(self) -> bool:
+        return self.aware and self.block != "mlp"
 
 
 @dataclass(frozen=True)
@@ -99,7 +141,9 @@ class Recipe:
 
     data: Annotated[DataSettings, tyro.conf.arg(name="")]
     model: Annotated[
-        TransUNetSettings | ResUNet3DSettings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands
+        TransUNetSettings | ResUNet3DSettings | UNetSettings,
+        tyro.conf.arg(name=""),
+        tyro.conf.AvoidSubcommands,
     ] = field(default_factory=TransUNetSettings)
     frame: Annotated[
         SquareSettings | VolumeSettings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands
@@ -115,6 +159,9 @@ class Recipe:
     """paper: 300 for FairSeg, 100 for HAM10000; 0: none, to evaluate --weights as they are."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is not known, as the paper does."""
+    attribute_dropout: float = 0.0
+    """Share of the training samples of a step whose attributes the network is told are unknown, so
+    that --unknown learned has something to learn from."""
     patience: int | None = None
     """Stop after so many epochs without a better validation score."""
 
@@ -138,10 +185,13 @@ class Recipe:
     lambda_ce: float = 1.0
     """Weight of the cross-entropy."""
     balance_weight: float = 0.0
-    """Weight of the load-balancing loss, the mean over the layer's calls."""
+    """Weight of the balance loss, the mean over the layer's calls."""
+    balance: Literal["load", "within", "importance"] = "load"
+    """Which. load: load balancing over all tokens; within: the same within each attribute value,
+    all values alike; importance: of the summed gates."""
     z_weight: float = 0.0
     """Weight of the router z-loss, the mean over the layer's calls."""
-    fairness: Literal["none", "group-dro", "fair-dro", "febs"] = "none"
+    fairness: Literal["none", "reweight", "group-dro", "fair-dro", "febs"] = "none"
     """How samples of different groups are weighed; groups are those of the first attribute."""
     group_dro_rate: float = 0.01
     """group-dro: step size of the groups' weights."""
@@ -194,6 +244,13 @@ def settle(recipe: Recipe) -> Recipe:
     for setting in (*weights, "checkpoint_every", "group_dro_rate", "febs_gamma"):
         _require(recipe, setting, 0 <= getattr(recipe, setting) < math.inf, "0 or more and finite")
     _require(recipe, "warmup", 0 <= recipe.warmup < 1, "0 or more and less than 1")
+    dropout = recipe.attribute_dropout
+    _require(recipe, "attribute_dropout", 0 <= dropout < 1, "0 or more and less than 1")
+    if dropout and recipe.model.unknown == "error":
+        raise RunError(
+            f"attribute_dropout: got {dropout}, but unknown attributes are an error; choose "
+            "--unknown learned or average."
+        )
     _require(recipe, "momentum", 0 <= recipe.momentum < 1, "0 or more and less than 1")
     _require(recipe, "patience", recipe.patience is None or recipe.patience >= 1, "1 or more")
     processes = recipe.devices * recipe.nodes

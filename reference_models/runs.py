@@ -15,12 +15,14 @@ from .data.splits import Splits, write_splits
 from .files import write_whole
 from .models.resunet3d import ResUNet3D
 from .models.transunet import TransUNet
+from .models.unet import UNet
 from .recipe import (
     Recipe,
     ResUNet3DSettings,
     RunError,
     SquareSettings,
     TransUNetSettings,
+    UNetSettings,
     VolumeSettings,
 )
 from .serial import flat, from_json, to_json
@@ -75,13 +77,29 @@ def build_model(recipe: Recipe, task: Task) -> nn.Module:
     options: dict[str, Any] = {
         "in_channels": task.channels,
         "n_classes": len(task.classes),
-        "moe": model.moe,
-        "attribute_sizes": sizes if model.aware else None,
+        "attribute_sizes": sizes if model.told else None,
         "noise": model.noise,
         "unknown": model.unknown,
-        "gradient_checkpointing": model.gradient_checkpointing,
     }
     try:
+        if isinstance(model, UNetSettings) and isinstance(frame, SquareSettings):
+            if model.gradient_checkpointing:
+                raise ValueError("gradient_checkpointing is not for the study's small U-Net.")
+            return UNet(
+                model.widths,
+                block=model.block,
+                hidden=model.hidden,
+                placement=model.placement,
+                router=model.router,
+                n_experts=model.n_experts,
+                k=model.k,
+                **options,
+            )
+        if isinstance(model, TransUNetSettings | ResUNet3DSettings):
+            options |= {
+                "moe": model.moe,
+                "gradient_checkpointing": model.gradient_checkpointing,
+            }
         if isinstance(model, TransUNetSettings) and isinstance(frame, SquareSettings):
             return TransUNet(model.variant, image_size=frame.size, **options)
         if isinstance(model, ResUNet3DSettings) and isinstance(frame, VolumeSettings):

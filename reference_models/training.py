@@ -10,8 +10,10 @@ index). So a run that was killed goes on exactly as it would have, with no rando
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from dmoe_layer import routing
 from . import checkpoints
 from .cohort import Cohort
 from .data import open_dataset
+from .data.cases import UNKNOWN
 from .data.loading import Batch, eval_batches, train_batches
+from .inference import call
 from .models.weights import load_pretrained
 from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
@@ -172,15 +176,20 @@ class _Run:
         torch.manual_seed(step_seed(recipe.seed, self.state.position.step, self.fabric.global_rank))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with routing(batch.attributes_BN) as r:
-            logits_BKS = self.model(*batch.inputs)
+        told_BN = batch.attributes_BN
+        if recipe.attribute_dropout:
+            dropped_B1 = (
+                torch.rand(len(told_BN), 1, device=told_BN.device) < recipe.attribute_dropout
+            )
+            told_BN = told_BN.masked_fill(dropped_B1, UNKNOWN)
+        logits_BKS, r = call(self.model, batch.inputs, told_BN)
         segmentation, loss_B = self.objective(
             logits_BKS.float(), batch.mask_BS, batch.attributes_BN[:, 0]
         )
         losses = {"segmentation": segmentation}
         loss = segmentation
         for name, weight, of_calls in (
-            ("balance", recipe.balance_weight, r.load_balancing_loss),
+            ("balance", recipe.balance_weight, balance_losses(r)[recipe.balance]),
             ("z", recipe.z_weight, r.router_z_loss),
         ):
             if weight and r.routings:
@@ -237,6 +246,15 @@ class _Run:
         self.lock = hold(self.folder)
         refuse_taken(self.folder)  # another process may have come first
         write_run(self.folder, self.recipe, self.task, self.cohort.splits)
+
+
+def balance_losses(scope: routing) -> dict[str, Callable[[], Tensor]]:
+    """What `Recipe.balance` chooses from."""
+    return {
+        "load": scope.load_balancing_loss,
+        "within": functools.partial(scope.load_balancing_loss, per_attribute=True),
+        "importance": scope.importance_loss,
+    }
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

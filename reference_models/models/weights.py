@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .resunet3d import ResUNet3D
 from .transunet import TransUNet
+from .unet import UNet, load_dense
 from .vit import resized_positions
 from .weight_files import (
     Entries,
@@ -73,7 +74,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     """The weights of a file, by the network's kind and the file's.
 
     A TransUNet takes Google's from a `.npz` and the paper's from a `.pth`, a ResUNet3D the paper's
-    from a `.pth`.
+    from a `.pth`, a UNet of experts those of a dense one from a `.safetensors`.
 
     Raises:
         WeightsError: there are no such files for this network; or as of `load_google_npz`,
@@ -214,4 +215,5 @@ def _differences(file: Entries, model: TransUNet) -> tuple[str, ...]:
 LOADERS: Mapping[type[nn.Module], Mapping[str, Callable[[Any, Path], None]]] = {
     TransUNet: {".npz": load_google_npz, ".pth": load_released_2d},
     ResUNet3D: {".pth": load_released_3d},
+    UNet: {".safetensors": load_dense},
 }
