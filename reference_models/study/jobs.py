@@ -18,19 +18,22 @@ class Job:
     Args:
         scene: a name of `scenes.SCENES`.
         method: a name of `methods.METHODS`.
-        seed: of the study; the seeds of data and of initialisation are made from it.
+        data_seed: of the phantom's images; real MRI has none.
+        init_seed: of initial weights, order of batches, augmentation, routing noise and dropout.
         learning_rate: of the grid.
     """
 
     scene: str
     method: str
-    seed: int
+    data_seed: int
+    init_seed: int
     learning_rate: float
 
     @property
     def name(self) -> str:
         """That of its files."""
-        return f"{self.scene}-{self.method}-seed{self.seed}-lr{self.learning_rate:g}"
+        seeds = f"data{self.data_seed}-init{self.init_seed}"
+        return f"{self.scene}-{self.method}-{seeds}-lr{self.learning_rate:g}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Trial:
         cases: ids of the test cases.
         subjects: of the test cases: cases of one subject are drawn together by the bootstrap.
         attributes: of the test cases, one tuple each; the groups are those of the first.
+        seen: of the test cases, whether their combination of attribute values occurs in training; of
+            one attribute all do.
         dice: by condition, a number a test case, of the scene's region. Networks that are told no
             attribute have RIGHT alone.
         told_right: by condition, the share of the cases that were told the truth all the same.
@@ -59,6 +64,7 @@ class Trial:
     cases: tuple[str, ...]
     subjects: tuple[str, ...]
     attributes: tuple[tuple[int, ...], ...]
+    seen: tuple[bool, ...]
     dice: Mapping[str, tuple[float, ...]]
     told_right: Mapping[str, float]
     loads: Mapping[str, LoadTables]

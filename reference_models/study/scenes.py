@@ -9,7 +9,11 @@ from typing import Literal
 
 from ..data import DataSettings, PhantomSettings
 from ..presets import PRESETS
-from ..recipe import Recipe, SquareSettings
+from ..recipe import Recipe
+from .jobs import Job
+from .methods import METHODS
+
+Effect = Literal["rule", "appearance", "none", "two"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,13 @@ class Scene:
         title: in words, for figures and tables.
         effect: of the phantom; None: real MRI.
         region: that is scored.
-        seen: whether a combination of attribute values occurs in training; of one attribute all do.
+        epochs: about 240 steps of 8.
     """
 
     title: str
-    effect: Literal["rule", "appearance", "none", "two"] | None
+    effect: Effect | None
     region: str = "lesion"
+    epochs: int = 4
 
 
 SCENES: dict[str, Scene] = {
@@ -33,9 +38,69 @@ SCENES: dict[str, Scene] = {
     "appearance": Scene("(b) an appearance that the image shows", "appearance"),
     "none": Scene("(c) an attribute without effect", "none"),
     "two": Scene("(d) two attributes, some combinations unseen in training", "two"),
-    "mri": Scene("(e) real MRI, a contouring protocol", None, region="outlined"),
+    "mri": Scene("(e) real MRI, a contouring protocol", None, region="outlined", epochs=3),
 }
 
-CASES = 480  # training cases of the phantom: 60 steps of 8 an epoch
-VALIDATION_CASES, TEST_CASES = 25, 100  # of every group of the phantom
-SHARES = (0.6, 0.25, 0.1, 0.05)
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; the study's, or a smoke run's.
+
+    Args:
+        cases: training cases of the phantom.
+        validation_cases, test_cases: of the phantom, of each of its groups.
+        epochs: at most; a scene may have fewer.
+        image_size: that the network sees, rows and columns.
+    """
+
+    cases: int = 480
+    validation_cases: int = 25
+    test_cases: int = 100
+    epochs: int = 4
+    image_size: int = 64
+
+
+FULL, QUICK = Sizes(), Sizes(48, 4, 4, 1, 32)
+
+
+def recipe_of(
+    job: Job,
+    sizes: Sizes,
+    out: Path,
+    *,
+    shares: tuple[float, ...],
+    rule: Literal["margin", "direction"],
+    cache: Path,
+) -> Recipe:
+    """What a job trains by."""
+    scene, method = SCENES[job.scene], METHODS[job.method]
+    recipe = PRESETS["study"]
+    if scene.effect is None:
+        # One head in one pose: without shifts its slices are learned by heart.
+        frame = dataclasses.replace(recipe.frame, size=sizes.image_size, augment="shift")
+        data = DataSettings("mni152", cache=cache)
+    else:
+        frame = dataclasses.replace(recipe.frame, size=sizes.image_size)
+        data = DataSettings(
+            "phantom",
+            cache=cache,
+            phantom=PhantomSettings(
+                effect=scene.effect,
+                rule=rule,
+                shares=shares,
+                cases=sizes.cases,
+                validation_cases_per_group=sizes.validation_cases,
+                test_cases_per_group=sizes.test_cases,
+                image_size=64,
+                seed=job.data_seed,
+            ),
+        )
+    return dataclasses.replace(
+        method.of(recipe),
+        data=data,
+        frame=frame,
+        out=out,
+        seed=job.init_seed,
+        epochs=min(scene.epochs, sizes.epochs),
+        learning_rate=job.learning_rate,
+    )

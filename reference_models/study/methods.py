@@ -1,0 +1,110 @@
+"""What the study compares: every method is a change of one recipe, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..recipe import Recipe, UNetSettings
+
+# Weights of the auxiliary losses where a method has one, and group-DRO's step size: its authors'
+# 0.01 is for runs of many more steps.
+BALANCE, Z, GROUP_DRO_RATE = 0.01, 1e-3, 0.1
+ATTRIBUTE_DROPOUT = 0.1
+
+Kind = Literal["baseline", "robust", "dmoe", "ablation"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of them.
+
+    Args:
+        title: in words.
+        kind: "baseline": another way to spend the same multiply-adds; "robust": the blind wide
+            MLP, trained for its worst groups; "dmoe": the layer; "ablation": the layer with one
+            setting changed, on the scene "rule" alone.
+        model: changes of `UNetSettings`.
+        recipe: changes of `Recipe`.
+        rate_of: the method whose learning rate it takes; "": its own is chosen.
+        upcycled: trains the first half of the epochs dense, with the hidden units of one expert,
+            and goes on from there.
+    """
+
+    title: str
+    kind: Kind
+    model: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    rate_of: str = ""
+    upcycled: bool = False
+
+    @property
+    def settings(self) -> UNetSettings:
+        return dataclasses.replace(UNetSettings(), **self.model)
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe with this method's changes."""
+        return dataclasses.replace(recipe, model=self.settings, **self.recipe)
+
+
+_BLIND = {"block": "mlp"}
+
+
+def _ablation(title: str, upcycled: bool = False, **changes: Any) -> Method:
+    """Of dMoE; `changes` are those of the network or, where it has no such setting, the recipe."""
+    of_model = {f.name for f in dataclasses.fields(UNetSettings)}
+    return Method(
+        title,
+        "ablation",
+        {name: value for name, value in changes.items() if name in of_model},
+        {name: value for name, value in changes.items() if name not in of_model},
+        rate_of="dmoe",
+        upcycled=upcycled,
+    )
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense, half the hidden units", "baseline", {"block": "mlp", "hidden": 4}),
+    "wide": Method("wider MLP", "baseline", _BLIND),
+    "channels": Method("attribute as input channels", "baseline", {"block": "channels"}),
+    "film": Method("FiLM + MLP", "baseline", {"block": "film"}),
+    "per_value": Method("one MLP per attribute value", "baseline", {"block": "per_value"}),
+    "plain": Method("plain MoE", "baseline", {"aware": False}),
+    "reweight": Method("wider MLP, reweighted", "robust", _BLIND, {"fairness": "reweight"}),
+    "group-dro": Method(
+        "wider MLP, GroupDRO",
+        "robust",
+        _BLIND,
+        {"fairness": "group-dro", "group_dro_rate": GROUP_DRO_RATE},
+    ),
+    "fair-dro": Method("wider MLP, FairDRO", "robust", _BLIND, {"fairness": "fair-dro"}),
+    "dmoe": Method("dMoE", "dmoe"),
+    "dmoe-within": Method(
+        "dMoE, balance loss within attributes",
+        "dmoe",
+        {},
+        {"balance": "within", "balance_weight": BALANCE},
+    ),
+    "dmoe-learned": Method(
+        "dMoE, learned unknown",
+        "dmoe",
+        {"unknown": "learned"},
+        {"attribute_dropout": ATTRIBUTE_DROPOUT},
+        rate_of="dmoe",
+    ),
+    "noise-never": _ablation("no routing noise", noise="never"),
+    "noise-always": _ablation("routing noise in testing too", noise="always"),
+    "k1": _ablation("1 expert a token, twice as wide", k=1),
+    "k8": _ablation("all 8 experts a token, a quarter as wide", k=8),
+    "experts2": _ablation("2 experts", n_experts=2),
+    "experts4": _ablation("4 experts", n_experts=4),
+    "experts16": _ablation("16 experts", n_experts=16),
+    "shared-router": _ablation("one router, a bias by attribute", router="shared"),
+    "after": _ablation("experts after half of the MLP", placement="after"),
+    "balance": _ablation("load-balancing loss", balance_weight=BALANCE),
+    "importance": _ablation("importance loss", balance="importance", balance_weight=BALANCE),
+    "z-loss": _ablation("router z-loss", z_weight=Z),
+    "upcycled": _ablation("upcycled from a dense model at half time", upcycled=True),
+}
