@@ -49,8 +49,8 @@ class Trial:
         cases: ids of the test cases.
         subjects: of the test cases: cases of one subject are drawn together by the bootstrap.
         attributes: of the test cases, one tuple each; the groups are those of the first.
-        seen: of the test cases, whether their combination of attribute values occurs in training; of
-            one attribute all do.
+        seen: of the test cases, whether their combination of attribute values occurs in training;
+            of one attribute all do.
         dice: by condition, a number a test case, of the scene's region. Networks that are told no
             attribute have RIGHT alone.
         told_right: by condition, the share of the cases that were told the truth all the same.
