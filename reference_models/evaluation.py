@@ -174,9 +174,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     return write_results(settings.out, write, CONTENTS)
 
 
-def attributes_told(
-    run: TrainedRun, seed: int
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """What the network is told under each condition that can be run; a note on every condition.
 
     Args:

@@ -33,7 +33,9 @@ def multiply_adds(model: nn.Module, recipe: Recipe, n_attributes: int) -> int:
         experts += tokens * (2 * layer.k * dim * hidden + scores)
 
     hooks = [
-        module.register_forward_hook(count) for module in model.modules() if isinstance(module, DMoE)
+        module.register_forward_hook(count)
+        for module in model.modules()
+        if isinstance(module, DMoE)
     ]
     image_1CHW = torch.zeros(1, model.in_channels, recipe.frame.size, recipe.frame.size)
     told_1A = torch.zeros(1, n_attributes, dtype=torch.int64)
