@@ -164,7 +164,8 @@ def run_plan(plan: Plan, design: Design, folder: Path, *, processes: int) -> Out
                     if job in done:
                         teller.found()
                     else:
-                        waiting[pool.submit(run, job, design, folder)] = job
+                        with _deaf():
+                            waiting[pool.submit(run, job, design, folder)] = job
 
         for pair in undecided:
             ask("tuning", plan.tuning(*pair))
@@ -212,13 +213,6 @@ def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
     others = {*multiprocessing.active_children()}
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
     try:
-        # They are born deaf to Ctrl-C, which is this process's to answer.
-        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            for _ in range(processes):
-                pool.submit(os.getpid)
-        finally:
-            signal.signal(signal.SIGINT, answer)
         yield pool
     except BaseException:
         for worker in {*multiprocessing.active_children()} - others:
@@ -226,6 +220,16 @@ def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are born meanwhile do not hear Ctrl-C, which is this one's to answer."""
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, answer)
 
 
 def _begin() -> None:
