@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
 from reference_models.study.jobs import RIGHT, SHUFFLED, UNKNOWN, WRONG, Job, Trial
 from reference_models.study.methods import METHODS
 from reference_models.study.scenes import SCENES
+from reference_models.study.tables import write_tables
 
 SEEDS = (10, 11, 12, 13, 14)
 SHARES = (0.7, 0.2, 0.1)
@@ -24,7 +26,7 @@ _LEVELS = {
 }
 
 
-def methods_of(scene: str, methods: Sequence[str] = tuple(METHODS)) -> tuple[str, ...]:
+def _methods_of(scene: str, methods: Sequence[str] = tuple(METHODS)) -> tuple[str, ...]:
     """Those that are tried in a scene: ablations in the first alone."""
     return tuple(m for m in methods if scene == "rule" or METHODS[m].kind != "ablation")
 
@@ -34,17 +36,6 @@ def made_population(
 ) -> dict[str, tuple[float, ...]]:
     """By scene, the share of every value of the first attribute; MRI has its own."""
     return {scene: SHARES if scene == "mri" else shares for scene in scenes}
-
-
-def made_rates(
-    scenes: Sequence[str] = tuple(SCENES), methods: Sequence[str] = tuple(METHODS)
-) -> dict[tuple[str, str], float]:
-    """By scene and method, the learning rate that was chosen: dense's lies at the grid's end."""
-    return {
-        (scene, method): GRID[2 if method == "dense" else 1]
-        for scene in scenes
-        for method in methods_of(scene, methods)
-    }
 
 
 def made_milliseconds(methods: Sequence[str] = tuple(METHODS)) -> dict[str, float]:
@@ -59,21 +50,44 @@ def made_trials(
     *,
     shares: tuple[float, ...] = SHARES,
     cases_per_group: int = 8,
-) -> list[Trial]:
-    """Every job of a study: tuning on the first seed, the chosen rate on all, spread jobs."""
-    trials = []
+) -> dict[str, list[Trial]]:
+    """What a study leaves, as `write_tables` takes it: "tuning", "main" and "spread".
+
+    The rates that were chosen lie in the grid's middle, and dense's at its end.
+    """
+    trials: dict[str, list[Trial]] = {"tuning": [], "main": [], "spread": []}
     for scene in scenes:
-        rates = made_rates([scene], methods)
-        for method in methods_of(scene, methods):
-            rate = rates[scene, method]
-            jobs = [Job(scene, method, seed, 1000 + seed, rate) for seed in seeds]
+        for method in _methods_of(scene, methods):
+            rate = GRID[2 if method == "dense" else 1]
+            first, *others = seeds
+            jobs = {"main": [Job(scene, method, seed, 1000 + seed, rate) for seed in seeds]}
             if not METHODS[method].rate_of:
-                others = [other for other in GRID if other != rate]
-                jobs += [Job(scene, method, seeds[0], 1000 + seeds[0], other) for other in others]
+                jobs["tuning"] = [Job(scene, method, first, 1000 + first, r) for r in GRID]
             if scene == "rule" and method in SPREAD:
-                jobs += [Job(scene, method, seeds[0], 1000 + seed, rate) for seed in seeds[1:]]
-            trials += [made_trial(job, shares, cases_per_group) for job in jobs]
+                jobs["spread"] = [Job(scene, method, first, 1000 + s, rate) for s in others]
+            for purpose, asked in jobs.items():
+                trials[purpose] += [made_trial(job, shares, cases_per_group) for job in asked]
     return trials
+
+
+def write_made_tables(
+    folder: Path,
+    scenes: Sequence[str] = tuple(SCENES),
+    methods: Sequence[str] = tuple(METHODS),
+    seeds: Sequence[int] = SEEDS,
+    *,
+    shares: tuple[float, ...] = SHARES,
+    cases_per_group: int = 8,
+) -> None:
+    """The tables of such a study, into a folder that is there."""
+    write_tables(
+        folder,
+        **made_trials(scenes, methods, seeds, shares=shares, cases_per_group=cases_per_group),
+        population=made_population(scenes, shares),
+        milliseconds=made_milliseconds(methods),
+        settings={"quick": False, "seeds": list(seeds), "shares": list(shares), "rule": "margin"},
+        seconds=3600.0,
+    )
 
 
 def made_trial(job: Job, shares: tuple[float, ...], cases_per_group: int) -> Trial:
@@ -109,7 +123,10 @@ def made_trial(job: Job, shares: tuple[float, ...], cases_per_group: int) -> Tri
         job=job,
         parameters=30_000 + 100 * place,
         multiply_adds=5_000_000 + 1000 * place,
-        validation=float(dice[RIGHT].mean() - 0.02 * (job.learning_rate != GRID[1])),
+        validation=float(
+            dice[RIGHT].mean()
+            - 0.1 * (job.learning_rate != GRID[2 if job.method == "dense" else 1])
+        ),
         cases=tuple(
             f"{subject}-{values[0]}" for subject, values in zip(subjects, attributes, strict=True)
         ),

@@ -10,9 +10,6 @@ from ..loads import LoadTables
 # The conditions under which a trained network is tested, by what it is told.
 RIGHT, SHUFFLED, WRONG, UNKNOWN = "right", "shuffled", "wrong", "unknown"
 
-# A seed s of the study is that of its data, and this plus s that of its initialisation.
-FIRST_INIT_SEED = 1000
-
 
 @dataclass(frozen=True, order=True)
 class Job:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..fairness import group_means, worst_group
-from .jobs import FIRST_INIT_SEED, RIGHT, Trial
+from .jobs import RIGHT, Trial
 from .methods import METHODS
 from .scenes import SCENES
 from .statistics import METRICS, Resampled, groups_of, load_distance, scores
@@ -24,36 +24,25 @@ class Found:
 
     def __init__(
         self,
-        trials: Sequence[Trial],
-        rates: Mapping[tuple[str, str], float],
+        tuning: Sequence[Trial],
+        main: Sequence[Trial],
+        spread: Sequence[Trial],
         population: Mapping[str, Sequence[float]],
     ) -> None:
-        scenes, methods = [*SCENES], [*METHODS]
+        self._tuning, self._spread = _in_order(tuning), _in_order(spread)
         self._population = population
-        self._all = sorted(
-            trials,
-            key=lambda t: (scenes.index(t.job.scene), methods.index(t.job.method), t.job),
-        )
-        scored = [t for t in self._all if t.job.learning_rate == rates[t.job.scene, t.job.method]]
-        self._spread = [t for t in scored if _of_spread(t)]
-        # By scene, method and seed: an initialisation belongs to one seed of the study.
+        # By scene, method and seed: of real MRI, initialisations alone are different.
         self._main: dict[str, dict[str, dict[int, Trial]]] = {}
-        for trial in scored:
-            if not _of_spread(trial):
-                job = trial.job
-                by_method = self._main.setdefault(job.scene, {})
-                by_method.setdefault(job.method, {})[job.init_seed] = trial
-        self._rates = rates
+        for trial in _in_order(main):
+            by_method = self._main.setdefault(trial.job.scene, {})
+            by_method.setdefault(trial.job.method, {})[trial.job.init_seed] = trial
         self._resampled = {
             scene: Resampled(
                 by_method, population[scene], one_test_set=SCENES[scene].effect is None
             )
             for scene, by_method in self._main.items()
         }
-        self.methods = tuple(m for m in methods if any(m in main for main in self._main.values()))
-
-    def _scored(self) -> list[Trial]:
-        return [*self._main_trials(), *self._spread]
+        self.methods = tuple(m for m in METHODS if any(m in of for of in self._main.values()))
 
     def _main_trials(self) -> Iterator[Trial]:
         for by_method in self._main.values():
@@ -68,7 +57,7 @@ class Found:
                     yield scene, method, condition
 
     def trials(self) -> Iterator[Row]:
-        for trial in self._scored():
+        for trial in (*self._main_trials(), *self._spread):
             for condition, dice in trial.dice.items():
                 means = group_means(dice, groups_of(trial))
                 found = scores(trial, condition, self._population[trial.job.scene])
@@ -82,7 +71,7 @@ class Found:
                     "validation": trial.validation,
                     "parameters": trial.parameters,
                     "multiply_adds": trial.multiply_adds,
-                    "spread": _of_spread(trial),
+                    "spread": trial in self._spread,
                     **{f"dice_{group}": mean for group, mean in means.items()},
                 }
 
@@ -132,21 +121,20 @@ class Found:
                 }
 
     def rates(self) -> Iterator[Row]:
-        """Of a method and seed that were tried at several rates."""
-        tried: dict[tuple[Any, ...], list[Trial]] = {}
-        for trial in self._all:
-            tried.setdefault((*_whose(trial).values(),), []).append(trial)
-        for (scene, method, _, _), trials in tried.items():
+        tried: dict[tuple[str, str], list[Trial]] = {}
+        for trial in self._tuning:
+            tried.setdefault((trial.job.scene, trial.job.method), []).append(trial)
+        for (scene, method), trials in tried.items():
+            (taken,) = {t.job.learning_rate for t in self._main[scene][method].values()}
             rates = [trial.job.learning_rate for trial in trials]
-            for rate, trial in zip(rates, trials, strict=True) if len(rates) > 1 else ():
-                chosen = rate == self._rates[scene, method]
+            for rate, trial in zip(rates, trials, strict=True):
                 yield {
                     "scene": scene,
                     "method": method,
                     "learning_rate": f"{rate:g}",
                     "validation": trial.validation,
-                    "chosen": chosen,
-                    "edge": chosen and rate in (min(rates), max(rates)),
+                    "chosen": rate == taken,
+                    "edge": rate == taken and rate in (min(rates), max(rates)),
                 }
 
     def loads(self) -> Iterator[Row]:
@@ -215,7 +203,7 @@ class Found:
 
     def cases(self) -> Iterator[Row]:
         tests: dict[tuple[str, int, int], list[Trial]] = {}
-        for trial in self._scored():
+        for trial in (*self._main_trials(), *self._spread):
             job = trial.job
             tests.setdefault((job.scene, job.data_seed, job.init_seed), []).append(trial)
         for (scene, data_seed, init_seed), trials in tests.items():
@@ -233,10 +221,12 @@ class Found:
                 }
 
 
-def _of_spread(trial: Trial) -> bool:
-    """Whether it is a spread job; real MRI has no data seed to tell by, and no such jobs."""
-    of_data = SCENES[trial.job.scene].effect is not None
-    return of_data and trial.job.init_seed != FIRST_INIT_SEED + trial.job.data_seed
+def _in_order(trials: Sequence[Trial]) -> list[Trial]:
+    """By scene, method and seed, scenes and methods as they are listed."""
+    scenes, methods = [*SCENES], [*METHODS]
+    return sorted(
+        trials, key=lambda t: (scenes.index(t.job.scene), methods.index(t.job.method), t.job)
+    )
 
 
 def _whose(trial: Trial) -> Row:

@@ -65,9 +65,10 @@ CONTENTS = (*COLUMNS, "machine.json")
 
 def write_tables(
     folder: Path,
-    trials: Sequence[Trial],
     *,
-    rates: Mapping[tuple[str, str], float],
+    tuning: Sequence[Trial],
+    main: Sequence[Trial],
+    spread: Sequence[Trial],
     population: Mapping[str, Sequence[float]],
     milliseconds: Mapping[str, float],
     settings: Mapping[str, Any],
@@ -78,9 +79,10 @@ def write_tables(
     Args:
         folder: there and empty; that which `files.write_results` gives, so that a reader finds the
             old tables or the new.
-        trials: of all jobs: those of tuning, those of the study's seeds, the spread jobs.
-        rates: by scene and method, the learning rate that was chosen or, of a method with
-            `rate_of`, taken over; whatever was trained at another one is tuning and no more.
+        tuning: one a learning rate that was tried, for every scene and method that chose its own;
+            of one that diverged the validation score alone counts.
+        main: one a seed, for every scene and method, at the learning rate chosen.
+        spread: on one seed's data, from the other seeds' initialisations.
         population: by scene, each group's share in "overall".
         milliseconds: by method, the median of a training step; it may be empty.
         settings: the command's, with whether it was a smoke run; without paths.
@@ -89,7 +91,7 @@ def write_tables(
     Raises:
         ValueError: of one scene and seed, two methods were tested on different cases.
     """
-    found = Found(trials, rates, population)
+    found = Found(tuning, main, spread, population)
     rows: dict[str, Iterable[Row]] = {
         "trials.csv": found.trials(),
         "differences.csv": found.differences(),
