@@ -15,7 +15,8 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,16 +74,18 @@ def run(job: Job, design: Design, folder: Path) -> Trial:
     Raises:
         RunError, DataError: as of `train` and `open_run`.
     """
+    begun = time.monotonic()
     recipe = design.recipe(job, folder)
     shutil.rmtree(recipe.out, ignore_errors=True)  # of a job that was stopped
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         try:
             _train(recipe, upcycled=METHODS[job.method].upcycled)
-            trial = _tested(job, recipe)
+            trial = _tested(job, recipe, design.sizes.image_size)
         except NonFiniteLossError:
             trial = Trial(job, 0, 0, -math.inf, (), (), (), (), {}, {}, {})
-    content = _made_by(job, recipe) | {"trial": to_json(trial)}
+    content = _made_by(job, recipe)
+    content |= {"seconds": round(time.monotonic() - begun, 1), "trial": to_json(trial)}
     path = _path(job, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content) + "\n"
@@ -101,6 +104,7 @@ def stored(job: Job, design: Design, folder: Path) -> Trial | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         trial = content.pop("trial")
+        del content["seconds"]
         before = flat(content)
     except FileNotFoundError:
         return None
@@ -122,6 +126,13 @@ def stored(job: Job, design: Design, folder: Path) -> Trial | None:
         )
     found: Trial = from_json(Trial, trial, f"{path}: trial")
     return found
+
+
+def seconds_of(jobs: Iterable[Job], folder: Path) -> float:
+    """What these jobs took, one after the other, whenever they were run."""
+    return sum(
+        json.loads(_path(job, folder).read_text(encoding="utf-8"))["seconds"] for job in jobs
+    )
 
 
 def _path(job: Job, folder: Path) -> Path:
@@ -163,9 +174,10 @@ def _train(recipe: Recipe, *, upcycled: bool) -> None:
     train(experts)
 
 
-def _tested(job: Job, recipe: Recipe) -> Trial:
+def _tested(job: Job, recipe: Recipe, size: int) -> Trial:
     """What the trained network does on the test cases, of the last step, under each condition."""
     tested = open_run(RunSettings(recipe.out, which="last", batch_size=_BATCH), "test")
+    image = tested.dataset.channels, size, size
     given_NA = given_attributes(tested.cases)
     told, _ = attributes_told(tested, job.data_seed)
     told = {RIGHT if name == AS_GIVEN else name: told_NA for name, told_NA in told.items()}
@@ -174,7 +186,7 @@ def _tested(job: Job, recipe: Recipe) -> Trial:
     return Trial(
         job=job,
         parameters=sum(parameter.numel() for parameter in tested.model.parameters()),
-        multiply_adds=multiply_adds(tested.model, recipe, len(tested.dataset.attributes)),
+        multiply_adds=multiply_adds(tested.model, image, len(tested.dataset.attributes)),
         validation=_last_score(recipe.out),
         cases=tuple(case.case_id for case in tested.cases),
         subjects=tuple(case.subject for case in tested.cases),
