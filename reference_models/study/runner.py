@@ -5,20 +5,13 @@ A job that is done stays done: whatever ends a study before its time, the same c
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -28,6 +21,7 @@ from ..runs import hold
 from .jobs import Job, Trial
 from .methods import METHODS
 from .trial import Design, run, stored
+from .workers import workers
 
 # Every method without `rate_of` is trained with all three on the first seed, in every scene.
 GRID = (0.003, 0.006, 0.012)
@@ -154,7 +148,7 @@ def run_plan(plan: Plan, design: Design, folder: Path, *, processes: int) -> Out
     asked: dict[str, list[Job]] = {"tuning": [], "main": [], "spread": []}
     known: set[Job] = set()
     waiting: dict[Future[Trial], Job] = {}
-    with lock, _workers(processes) as pool, _Teller(plan.count) as teller:
+    with lock, workers(processes) as pool, _Teller(plan.count) as teller:
 
         def ask(purpose: str, jobs: Sequence[Job]) -> None:
             asked[purpose] += jobs
@@ -164,8 +158,7 @@ def run_plan(plan: Plan, design: Design, folder: Path, *, processes: int) -> Out
                     if job in done:
                         teller.found()
                     else:
-                        with _deaf():
-                            waiting[pool.submit(run, job, design, folder)] = job
+                        waiting[pool.submit(run, job, design, folder)] = job
 
         for pair in undecided:
             ask("tuning", plan.tuning(*pair))
@@ -198,51 +191,8 @@ def _job(scene: str, method: str, seed: int, rate: float) -> Job:
 def _result(future: Future[Trial], job: Job) -> Trial:
     try:
         return future.result()
-    except BrokenProcessPool as error:
-        raise RunError(
-            f"{job.name}: a process was ended from outside, for lack of memory perhaps. What is "
-            "done is kept: give the same command again, maybe with fewer --processes."
-        ) from error
     except (RunError, DataError) as error:
         raise type(error)(f"{job.name}: {error}") from error
-
-
-@contextmanager
-def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each, which end with this one, however it ends."""
-    others = {*multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
-    try:
-        yield pool
-    except BaseException:
-        for worker in {*multiprocessing.active_children()} - others:
-            worker.terminate()  # the job that it was at begins anew some time
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes that are born meanwhile do not hear Ctrl-C, which is this one's to answer."""
-    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, answer)
-
-
-def _begin() -> None:
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would go on for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 class _Teller:
