@@ -26,7 +26,7 @@ class ModelSettings:
     noise: Literal["train", "always", "never"] = "train"
     """When the router's scores are noisy; always: as in the paper's released code."""
     unknown: Literal["error", "average", "learned"] = "error"
-    """What the router does with a sample whose attribute is not known."""
+    """What the network does with a sample whose attribute is not known."""
     gradient_checkpointing: bool = False
     """Recompute each block in backward: less memory, more time."""
     weights: Path | None = None
@@ -251,6 +251,8 @@ def settle(recipe: Recipe) -> Recipe:
             f"attribute_dropout: got {dropout}, but unknown attributes are an error; choose "
             "--unknown learned or average."
         )
+    if dropout and not recipe.model.told:
+        raise RunError(f"attribute_dropout: got {dropout}, but this network is told no attributes.")
     _require(recipe, "momentum", 0 <= recipe.momentum < 1, "0 or more and less than 1")
     _require(recipe, "patience", recipe.patience is None or recipe.patience >= 1, "1 or more")
     processes = recipe.devices * recipe.nodes
