@@ -51,4 +51,4 @@ lint: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo_output demo3d_output bench_output gpu_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo_output demo3d_output bench_output gpu_output study_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

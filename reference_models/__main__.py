@@ -1,4 +1,4 @@
-"""The command line: `python -m reference_models check|train|evaluate|predict|demo|example`."""
+"""The command line: `python -m reference_models check|train|evaluate|predict|demo|...`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .evaluation import EvaluatePredictions, EvaluateRun, evaluate_predictions, 
 from .prediction import PredictSettings, predict
 from .presets import PRESETS
 from .recipe import RunError
+from .study.command import StudySettings, study
 from .training import train
 
 _Preset: Any = tyro.extras.subcommand_type_from_defaults(
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "predict": _predict,
                 "demo": _demo,
                 "example": _example,
+                "study": _study,
             },
             prog="python -m reference_models",
             args=arguments,
@@ -59,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. A training goes on by --resume.", style="red")
+        Console(stderr=True).print(
+            "Stopped. A training goes on by --resume, a study by the same command.", style="red"
+        )
         return 130  # as shells have it
 
 
@@ -111,6 +115,12 @@ def _example(out: Path = Path("example")) -> int:
     from .data.example import write_example  # nilearn takes seconds to import
 
     print(f"written: {write_example(out)}")
+    return 0
+
+
+def _study(settings: Annotated[StudySettings, tyro.conf.arg(name="")]) -> int:
+    """Trains every method in every scene, over seeds, and writes tables and figures of it."""
+    study(settings)
     return 0
 
 

@@ -106,7 +106,7 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
     _check(settings.scoring)
     run = open_run(settings, settings.split)
     _require_masks(run.cases, settings.split)
-    told, notes = _told(run, settings.scoring.seed)
+    told, notes = attributes_told(run, settings.scoring.seed)
     loads = {condition: Loads(run.dataset) for condition in told}
     scored: dict[str, list[list[RegionScore]]] = {condition: [] for condition in told}
     paths: dict[str, Path] = {}
@@ -174,19 +174,16 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     return write_results(settings.out, write, CONTENTS)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Scores [case][region] and load tables by condition; a note on every condition."""
+def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What the network is told under each condition that can be run; a note on every condition.
 
-    dataset: Dataset
-    cases: tuple[Case, ...]
-    scored: Mapping[str, list[list[RegionScore]]]
-    notes: Mapping[str, str]
-    loads: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
+    Args:
+        run: whose cases.
+        seed: of which attributes are told wrongly.
 
-
-def _told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What the network is told under each condition that can be run; a note on every condition."""
+    Returns:
+        By condition the attributes (N, A), and by condition a note.
+    """
     given_NA = given_attributes(run.cases)
     told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: left_out_note(run.left_out)}
     if run.unknown is None:
@@ -219,6 +216,17 @@ def _told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, 
         lacking = f"no training case, so that it was never learned: {', '.join(untrained)}"
         notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
     return told, notes
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Scores [case][region] and load tables by condition; a note on every condition."""
+
+    dataset: Dataset
+    cases: tuple[Case, ...]
+    scored: Mapping[str, list[list[RegionScore]]]
+    notes: Mapping[str, str]
+    loads: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
 
 
 def _score(

@@ -50,21 +50,8 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
             `write` is called.
         OSError: it cannot be written.
     """
-    given, path = path, path.resolve()
-    if path.exists() and not path.is_dir():
-        raise DataError(f"{given}: is a file, expected a folder to write to; choose another.")
-    if path == Path.cwd():
-        raise DataError(
-            f"{given}: is the folder you are in, which would be replaced; choose another."
-        )
-    held = {item.name for item in path.iterdir()} if path.is_dir() else set()
-    if held and held != {*contents}:
-        shown = sorted(held - {*contents}) or sorted(held)
-        raise DataError(
-            f"{given}: holds {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}, which "
-            f"would be lost; choose another folder, or one with nothing but an earlier result "
-            f"({', '.join(contents)})."
-        )
+    refuse_others(path, contents)
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -82,6 +69,29 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
         return result
     finally:
         shutil.rmtree(staging)
+
+
+def refuse_others(path: Path, contents: Collection[str]) -> None:
+    """Whether `write_folder` would take this folder, for whoever wants to know before a long work.
+
+    Raises:
+        DataError: as of `write_folder`.
+    """
+    given, path = path, path.resolve()
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{given}: is a file, expected a folder to write to; choose another.")
+    if path == Path.cwd():
+        raise DataError(
+            f"{given}: is the folder you are in, which would be replaced; choose another."
+        )
+    held = {item.name for item in path.iterdir()} if path.is_dir() else set()
+    if held and held != {*contents}:
+        shown = sorted(held - {*contents}) or sorted(held)
+        raise DataError(
+            f"{given}: holds {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}, which "
+            f"would be lost; choose another folder, or one with nothing but an earlier result "
+            f"({', '.join(contents)})."
+        )
 
 
 def write_results(path: Path, write: Callable[[Path], Result], contents: Collection[str]) -> Result:

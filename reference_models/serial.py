@@ -23,6 +23,8 @@ def to_json(value: Any) -> Any:
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 
@@ -70,6 +72,10 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
                 return from_json(choice, value, name)
             except RunError:
                 continue
+    elif get_origin(kind) in (dict, Mapping):
+        if isinstance(value, Mapping):
+            _, of_values = get_args(kind)
+            return {key: from_json(of_values, item, f"{name}.{key}") for key, item in value.items()}
     elif get_origin(kind) is Literal:
         if value in get_args(kind):
             return value

@@ -64,15 +64,19 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     recipe = settle(recipe)
     fabric = launch(recipe)
     try:
-        return _Run(fabric, recipe, resume).train()
+        return Run(fabric, recipe, resume).train()
     except NonFiniteLossError:
         if fabric.global_rank:  # all ranks find it together, and rank 0 tells
             raise SystemExit(1) from None
         raise
 
 
-class _Run:
-    """What a run holds while it goes."""
+class Run:
+    """What a run holds while it goes.
+
+    Raises:
+        RunError, DataError: as of `train`, before anything is written.
+    """
 
     def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool) -> None:
         self.fabric, self.folder = fabric, recipe.out
@@ -160,7 +164,7 @@ class _Run:
         self.model.train()
         for batch in batches:
             rate = learning_rate(recipe, position.step, self.steps_an_epoch)
-            losses = self._step(batch.to(self.fabric.device), rate)
+            losses = self.step(batch.to(self.fabric.device), rate)
             position.step += 1
             position.batch += 1
             for name, value in losses.items():
@@ -170,7 +174,7 @@ class _Run:
             if every and not position.step % every and position.batch < self.steps_an_epoch:
                 self.state.save()
 
-    def _step(self, batch: Batch, rate: float) -> dict[str, float]:
+    def step(self, batch: Batch, rate: float) -> dict[str, float]:
         """One update; returns the losses, which are of all ranks together."""
         recipe = self.recipe
         torch.manual_seed(step_seed(recipe.seed, self.state.position.step, self.fabric.global_rank))

@@ -164,7 +164,15 @@ def readme_commands():
 @pytest.mark.parametrize("command", [c for c in readme_commands() if "--help" not in c])
 def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch):
     called = []
-    for name in ("check", "train", "evaluate_run", "evaluate_predictions", "predict", "demo"):
+    for name in (
+        "check",
+        "train",
+        "evaluate_run",
+        "evaluate_predictions",
+        "predict",
+        "demo",
+        "study",
+    ):
         monkeypatch.setattr(
             f"reference_models.__main__.{name}", lambda *a, name=name, **k: called.append(name) or 0
         )
@@ -179,4 +187,4 @@ def test_a_stopped_command_says_so_without_a_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr("reference_models.__main__.train", stopped)
     assert main(["train", "small"]) == 130
-    assert "Stopped. A training goes on by --resume." in capsys.readouterr().err
+    assert "Stopped. A training goes on by --resume" in capsys.readouterr().err

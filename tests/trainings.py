@@ -95,14 +95,14 @@ def train_in_ranks(recipe, prints, where=None, world=2):
 def killed_at(recipe, resume, where):
     """Trains until it kills itself: at a step, or as the function named is called the n-th time."""
     if isinstance(where, int):
-        step = training._Run._step
+        step = training.Run.step
 
         def lethal(self, *arguments):
             if self.state.position.step == where:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self, *arguments)
 
-        training._Run._step = lethal
+        training.Run.step = lethal
     else:
         module, name, left = where
         act = getattr(module, name)

@@ -33,7 +33,7 @@ def default_cache() -> Path:
 
 
 class FrameCache:
-    """Frames by case; of cases without files, which are quickly made, nothing is stored.
+    """Frames by case, of cases that are read from files.
 
     Args:
         folder: made where missing, readable by its owner only, since it holds patients' images.
@@ -70,8 +70,6 @@ class FrameCache:
         Raises:
             DataError: a file of the case is missing, or the frame cannot be stored.
         """
-        if not case.files:
-            return make(case)
         path = self._path(case)
         try:
             with safe_open(path, "pt") as stored:

@@ -62,6 +62,9 @@ class Batch:
 class Frames(data.Dataset[Batch | DataError]):
     """Cases of a split, framed and cached; augmented by (seed, epoch, index).
 
+    Frames of cases without files are kept in memory once they are made: such data sets are small.
+    Nothing may change a batch in place, since it may share that memory.
+
     Args:
         dataset: whose cases they are.
         case_ids: which, in this order.
@@ -112,6 +115,7 @@ class Frames(data.Dataset[Batch | DataError]):
         self._augmentation = Augmentation(augment, framing)
         stored = any(case.files for case in self.cases)
         self._cache = FrameCache(cache or default_cache(), dataset, framing) if stored else None
+        self._made: dict[str, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
         """Samples of a training epoch."""
@@ -126,7 +130,7 @@ class Frames(data.Dataset[Batch | DataError]):
         patches = None if epoch is None else self.patches
         case = self.cases[index // patches.count if patches else index]
         try:
-            stored = self._cache.frame(case, self._framed) if self._cache else self._framed(case)
+            stored = self._stored(case)
         except DataError as error:
             return error
         # Views of what lies on the disk, of which no more is read than a patch needs.
@@ -152,6 +156,14 @@ class Frames(data.Dataset[Batch | DataError]):
         """A seed of one sample alone."""
         entropy = [self.seed, purpose, epoch, index]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _stored(self, case: Case) -> dict[str, Tensor]:
+        """What is kept of a case, from the disk, from memory or made."""
+        if case.files and self._cache:
+            return self._cache.frame(case, self._framed)
+        if case.case_id not in self._made:
+            self._made[case.case_id] = self._framed(case)
+        return self._made[case.case_id]
 
     def _framed(self, case: Case) -> dict[str, Tensor]:
         """What is kept of a case: image (C, S), mask and body (1, S), and of volumes where the

@@ -13,6 +13,8 @@ Shapes: Z axial slices, H rows (front first), W columns (patient's left first).
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from nilearn import datasets
 
@@ -86,6 +88,7 @@ class Mni152(Dataset):
         return Sample(case.case_id, image_CHW, mask_HW, case.attributes, (float(POOL),) * 2)
 
 
+@functools.cache  # decoding takes seconds, and a study opens the data set many times
 def _axial_slices() -> tuple[np.ndarray, np.ndarray]:
     """Normalised images and tissues (0 rest, 1 grey, 2 white), `SIZE` x `SIZE` a slice."""
     maps = [

@@ -1,41 +1,65 @@
-"""Made-up scans of an organ with a lesion, whose attribute changes either the rule or the looks.
+"""Made-up scans of an organ with a lesion; an attribute changes its outline, its looks or nothing.
 
-With `effect="rule"` the attribute says how generously the lesion is outlined, and no image shows
-it: only a model that is told the attribute can be right for every group. With
-`effect="appearance"` the rule is one, and the attribute changes how bright the lesion is, which
-every image shows.
+With `effect="rule"` the attribute says how the lesion is outlined, and no image shows it: only a
+model that is told the attribute can be right for every group. With `effect="appearance"` the
+outline is one, and the attribute changes how bright the lesion is, which every image shows. With
+`effect="none"` it changes nothing. With `effect="two"` the outline follows two attributes, some of
+whose combinations are in the test set alone.
+
+A rule is of one of two kinds. "margin": how far from the lesion's middle the outline runs. It goes
+evenly from `TIGHTEST` to `WIDEST` over the sites; of two attributes, each contributes half of that.
+"direction": which half of the lesion is outlined. Of V sites, site v's half looks 2πv/V from right
+to down; of two attributes, the protocol says how far out the outline runs.
+
+Of two attributes, the first site's cases occur under both protocols, and those of every other site
+under one: the second's under the first protocol, the third's under the second, and so on in turn.
+So each site and each protocol is learned from, and one combination of each site but the first is
+never seen in training or validation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from itertools import product
+from typing import Literal, get_args
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from .cases import Attribute, Case, DataError, Dataset, Sample
 
-# Where the outline runs, in radii of the lesion, for the first and the last value; the others lie
-# evenly between. The lesion fades towards its rim, so that no outline is the visible one.
-TIGHTEST, WIDEST = 0.55, 1.0
-# How strongly a lesion stands out from its organ, likewise; every other value's is darker than the
-# organ rather than brighter. The texture's standard deviation is 0.08.
+Effect = Literal["rule", "appearance", "none", "two"]
+Rule = Literal["margin", "direction"]
+
+# Where the outline runs, in radii of the lesion: by margin, for the least and the most generous;
+# where the attribute does not move it. The lesion fades towards its rim, so that no outline is the
+# visible one.
+TIGHTEST, WIDEST, FIXED = 0.55, 1.0, 0.8
+# How strongly a lesion stands out from its organ, for the first and the last value; every other
+# value's is darker than the organ rather than brighter. The texture's standard deviation is 0.08.
 CLEAREST, FAINTEST = 0.45, 0.2
+# How often each protocol is used at the site that uses both.
+PROTOCOL_SHARES = (0.7, 0.3)
 
 
 @dataclass(frozen=True)
 class PhantomSettings:
     """What the phantom data set is made of; the same settings give the same data anywhere."""
 
-    effect: Literal["rule", "appearance"] = "rule"
-    """What the attribute changes: how the lesion is outlined, or how it looks."""
+    effect: Effect = "rule"
+    """What the attribute changes: how the lesion is outlined, how it looks, or nothing; or two
+    attributes, which change how it is outlined."""
+    rule: Rule = "margin"
+    """Where attributes change the outline: how far out it runs, or which half it takes in."""
     shares: tuple[float, ...] = (0.7, 0.2, 0.1)
-    """Each attribute value's share of the training cases; as many values as shares."""
+    """Each site's share of the training cases; as many sites as shares."""
     cases: int = 400
-    """Training cases, some of which become validation cases."""
+    """Training cases."""
+    validation_cases_per_group: int = 0
+    """Validation cases of each site (of two attributes, of each combination in training); 0: some
+    of the training cases become validation cases."""
     test_cases_per_group: int = 40
-    """Test cases of each attribute value."""
+    """Test cases of each site (of two attributes, of each combination)."""
     image_size: int = 64
     """Rows and columns."""
     seed: int = 0
@@ -45,7 +69,8 @@ class PhantomSettings:
 class Phantom(Dataset):
     """The phantom data set: `effect` and the rest of `PhantomSettings` made into cases.
 
-    The test set is balanced; training cases occur in the given shares, to the nearest case.
+    Validation and test set are balanced; training cases occur in the given shares, to the nearest
+    case. The attribute is "site", and of two the second is "protocol".
 
     Example:
         >>> phantom = Phantom(PhantomSettings(cases=10))
@@ -53,10 +78,14 @@ class Phantom(Dataset):
         7
         >>> phantom.load(phantom.cases[0]).image_CS.shape
         (1, 64, 64)
+        >>> two = Phantom(PhantomSettings("two"))
+        >>> sorted({case.attributes for case in two.cases if case.split == "train"})
+        [(0, 0), (0, 1), (1, 0), (2, 1)]
 
     Raises:
-        DataError: shares that do not add up to 1 or leave a value without a training case, no
-            test case, or an image of less than 32 pixels, in which a lesion's outlines coincide.
+        DataError: shares that do not add up to 1 or leave a site (of two attributes, a combination
+            that is to occur) without a training case, two attributes of a single site, no test
+            case, or an image of less than 32 pixels, in which a lesion's outlines coincide.
     """
 
     name = "phantom"
@@ -66,37 +95,63 @@ class Phantom(Dataset):
 
     def __init__(self, settings: PhantomSettings) -> None:
         self._settings = settings
-        values = len(settings.shares)
+        sites = len(settings.shares)
+        for name, value, known in (
+            ("effect", settings.effect, get_args(Effect)),
+            ("rule", settings.rule, get_args(Rule)),
+        ):
+            if value not in known:
+                raise DataError(
+                    f"the phantom's {name} must be one of {', '.join(known)}, got {value}"
+                )
         if settings.seed < 0:
             raise DataError(f"the phantom's seed must be 0 or more, got {settings.seed}")
-        if values < 1 or min(settings.shares) <= 0 or abs(sum(settings.shares) - 1) > 1e-6:
+        if sites < 1 or min(settings.shares) <= 0 or abs(sum(settings.shares) - 1) > 1e-6:
             raise DataError(
                 f"phantom shares must be positive and add up to 1, got {settings.shares}"
             )
-        # Largest remainders: the counts add up to `cases`, each within one of its share.
-        ends = np.round(np.cumsum(settings.shares) * settings.cases).astype(int)
-        counts = np.diff(ends, prepend=0)
-        if counts.min() < 1 or settings.test_cases_per_group < 1 or settings.image_size < 32:
+        if settings.effect == "two" and sites < 2:
             raise DataError(
-                "phantom needs a training and a test case of every attribute value and images of "
-                f"32 pixels or more, got {counts.tolist()} training cases, "
-                f"{settings.test_cases_per_group} test cases of each and {settings.image_size} "
-                "pixels"
+                "a phantom of two attributes needs two sites or more, so that a combination can "
+                f"stay unseen in training, got shares {settings.shares}"
             )
-        self.attributes = (Attribute("site", tuple(f"site {i + 1}" for i in range(values))),)
+        seen: dict[tuple[int, ...], float] = {
+            (s,): share for s, share in enumerate(settings.shares)
+        }
+        tested: list[tuple[int, ...]] = [*seen]
+        self.attributes = (Attribute("site", tuple(f"site {s + 1}" for s in range(sites))),)
         self.population = {"site": settings.shares}
-        sites = [*np.repeat(np.arange(values), counts).tolist()]
-        sites += np.repeat(np.arange(values), settings.test_cases_per_group).tolist()
-        ids = [f"phantom{i:05}" for i in range(len(sites))]
+        if settings.effect == "two":
+            seen = _seen_in_training(settings.shares)
+            tested = [*product(range(sites), range(len(PROTOCOL_SHARES)))]
+            self.attributes += (Attribute("protocol", ("protocol 1", "protocol 2")),)
+            self.population["protocol"] = tuple(
+                sum(share for values, share in seen.items() if values[1] == protocol)
+                for protocol in range(len(PROTOCOL_SHARES))
+            )
+        # Largest remainders: the counts add up to `cases`, each within one of its share.
+        ends = np.round(np.cumsum([*seen.values()]) * settings.cases).astype(int)
+        counts = np.diff(ends, prepend=0)
+        n_validation, n_test = settings.validation_cases_per_group, settings.test_cases_per_group
+        if counts.min() < 1 or n_validation < 0 or n_test < 1 or settings.image_size < 32:
+            raise DataError(
+                "phantom needs a training and a test case of every site (of two attributes, of "
+                "every combination that is to occur), no less than 0 validation cases, and images "
+                f"of 32 pixels or more, got {counts.tolist()} training cases, {n_validation} "
+                f"validation and {n_test} test cases of each, and {settings.image_size} pixels"
+            )
+        lots = [("train", *lot) for lot in zip(seen, counts.tolist(), strict=True)]
+        lots += [("validation", values, n_validation) for values in seen]
+        lots += [("test", values, n_test) for values in tested]
+        made = [(split, values) for split, values, count in lots for _ in range(count)]
+        ids = [f"phantom{i:05}" for i in range(len(made))]
         self.cases = tuple(
-            Case(case_id, case_id, (site,), "train" if i < settings.cases else "test", stratum=site)
-            for i, (case_id, site) in enumerate(zip(ids, sites, strict=True))
+            Case(case_id, case_id, values, split, stratum=values[0])
+            for case_id, (split, values) in zip(ids, made, strict=True)
         )
 
     def load(self, case: Case) -> Sample:
         """Makes one case, each time the same."""
-        (site,) = case.attributes
-        last = max(len(self._settings.shares) - 1, 1)
         rng = np.random.default_rng(
             [self._settings.seed, int(case.case_id.removeprefix("phantom"))]
         )
@@ -104,29 +159,64 @@ class Phantom(Dataset):
         axis = (np.arange(size) + 0.5) / size - 0.5
         place_2 = rng.uniform(-0.08, 0.08, 2)
         organ_HW = _distance(axis, place_2, rng.uniform(0.26, 0.36, 2), rng.uniform(0, np.pi))
-        lesion_HW = _distance(
-            axis,
-            place_2 + rng.uniform(-0.07, 0.07, 2),
-            rng.uniform(0.11, 0.16, 2),
-            rng.uniform(0, np.pi),
-        )
+        middle_2 = place_2 + rng.uniform(-0.07, 0.07, 2)
+        lesion_HW = _distance(axis, middle_2, rng.uniform(0.11, 0.16, 2), rng.uniform(0, np.pi))
         texture_HW = np.zeros((size, size))
         for sigma, weight in ((1, 0.05), (size / 12, 0.06)):  # grain and clouds
             noise_HW = gaussian_filter(rng.standard_normal((size, size)), sigma, mode="wrap")
             texture_HW += weight * noise_HW / noise_HW.std()
-        level, outline = CLEAREST, 0.8
-        if self._settings.effect == "rule":
-            outline = TIGHTEST + (WIDEST - TIGHTEST) * site / last
-        else:
+        level, site = CLEAREST, case.attributes[0]
+        if self._settings.effect == "appearance":
+            last = max(len(self._settings.shares) - 1, 1)
             level = (CLEAREST + (FAINTEST - CLEAREST) * site / last) * (-1) ** site
         inside_HW = np.clip((1 - organ_HW) * 12 + 0.5, 0, 1)  # an edge of about two pixels
         fading_HW = np.clip(1.25 - lesion_HW, 0, 1)
         image_HW = 0.25 + inside_HW * (0.3 + level * fading_HW) + texture_HW
         mask_HW = (organ_HW <= 1).astype(np.uint8)
-        mask_HW[(lesion_HW <= outline) & (organ_HW <= 1)] = 2
+        mask_HW[self._outlined(case.attributes, axis, middle_2, lesion_HW) & (organ_HW <= 1)] = 2
         return Sample(
             case.case_id, image_HW[None].astype(np.float32), mask_HW, case.attributes, (1.0, 1.0)
         )
+
+    def _outlined(
+        self,
+        values: tuple[int, ...],
+        axis: np.ndarray,
+        middle_2: np.ndarray,
+        lesion_HW: np.ndarray,
+    ) -> np.ndarray:
+        """What an expert who goes by these attributes takes for the lesion (H, W)."""
+        settings = self._settings
+        if settings.effect in ("appearance", "none"):
+            return lesion_HW <= FIXED
+        site, sites = values[0], len(settings.shares)
+        if settings.rule == "direction":
+            reach = FIXED
+            if settings.effect == "two":
+                reach = (TIGHTEST, WIDEST)[values[1]]
+            angle = 2 * np.pi * site / sites
+            y_H1, x_1W = (axis - middle_2[0])[:, None], (axis - middle_2[1])[None]
+            return (lesion_HW <= reach) & (np.cos(angle) * x_1W + np.sin(angle) * y_H1 >= 0)
+        generous, most = site, max(sites - 1, 1)
+        if settings.effect == "two":
+            generous, most = site + most * values[1], 2 * most
+        return lesion_HW <= TIGHTEST + (WIDEST - TIGHTEST) * generous / most
+
+
+def _seen_in_training(shares: tuple[float, ...]) -> dict[tuple[int, ...], float]:
+    """The shares of the combinations of site and protocol that occur in training.
+
+    Example:
+        >>> _seen_in_training((0.5, 0.3, 0.2))
+        {(0, 0): 0.35, (0, 1): 0.15, (1, 0): 0.3, (2, 1): 0.2}
+    """
+    first, *others = shares
+    seen: dict[tuple[int, ...], float] = {}
+    for protocol, share in enumerate(PROTOCOL_SHARES):
+        seen[0, protocol] = first * share
+    for site, share in enumerate(others, start=1):
+        seen[site, (site + 1) % len(PROTOCOL_SHARES)] = share
+    return seen
 
 
 def _distance(

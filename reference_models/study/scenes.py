@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..data import DataSettings, PhantomSettings
 from ..presets import PRESETS
-from ..recipe import Recipe
+from ..recipe import Recipe, SquareSettings
 from .jobs import Job
 from .methods import METHODS
 
@@ -77,10 +77,10 @@ def recipe_of(
     recipe = PRESETS["study"]
     if scene.effect is None:
         # One head in one pose: without shifts its slices are learned by heart.
-        frame = dataclasses.replace(recipe.frame, size=sizes.image_size, augment="shift")
+        frame = SquareSettings(sizes.image_size, "whole", "shift")
         data = DataSettings("mni152", cache=cache)
     else:
-        frame = dataclasses.replace(recipe.frame, size=sizes.image_size)
+        frame = SquareSettings(sizes.image_size, "whole", "none")
         data = DataSettings(
             "phantom",
             cache=cache,

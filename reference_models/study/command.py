@@ -1,0 +1,141 @@
+"""The command `study`: checks what it is asked for, runs it, and writes what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from ..data import open_dataset
+from ..files import refuse_others, write_results
+from ..recipe import RunError, settle
+from ..serial import to_json
+from .cost import step_milliseconds
+from .methods import METHODS
+from .runner import GRID, Plan, run_plan
+from .scenes import FULL, QUICK, SCENES
+from .tables import CONTENTS, write_tables
+from .trial import Design, seconds_of
+
+_SEEDS = (10, 11, 12, 13, 14)
+_QUICK_SEEDS = _SEEDS[:2]
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """When an attribute-aware router helps and when not: every method in every scene."""
+
+    quick: bool = False
+    """A smoke run of minutes: the same jobs, hardly trained and of two seeds. It means nothing."""
+    out: Path | None = None
+    """Folder of the jobs; what is done there is not run again. By default study_output, or
+    study_output/quick."""
+    results: Path | None = None
+    """Folder of tables and figures; by default results in that of the jobs."""
+    seeds: tuple[int, ...] | None = None
+    """Of data and, apart from it, of initial weights; learning rates are chosen on the first. By
+    default 10 to 14, or 10 and 11."""
+    scenes: tuple[str, ...] = tuple(SCENES)
+    """Which; all by default."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Which; all by default. One that takes its learning rate of another brings that along."""
+    shares: tuple[float, ...] = (0.7, 0.2, 0.1)
+    """The phantom's attribute values' shares of its training cases; as many values as shares."""
+    rule: Literal["margin", "direction"] = "margin"
+    """What the phantom's attribute means for the outline: how far out it runs, or on which side."""
+    processes: int = 2
+    """Jobs at a time, each on a core of its own."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("study_output") / ("quick" if self.quick else "")
+
+
+def study(settings: StudySettings) -> Path:
+    """Runs what is not done yet, and writes tables and figures of everything; returns their folder.
+
+    Raises:
+        RunError, DataError: what is asked for does not hold together, before anything is run; or as
+            of `run_plan`.
+    """
+    torch.set_num_threads(1)
+    plan, design = _plan(settings), _design(settings)
+    folder = settings.folder
+    results = settings.results or folder / "results"
+    refuse_others(results, CONTENTS)
+    population = {}
+    for scene in plan.scenes:
+        for method in plan.methods_of(scene):
+            (job, *_) = plan.main(scene, method, GRID[0])
+            recipe = settle(design.recipe(job, folder))
+        dataset = open_dataset(recipe.data)
+        population[scene] = tuple(dataset.population[dataset.attributes[0].name])
+    outcome = run_plan(plan, design, folder, processes=settings.processes)
+    firsts = {trial.job.method: trial.job for trial in outcome.main[::-1]}
+    milliseconds = step_milliseconds(
+        {method: design.recipe(job, folder) for method, job in firsts.items()}
+    )
+    shown = {
+        "quick": settings.quick,
+        **to_json(plan),
+        **to_json(design),
+        "processes": settings.processes,
+    }
+    trials = (*outcome.tuning, *outcome.main, *outcome.spread)
+
+    def write(target: Path) -> None:
+        write_tables(
+            target,
+            tuning=outcome.tuning,
+            main=outcome.main,
+            spread=outcome.spread,
+            population=population,
+            milliseconds=milliseconds,
+            settings=shown,
+            seconds=seconds_of({trial.job for trial in trials}, folder),
+        )
+
+    write_results(results, write, CONTENTS)
+    console = Console(highlight=False, soft_wrap=True)
+    if settings.quick:
+        console.print("A smoke run: its numbers mean nothing.")
+    console.print(f"results: {results}", markup=False)
+    return results
+
+
+def _plan(settings: StudySettings) -> Plan:
+    seeds = settings.seeds or (_QUICK_SEEDS if settings.quick else _SEEDS)
+    _require_names("scenes", settings.scenes, SCENES)
+    _require_names("methods", settings.methods, METHODS)
+    if len({*seeds}) < len(seeds) or min(seeds) < 0:
+        raise RunError(f"seeds: got {seeds}, expected numbers of 0 or more, each once.")
+    needed = {*settings.methods} | {METHODS[name].rate_of for name in settings.methods}
+    plan = Plan(
+        tuple(name for name in SCENES if name in settings.scenes),
+        tuple(name for name in METHODS if name in needed),
+        tuple(seeds),
+    )
+    if bare := [scene for scene in plan.scenes if not plan.methods_of(scene)]:
+        raise RunError(f"methods: none of {', '.join(settings.methods)} is for {bare[0]}.")
+    return plan
+
+
+def _design(settings: StudySettings) -> Design:
+    if settings.processes < 1:
+        raise RunError(f"processes: got {settings.processes}, expected 1 or more.")
+    if len(settings.shares) < 2:
+        raise RunError(f"shares: got {settings.shares}, expected two or more.")
+    return Design(QUICK if settings.quick else FULL, settings.shares, settings.rule)
+
+
+def _require_names(setting: str, names: Sequence[str], known: Collection[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown or not names or len({*names}) < len(names):
+        raise RunError(
+            f"{setting}: got {', '.join(names) or 'none'}, expected some of {', '.join(known)}, "
+            "each once."
+        )

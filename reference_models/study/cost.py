@@ -1,0 +1,94 @@
+"""What the study's methods cost: multiply-adds of a forward pass, and milliseconds of a step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmoe_layer import DMoE
+
+from ..data.loading import train_batches
+from ..inference import call
+from ..parallel import launch
+from ..recipe import Recipe
+from ..training import Run
+
+# Steps of each method that are timed, and those before, in which memory is laid out.
+_ROUNDS, _WARM_UP = 20, 2
+# No further round is begun after so many seconds.
+_SECONDS = 25.0
+
+
+def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: int) -> int:
+    """Of all that is active for one image: convolutions, matrix products, and the experts' share.
+
+    Args:
+        model: a 2D network, in eval mode.
+        image: channels, rows and columns.
+        n_attributes: of the data.
+    """
+    experts = 0
+
+    def count(layer: DMoE, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # PyTorch's counter does not see inside of DMoE, whose operators are its own: two products
+        # with each of k experts' weights, and the router's scores (with their noise, twice).
+        nonlocal experts
+        tokens = output.numel() // output.shape[layer.channel_dim]
+        n_experts, hidden, dim = layer.w1_EHD.shape
+        scores = n_experts * dim * (2 if layer.router.noise == "always" else 1)
+        experts += tokens * (2 * layer.k * dim * hidden + scores)
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in model.modules()
+        if isinstance(module, DMoE)
+    ]
+    image_1CHW = torch.zeros(1, *image)
+    told_1A = torch.zeros(1, n_attributes, dtype=torch.int64)
+    try:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            call(model, [image_1CHW], told_1A)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops() // 2 + experts
+
+
+def step_milliseconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    """Milliseconds of a training step of each recipe, the median over rounds.
+
+    A round is one step of each, so that whatever else the machine does meets all of them alike.
+    A step is that of training: forward and backward pass, losses and optimizer; no data are made.
+
+    Args:
+        recipes: by name, of images; their folders are not written to.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        runs, batches = {}, {}
+        for name, recipe in recipes.items():
+            elsewhere = dataclasses.replace(recipe, out=Path(folder) / name)
+            runs[name] = run = Run(launch(elsewhere), elsewhere, resume=False)
+            run.model.train()
+            batches[name] = next(
+                train_batches(run.frames, batch_size=recipe.batch_size, epoch=0)
+            ).to(run.fabric.device)
+        times: dict[str, list[float]] = {name: [] for name in recipes}
+        started = time.perf_counter()
+        for done in range(_WARM_UP + _ROUNDS):
+            for name, run in runs.items():
+                begun = time.perf_counter()
+                run.step(batches[name], recipes[name].learning_rate)
+                times[name].append(1000 * (time.perf_counter() - begun))
+            if done > _WARM_UP and time.perf_counter() - started > _SECONDS:
+                break
+    return {name: statistics.median(taken[_WARM_UP:]) for name, taken in times.items()}
