@@ -85,11 +85,15 @@ class UNetSettings(ModelSettings):
     hidden: int = 8
     """Hidden units that a token passes through, of all its experts together, as a multiple of the
     stage's channels."""
-    placement: Literal["mlp", "after"] = "mlp"
+    placement: Literal["mlp", "after", "beside"] = "mlp"
     """Of experts. mlp: in its place; after: half of the hidden units stay in the MLP, and a
-    residual layer of experts follows it."""
-    router: Literal["own", "shared"] = "own"
-    """own: each attribute value's; shared: one for all, but for a bias by attribute value."""
+    residual layer of experts follows it; beside: half of them stay in the MLP, whose output is
+    added to the experts', an expert that is always on."""
+    modulate: bool = False
+    """Scale and shift what router and experts see by the attribute, as film does."""
+    router: Literal["own", "shared", "sharp"] = "own"
+    """own: each attribute value's; sharp: the same, with scores four times as large at first; shared:
+    one for all, but for a bias by attribute value."""
     n_experts: int = 8
     """Experts of a stage."""
     k: int = 2

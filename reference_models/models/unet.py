@@ -25,8 +25,8 @@ from dmoe_layer import DMoE
 
 BLOCKS = ("mlp", "channels", "film", "per_value", "moe")
 TOLD = ("channels", "film", "per_value")  # by the network itself; experts are by the scope
-PLACEMENTS = ("mlp", "after")
-ROUTERS = ("own", "shared")
+PLACEMENTS = ("mlp", "after", "beside")
+ROUTERS = ("own", "shared", "sharp")
 UNKNOWN = ("error", "average", "learned")
 GROUPS = 4  # of the group norms
 
@@ -50,8 +50,12 @@ class UNet(nn.Module):
             D, so that equal numbers are equal multiply-adds: 2 · hidden · D² a token. Beside them
             stand the router's, FiLM's and those of the first convolution's further channels.
         placement: of experts. "mlp": in place of the MLP. "after": half of the hidden units stay in
-            an MLP, and a residual layer of experts follows it, the paper's placement.
-        router: "own": each attribute value's; "shared": all values have the same weights, and only
+            an MLP, and a residual layer of experts follows it, the paper's placement. "beside":
+            half of them stay in an MLP, to whose output that of the experts is added: an expert
+            that is always on.
+        modulate: scales and shifts what router and experts see by the attribute, as "film" does.
+        router: "own": each attribute value's; "sharp": the same with scores four times as large, a
+            lower temperature; "shared": all values have the same weights, and only
             the bias on the scores is a value's own.
         attribute_sizes: number of values of each attribute; None: no block is told any.
         n_experts, k, noise, unknown: of DMoE; `unknown` holds for the other blocks as well.
@@ -82,6 +86,7 @@ class UNet(nn.Module):
         block: str = "moe",
         hidden: int = 8,
         placement: str = "mlp",
+        modulate: bool = False,
         router: str = "own",
         attribute_sizes: tuple[int, ...] | None = None,
         n_experts: int = 8,
@@ -101,12 +106,12 @@ class UNet(nn.Module):
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}.")
         if not widths or any(width < GROUPS or width % GROUPS for width in widths):
             raise ValueError(f"widths: got {tuple(widths)}, expected multiples of {GROUPS}.")
-        if block in TOLD and not attribute_sizes:
+        if (block in TOLD or modulate) and not attribute_sizes:
             raise ValueError(
-                f"block: {block} has to be told attributes; mlp is the one that is not."
+                f"block: {block} has to be told attributes, {modulate=}; mlp is the one that is not."
             )
         # Units that do not divide would be fewer than the other blocks', and nothing would tell.
-        parts = max(k, 1) * (2 if placement == "after" else 1)
+        parts = max(k, 1) * (1 if placement == "mlp" else 2)
         if hidden < 1 or (block == "moe" and any(hidden * w % parts for w in widths)):
             raise ValueError(
                 f"hidden: got {hidden}, expected 1 or more that divide among the experts of a "
@@ -114,7 +119,8 @@ class UNet(nn.Module):
             )
         self.block, self.in_channels = block, in_channels
         # None where there is none, since a module that stands here tells the network's policy.
-        self.membership = Membership(attribute_sizes or (), unknown) if block in TOLD else None
+        reads = block in TOLD or (modulate and block == "moe")
+        self.membership = Membership(attribute_sizes or (), unknown) if reads else None
         experts: dict[str, Any] = {
             "n_experts": n_experts,
             "k": k,
@@ -138,10 +144,17 @@ class UNet(nn.Module):
                 if router == "shared":
                     one = _OneForAll(len(moe.router.w_A2ED))
                     parametrize.register_parametrization(moe.router, "w_A2ED", one)
+                if router == "sharp":
+                    for name in ("w_A2ED", "b_A2E"):
+                        parametrize.register_parametrization(moe.router, name, _Sharp())
+                mlp = moe
+                if placement != "mlp":
+                    mlp = make_mlp(width, units // 2, dropout)
                 if placement == "after":
-                    mlp, after = make_mlp(width, units // 2, dropout), moe
-                else:
-                    mlp = moe
+                    after = moe
+                elif placement == "beside":
+                    mlp = _Sum([mlp, moe])
+                film = FiLM(width, values) if modulate else None
             elif block == "per_value":
                 mlp = PerValue(width, units, values, dropout)
             else:
@@ -328,3 +341,17 @@ class _OneForAll(nn.Module):
 
     def right_inverse(self, w_A2ED: Tensor) -> Tensor:
         return w_A2ED[:1]
+
+
+class _Sharp(nn.Module):
+    """Makes scores four times as large."""
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        return 4 * parameter
+
+
+class _Sum(nn.ModuleList):
+    """Adds up what its modules make of the same input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([module(x) for module in self]).sum(0)

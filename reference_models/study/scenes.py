@@ -48,14 +48,15 @@ class Sizes:
 
     Args:
         cases: training cases of the phantom.
-        validation_cases, test_cases: of the phantom, of each of its groups.
+        validation_cases, test_cases: of the phantom, of each group; of two attributes, half as many
+            of each combination of their values.
         epochs: at most; a scene may have fewer.
         image_size: that the network sees, rows and columns.
     """
 
     cases: int = 480
-    validation_cases: int = 25
-    test_cases: int = 100
+    validation_cases: int = 20
+    test_cases: int = 60
     epochs: int = 4
     image_size: int = 64
 
@@ -81,6 +82,7 @@ def recipe_of(
         data = DataSettings("mni152", cache=cache)
     else:
         frame = SquareSettings(sizes.image_size, "whole", "none")
+        part = 2 if scene.effect == "two" else 1
         data = DataSettings(
             "phantom",
             cache=cache,
@@ -89,8 +91,8 @@ def recipe_of(
                 rule=rule,
                 shares=shares,
                 cases=sizes.cases,
-                validation_cases_per_group=sizes.validation_cases,
-                test_cases_per_group=sizes.test_cases,
+                validation_cases_per_group=sizes.validation_cases // part,
+                test_cases_per_group=sizes.test_cases // part,
                 image_size=64,
                 seed=job.data_seed,
             ),
