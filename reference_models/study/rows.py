@@ -98,7 +98,7 @@ class Found:
                         "difference": found.value,
                         "low": found.low,
                         "high": found.high,
-                        "ahead": sum(value > 0 for value in found.by_seed),
+                        "ahead": sum(round(value, 4) > 0 for value in found.by_seed),  # as it shows
                         "seeds": len(found.by_seed),
                         "by_seed": found.by_seed,
                     }

@@ -93,8 +93,7 @@ def case_counts(trial: Trial, draws: int, rng: np.random.Generator) -> np.ndarra
     counts_DN = np.zeros((draws, len(trial.cases)))
     for members in alike.values():
         drawn = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=draws)
-        for times_D, places in zip(drawn.T, members, strict=True):
-            counts_DN[:, places] = times_D[:, None]
+        counts_DN[:, np.array(members)] = drawn[:, :, None]
     return counts_DN
 
 
