@@ -121,6 +121,15 @@ class Resampled:
     that a difference of two is paired. Where all seeds share one test set, its subjects are drawn
     once a resample. The interval is the 95 % percentile one (Efron 1979).
 
+    What such an interval can do was simulated, with normal errors and a known difference, 600 to
+    1,000 times each. Where seeds differ by far more than their test cases leave to chance, that of
+    five seeds held the truth in 83 % of the simulations, of three in 71 %, of ten in 89 %; where
+    both matter alike, that of five in 96 %, and where only the cases do, in 98 %, since what a
+    score owes to its cases is drawn with them and with the seeds. With one test set of eight
+    subjects a group it was 92 %. So five seeds and an interval that just leaves out 0 settle
+    nothing: look whether every seed agrees. No interval is corrected for how many there are, and
+    none speaks of images of another kind than those tested: the real slices are of one head.
+
     Args:
         trials: by method, its trials by seed.
         population: each group's share in "overall".
