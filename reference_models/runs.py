@@ -90,6 +90,7 @@ def build_model(recipe: Recipe, task: Task) -> nn.Module:
                 block=model.block,
                 hidden=model.hidden,
                 placement=model.placement,
+                merge=model.merge,
                 router=model.router,
                 n_experts=model.n_experts,
                 k=model.k,

@@ -53,6 +53,8 @@ class UNet(nn.Module):
             D; so that equal numbers are equal multiply-adds, but for the router's.
         placement: of experts. "mlp": in place of the MLP. "after": half of the hidden units stay in
             an MLP, and a residual layer of experts follows it, the paper's placement.
+        merge: of experts: a sample's k are merged into one MLP of all the hidden units, chosen by
+            the sample's mean token (DMoE's `merge`).
         router: "own": each attribute value's; "shared": all values have the same weights, and only
             the bias on the scores is a value's own.
         attribute_sizes: number of values of each attribute; None: no block is told any.
@@ -84,6 +86,7 @@ class UNet(nn.Module):
         block: str = "moe",
         hidden: int = 8,
         placement: str = "mlp",
+        merge: bool = False,
         router: str = "own",
         attribute_sizes: tuple[int, ...] | None = None,
         n_experts: int = 8,
@@ -112,6 +115,7 @@ class UNet(nn.Module):
         experts: dict[str, Any] = {
             "n_experts": n_experts,
             "k": k,
+            "merge": merge,
             "noise": noise,
             "unknown": unknown,
             "attribute_sizes": attribute_sizes,
@@ -126,7 +130,7 @@ class UNet(nn.Module):
             mlp: nn.Module
             if block == "moe":
                 moe = DMoE(
-                    width, hidden_dim=max(1, routed * width // k), **experts,
+                    width, hidden_dim=max(1, routed * width // (1 if merge else k)), **experts,
                     residual=placement == "after",
                 )  # fmt: skip
                 if router == "shared":
