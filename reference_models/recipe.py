@@ -97,7 +97,9 @@ class UNetSettings(ModelSettings):
     n_experts: int = 8
     """Experts of a stage."""
     k: int = 2
-    """Experts of a token."""
+    """Experts of a token, or with --merge of a sample."""
+    merge: bool = False
+    """Merge a sample's experts into one MLP of all the hidden units before they are applied."""
 
     @property
     def told(self) -> bool:

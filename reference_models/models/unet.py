@@ -54,6 +54,8 @@ class UNet(nn.Module):
             half of them stay in an MLP, to whose output that of the experts is added: an expert
             that is always on.
         modulate: scales and shifts what router and experts see by the attribute, as "film" does.
+        merge: of experts: a sample's k are merged into one MLP of all the hidden units, chosen by
+            the sample's mean token (DMoE's `merge`).
         router: "own": each attribute value's; "sharp": the same with scores four times as large, a
             lower temperature; "shared": all values have the same weights, and only
             the bias on the scores is a value's own.
@@ -87,6 +89,7 @@ class UNet(nn.Module):
         hidden: int = 8,
         placement: str = "mlp",
         modulate: bool = False,
+        merge: bool = False,
         router: str = "own",
         attribute_sizes: tuple[int, ...] | None = None,
         n_experts: int = 8,
@@ -111,7 +114,7 @@ class UNet(nn.Module):
                 f"block: {block} has to be told attributes, {modulate=}; mlp is the one that is not."
             )
         # Units that do not divide would be fewer than the other blocks', and nothing would tell.
-        parts = max(k, 1) * (1 if placement == "mlp" else 2)
+        parts = (1 if merge else max(k, 1)) * (1 if placement == "mlp" else 2)
         if hidden < 1 or (block == "moe" and any(hidden * w % parts for w in widths)):
             raise ValueError(
                 f"hidden: got {hidden}, expected 1 or more that divide among the experts of a "
@@ -124,6 +127,7 @@ class UNet(nn.Module):
         experts: dict[str, Any] = {
             "n_experts": n_experts,
             "k": k,
+            "merge": merge,
             "noise": noise,
             "unknown": unknown,
             "attribute_sizes": attribute_sizes,

@@ -101,9 +101,7 @@ METHODS: dict[str, Method] = {
         {"attribute_dropout": ATTRIBUTE_DROPOUT},
         rate_of="dmoe",
     ),
-    "merged": Method(
-        "dMoE, experts merged for each sample", "dmoe", {"merge": True, "k": 8}
-    ),
+    "merged": Method("dMoE, experts merged for each sample", "dmoe", {"merge": True, "k": 8}),
     "merged-k2": _candidate("two experts merged for each sample", merge=True),
     "modulated": _candidate("experts' input scaled and shifted by the attribute", modulate=True),
     "beside": _candidate("a shared expert that is always on", placement="beside"),
