@@ -92,8 +92,8 @@ class UNetSettings(ModelSettings):
     modulate: bool = False
     """Scale and shift what router and experts see by the attribute, as film does."""
     router: Literal["own", "shared", "sharp"] = "own"
-    """own: each attribute value's; sharp: the same, with scores four times as large at first; shared:
-    one for all, but for a bias by attribute value."""
+    """own: each attribute value's; sharp: the same, with scores four times as large at first;
+    shared: one for all, but for a bias by attribute value."""
     n_experts: int = 8
     """Experts of a stage."""
     k: int = 2

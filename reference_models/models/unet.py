@@ -111,7 +111,7 @@ class UNet(nn.Module):
             raise ValueError(f"widths: got {tuple(widths)}, expected multiples of {GROUPS}.")
         if (block in TOLD or modulate) and not attribute_sizes:
             raise ValueError(
-                f"block: {block} has to be told attributes, {modulate=}; mlp is the one that is not."
+                f"block: {block}, {modulate=}: has to be told attributes; mlp is not told any."
             )
         # Units that do not divide would be fewer than the other blocks', and nothing would tell.
         parts = (1 if merge else max(k, 1)) * (1 if placement == "mlp" else 2)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ..data import DataSettings, PhantomSettings
+from ..data.phantom import Effect, Rule
 from ..presets import PRESETS
 from ..recipe import Recipe, SquareSettings
 from .jobs import Job
 from .methods import METHODS
 
-Effect = Literal["rule", "appearance", "none", "two"]
+# Of the phantom's attribute in training: a majority, and a minority of 24 cases.
+SHARES = (0.6, 0.25, 0.1, 0.05)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def recipe_of(
     out: Path,
     *,
     shares: tuple[float, ...],
-    rule: Literal["margin", "direction"],
+    rule: Rule,
     cache: Path,
 ) -> Recipe:
     """What a job trains by."""
