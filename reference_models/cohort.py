@@ -56,7 +56,7 @@ class Cohort:
         elif lacking and model.unknown == "error" and model.told:
             raise RunError(
                 f"unknown: {len(lacking)} cases lack an attribute ({lacking[0].case_id} is one) "
-                "and the router is to refuse them; --leave-out-unknown trains without them, and "
+                "and the network is to refuse them; --leave-out-unknown trains without them, and "
                 "--unknown learned has a route for them."
             )
         cohort = cls(recipe, dataset, splits, left_out)
@@ -114,7 +114,7 @@ class Cohort:
             f"{what}: {shown(names)}"
             for what, names in (
                 ("left out, an attribute not known", sorted(self.left_out)),
-                ("without a training case, so no router learns", lacking),
+                ("without a training case, so never learned", lacking),
             )
             if names
         ]

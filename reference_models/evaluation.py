@@ -206,14 +206,14 @@ def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], 
         right = int((told[condition] == given_NA).all(axis=1).sum())
         notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
     if run.unknown == "error":
-        notes["unknown"] += "; trained with unknown='error', it averages the values' routers here"
+        notes["unknown"] += "; trained with unknown='error', it averages over the values here"
     untrained = absent_values(run.dataset, run.trained)
     if run.unknown == "learned" and not any(
         UNKNOWN in case.attributes for case in run.dataset.cases if case.case_id in run.trained
     ):
         notes["unknown"] += "; no training case was unknown, so this route was never trained"
     if untrained:
-        lacking = f"no training case, so that no router learned it: {', '.join(untrained)}"
+        lacking = f"no training case, so that it was never learned: {', '.join(untrained)}"
         notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
     return told, notes
 

@@ -74,7 +74,7 @@ class TrainedRun:
         settings: what was asked for.
         batch_size: images, or windows of a volume, at a time.
         unknown: the policy that it was trained with for unknown attributes, None if it is not told
-            any. Trained with "error", it takes the average of the values' routers here.
+            any. Trained with "error", it takes the average over the values here.
         model: in eval mode on `device`.
         device: where it computes.
         dataset: the run's.
@@ -127,12 +127,12 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
         cases, left_out = [case for case in cases if case not in unknown], unknown
-    routers: list[Any] = [  # and whatever else has a policy for unknown attributes
+    told: list[Any] = [  # routers, and whatever else has a policy for unknown attributes
         module
         for module in model.modules()
         if getattr(module, "attribute_sizes", None) and hasattr(module, "unknown")
     ]
-    policy = routers[0].unknown if routers else None
+    policy = told[0].unknown if told else None
     if unknown and policy == "error" and not left_out:
         raise DataError(
             f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
@@ -140,9 +140,9 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
             "unknown='error', so that there is no route for them. Leave them out with "
             "--leave-out-unknown, or train with --unknown learned."
         )
-    for router in routers:
+    for module in told:
         if policy == "error":  # no case is unknown to it, but an evaluation may tell it so
-            router.unknown = "average"
+            module.unknown = "average"
     run = TrainedRun(
         settings=settings,
         batch_size=settings.batch_size or recipe.batch_size,

@@ -26,7 +26,7 @@ class ModelSettings:
     noise: Literal["train", "always", "never"] = "train"
     """When the router's scores are noisy; always: as in the paper's released code."""
     unknown: Literal["error", "average", "learned"] = "error"
-    """What the router does with a sample whose attribute is not known."""
+    """What the network does with a sample whose attribute is not known."""
     gradient_checkpointing: bool = False
     """Recompute each block in backward: less memory, more time."""
     weights: Path | None = None
@@ -85,15 +85,21 @@ class UNetSettings(ModelSettings):
     hidden: int = 8
     """Hidden units that a token passes through, of all its experts together, as a multiple of the
     stage's channels."""
-    placement: Literal["mlp", "after"] = "mlp"
+    placement: Literal["mlp", "after", "beside"] = "mlp"
     """Of experts. mlp: in its place; after: half of the hidden units stay in the MLP, and a
-    residual layer of experts follows it."""
-    router: Literal["own", "shared"] = "own"
-    """own: each attribute value's; shared: one for all, but for a bias by attribute value."""
+    residual layer of experts follows it; beside: half of them stay in the MLP, whose output is
+    added to the experts', an expert that is always on."""
+    modulate: bool = False
+    """Scale and shift what router and experts see by the attribute, as film does."""
+    router: Literal["own", "shared", "sharp"] = "own"
+    """own: each attribute value's; sharp: the same, with scores four times as large at first;
+    shared: one for all, but for a bias by attribute value."""
     n_experts: int = 8
     """Experts of a stage."""
     k: int = 2
-    """Experts of a token."""
+    """Experts of a token, or with --merge of a sample."""
+    merge: bool = False
+    """Merge a sample's experts into one MLP of all the hidden units before they are applied."""
 
     @property
     def told(self) -> bool:
@@ -251,6 +257,8 @@ def settle(recipe: Recipe) -> Recipe:
             f"attribute_dropout: got {dropout}, but unknown attributes are an error; choose "
             "--unknown learned or average."
         )
+    if dropout and not recipe.model.told:
+        raise RunError(f"attribute_dropout: got {dropout}, but this network is told no attributes.")
     _require(recipe, "momentum", 0 <= recipe.momentum < 1, "0 or more and less than 1")
     _require(recipe, "patience", recipe.patience is None or recipe.patience >= 1, "1 or more")
     processes = recipe.devices * recipe.nodes

@@ -85,11 +85,16 @@ def build_model(recipe: Recipe, task: Task) -> nn.Module:
         if isinstance(model, UNetSettings) and isinstance(frame, SquareSettings):
             if model.gradient_checkpointing:
                 raise ValueError("gradient_checkpointing is not for the study's small U-Net.")
+            stride = 2 ** len(model.widths)
+            if frame.size % stride:
+                raise ValueError(f"size: got {frame.size}, expected a multiple of {stride}.")
             return UNet(
                 model.widths,
                 block=model.block,
                 hidden=model.hidden,
                 placement=model.placement,
+                modulate=model.modulate,
+                merge=model.merge,
                 router=model.router,
                 n_experts=model.n_experts,
                 k=model.k,
@@ -201,10 +206,11 @@ def require_same(run: Path, recipe: Recipe, task: Task) -> None:
     """
     before, before_task = read_run(run)
     now = flat(to_json(recipe))
+    # Another preset's network has other settings.
     differing = [
-        f"{name}: the run has {old!r}, now {now[name]!r}"
+        f"{name}: the run has {old!r}, now {now.get(name, 'no such setting')!r}"
         for name, old in flat(to_json(before)).items()
-        if old != now[name] and name not in _MAY_DIFFER
+        if old != now.get(name, "no such setting") and name not in _MAY_DIFFER
     ]
     if task != before_task:
         differing.append(f"data: the run was made for {before_task}, now {task}")

@@ -56,7 +56,7 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
             raise RunError(
                 f"{name}: got {sorted(given - set(hints)) or 'nothing'} besides, and lacks "
                 f"{sorted(set(hints) - given) or 'nothing'}, of what this version knows; it was "
-                "written by another version or by hand."
+                "written by another version, which can read it, or by hand."
             )
         return kind(**{key: from_json(hints[key], value[key], f"{name}.{key}") for key in hints})  # type: ignore[operator]
     if get_origin(kind) in (Union, types.UnionType):

@@ -31,6 +31,34 @@ def run(tmp_path_factory):
     return folder
 
 
+def test_the_studys_preset_trains_and_is_scored(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--size", "32", "--epochs", "1", "--block", "film", "--hidden", "2"]
+    flags += ["--unknown", "learned", "--attribute-dropout", "0.2", "--fairness", "reweight"]
+    assert main(["train", "study", *PHANTOM, *flags, "--out", str(out)]) == 0
+    recipe = json.loads((out / "recipe.json").read_text())["recipe"]
+    assert (recipe["model"]["block"], recipe["model"]["hidden"]) == ("film", 2)
+    assert (recipe["attribute_dropout"], recipe["fairness"]) == (0.2, "reweight")
+    assert main(["evaluate", "run", "--run", str(out), "--resamples", "100"]) == 0
+    summary = json.loads((out / "evaluation-test" / "summary.json").read_text())
+    scored = [c["name"] for c in summary["conditions"] if c["scores"]]
+    assert scored == ["as given", "shuffled", "wrong", "unknown"]
+    assert main(["predict", "--run", str(out)]) == 0
+
+
+@pytest.mark.parametrize("flag", ["--block", "--hidden", "--widths", "--router", "--placement"])
+def test_the_studys_flags_are_those_of_its_preset_alone(flag, capsys):
+    for preset in ("paper", "small", "small3d"):
+        with pytest.raises(SystemExit):
+            main(["train", preset, "--help"])
+        assert flag not in re.findall(r"--[\w-]+", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["train", "study", "--help"])
+    offered = re.findall(r"--[\w-]+", capsys.readouterr().out)
+    assert flag in offered
+    assert not {"--moe", "--variant", "--stages"} & {*offered}
+
+
 def test_check_counts_the_cases_of_each_group_and_split(capsys):
     assert main(["check", *PHANTOM]) == 0
     printed = capsys.readouterr().out

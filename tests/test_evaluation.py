@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dmoe_layer import AttributeRouter, DMoE
+from dmoe_layer import AttributeRouter, DMoE, routing
 from reference_models import evaluation, prediction
 from reference_models.checkpoints import save_best
 from reference_models.data import DataSettings, PhantomSettings
@@ -27,8 +27,9 @@ from reference_models.evaluation import (
     evaluate_run,
 )
 from reference_models.masks import read_mask, write_mask
-from reference_models.prediction import PredictSettings, predict
-from reference_models.recipe import Recipe, SquareSettings, TransUNetSettings
+from reference_models.models.unet import UNet
+from reference_models.prediction import PredictSettings, RunSettings, predict
+from reference_models.recipe import Recipe, SquareSettings, TransUNetSettings, UNetSettings
 from reference_models.runs import Task, build_model, write_run
 from reference_models.scores import METRICS
 
@@ -168,15 +169,86 @@ def test_without_a_route_for_the_unknown_the_routers_are_averaged_and_it_says_so
     averaging = evaluate_run(EvaluateRun(run_of(Ruler(unknown="average"), Bars()), scoring=FEW))
     assert refusing.conditions[3].scores == averaging.conditions[3].scores
     assert refusing.conditions[3].load == averaging.conditions[3].load
-    assert "averages the values' routers" in refusing.conditions[3].note
+    assert "averages over the values" in refusing.conditions[3].note
     assert "averages" not in averaging.conditions[3].note
+
+
+def unet(block, unknown="error"):
+    """Of the study, in little; no two parameters alike."""
+    settings = UNetSettings(widths=(4,), block=block, hidden=2, unknown=unknown)
+    model = build_model(
+        Recipe(DataSettings("phantom"), settings, SquareSettings(SIZE, "whole")), Task.of(Bars())
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn(value.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("block", ["channels", "film", "per_value", "moe"])
+def test_a_unet_of_any_kind_is_told_the_truth_a_lie_or_nothing(block, run_of, monkeypatch):
+    model, dataset, told, answers = unet(block), Bars(), [], []
+    forward = model.forward
+
+    def listening(image, attributes):
+        told.append(attributes)
+        answers.append(forward(image, attributes))
+        return answers[-1]
+
+    monkeypatch.setattr(model, "forward", listening)
+    run = run_of(model, dataset)
+    summary = evaluate_run(EvaluateRun(run, scoring=FEW))
+    given, permuted, lies, unknown = told
+    assert given.tolist() == [list(case.attributes) for case in dataset.cases]
+    assert sorted(permuted.tolist()) == sorted(given.tolist())
+    assert permuted.tolist() != given.tolist()
+    assert (lies != given).all()
+    assert (unknown == -1).all()
+    assert not any(torch.equal(answers[0], answer) for answer in answers[1:])
+    # Trained with "error" it averages here, as one that was trained to.
+    assert "averages over the values" in summary.conditions[3].note
+    images = torch.stack([torch.from_numpy(dataset.load(c).image_CS) for c in dataset.cases])
+    with routing(unknown):
+        expected = unet(block, "average")(images, unknown)
+    torch.testing.assert_close(answers[3], expected)
+    masks = [read_mask(p, dataset.load(c), dataset.classes) for p, c in paths_of(run, dataset)]
+    assert np.array_equal(masks, answers[0].argmax(1))
+
+
+def paths_of(run, dataset):
+    return [
+        (run / "evaluation-test" / "masks" / f"{case.case_id}.png", case) for case in dataset.cases
+    ]
+
+
+@pytest.mark.parametrize("unknown", ["error", "average", "learned"])
+@pytest.mark.parametrize("block", ["channels", "film", "per_value", "moe"])
+def test_a_unets_policy_for_the_unknown_is_found_whatever_its_blocks(run_of, block, unknown):
+    run = prediction.open_run(RunSettings(run_of(unet(block, unknown), Bars())), "test")
+    assert run.unknown == unknown
+    settings = RunSettings(run_of(unet(block, unknown), Bars(unknown=(3,))))
+    if unknown == "error":
+        with pytest.raises(DataError, match=r"1 of 12 test cases.*bar3.*no route for them"):
+            prediction.open_run(settings, "test")
+    else:
+        assert len(prediction.open_run(settings, "test").cases) == 12
+
+
+def test_a_unet_of_dense_mlps_is_told_nothing_and_refuses_no_case(run_of):
+    # Even where it was made with attributes: its MLPs do not look at them.
+    dense = UNet((4,), in_channels=1, n_classes=2, block="mlp", attribute_sizes=(3,)).eval()
+    for model in (dense, unet("mlp")):
+        run = prediction.open_run(RunSettings(run_of(model, Bars(unknown=(3,)))), "test")
+        assert run.unknown is None
+        assert len(run.cases) == 12
 
 
 def test_what_no_training_case_had_is_said(run_of):
     dataset = Bars()
     trained = tuple(case.case_id for case in dataset.cases if case.attributes != (2,))
     summary = evaluate_run(EvaluateRun(run_of(Ruler(), dataset, trained), scoring=FEW))
-    assert "no router learned it: width four" in summary.conditions[0].note
+    assert "it was never learned: width four" in summary.conditions[0].note
     run = run_of(Ruler(unknown="learned"), dataset)
     assert "never trained" in evaluate_run(EvaluateRun(run, scoring=FEW)).conditions[3].note
     dataset = Bars(unknown=(3,))

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "gemm": set(),
     "eager": {"activations", "dispatch", "dropout", "gemm", "operators"},
     "mlp": {"activations"},
+    "merged": {"activations"},
     "layer": {
         "activations",
         "attributes",
@@ -51,6 +52,7 @@ MAY_IMPORT = {
         "eager",
         "fused",
         "lazy",
+        "merged",
         "mlp",
         "operators",
         "options",

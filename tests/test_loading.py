@@ -194,12 +194,34 @@ def test_ranks_see_together_what_one_process_sees():
 
 
 def test_an_epoch_goes_on_in_the_middle_without_reading_what_came_before():
-    frames = Frames(Lesions(20), [f"case{i:03}" for i in range(20)], Square(8), augment="paper")
-    whole = list(train_batches(frames, batch_size=3, epoch=1))
-    frames.dataset.loads = 0
+    ids = [f"case{i:03}" for i in range(20)]
+    whole, frames = (Frames(Lesions(20), ids, Square(8), augment="paper") for _ in range(2))
+    whole = list(train_batches(whole, batch_size=3, epoch=1))
     assert same(whole[4:], train_batches(frames, batch_size=3, epoch=1, first_batch=4))
     assert frames.dataset.loads == 6
     assert list(train_batches(frames, batch_size=3, epoch=1, first_batch=6)) == []
+
+
+@pytest.mark.parametrize("augment", ["none", "paper", "shift"])
+def test_made_cases_are_made_once_and_give_the_same_batches_ever_after(augment):
+    def frames():
+        # The first numbers stay whole in float16, the others need float32 and are kept as such.
+        ids = [f"case{i:03}" for i in (3, 5, 6, 7, 8)]
+        dataset = Lesions(20)
+        made = dataset.load
+        dataset.load = lambda case: dataclasses.replace(
+            made(case), image_CS=made(case).image_CS ** (4 if case.case_id > "case006" else 1)
+        )
+        return Frames(dataset, ids, Square(24), augment=augment)
+
+    kept = frames()
+    for epoch in range(3):
+        assert same(
+            list(train_batches(frames(), batch_size=2, epoch=epoch)),
+            train_batches(kept, batch_size=2, epoch=epoch),
+        )
+        assert same(list(eval_batches(frames(), batch_size=1)), eval_batches(kept, batch_size=1))
+    assert kept.dataset.loads == 2 * 5  # two each, by the lambda above
 
 
 def test_evaluation_sees_every_case_once_in_order_and_untouched():

@@ -12,7 +12,7 @@ from monai.losses import DiceCELoss
 
 from reference_models.objectives import Objective
 
-MODES = ("none", "group-dro", "fair-dro", "febs")
+MODES = ("none", "reweight", "group-dro", "fair-dro", "febs")
 
 
 def objective(fairness, *, lambda_dice=1.0, lambda_ce=1.0, counts=(3, 2, 1, 0), **options):
@@ -53,6 +53,21 @@ def test_without_fairness_the_loss_is_monais_dice_ce():
     torch.testing.assert_close(loss, monai(logits, mask[:, None]))
     alone = torch.stack([monai(logits[b : b + 1], mask[b : b + 1, None]) for b in range(6)])
     torch.testing.assert_close(loss_B, alone)
+
+
+def test_reweighting_weighs_each_sample_by_how_rare_its_group_is_in_training():
+    # Shares 1/2, 1/3 and 1/6 of three groups: weights 2/3, 1 and 2, and the mean over samples.
+    loss, made = of_losses("reweight", [1.0, 3.0, 0.5], [0, 1, 2])
+    assert loss == pytest.approx((2 / 3 * 1 + 1 * 3 + 2 * 0.5) / 3, rel=1e-6)
+    assert of_losses("reweight", [1.0, 3.0], [0, 2])[0] == pytest.approx((2 / 3 + 6) / 2)
+    assert "inverse_G" not in made.state_dict()  # it is made of the cases, and no run's state
+
+
+def test_reweighted_over_all_training_cases_every_group_counts_alike():
+    counts, losses = (4, 2, 0, 1), [1.0, 2.0, 3.0, 4.0, 0.5, 1.5, 7.0]
+    groups = [0, 0, 0, 0, 1, 1, -1]  # the unknown, which are a group of their own, are last
+    loss, _ = of_losses("reweight", losses, groups, counts=counts)
+    assert loss == pytest.approx((2.5 + 1.0 + 7.0) / 3, rel=1e-6)
 
 
 def test_group_dro_raises_the_weight_of_the_group_with_the_larger_loss():
@@ -160,7 +175,7 @@ def test_febs_with_gamma_0_weighs_all_groups_alike():
 def test_samples_of_unknown_attribute_are_a_group_of_their_own(fairness):
     logits, mask, _ = random_batch()
     unknown, last, other = ([0, 1, 0, 1, 1, value] for value in (-1, 3, 0))
-    counts = (2, 2, 0, 2)
+    counts = (3, 2, 0, 1)
     losses = [
         objective(fairness, counts=counts)(logits, mask, torch.tensor(group))[0]
         for group in (unknown, last, other)

@@ -25,7 +25,7 @@ from trainings import (
     weights_of,
 )
 
-from dmoe_layer import routing
+from dmoe_layer import importance_loss, load_balancing_loss, routing
 from reference_models import checkpoints, training
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
 from reference_models.data.cases import Attribute
@@ -40,6 +40,7 @@ from reference_models.recipe import (
     RunError,
     SquareSettings,
     TransUNetSettings,
+    UNetSettings,
     learning_rate,
     settle,
 )
@@ -124,6 +125,19 @@ def test_a_recipe_becomes_flags():
         ({"strategy": "fsdp", "precision": "16-mixed"}, "fsdp does not go with 16-mixed"),
         ({"frame": SquareSettings(40, "whole")}, "multiples of 16"),
         ({"batch_size": 30}, "batch_size: got 30, but there are 18 training cases"),
+        ({"attribute_dropout": 1.0}, "attribute_dropout: got 1.0"),
+        ({"attribute_dropout": 0.5}, "unknown attributes are an error; choose --unknown learned"),
+        (
+            {"attribute_dropout": 0.5, "model": UNetSettings(block="mlp", unknown="average")},
+            "attribute_dropout: got 0.5, but this network is told no attributes",
+        ),
+        (
+            {"model": UNetSettings(), "frame": SquareSettings(36, "whole")},
+            "size: got 36, expected a multiple of 8",
+        ),
+        ({"model": UNetSettings(block="film", aware=False)}, "block: film has to be told"),
+        ({"model": UNetSettings(gradient_checkpointing=True)}, "gradient_checkpointing"),
+        ({"model": UNetSettings(k=5, hidden=2)}, "hidden: got 2"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path, change, words):
@@ -316,6 +330,50 @@ def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_
     torch.testing.assert_close(weights_of(recipe.out), stepped, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("block", ["film", "moe"])
+def test_the_studys_network_is_told_the_attributes_by_two_processes_as_by_one(tmp_path, block):
+    recipe = dataclasses.replace(
+        TINY, out=tmp_path / "run", model=UNetSettings(widths=(4,), block=block, hidden=2), epochs=1
+    )
+    codes, prints = train_in_ranks(dataclasses.replace(recipe, devices=2), tmp_path / "prints")
+    assert codes == [0, 0], prints
+    assert len(history_of(recipe.out)) == 1
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_the_balance_loss_is_the_one_that_was_chosen(tmp_path, aware):
+    # One step, and what the newly made network routes in it.
+    recipe = dataclasses.replace(
+        TINY, model=UNetSettings(widths=(4,), aware=aware), batch_size=18, epochs=1,
+        balance_weight=3.0, learning_rate=1e-9,
+    )  # fmt: skip
+    found = {}
+    for balance in ("load", "within", "importance"):
+        run = train(dataclasses.replace(recipe, balance=balance, out=tmp_path / balance))
+        (row,) = history_of(run)
+        found[balance] = row["balance"]
+        assert row["loss"] == pytest.approx(row["segmentation"] + 3.0 * row["balance"], rel=1e-6)
+    dataset = open_dataset(recipe.data)
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe, Task.of(dataset))
+    splits = read_splits(tmp_path / "load" / "splits.json", dataset)
+    frames = Frames(dataset, splits.train, Square(32), augment="paper", seed=recipe.seed)
+    (batch,) = train_batches(frames, batch_size=18, epoch=0)
+    torch.manual_seed(training.step_seed(recipe.seed, 0, 0))
+    with routing(batch.attributes_BN) as r:
+        model(batch.image_BCS, batch.attributes_BN)
+    (routed,) = r.routings
+    assert found == pytest.approx(
+        {
+            "load": load_balancing_loss(routed).item(),
+            "within": load_balancing_loss(routed, per_attribute=True).item(),
+            "importance": importance_loss(routed).item(),
+        },
+        rel=1e-5,
+    )
+    assert min(abs(found["load"] - found[b]) for b in ("within", "importance")) > 1e-4
+
+
 def test_a_launcher_that_started_another_number_of_processes_is_told(tmp_path):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run")
     codes, prints = train_in_ranks(recipe, tmp_path / "prints")
@@ -360,6 +418,96 @@ def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(tmp_path):
         losses[run] = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert losses[resumed] == losses[whole]
     assert [step for step, _ in losses[whole]] == list(range(1, 9))
+
+
+# Attributes that are dropped, so that a route for the unknown is learned
+
+
+@pytest.fixture
+def two_attributes(monkeypatch):
+    """The phantom with a second attribute, which means nothing."""
+    dataset = open_dataset(TINY.data)
+    dataset.attributes = (*dataset.attributes, Attribute("side", ("left", "right")))
+    dataset.cases = [
+        dataclasses.replace(case, attributes=(*case.attributes, place % 2))
+        for place, case in enumerate(dataset.cases)
+    ]
+    load = dataset.load
+
+    def loaded(case):
+        sample = load(dataclasses.replace(case, attributes=case.attributes[:1]))
+        return dataclasses.replace(sample, attributes=case.attributes)
+
+    dataset.load = loaded
+    monkeypatch.setattr(training, "open_dataset", lambda settings: dataset)
+    return {case.case_id: list(case.attributes) for case in dataset.cases}
+
+
+def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
+    tmp_path, monkeypatch, two_attributes
+):
+    told, batches, grouped = [], [], []
+    call, forward, step = training.call, training.Objective.forward, training._Run._step
+
+    def listening(model, inputs, told_BA):
+        told.append(told_BA)
+        return call(model, inputs, told_BA)
+
+    def grouping(self, logits, mask, group_B):
+        grouped.append(group_B)
+        return forward(self, logits, mask, group_B)
+
+    def stepping(self, batch, rate):
+        batches.append(batch)
+        return step(self, batch, rate)
+
+    monkeypatch.setattr(training, "call", listening)
+    monkeypatch.setattr(training.Objective, "forward", grouping)
+    monkeypatch.setattr(training._Run, "_step", stepping)
+    recipe = dataclasses.replace(
+        TINY,
+        out=tmp_path / "run",
+        model=UNetSettings(widths=(4,), block="film", hidden=1, unknown="learned"),
+        attribute_dropout=0.25,
+        epochs=20,
+    )
+    train(recipe)
+    told_NA = torch.cat(told)
+    truth_NA = torch.tensor([two_attributes[case] for batch in batches for case in batch.case_ids])
+    unknown_N = (told_NA == -1).all(1)
+    assert len(told_NA) == 20 * 4 * 4
+    assert torch.equal(told_NA[~unknown_N], truth_NA[~unknown_N])  # both are dropped, or neither
+    # 320 draws of 1/4: 80, with a standard deviation of 7.7.
+    assert 80 - 3 * 7.7 < int(unknown_N.sum()) < 80 + 3 * 7.7
+    assert len({tuple((part == -1)[:, 0].tolist()) for part in told}) > 5
+    assert torch.equal(torch.cat(grouped), truth_NA[:, 0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        UNetSettings(widths=(4,), block="film", unknown="learned"),
+        UNetSettings(widths=(4,), router="shared", unknown="learned"),
+    ],
+    ids=["film", "shared"],
+)
+def test_with_dropped_attributes_too_it_ends_as_if_it_had_never_stopped(tmp_path, model):
+    recipe = dataclasses.replace(
+        TINY, out=tmp_path / "whole", model=model, attribute_dropout=0.5, checkpoint_every=3
+    )
+    whole = train(recipe)
+    killed = dataclasses.replace(recipe, out=tmp_path / "killed")
+    for n, step in enumerate((3, 6)):  # in mid-epoch, and in the second
+        process = in_fork(killed_at, killed, n > 0, step)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    resumed = train(killed, resume=True)
+    assert_same_tree(weights_of(resumed), weights_of(whole))
+    assert_same_tree(state_of(resumed), state_of(whole))
+    _, _, network = checkpoints.load_model(resumed)
+    assert_same_tree(dict(network.state_dict()), weights_of(whole, "best"))
+    still = train(dataclasses.replace(recipe, attribute_dropout=0.0, out=tmp_path / "still"))
+    assert not torch.equal(weights_of(still)["head.weight"], weights_of(whole)["head.weight"])
 
 
 def test_every_step_and_every_rank_draw_noise_of_their_own(tmp_path, monkeypatch):
@@ -408,6 +556,12 @@ def test_other_settings_are_no_resumption_and_the_differing_ones_are_named(finis
     assert "model.moe: the run has 'shared', now 'none'" in str(caught.value)
     assert "epochs: the run has 2, now 3" in str(caught.value)
     assert not any(name in str(caught.value) for name in ("workers", "devices:", "out:"))
+
+
+def test_another_presets_network_is_no_resumption(finished):
+    other = dataclasses.replace(TINY, out=finished, model=UNetSettings())
+    with pytest.raises(RunError, match=r"model.moe: the run has 'shared', now 'no such setting'"):
+        train(other, resume=True)
 
 
 def test_other_data_are_no_resumption(finished):
@@ -611,6 +765,14 @@ def test_foreign_files_are_refused(finished, tmp_path):
     (run / "recipe.json").write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"recipe\.model: got \['experts'\] besides"):
         checkpoints.load_model(run)
+    # As an earlier version wrote it, which knew fewer settings.
+    del content["recipe"]["model"]["experts"], content["recipe"]["attribute_dropout"]
+    (run / "recipe.json").write_text(json.dumps(content))
+    with pytest.raises(
+        RunError, match=r"recipe: .*lacks \['attribute_dropout'\].*written by another version"
+    ) as caught:
+        checkpoints.load_model(run)
+    assert str(run / "recipe.json") in str(caught.value)
     (run / "recipe.json").write_text("[]")
     with pytest.raises(RunError, match="not a run's recipe"):
         checkpoints.load_model(run)

@@ -2,7 +2,7 @@
 
 The study's network: the 3D Residual U-Net's plan in 2D and small. In each stage is one place where
 a dense MLP, experts or a simpler way to use the attribute can stand, all with the same
-multiply-adds a token.
+multiply-adds a token, but for what scores experts and what reads the attribute.
 
 Shapes: B samples, C channels, D a stage's channels, H and W rows and columns, M an MLP's hidden
 units, A attributes, V values of all attributes together.
@@ -13,29 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dmoe_layer import DMoE, MissingAttributesError
-
-from .weight_files import WeightsError
+from dmoe_layer import DMoE
 
 BLOCKS = ("mlp", "channels", "film", "per_value", "moe")
-PLACEMENTS = ("mlp", "after")
-ROUTERS = ("own", "shared")
+TOLD = ("channels", "film", "per_value")  # by the network itself; experts are by the scope
+PLACEMENTS = ("mlp", "after", "beside")
+ROUTERS = ("own", "shared", "sharp")
+UNKNOWN = ("error", "average", "learned")
 GROUPS = 4  # of the group norms
 
 
 class UNet(nn.Module):
-    """Stages of two convolutions and an MLP down to an eighth of the image's sides, and up again.
+    """Stages of two convolutions and an MLP, each of half the sides; and up again.
 
     The attributes are an argument of `forward`, since FiLM and its like need them too; experts take
     them from the open ``dmoe_layer.routing(attributes)`` scope, as everywhere.
@@ -50,17 +47,24 @@ class UNet(nn.Module):
             its own for every attribute value; of several attributes, the mean of theirs. "moe":
             experts.
         hidden: units that a token passes through, of all its experts together, as a multiple of
-            D; so that equal numbers are equal multiply-adds, but for the router's.
+            D, so that equal numbers are equal multiply-adds: 2 · hidden · D² a token. Beside them
+            stand the router's, FiLM's and those of the first convolution's further channels.
         placement: of experts. "mlp": in place of the MLP. "after": half of the hidden units stay in
-            an MLP, and a residual layer of experts follows it, the paper's placement.
-        router: "own": each attribute value's; "shared": all values have the same weights, and only
+            an MLP, and a residual layer of experts follows it, the paper's placement. "beside":
+            half of them stay in an MLP, to whose output that of the experts is added: an expert
+            that is always on.
+        modulate: scales and shifts what router and experts see by the attribute, as "film" does.
+        merge: of experts: a sample's k are merged into one MLP of all the hidden units, chosen by
+            the sample's mean token (DMoE's `merge`).
+        router: "own": each attribute value's; "sharp": the same with scores four times as large, a
+            lower temperature; "shared": all values have the same weights, and only
             the bias on the scores is a value's own.
         attribute_sizes: number of values of each attribute; None: no block is told any.
         n_experts, k, noise, unknown: of DMoE; `unknown` holds for the other blocks as well.
         dropout: of MLPs and experts.
 
     Raises:
-        ValueError: for a setting that is not there, or that does not divide.
+        ValueError, TypeError: for a setting that is not there, or units that do not divide.
 
     Example:
         >>> import torch
@@ -84,6 +88,8 @@ class UNet(nn.Module):
         block: str = "moe",
         hidden: int = 8,
         placement: str = "mlp",
+        modulate: bool = False,
+        merge: bool = False,
         router: str = "own",
         attribute_sizes: tuple[int, ...] | None = None,
         n_experts: int = 8,
@@ -97,27 +103,37 @@ class UNet(nn.Module):
             ("block", block, BLOCKS),
             ("placement", placement, PLACEMENTS),
             ("router", router, ROUTERS),
+            ("unknown", unknown, UNKNOWN),
         ):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}.")
         if not widths or any(width < GROUPS or width % GROUPS for width in widths):
             raise ValueError(f"widths: got {tuple(widths)}, expected multiples of {GROUPS}.")
-        routed = hidden // 2 if placement == "after" else hidden
-        if hidden < 1 or (block == "moe" and (hidden % 2 or k < 1)):
-            raise ValueError(f"hidden: got {hidden}, expected an even number of 2 or more.")
-        if block in ("channels", "film", "per_value") and attribute_sizes is None:
-            raise ValueError(f"block: {block} is told the attributes, but there are none.")
+        if (block in TOLD or modulate) and not attribute_sizes:
+            raise ValueError(
+                f"block: {block}, {modulate=}: has to be told attributes; mlp is not told any."
+            )
+        # Units that do not divide would be fewer than the other blocks', and nothing would tell.
+        parts = (1 if merge else max(k, 1)) * (1 if placement == "mlp" else 2)
+        if hidden < 1 or (block == "moe" and any(hidden * w % parts for w in widths)):
+            raise ValueError(
+                f"hidden: got {hidden}, expected 1 or more that divide among the experts of a "
+                f"token: hidden times each of the widths {tuple(widths)} by {parts}."
+            )
         self.block, self.in_channels = block, in_channels
-        self.membership = Membership(attribute_sizes or (), unknown)
+        # None where there is none, since a module that stands here tells the network's policy.
+        reads = block in TOLD or (modulate and block == "moe")
+        self.membership = Membership(attribute_sizes or (), unknown) if reads else None
         experts: dict[str, Any] = {
             "n_experts": n_experts,
             "k": k,
+            "merge": merge,
             "noise": noise,
             "unknown": unknown,
             "attribute_sizes": attribute_sizes,
             "dropout": dropout,
         }
-        values = self.membership.values
+        values = 0 if self.membership is None else self.membership.values
         inputs = in_channels + (values if block == "channels" else 0)
         stages = []
         for cin, width in pairwise([inputs, *widths]):
@@ -126,15 +142,23 @@ class UNet(nn.Module):
             mlp: nn.Module
             if block == "moe":
                 moe = DMoE(
-                    width, hidden_dim=max(1, routed * width // k), **experts,
+                    width, hidden_dim=units // parts, **experts,
                     residual=placement == "after",
                 )  # fmt: skip
                 if router == "shared":
-                    parametrize.register_parametrization(moe.router, "w_A2ED", _OneForAll())
+                    one = _OneForAll(len(moe.router.w_A2ED))
+                    parametrize.register_parametrization(moe.router, "w_A2ED", one)
+                if router == "sharp":
+                    for name in ("w_A2ED", "b_A2E"):
+                        parametrize.register_parametrization(moe.router, name, _Sharp())
+                mlp = moe
+                if placement != "mlp":
+                    mlp = make_mlp(width, units // 2, dropout)
                 if placement == "after":
-                    mlp, after = make_mlp(width, units // 2, dropout), moe
-                else:
-                    mlp = moe
+                    after = moe
+                elif placement == "beside":
+                    mlp = _Sum([mlp, moe])
+                film = FiLM(width, values) if modulate else None
             elif block == "per_value":
                 mlp = PerValue(width, units, values, dropout)
             else:
@@ -155,8 +179,8 @@ class UNet(nn.Module):
             attributes_BA: int64, -1 where unknown.
 
         Raises:
-            ValueError: an image of another kind, or an attribute value that there is not.
-            dmoe_layer.MissingAttributesError: an attribute is unknown, and `unknown` is "error".
+            ValueError: an image or attributes of another kind, an attribute value that there is
+                not, or an unknown one where `unknown` is "error".
         """
         stride = 2 ** len(self.stages)
         shape = tuple(image_BCHW.shape)
@@ -171,8 +195,8 @@ class UNet(nn.Module):
                 f"the latter two multiples of {stride}."
             )
         member_BV = None
-        if self.block in ("channels", "film", "per_value"):
-            member_BV = self.membership(attributes_BA).to(image_BCHW)
+        if self.membership is not None:
+            member_BV = self.membership(attributes_BA, len(image_BCHW)).to(image_BCHW)
         x_BCHW = image_BCHW
         if self.block == "channels" and member_BV is not None:
             planes_BVHW = member_BV[:, :, None, None].expand(-1, -1, *shape[2:])
@@ -214,8 +238,8 @@ class Stage(nn.Module):
 class Membership(nn.Module):
     """How much a sample belongs to each value of each attribute: (B, V), 1 or 0.
 
-    An unknown attribute follows DMoE's policies: "error" raises, "average" belongs to all values
-    alike, "learned" is one more value.
+    An unknown attribute follows DMoE's policies: with "error" it raises, with "average" the sample
+    belongs to all values alike, with "learned" to one more value, the attribute's last.
     """
 
     def __init__(self, attribute_sizes: tuple[int, ...], unknown: str) -> None:
@@ -223,18 +247,24 @@ class Membership(nn.Module):
         self.attribute_sizes, self.unknown = attribute_sizes, unknown
         self.values = sum(attribute_sizes) + len(attribute_sizes) * (unknown == "learned")
 
-    def forward(self, attributes_BA: Tensor) -> Tensor:
+    def forward(self, attributes_BA: Tensor, batch: int) -> Tensor:
+        n = len(self.attribute_sizes)
+        if attributes_BA.shape != (batch, n) or attributes_BA.dtype != torch.int64:
+            raise ValueError(
+                f"attributes: got {attributes_BA.dtype} of shape {tuple(attributes_BA.shape)}, "
+                f"expected int64 of shape ({batch}, {n}), one column an attribute."
+            )
         columns = []
         for attribute_B, size in zip(attributes_BA.T, self.attribute_sizes, strict=True):
-            if attribute_B.min() < -1 or attribute_B.max() >= size:
-                raise ValueError(
-                    f"attributes: got {attribute_B.tolist()}, expected -1..{size - 1}."
-                )
             unknown_B = attribute_B == -1
+            if ((attribute_B < -1) | (attribute_B >= size)).any():
+                raise ValueError(
+                    f"attributes: got {attribute_B.tolist()}, expected 0 .. {size - 1}, or -1."
+                )
             if self.unknown == "error" and unknown_B.any():
-                raise MissingAttributesError(
-                    "attributes: a value is unknown (-1); give it, or set unknown='average' or "
-                    "'learned'."
+                raise ValueError(
+                    f"attributes: got {attribute_B.tolist()}, where -1 stands for unknown, which "
+                    "unknown='error' refuses: choose unknown='average' or 'learned' to allow it."
                 )
             if self.unknown == "learned":
                 column_BV = F.one_hot(torch.where(unknown_B, size, attribute_B), size + 1).float()
@@ -304,39 +334,28 @@ def _convolution(cin: int, cout: int, stride: int = 1) -> tuple[nn.Module, ...]:
 
 
 class _OneForAll(nn.Module):
-    """Gives all of a router's attribute values the same weights, the mean of theirs."""
+    """Keeps one router's weights, (1, 2, E, D), and shows them as those of all values."""
 
-    def forward(self, w_A2ED: Tensor) -> Tensor:
-        return w_A2ED.mean(0, keepdim=True).expand_as(w_A2ED)
+    def __init__(self, values: int) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, w_12ED: Tensor) -> Tensor:
+        return w_12ED.expand(self.values, -1, -1, -1)
+
+    def right_inverse(self, w_A2ED: Tensor) -> Tensor:
+        return w_A2ED[:1]
 
 
-def load_dense(model: UNet, path: Path) -> None:
-    """Starts a network of experts from a dense one: every expert of a stage becomes its MLP.
+class _Sharp(nn.Module):
+    """Makes scores four times as large."""
 
-    In eval mode the network computes what the dense one does (upcycling, Komatsuzaki et al.,
-    arXiv:2212.05055). The dense one's `hidden` is that of one expert, and its routers are new.
+    def forward(self, parameter: Tensor) -> Tensor:
+        return 4 * parameter
 
-    Raises:
-        WeightsError: the file is no dense U-Net's of these sizes, or the network has no experts in
-            place of its MLPs. The network is unchanged.
-    """
-    try:
-        found = load_file(path)
-        for i, stage in enumerate(model.stages):
-            assert isinstance(stage, Stage)
-            if not isinstance(stage.mlp, DMoE) or stage.mlp.dim is None:
-                raise WeightsError(f"{path}: stage {i + 1} has no experts to start from an MLP.")
-            layer, names = stage.mlp, f"stages.{i}.mlp."
-            mlp = make_mlp(stage.mlp.dim, layer.w1_EHD.shape[1], layer.dropout)
-            mlp.load_state_dict({
-                name.removeprefix(names): found.pop(name) for name in [*found] if names in name
-            })  # fmt: skip
-            experts = DMoE.from_mlp(mlp, layer.n_experts, layer.k).state_dict()
-            kept = {n: v for n, v in layer.state_dict().items() if n.startswith("router.")}
-            found |= {names + name: value for name, value in (experts | kept).items()}
-        model.load_state_dict(found)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise WeightsError(
-            f"{path}: cannot start this network: {error} Expected the model.safetensors of a run "
-            "with --block mlp, of the same --widths and of the --hidden of one expert."
-        ) from error
+
+class _Sum(nn.ModuleList):
+    """Adds up what its modules make of the same input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([module(x) for module in self]).sum(0)

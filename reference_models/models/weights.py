@@ -1,4 +1,4 @@
-"""Loads trained weights into a TransUNet: Google's ViT checkpoints, and the paper's released ones.
+"""Loads trained weights: Google's and the paper's into a TransUNet, a dense U-Net's into experts.
 
 Each entry of a file is either taken, in the shape that the network has, or known to be of no use;
 otherwise one error lists all that is wrong, and nothing is loaded.
@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from dmoe_layer import DMoE
 
 from .resunet3d import ResUNet3D
 from .transunet import TransUNet
-from .unet import UNet, load_dense
+from .unet import UNet
 from .vit import resized_positions
 from .weight_files import (
     Entries,
@@ -68,6 +72,13 @@ RELEASED = {
 }
 RELEASED_MOE = "transformer.encoder.sparseMoE"
 MOE = "vit.moe.0"
+# What becomes of a dense U-Net's linear layers.
+EXPERTS = {
+    "w1_EHD": ("0", "weight"),
+    "b1_EH": ("0", "bias"),
+    "w2_EDH": ("2", "weight"),
+    "b2_ED": ("2", "bias"),
+}
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:
@@ -78,7 +89,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
 
     Raises:
         WeightsError: there are no such files for this network; or as of `load_google_npz`,
-            `load_released_2d`, `load_released_3d`.
+            `load_released_2d`, `load_released_3d`, `load_dense`.
     """
     loaders = LOADERS.get(type(model), {})
     if path.suffix not in loaders:
@@ -193,6 +204,53 @@ def _positions(file: Entries, model: TransUNet, name: str) -> Tensor:
     table_1TD = file.entry(name, (1, side**2 + (n == side**2 + 1), dim))
     table_1DHW = rearrange(table_1TD[:, -(side**2) :], "1 (h w) d -> 1 d h w", h=side)
     return resized_positions(table_1DHW, (grid[0], grid[1]))
+
+
+def load_dense(model: UNet, path: Path) -> None:
+    """Starts a U-Net of experts from a dense one: every expert of a stage becomes its MLP.
+
+    In eval mode the network then computes what the dense one does (upcycling, Komatsuzaki et al.,
+    arXiv:2212.05055). The dense one's MLPs have the hidden units of one expert. Routers stay as
+    they are.
+
+    Raises:
+        WeightsError: the network has no experts in place of its MLPs, or the file is not there, is
+            damaged, or no dense U-Net's of these sizes. The network is unchanged.
+    """
+    path = Path(path)
+    layers = [stage.mlp for stage in model.stages]
+    if not all(isinstance(layer, DMoE) for layer in layers):
+        raise WeightsError(
+            f"{path}: cannot start this network, which has no experts in place of its MLPs; make "
+            "it with block='moe' and placement='mlp'."
+        )
+    try:
+        file = Entries(path, load_file(path), pytorch)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: no safetensors file, or damaged ({error}).") from error
+    units, dim = model.get_parameter("stages.0.mlp.w1_EHD").shape[1:]
+    first = file.entries.get("stages.0.mlp.0.weight")
+    if first is None or first.ndim != 2:
+        raise WeightsError(
+            f"{path}: holds no MLP for experts to start as; expected the model.safetensors of a "
+            "run of a dense U-Net, block='mlp'."
+        )
+    advice = []
+    if len(first) != units:
+        advice.append(
+            f"Its first MLP has {len(first)} hidden units, an expert has {units}: train it with "
+            f"hidden={units / dim:g}."
+        )
+    new: Weights = {}
+    for name, value in model.state_dict().items():
+        layer, _, parameter = name.rpartition(".")
+        if parameter in EXPERTS:
+            linear, kind = EXPERTS[parameter]
+            new[name] = file.take(f"{layer}.{linear}", kind, value.shape[1:]).expand_as(value)
+        elif ".mlp.router." not in name:
+            new[name] = file.take(layer, parameter, value.shape)
+    file.finish(advice=tuple(advice))
+    put(model, new)
 
 
 def _differences(file: Entries, model: TransUNet) -> tuple[str, ...]:

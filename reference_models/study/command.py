@@ -17,7 +17,7 @@ from ..serial import to_json
 from .cost import step_milliseconds
 from .methods import METHODS
 from .runner import GRID, Plan, run_plan
-from .scenes import FULL, QUICK, SCENES
+from .scenes import FULL, QUICK, SCENES, SHARES
 from .tables import CONTENTS, write_tables
 from .trial import Design, seconds_of
 
@@ -43,7 +43,7 @@ class StudySettings:
     """Which; all by default."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Which; all by default. One that takes its learning rate of another brings that along."""
-    shares: tuple[float, ...] = (0.7, 0.2, 0.1)
+    shares: tuple[float, ...] = SHARES
     """The phantom's attribute values' shares of its training cases; as many values as shares."""
     rule: Literal["margin", "direction"] = "margin"
     """What the phantom's attribute means for the outline: how far out it runs, or on which side."""

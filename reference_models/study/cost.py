@@ -46,7 +46,11 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
         tokens = output.numel() // output.shape[layer.channel_dim]
         n_experts, hidden, dim = layer.w1_EHD.shape
         scores = n_experts * dim * (2 if layer.router.noise == "always" else 1)
-        experts += tokens * (2 * layer.k * dim * hidden + scores)
+        each = 2 * layer.k * dim * hidden
+        if layer.merge:  # the weights of k experts once, and one expert's products a token
+            experts += each + scores + tokens * 2 * dim * hidden
+        else:
+            experts += tokens * (each + scores)
 
     hooks = [
         module.register_forward_hook(count)

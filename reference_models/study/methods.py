@@ -14,7 +14,7 @@ from ..recipe import Recipe, UNetSettings
 BALANCE, Z, GROUP_DRO_RATE = 0.01, 1e-3, 0.1
 ATTRIBUTE_DROPOUT = 0.1
 
-Kind = Literal["baseline", "robust", "dmoe", "ablation"]
+Kind = Literal["baseline", "robust", "dmoe", "candidate", "ablation"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class Method:
     Args:
         title: in words.
         kind: "baseline": another way to spend the same multiply-adds; "robust": the blind wide
-            MLP, trained for its worst groups; "dmoe": the layer; "ablation": the layer with one
-            setting changed, on the scene "rule" alone.
+            MLP, trained for its worst groups; "dmoe": the layer; "candidate": what might be a
+            better layer; "ablation": the layer with one setting changed.
         model: changes of `UNetSettings`.
         recipe: changes of `Recipe`.
+        scenes: that it is trained on; empty: all.
         rate_of: the method whose learning rate it takes; "": its own is chosen.
         upcycled: trains the first half of the epochs dense, with the hidden units of one expert,
             and goes on from there.
@@ -37,6 +38,7 @@ class Method:
     kind: Kind
     model: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    scenes: tuple[str, ...] = ()
     rate_of: str = ""
     upcycled: bool = False
 
@@ -60,9 +62,14 @@ def _ablation(title: str, upcycled: bool = False, **changes: Any) -> Method:
         "ablation",
         {name: value for name, value in changes.items() if name in of_model},
         {name: value for name, value in changes.items() if name not in of_model},
+        scenes=("rule",),
         rate_of="dmoe",
         upcycled=upcycled,
     )
+
+
+def _candidate(title: str, **changes: Any) -> Method:
+    return Method(title, "candidate", changes, scenes=("rule", "mri"), rate_of="dmoe")
 
 
 METHODS: dict[str, Method] = {
@@ -94,6 +101,11 @@ METHODS: dict[str, Method] = {
         {"attribute_dropout": ATTRIBUTE_DROPOUT},
         rate_of="dmoe",
     ),
+    "merged": Method("dMoE, experts merged for each sample", "dmoe", {"merge": True, "k": 8}),
+    "merged-k2": _candidate("two experts merged for each sample", merge=True),
+    "modulated": _candidate("experts' input scaled and shifted by the attribute", modulate=True),
+    "beside": _candidate("a shared expert that is always on", placement="beside"),
+    "sharp": _candidate("a router of a quarter of the temperature", router="sharp"),
     "noise-never": _ablation("no routing noise", noise="never"),
     "noise-always": _ablation("routing noise in testing too", noise="always"),
     "k1": _ablation("1 expert a token, twice as wide", k=1),

@@ -57,7 +57,10 @@ class Found:
                     yield scene, method, condition
 
     def trials(self) -> Iterator[Row]:
-        for trial in (*self._main_trials(), *self._spread):
+        for trial, spread in (
+            *((trial, False) for trial in self._main_trials()),
+            *((trial, True) for trial in self._spread),
+        ):
             for condition, dice in trial.dice.items():
                 means = group_means(dice, groups_of(trial))
                 found = scores(trial, condition, self._population[trial.job.scene])
@@ -71,7 +74,7 @@ class Found:
                     "validation": trial.validation,
                     "parameters": trial.parameters,
                     "multiply_adds": trial.multiply_adds,
-                    "spread": trial in self._spread,
+                    "spread": spread,
                     **{f"dice_{group}": mean for group, mean in means.items()},
                 }
 
@@ -98,7 +101,7 @@ class Found:
                         "difference": found.value,
                         "low": found.low,
                         "high": found.high,
-                        "ahead": sum(value > 0 for value in found.by_seed),
+                        "ahead": sum(round(value, 4) > 0 for value in found.by_seed),  # as it shows
                         "seeds": len(found.by_seed),
                         "by_seed": found.by_seed,
                     }
@@ -186,19 +189,16 @@ class Found:
         """Of the first scene: what a network has of attributes is the scene's."""
         scene, by_method = next(iter(self._main.items()))
         networks = {method: next(iter(by_seed.values())) for method, by_seed in by_method.items()}
-        dense = networks.get("dense")
+        adds = {method: trial.multiply_adds for method, trial in networks.items()}
         for method, trial in networks.items():
-            adds, took = trial.multiply_adds, milliseconds.get(method)
             yield {
                 "scene": scene,
                 "method": method,
                 "parameters": trial.parameters,
-                "multiply_adds": adds,
-                "multiply_adds_of_dense": dense and adds / dense.multiply_adds,
-                "milliseconds": took,
-                "milliseconds_of_dense": took
-                and milliseconds.get("dense")
-                and took / milliseconds["dense"],
+                "multiply_adds": adds[method],
+                "multiply_adds_of_dense": _ratio(adds, method),
+                "milliseconds": milliseconds.get(method),
+                "milliseconds_of_dense": _ratio(milliseconds, method),
             }
 
     def cases(self) -> Iterator[Row]:
@@ -227,6 +227,11 @@ def _in_order(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(
         trials, key=lambda t: (scenes.index(t.job.scene), methods.index(t.job.method), t.job)
     )
+
+
+def _ratio(values: Mapping[str, float], method: str) -> float | None:
+    """To that of dense, where both are there."""
+    return values[method] / values["dense"] if {method, "dense"} <= {*values} else None
 
 
 def _whose(trial: Trial) -> Row:

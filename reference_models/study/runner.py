@@ -27,7 +27,6 @@ from .workers import workers
 GRID = (0.003, 0.006, 0.012)
 # Methods that are trained on one scene's data from several initial weights: what those alone do.
 SPREAD_SCENE, SPREAD_METHODS = "rule", ("dense", "film", "dmoe")
-ABLATION_SCENE = "rule"
 INIT_SEED = 1000  # of the initial weights of the study's seed 0
 _LINE_EVERY = 20.0  # seconds, where there is no terminal
 
@@ -47,11 +46,11 @@ class Plan:
     seeds: tuple[int, ...]
 
     def methods_of(self, scene: str) -> tuple[str, ...]:
-        """Those that are trained on a scene: ablations on one alone."""
+        """Those that are trained on a scene."""
         return tuple(
             method
             for method in self.methods
-            if scene == ABLATION_SCENE or METHODS[method].kind != "ablation"
+            if not METHODS[method].scenes or scene in METHODS[method].scenes
         )
 
     def tuned(self) -> list[tuple[str, str]]:

