@@ -35,6 +35,10 @@ from .recipe import SquareSettings, VolumeSettings
 from .runs import Task
 
 
+class NonFiniteOutputError(DataError):
+    """Logits that are no numbers; says of which case."""
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Which trained run, on which of its cases, and how."""
@@ -225,7 +229,7 @@ def _answered(
         for logits_KS, (sample, masks) in zip(logits_BKS, answers, strict=True):
             # By the extremes, as asking every number takes a copy of a volume's logits.
             if not torch.stack(logits_KS.aminmax()).isfinite().all():
-                raise DataError(
+                raise NonFiniteOutputError(
                     f"{run.settings.run}: the network's output for {sample.case_id} is not "
                     f"finite (attributes {condition}); its weights or this image are damaged."
                 )

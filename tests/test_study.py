@@ -313,7 +313,7 @@ def test_a_study_of_a_part_writes_its_tables_and_is_not_run_twice(
         (["--scenes", "rule", "moon"], "moon"),
         (["--methods", "dmoe", "best"], "best"),
         (["--methods", "dmoe", "dmoe"], "each once"),
-        (["--methods", "k1", "--scenes", "none"], "none"),
+        (["--methods", "k1", "--scenes", "none"], "is for none"),
         (["--seeds", "1", "1"], "each once"),
         (["--seeds", "-1"], "0 or more"),
         (["--shares", "1"], "two or more"),

@@ -119,7 +119,7 @@ def _plan(settings: StudySettings) -> Plan:
         tuple(name for name in METHODS if name in needed),
         tuple(seeds),
     )
-    if bare := [scene for scene in plan.scenes if not plan.methods_of(scene)]:
+    if bare := [s for s in plan.scenes if not {*plan.methods_of(s)} & {*settings.methods}]:
         raise RunError(f"methods: none of {', '.join(settings.methods)} is for {bare[0]}.")
     return plan
 

@@ -53,6 +53,7 @@ class Sizes:
             of each combination of their values.
         epochs: at most; a scene may have fewer.
         image_size: that the network sees, rows and columns.
+        batch_size: of training.
     """
 
     cases: int = 480
@@ -60,9 +61,10 @@ class Sizes:
     test_cases: int = 60
     epochs: int = 4
     image_size: int = 64
+    batch_size: int = 8
 
 
-FULL, QUICK = Sizes(), Sizes(48, 4, 4, 1, 32)
+FULL, QUICK = Sizes(), Sizes(64, 4, 4, 1, 32, 32)
 
 
 def recipe_of(
@@ -104,6 +106,7 @@ def recipe_of(
         frame=frame,
         out=out,
         seed=job.init_seed,
+        batch_size=sizes.batch_size,
         epochs=min(scene.epochs, sizes.epochs),
         learning_rate=job.learning_rate,
     )

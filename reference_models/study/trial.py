@@ -30,7 +30,14 @@ from .. import fairness
 from ..evaluation import AS_GIVEN, attributes_told
 from ..files import write_whole
 from ..loads import Loads
-from ..prediction import RunSettings, TrainedRun, given_attributes, open_run, predictions
+from ..prediction import (
+    NonFiniteOutputError,
+    RunSettings,
+    TrainedRun,
+    given_attributes,
+    open_run,
+    predictions,
+)
 from ..recipe import Recipe, RunError, UNetSettings
 from ..serial import flat, from_json, to_json
 from ..training import NonFiniteLossError, train
@@ -69,7 +76,7 @@ class Design:
 def run(job: Job, design: Design, folder: Path) -> Trial:
     """Trains and tests; says nothing, and leaves `trials/<job>.json` alone.
 
-    A loss that is not finite makes a trial without test cases, whose validation score is -inf.
+    A loss or output that is not finite makes a trial without test cases, whose validation score is -inf.
 
     Raises:
         RunError, DataError: as of `train` and `open_run`.
@@ -82,7 +89,7 @@ def run(job: Job, design: Design, folder: Path) -> Trial:
         try:
             _train(recipe, upcycled=METHODS[job.method].upcycled)
             trial = _tested(job, recipe, design.sizes.image_size)
-        except NonFiniteLossError:
+        except (NonFiniteLossError, NonFiniteOutputError):
             trial = Trial(job, 0, 0, -math.inf, (), (), (), (), {}, {}, {})
     content = _made_by(job, recipe)
     content |= {"seconds": round(time.monotonic() - begun, 1), "trial": to_json(trial)}
