@@ -15,11 +15,18 @@ from ..files import refuse_others, write_results
 from ..recipe import RunError, settle
 from ..serial import to_json
 from .cost import step_milliseconds
+from .figures import FOLDER, write_figures
 from .methods import METHODS
+from .page import write_page
 from .runner import GRID, Plan, run_plan
 from .scenes import FULL, QUICK, SCENES, SHARES
-from .tables import CONTENTS, write_tables
+from .tables import CONTENTS as TABLES
+from .tables import write_tables
 from .trial import Design, seconds_of
+
+# What lies in a results folder: tables, figures, and a page of both.
+PAGE = "README.md"
+CONTENTS = (*TABLES, FOLDER, PAGE)
 
 _SEEDS = (10, 11, 12, 13, 14)
 _QUICK_SEEDS = _SEEDS[:2]
@@ -98,12 +105,14 @@ def study(settings: StudySettings) -> Path:
             settings=shown,
             seconds=seconds_of({trial.job for trial in trials}, folder),
         )
+        write_figures(target)
+        write_page(target, target / PAGE)
 
     write_results(results, write, CONTENTS)
     console = Console(highlight=False, soft_wrap=True)
     if settings.quick:
         console.print("A smoke run: its numbers mean nothing.")
-    console.print(f"results: {results}", markup=False)
+    console.print(f"results: {results / PAGE}", markup=False)
     return results
 
 

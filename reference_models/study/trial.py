@@ -76,7 +76,8 @@ class Design:
 def run(job: Job, design: Design, folder: Path) -> Trial:
     """Trains and tests; says nothing, and leaves `trials/<job>.json` alone.
 
-    A loss or output that is not finite makes a trial without test cases, whose validation score is -inf.
+    A loss or an output that is not finite makes a trial without test cases, whose validation score
+    is -inf.
 
     Raises:
         RunError, DataError: as of `train` and `open_run`.
