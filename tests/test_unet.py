@@ -411,3 +411,11 @@ def test_the_names_of_a_state_dict_stay():
     assert names(after, "stages.0.mlp.") == mlp
     assert names(after, "stages.0.after.") == experts
     assert isinstance(after.stages[0].after, DMoE)
+    block = {f"convolutions.{n}.weight" for n in (0, 1, 3, 4)}
+    block |= {"convolutions.1.bias", "convolutions.4.bias", *(f"mlp.{n}" for n in mlp)}
+    assert {*make(block="film").state_dict()} == {
+        *(f"stages.{n}.{name}" for n in (0, 1) for name in (*block, "film.scale_shift.weight")),
+        *(f"decoder.0.{name}" for name in ("0.weight", "1.weight", "1.bias")),
+        "head.weight",
+        "head.bias",
+    }
