@@ -267,6 +267,7 @@ def test_multiply_adds_are_those_counted_by_hand():
     routers = 3 * (16 * 4 + 4 * 8)
     experts = {"attribute_sizes": (3,), "n_experts": 3}
     assert counted(k=2, **experts) == first + second + decoder + routers
+    assert counted(router="shared", **experts) == counted(**experts)
     assert counted(k=1, noise="always", **experts) == first + second + decoder + 2 * routers
 
 

@@ -447,7 +447,7 @@ def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
     tmp_path, monkeypatch, two_attributes
 ):
     told, batches, grouped = [], [], []
-    call, forward, step = training.call, training.Objective.forward, training._Run._step
+    call, forward, step = training.call, training.Objective.forward, training.Run.step
 
     def listening(model, inputs, told_BA):
         told.append(told_BA)
@@ -463,7 +463,7 @@ def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
 
     monkeypatch.setattr(training, "call", listening)
     monkeypatch.setattr(training.Objective, "forward", grouping)
-    monkeypatch.setattr(training._Run, "_step", stepping)
+    monkeypatch.setattr(training.Run, "step", stepping)
     recipe = dataclasses.replace(
         TINY,
         out=tmp_path / "run",

@@ -60,7 +60,8 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
     image_1CHW = torch.zeros(1, *image)
     told_1A = torch.zeros(1, n_attributes, dtype=torch.int64)
     try:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        # With gradients: without them the counter stumbles over parametrized weights.
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
             call(model, [image_1CHW], told_1A)
     finally:
         for hook in hooks:

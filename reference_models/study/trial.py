@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dmoe_layer import __version__
+import dmoe_layer
 
 from .. import fairness
 from ..evaluation import AS_GIVEN, attributes_told
@@ -151,7 +151,7 @@ def _made_by(job: Job, recipe: Recipe) -> dict[str, Any]:
     """All that a trial depends on, as json; `stored` compares it."""
     settings = flat(to_json(recipe))
     return {
-        "version": __version__,
+        "version": dmoe_layer.__version__,
         "region": SCENES[job.scene].region,
         "upcycled": METHODS[job.method].upcycled,
         "recipe": {name: value for name, value in settings.items() if name not in _PLACES},
