@@ -268,6 +268,10 @@ def test_multiply_adds_are_those_counted_by_hand():
     experts = {"attribute_sizes": (3,), "n_experts": 3}
     assert counted(k=2, **experts) == first + second + decoder + routers
     assert counted(router="shared", **experts) == counted(**experts)
+    # Of 8 and 16 hidden units an expert; 3 experts' scores of one token, 3 experts' weights.
+    merging = 3 * (4 + 8) + 3 * 2 * (4 * 8 + 8 * 16)
+    merged = counted(k=3, merge=True, **experts)
+    assert merged == first + second + decoder + merging, merged - first - second - decoder
     assert counted(k=1, noise="always", **experts) == first + second + decoder + 2 * routers
 
 

@@ -47,8 +47,8 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
         n_experts, hidden, dim = layer.w1_EHD.shape
         scores = n_experts * dim * (2 if layer.router.noise == "always" else 1)
         each = 2 * layer.k * dim * hidden
-        if layer.merge:  # the weights of k experts once, and one expert's products a token
-            experts += each + scores + tokens * 2 * dim * hidden
+        if layer.merge:  # the weights of k experts, once; the products with them it does see
+            experts += each + scores
         else:
             experts += tokens * (each + scores)
 
