@@ -231,6 +231,11 @@ def test_a_lazy_layer_learns_its_width_and_zero_init_starts_as_the_identity():
     assert layer.dim == 6
 
 
+def test_the_meta_device_gives_shapes():
+    layer = merging(device="meta")
+    assert layer(torch.empty(3, 5, 8, device="meta"), A3).shape == (3, 5, 8)
+
+
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_an_upcycled_block_computes_what_it_did(k):
     mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8, bias=False))
