@@ -67,8 +67,9 @@ class DMoE(LazyDim):
         merge: routes each sample by its mean token, and sends all of its tokens through one MLP,
             the weighted sum of its k experts. A token then costs one MLP of ``hidden_dim``
             whatever k is, and a sample 2·k·D·H multiply-adds besides; k = n_experts merges all.
-            The hidden activations are kept for backward, as a dense MLP's are, and each sample's
-            weights. Always plain PyTorch. A state_dict moves between layers with and without.
+            Backward finds the hidden activations, as a dense MLP's does, and each sample's own
+            2·D·H weights, so it is for samples of many tokens. Always plain PyTorch. A state_dict
+            moves between layers with and without.
         residual: adds x to the output.
         zero_init: starts w2 and b2 at zero, so that the layer adds nothing at first.
         channel_dim: the axis of x that holds D: 1 for (B, C, H, W) and (B, C, D, H, W).

@@ -37,26 +37,21 @@ def merged_experts(
 
     A sample's w1 is Σ_j gates[b, j] · w1_{indices[b, j]}, and so are b1, w2 and b2, all summed in
     the precision of the gates; the MLP is computed in ``dtype``. A ``dropout`` of 0 drops nothing.
+    Kept for backward are the hidden layer, the sums, and a copy in fp32 of weights that are less.
     """
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        w1_BHD, b1_BH, w2_BDH, b2_BD = (
-            None if p is None else _merge(p, expert_indices_BK, gates_BK).to(dtype)
-            for p in (w1_EHD, b1_EH, w2_EDH, b2_ED)
-        )
-        h_BTH = ACTIVATIONS[activation].forward(_linear(x_BTD.to(dtype), w1_BHD, b1_BH))
-        return F.dropout(_linear(h_BTH, w2_BDH, b2_BD), dropout).to(x_BTD.dtype)
 
+    def merge(parameter: Tensor) -> Tensor:
+        # Picked, since 0 · NaN of an expert that a sample did not choose would reach it; and summed
+        # by the same operator, which keeps no (B, k, ...) for backward.
+        rows = parameter.to(gates_BK.dtype).flatten(1)
+        sums = F.embedding_bag(expert_indices_BK, rows, per_sample_weights=gates_BK, mode="sum")
+        return sums.view(-1, *parameter.shape[1:]).to(dtype)
 
-def _merge(parameter: Tensor, expert_indices_BK: Tensor, gates_BK: Tensor) -> Tensor:
-    """(E, ...) to each sample's weighted sum of its k, (B, ...).
+    def linear(x_BTI: Tensor, w_EOI: Tensor, b_EO: Tensor | None) -> Tensor:
+        if b_EO is None:
+            return x_BTI @ merge(w_EOI).mT
+        return torch.baddbmm(merge(b_EO)[:, None], x_BTI, merge(w_EOI).mT)
 
-    They are picked: 0 · NaN of an expert that a sample did not choose would reach it. And one
-    operator picks and sums, which keeps no (B, k, ...) for backward.
-    """
-    rows = parameter.to(gates_BK.dtype).flatten(1)
-    merged = F.embedding_bag(expert_indices_BK, rows, per_sample_weights=gates_BK, mode="sum")
-    return merged.view(-1, *parameter.shape[1:])
-
-
-def _linear(x_BTI: Tensor, w_BOI: Tensor, b_BO: Tensor | None) -> Tensor:
-    return x_BTI @ w_BOI.mT if b_BO is None else torch.baddbmm(b_BO[:, None], x_BTI, w_BOI.mT)
+    # Autocast, where it is on, asks for the very ``dtype``, and finds nothing to convert.
+    h_BTH = ACTIVATIONS[activation].forward(linear(x_BTD.to(dtype), w1_EHD, b1_EH))
+    return F.dropout(linear(h_BTH, w2_EDH, b2_ED), dropout).to(x_BTD.dtype)
