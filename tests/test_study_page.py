@@ -254,10 +254,14 @@ def test_ablations_are_drawn_as_differences_by_seed(made):
 
 
 def test_loads_are_drawn_for_every_seed_of_the_control_and_of_the_rule(made):
-    figure = figures.FIGURES["loads"](Results(made))
+    results = Results(made)
+    for row in results.loads:  # the made-up loads are the same in every scene
+        if row["scene"] == "none":
+            row["shares"] = ";".join(row["shares"].split(";")[::-1])
+    figure = figures.FIGURES["loads"](results)
     images = [axes.images[0].get_array().tolist() for axes in figure.axes if axes.images]
     expected = {}
-    for row in rows(made, "loads.csv"):
+    for row in results.loads:
         if (row["method"], row["condition"]) == ("dmoe", "right"):
             shares = [float(share) for share in row["shares"].split(";")]
             expected.setdefault((row["scene"], row["data_seed"]), []).append(shares)

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import platform
 import random
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from scipy.stats import bootstrap
 from study_trials import SHARES, made_population, made_trials, write_made_tables
 
+import dmoe_layer
 from reference_models import fairness
 from reference_models.study.jobs import Job, Trial
 from reference_models.study.methods import METHODS
@@ -180,6 +182,14 @@ def test_one_seed_has_a_score_and_no_interval():
     assert (found.low, found.high) == (None, None)
 
 
+def test_the_interval_is_of_the_resamples_alone():
+    rng = np.random.default_rng(3)
+    found = resampled(*rng.uniform(0.2, 0.9, (2, 4, 2)), [(0,), (1,)], resamples=1)
+    estimate = found.difference("overall", A, B)
+    assert estimate.low == estimate.high
+    assert min(estimate.by_seed) < estimate.low < max(estimate.by_seed)
+
+
 def test_methods_are_compared_over_the_seeds_that_both_have():
     same = [(0,), (1,)]
     trials = {
@@ -341,20 +351,34 @@ def test_spread_is_the_standard_deviation_over_initialisations_and_over_seeds(ta
 
 
 def test_loads_and_their_distances_are_those_of_the_trials(tables):
-    (made,) = made_trials(["two"], ["plain"], [10])["main"]
-    table = made.loads["right"]["protocol"]
-    mine = {"scene": "two", "method": "plain", "data_seed": "10", "attribute": "protocol"}
-    own, distances = (
+    (made,) = made_trials(["two"], ["dmoe"], [10])["main"]
+    mine = {"scene": "two", "method": "dmoe", "data_seed": "10", "attribute": "protocol"}
+    own, (distance,) = (
         [row for row in rows_of(tables / name) if mine.items() <= row.items()]
         for name in ("loads.csv", "load_distances.csv")
     )
-    assert [(row["condition"], row["value"]) for row in own] == [("right", "0"), ("right", "1")]
-    for row, expected in zip(own, table, strict=True):
+    told = ("right", "shuffled", "wrong")  # cases of unknown value have no row
+    assert [(row["condition"], row["value"]) for row in own] == [*itertools.product(told, "01")]
+    for row in own:
         got = [float(share) for share in row["shares"].split(";")]
+        expected = made.loads[row["condition"]]["protocol"][int(row["value"])]
         assert got == pytest.approx(expected, abs=1e-4)
-    (row,) = distances
-    apart = np.abs(np.subtract(*table)).sum() / 2
-    assert float(row["distance"]) == pytest.approx(apart, abs=1e-4)
+    apart = np.abs(np.subtract(*made.loads["right"]["protocol"])).sum() / 2
+    assert float(distance["distance"]) == pytest.approx(apart, abs=1e-4)
+
+
+def test_seeds_share_a_test_set_in_real_mri_alone(tmp_path):
+    # Of seeds that are all alike, the mean varies with the cases: of one set, or of five.
+    trials = made_trials(["rule", "mri"], ["film"])
+    first = trials["main"][0]
+    alike = [replace(first, job=own.job) for own in trials["main"]]
+    write(tmp_path, {"main": alike, "tuning": [], "spread": []})
+    width = {
+        row["scene"]: float(row["high"]) - float(row["low"])
+        for row in rows_of(tmp_path / "summary.csv")
+        if (row["condition"], row["metric"]) == ("right", "overall")
+    }
+    assert width["mri"] / width["rule"] == pytest.approx(5**0.5, rel=0.1)
 
 
 def test_costs_stand_beside_those_of_dense(tables):
@@ -407,10 +431,12 @@ def test_a_method_has_the_same_numbers_whichever_others_are_beside_it(tables, tm
 
 
 def test_the_machine_is_named_and_no_host_or_folder(tables):
-    text = (tables / "machine.json").read_text(encoding="utf-8")
-    assert platform.python_version() in text
-    assert platform.node() not in text
-    assert "/" not in text
+    found = json.loads((tables / "machine.json").read_text(encoding="utf-8"))
+    versions = {"python", "torch", "numpy", "dmoe_layer"}
+    assert {*found} == {"machine", "cores", "settings", "seconds"} | versions
+    assert found["python"] == platform.python_version()
+    assert found["dmoe_layer"] == dmoe_layer.__version__
+    assert found["settings"]["seeds"] == [10, 11, 12, 13, 14]
 
 
 def coverage(seeds, deviation, *, repetitions):
