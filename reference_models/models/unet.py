@@ -325,11 +325,12 @@ def make_mlp(width: int, units: int, dropout: float) -> nn.Sequential:
 
 
 def _convolution(cin: int, cout: int, stride: int = 1) -> tuple[nn.Module, ...]:
-    # Leaky, since of so few channels none can be spared to die.
+    # Leakier than usual: with a slope of 0.01 one initialisation in three, of any block, took a
+    # hundred steps and more before it drew any of the phantom's lesion.
     return (
         nn.Conv2d(cin, cout, 3, stride, padding=1, bias=False),
         nn.GroupNorm(GROUPS, cout),
-        nn.LeakyReLU(0.01),
+        nn.LeakyReLU(0.1),
     )
 
 
