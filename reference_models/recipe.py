@@ -91,6 +91,8 @@ class UNetSettings(ModelSettings):
     added to the experts', an expert that is always on."""
     modulate: bool = False
     """Scale and shift what router and experts see by the attribute, as film does."""
+    film_identity: bool = False
+    """Start scales and shifts as 1 and 0, instead of as PyTorch's linear layers do."""
     router: Literal["own", "shared", "sharp"] = "own"
     """own: each attribute value's; sharp: the same, with scores four times as large at first;
     shared: one for all, but for a bias by attribute value."""

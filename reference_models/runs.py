@@ -94,6 +94,7 @@ def build_model(recipe: Recipe, task: Task) -> nn.Module:
                 hidden=model.hidden,
                 placement=model.placement,
                 modulate=model.modulate,
+                film_identity=model.film_identity,
                 merge=model.merge,
                 router=model.router,
                 n_experts=model.n_experts,

@@ -54,6 +54,7 @@ class UNet(nn.Module):
             half of them stay in an MLP, to whose output that of the experts is added: an expert
             that is always on.
         modulate: scales and shifts what router and experts see by the attribute, as "film" does.
+        film_identity: scales and shifts start as 1 and 0, instead of as `nn.Linear` does.
         merge: of experts: a sample's k are merged into one MLP of all the hidden units, chosen by
             the sample's mean token (DMoE's `merge`).
         router: "own": each attribute value's; "sharp": the same with scores four times as large, a
@@ -89,6 +90,7 @@ class UNet(nn.Module):
         hidden: int = 8,
         placement: str = "mlp",
         modulate: bool = False,
+        film_identity: bool = False,
         merge: bool = False,
         router: str = "own",
         attribute_sizes: tuple[int, ...] | None = None,
@@ -158,12 +160,12 @@ class UNet(nn.Module):
                     after = moe
                 elif placement == "beside":
                     mlp = _Sum([mlp, moe])
-                film = FiLM(width, values) if modulate else None
+                film = FiLM(width, values, film_identity) if modulate else None
             elif block == "per_value":
                 mlp = PerValue(width, units, values, dropout)
             else:
                 mlp = make_mlp(width, units, dropout)
-                film = FiLM(width, values) if block == "film" else None
+                film = FiLM(width, values, film_identity) if block == "film" else None
             stages.append(Stage(cin, width, mlp, film, after))
         self.stages = nn.ModuleList(stages)
         self.decoder = nn.ModuleList(
@@ -278,9 +280,11 @@ class Membership(nn.Module):
 class FiLM(nn.Module):
     """Scale and shift of every channel by the attribute, x · (1 + γ) + β (Perez et al., 2018)."""
 
-    def __init__(self, width: int, values: int) -> None:
+    def __init__(self, width: int, values: int, identity: bool) -> None:
         super().__init__()
         self.scale_shift = nn.Linear(values, 2 * width, bias=False)
+        if identity:
+            nn.init.zeros_(self.scale_shift.weight)
 
     def forward(self, x_BHWD: Tensor, member_BV: Tensor) -> Tensor:
         scale_BD, shift_BD = self.scale_shift(member_BV).chunk(2, dim=1)

@@ -77,6 +77,13 @@ METHODS: dict[str, Method] = {
     "wide": Method("wider MLP", "baseline", _BLIND),
     "channels": Method("attribute as input channels", "baseline", {"block": "channels"}),
     "film": Method("FiLM + MLP", "baseline", {"block": "film"}),
+    "film-identity": Method(
+        "FiLM + MLP, scales from 1, shifts from 0",
+        "baseline",
+        {"block": "film", "film_identity": True},
+        scenes=("rule", "mri"),
+        rate_of="film",
+    ),
     "per_value": Method("one MLP per attribute value", "baseline", {"block": "per_value"}),
     "plain": Method("plain MoE", "baseline", {"aware": False}),
     "reweight": Method("wider MLP, reweighted", "robust", _BLIND, {"fairness": "reweight"}),

@@ -24,7 +24,7 @@ from .trial import Design, run, stored
 from .workers import workers
 
 # Every method without `rate_of` is trained with all three on the first seed, in every scene.
-GRID = (0.003, 0.006, 0.012)
+GRID = (0.003, 0.01, 0.03)
 # Methods that are trained on one scene's data from several initial weights: what those alone do.
 SPREAD_SCENE, SPREAD_METHODS = "rule", ("dense", "film", "dmoe")
 INIT_SEED = 1000  # of the initial weights of the study's seed 0
