@@ -93,9 +93,10 @@ class UNetSettings(ModelSettings):
     """Scale and shift what router and experts see by the attribute, as film does."""
     film_identity: bool = False
     """Start scales and shifts as 1 and 0, instead of as PyTorch's linear layers do."""
-    router: Literal["own", "shared", "sharp"] = "own"
+    router: Literal["own", "shared", "sharp", "blind"] = "own"
     """own: each attribute value's; sharp: the same, with scores four times as large at first;
-    shared: one for all, but for a bias by attribute value."""
+    shared: one for all, but for a bias by attribute value; blind: one that is told none, where
+    --modulate tells the experts."""
     n_experts: int = 8
     """Experts of a stage."""
     k: int = 2

@@ -22,7 +22,12 @@ KNOWN = torch.tensor([[2, 0], [0, 1], [1, 1]])
 KINDS = {
     **{block: {"block": block} for block in BLOCKS},
     "after": {"placement": "after"},
+    "beside": {"placement": "beside"},
+    "modulated": {"modulate": True},
+    "merged": {"merge": True},
     "shared": {"router": "shared"},
+    "sharp": {"router": "sharp"},
+    "blind": {"router": "blind", "modulate": True},
     "plain": {"attribute_sizes": None},
 }
 
@@ -83,7 +88,7 @@ def naive_logits(model, image_BCHW, attributes_BA, kind, unknown):
         x = (grouped / (grouped.square().mean(1, keepdim=True) + 1e-5).sqrt()).reshape(x.shape)
         scale, shift = (state[f"{name}.{place + 1}.{p}"] for p in ("weight", "bias"))
         x = x * scale[:, None, None] + shift[:, None, None]
-        return torch.where(x > 0, x, 0.01 * x)
+        return torch.where(x > 0, x, 0.1 * x)
 
     def dense(name, x):
         hidden = state[f"{name}.0.weight"] @ x + state[f"{name}.0.bias"]
@@ -98,15 +103,27 @@ def naive_logits(model, image_BCHW, attributes_BA, kind, unknown):
         if kind == "shared":
             one = params.pop("router.parametrizations.w_A2ED.original")
             params["router.w_A2ED"] = one.expand(len(params["router.b_A2E"]), -1, -1, -1)
-        sizes = None if kind == "plain" else SIZES
+        if kind == "sharp":
+            for weight in ("w_A2ED", "b_A2E"):
+                own = params.pop(f"router.parametrizations.{weight}.original")
+                params[f"router.{weight}"] = 4 * own
+        sizes = None if kind in ("plain", "blind") else SIZES
         return naive.dmoe(
-            x_TD[None], [values], params, sizes=sizes, unknown=unknown, k=2, activation="relu"
-        )[0][0]
+            x_TD[None], [values], params, sizes=sizes, unknown=unknown, k=2, activation="relu",
+            merge=kind == "merged",
+        )[0][0]  # fmt: skip
 
     def answer(stage, x_TD, values, member):
         name = f"stages.{stage}.mlp"
-        if kind in ("moe", "shared", "plain"):
+        if kind in ("moe", "merged", "shared", "sharp", "plain"):
             return x_TD + experts(name, x_TD, values)
+        if kind in ("modulated", "blind"):
+            table = state[f"stages.{stage}.film.scale_shift.weight"]
+            scale, shift = sum(share * table[:, v] for v, share in member).chunk(2)
+            return x_TD + experts(name, x_TD * (1 + scale) + shift, values)
+        if kind == "beside":
+            always = torch.stack([dense(f"{name}.0", x) for x in x_TD])
+            return x_TD + always + experts(f"{name}.1", x_TD, values)
         if kind == "after":
             x_TD = x_TD + torch.stack([dense(name, x) for x in x_TD])
             return x_TD + experts(f"stages.{stage}.after", x_TD, values)
@@ -316,8 +333,11 @@ def test_a_shared_router_has_one_set_of_weights_and_biases_of_each_value():
         ({"k": 5, "hidden": 5}, "k: got 5"),
         ({"unknown": "guess"}, "unknown: got 'guess'"),
         ({"block": "film", "unknown": "guess"}, "unknown: got 'guess'"),
-        *(({"block": b, "attribute_sizes": None}, f"block: {b} has to be told") for b in TOLD),
-        ({"block": "film", "attribute_sizes": ()}, "block: film has to be told"),
+        *(
+            ({"block": b, "attribute_sizes": None}, f"block: {b}, modulate=False: has to be told")
+            for b in TOLD
+        ),
+        ({"block": "film", "attribute_sizes": ()}, "block: film, modulate=False: has to be told"),
     ],
 )
 def test_options_that_are_not_there_or_do_not_divide_are_errors(wrong, words):

@@ -36,6 +36,8 @@ class DataSettings:
     """Folder of decoded and resized cases, shared by runs; ~/.cache/dmoe-frames by default."""
     ct_window: tuple[float, float] = CT_WINDOW
     """Hounsfield units that CT (a channel of that name, of nifti) is clipped to."""
+    mni152: Literal["middle", "upper"] = "middle"
+    """Which slices of mni152 are held out for test and validation."""
     phantom: PhantomSettings = field(default_factory=PhantomSettings)
     """What the phantom is made of."""
 
@@ -71,7 +73,7 @@ def open_dataset(
         else:
             from .mni152 import Mni152  # nilearn takes seconds to import
 
-            dataset = Mni152()
+            dataset = Mni152(settings.mni152)
         own = tuple(attribute.name for attribute in dataset.attributes)
         if settings.attributes not in ((), own):
             raise DataError(

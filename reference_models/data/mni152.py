@@ -14,6 +14,7 @@ Shapes: Z axial slices, H rows (front first), W columns (patient's left first).
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import numpy as np
 from nilearn import datasets
@@ -33,10 +34,15 @@ POOL = 2  # the template's voxels are 1 mm
 # A slice counts when it shows 10 cm² of grey and 10 cm² of white matter (250 pixels of 4 mm²), so
 # that no protocol leaves an empty or hardly visible mask.
 MIN_PIXELS = 250
-TEST_SLICES = range(76, 100)  # voxels of 1 mm: basal ganglia, thalamus and lateral ventricles
 GAP_SLICES = 8  # on either side of either block, in no set: anatomy is smooth over 8 mm
-# Beside the test block, one gap away: most like it, and the fewest slices lost to gaps.
-VALIDATION_SLICES = range(108, 116)
+# Slices of 1 mm for test and validation. Middle: basal ganglia, thalamus and lateral ventricles;
+# upper: above them, up to the parietal lobes. Validation lies beside the test block, one gap away:
+# most like it, and the fewest slices lost to gaps.
+HeldOut = Literal["middle", "upper"]
+BLOCKS: dict[HeldOut, dict[str, range]] = {
+    "middle": {"test": range(76, 100), "validation": range(108, 116)},
+    "upper": {"test": range(108, 132), "validation": range(92, 100)},
+}
 
 
 class Mni152(Dataset):
@@ -45,6 +51,9 @@ class Mni152(Dataset):
     Training: every slice outside the blocks and their gaps, ten times, under the protocols in the
     ratio `TRAIN_COPIES`. Validation and test: every slice of the block once under each protocol,
     so that the groups are equally large and show the same images. A case's subject is its slice.
+
+    Args:
+        held_out: which of `BLOCKS`.
 
     Raises:
         ValueError: the maps are not the 1 mm ones that nilearn carries, or a slice of a block
@@ -59,18 +68,18 @@ class Mni152(Dataset):
     unit = "mm"
     population = {"protocol": TRAIN_SHARES}  # noqa: RUF012
 
-    def __init__(self) -> None:
+    def __init__(self, held_out: HeldOut = "middle") -> None:
+        blocks = BLOCKS[held_out]
         self._image_ZHW, self._tissue_ZHW = _axial_slices()
         enough_Z = np.logical_and.reduce(
             [(self._tissue_ZHW == tissue).sum((1, 2)) >= MIN_PIXELS for tissue in (1, 2)]
         )
         cases: list[Case] = []
         for z in range(len(enough_Z)):
-            held_out = {"test": TEST_SLICES, "validation": VALIDATION_SLICES}
-            split = next((name for name, block in held_out.items() if z in block), "train")
+            split = next((name for name, block in blocks.items() if z in block), "train")
             if split != "train" and not enough_Z[z]:
                 raise ValueError(f"{split} slice {z} shows too little tissue")
-            near = any(min(abs(z - s) for s in b) <= GAP_SLICES for b in held_out.values())
+            near = any(min(abs(z - s) for s in b) <= GAP_SLICES for b in blocks.values())
             if split == "train" and (near or not enough_Z[z]):
                 continue
             for protocol, copies in enumerate(TRAIN_COPIES if split == "train" else (1, 1, 1)):

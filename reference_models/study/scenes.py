@@ -82,7 +82,8 @@ def recipe_of(
     if scene.effect is None:
         # One head in one pose: without shifts its slices are learned by heart.
         frame = SquareSettings(sizes.image_size, "whole", "shift")
-        data = DataSettings("mni152", cache=cache)
+        # What might be a better layer was first tried on the middle block.
+        data = DataSettings("mni152", cache=cache, mni152="upper")
     else:
         frame = SquareSettings(sizes.image_size, "whole", "none")
         part = 2 if scene.effect == "two" else 1
