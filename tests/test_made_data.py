@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reference_models.data import DataError, DataSettings, PhantomSettings, open_dataset
-from reference_models.data.mni152 import GAP_SLICES, TRAIN_SHARES, Mni152
+from reference_models.data.mni152 import GAP_SLICES, TRAIN_SHARES
 from reference_models.data.phantom import Phantom
 from reference_models.data.splits import make_splits
 
@@ -197,9 +197,9 @@ def test_a_phantom_that_cannot_be_made_says_why():
             open_dataset(DataSettings("phantom", phantom=PhantomSettings(**change)))
 
 
-@pytest.fixture(scope="module")
-def mni152():
-    return Mni152()
+@pytest.fixture(scope="module", params=["middle", "upper"])
+def mni152(request):
+    return open_dataset(DataSettings("mni152", mni152=request.param))
 
 
 def slices(dataset, split):

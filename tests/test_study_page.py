@@ -55,7 +55,7 @@ def test_a_committed_page_is_what_the_committed_csv_give():
     shown = text.partition(page.BEGIN)[2].partition(page.END)[0].strip("\n")
     assert page.BEGIN in text
     assert page.END in text
-    expected = page.block(COMMITTED, "results/figures") if COMMITTED.is_dir() else ""
+    expected = page.block(COMMITTED, "results/figures", whole=False) if COMMITTED.is_dir() else ""
     assert shown == expected
 
 
@@ -80,7 +80,7 @@ def test_a_quotation_is_found_across_a_line_and_as_the_page_writes_it():
 
 
 def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
-    first, *_ = tables(page.block(made, "figures"))
+    first, *_ = tables(page.block(made, "figures", whole=True))
     titles = {
         "rule": "(a) rule",
         "appearance": "(b) appearance",
@@ -89,6 +89,11 @@ def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
         "mri": "(e) mri",
     }
     seen = 0
+    means = {
+        (row["scene"], row["method"], row["metric"]): row["mean"]
+        for row in rows(made, "summary.csv")
+        if row["condition"] == "right"
+    }
     for row in rows(made, "summary.csv"):
         if METHODS[row["method"]].kind == "ablation" or row["condition"] != "right":
             continue
@@ -98,6 +103,9 @@ def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
         elif row["metric"] != "es_dice":
             continue
         expected = [float(row[key]) for key in ("mean", "low", "high", "lowest", "highest")]
+        if row["metric"] == "es_dice":
+            beside = [means[row["scene"], row["method"], name] for name in ("worst", "overall")]
+            expected += map(float, beside)
         cell = first[METHODS[row["method"]].title, title]
         assert numbers(cell) == pytest.approx(expected, abs=0.00051)
         seen += 1
@@ -112,7 +120,7 @@ def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
 
 
 def test_every_difference_of_the_page_is_that_of_its_pair(made):
-    _, against, told, ablations, *_ = tables(page.block(made, "figures"))
+    _, against, told, ablations, *_ = tables(page.block(made, "figures", whole=True))
     found = {
         (row["scene"], row["a"], row["b"], row["metric"]): row
         for row in rows(made, "differences.csv")
@@ -127,7 +135,14 @@ def test_every_difference_of_the_page_is_that_of_its_pair(made):
         "rule", "dmoe-within", "dmoe", "es_dice"
     )
     variants = [m for m in WHOLE if METHODS[m].kind == "dmoe" and m != "dmoe"]
-    assert len(against) == (len(WHOLE) - 1 - len(variants) + 2 * len(variants)) * 5
+    rivals = [m for m in WHOLE if METHODS[m].kind == "baseline" and METHODS[m].settings.told]
+    assert {METHODS[m].title for m in rivals} == {
+        METHODS[m].title for m in ("channels", "film", "film-identity", "per_value")
+    }
+    others = [m for m in WHOLE if METHODS[m].kind in ("baseline", "robust")]
+    candidates = [m for m in WHOLE if METHODS[m].kind == "candidate"]
+    pairs = len(others) + (len(rivals) + 1) * len(variants) + 2 * len(candidates)
+    assert len(against) == pairs * 5
     for method in (m for m in METHODS if METHODS[m].kind == "ablation"):
         cells = [ablations[METHODS[method].title, key] for key in ("ES-Dice",
                  "Dice of the worst group")]  # fmt: skip
@@ -146,11 +161,12 @@ def test_every_difference_of_the_page_is_that_of_its_pair(made):
 
 
 def test_the_page_shows_the_rates_chosen_and_which_lie_at_the_grids_end(made):
-    *_, rates, spread = tables(page.block(made, "figures"))
+    *_, rates, spread = tables(page.block(made, "figures", whole=True))
     chosen = [row for row in rows(made, "rates.csv") if row["chosen"] == "yes"]
     assert {cell for (name, _), cell in rates.items() if name.startswith("dense")} == {"0.012*"}
     assert {cell for (name, _), cell in rates.items() if name == "dMoE"} == {"0.006"}
-    assert len(rates) == len(chosen)
+    assert len([cell for cell in rates.values() if cell[0].isdigit()]) == len(chosen)
+    assert rates["dMoE, learned unknown", "(a) rule"] == "as dMoE"
     assert [*spread.values()] == [
         f"{page.short(row[key])} ({row[count]})"
         for row in rows(made, "spread.csv")
@@ -164,12 +180,16 @@ def test_a_page_is_renewed_between_its_marks_and_made_where_there_is_none(made, 
     page.write_page(made, old)
     page.write_page(made, old)
     text = old.read_text(encoding="utf-8")
+    assert "dMoE against FiLM + MLP" not in text
     assert text.startswith(f"before\n{page.BEGIN}\nMade with seeds 10, 11, 12, 13, 14;")
     assert text.endswith(f"{page.END}\nafter\n")
     assert "last run" not in text
-    assert text.count("dMoE against FiLM + MLP") == 1
     page.write_page(made, tmp_path / "new.md")
     assert page.END in (tmp_path / "new.md").read_text(encoding="utf-8")
+    page.write_page(made, made / "README.md")
+    whole = (made / "README.md").read_text(encoding="utf-8")
+    assert whole.count("| dMoE against FiLM + MLP |") == 1
+    assert page.CAUTION in whole
 
     old.write_text(page.BEGIN, encoding="utf-8")
     with pytest.raises(DataError, match=r"README.md: got none of .*, expected both; add them"):
@@ -247,6 +267,7 @@ def test_ablations_are_drawn_as_differences_by_seed(made):
         for row in rows(made, "differences.csv")
         if (row["scene"], row["b"], row["metric"]) == ("rule", "dmoe", "es_dice")
         and "@" not in row["a"]
+        and METHODS[row["a"]].kind != "candidate"
     }
     drawn = {names[int(y)]: x for (y, _), x in dots(axes).items()}
     assert drawn == found

@@ -23,9 +23,10 @@ class Method:
 
     Args:
         title: in words.
-        kind: "baseline": another way to spend the same multiply-adds; "robust": the blind wide
-            MLP, trained for its worst groups; "dmoe": the layer; "candidate": what might be a
-            better layer; "ablation": the layer with one setting changed.
+        kind: "baseline": another way to spend the same multiply-adds (dense: half in the MLPs);
+            "robust": the blind wide MLP, trained for its worst groups; "dmoe": the layer;
+            "candidate": what might be a better layer; "ablation": the layer with one setting
+            changed.
         model: changes of `UNetSettings`.
         recipe: changes of `Recipe`.
         scenes: that it is trained on; empty: all.
@@ -116,9 +117,7 @@ METHODS: dict[str, Method] = {
     "merged": Method("dMoE, experts merged for each sample", "dmoe", {"merge": True, "k": 8}),
     "merged-k2": _candidate("two experts merged for each sample", merge=True),
     "modulated": _candidate("experts' input scaled and shifted by the attribute", modulate=True),
-    "film-plain": _candidate(
-        "the same with a router that is not told", modulate=True, router="blind"
-    ),
+    "film-plain": _candidate("so modulated, with a blind router", modulate=True, router="blind"),
     "beside": _candidate("a shared expert that is always on", placement="beside"),
     "sharp": _candidate("a router of a quarter of the temperature", router="sharp"),
     "noise-never": _ablation("no routing noise", noise="never"),

@@ -140,8 +140,15 @@ class Found:
                     "edge": rate == taken and rate in (min(rates), max(rates)),
                 }
 
-    def loads(self) -> Iterator[Row]:
+    def _routed(self) -> Iterator[Trial]:
+        """Those whose tokens can go elsewhere than to all experts alike."""
         for trial in self._main_trials():
+            settings = METHODS[trial.job.method].settings
+            if settings.k < settings.n_experts:
+                yield trial
+
+    def loads(self) -> Iterator[Row]:
+        for trial in self._routed():
             for condition, tables in trial.loads.items():
                 for attribute, table_VE in tables.items():
                     for value, shares in enumerate(table_VE):
@@ -154,7 +161,7 @@ class Found:
                         }
 
     def load_distances(self) -> Iterator[Row]:
-        for trial in self._main_trials():
+        for trial in self._routed():
             for attribute, table_VE in trial.loads.get(RIGHT, {}).items():
                 distance = load_distance(table_VE)
                 yield {**_whose(trial), "attribute": attribute, "distance": distance}

@@ -87,7 +87,7 @@ def write_tables(
         population: by scene, each group's share in "overall".
         milliseconds: by method, the median of a training step; it may be empty.
         settings: the command's, with whether it was a smoke run; without paths.
-        seconds: that the study took.
+        seconds: of work of one core that its jobs took together.
 
     Raises:
         ValueError: of one scene and seed, two methods were tested on different cases.

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ import torch
 import dmoe_layer
 
 from .. import fairness
+from ..data.phantom import Rule
 from ..evaluation import AS_GIVEN, attributes_told
 from ..files import write_whole
 from ..loads import Loads
@@ -64,7 +65,7 @@ class Design:
 
     sizes: Sizes = FULL
     shares: tuple[float, ...] = SHARES
-    rule: Literal["margin", "direction"] = "margin"
+    rule: Rule = "margin"
 
     def recipe(self, job: Job, folder: Path) -> Recipe:
         """What a job trains by, in a study's folder."""
