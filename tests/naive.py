@@ -33,12 +33,6 @@ def router_weights(w_A2ED, b_A2E, sizes, unknown, values):
     return w, b
 
 
-def mlp(x, weights, activation):
-    """One expert, before dropout; biases may be missing."""
-    z = weights["w1_EHD"] @ x + weights.get("b1_EH", 0)
-    return weights["w2_EDH"] @ ACTIVATIONS[activation](z) + weights.get("b2_ED", 0)
-
-
 def dmoe(
     x_BTD,
     values,
@@ -48,14 +42,12 @@ def dmoe(
     unknown,
     k,
     activation,
-    merge=False,
     noise_BTE=None,
     mask_BT=None,
     drop_BTKD=None,
     chosen_BTK=None,
 ):
-    """y (B, T, D) and the logits, experts and gates of every token inside the mask; or with
-    ``merge`` of every sample that has one, whose draws and choices stand at t = 0 and j = 0.
+    """y (B, T, D) and the logits, experts and gates of every token inside the mask.
 
     ``values[b]`` is a list of ints, ``noise_BTE`` the standard normal draws, ``drop_BTKD`` the
     factors of dropout. ``chosen_BTK`` fixes the experts, where low precision may break a tie in
@@ -67,26 +59,25 @@ def dmoe(
         w_2ED, b_2E = router_weights(
             params["router.w_A2ED"], params["router.b_A2E"], sizes, unknown, values[b]
         )
-        kept = [t for t in range(x_BTD.shape[1]) if mask_BT is None or mask_BT[b, t]]
-        seen = {t: x_BTD[b, t] for t in kept}  # by the router
-        if merge and kept:
-            seen = {0: sum(seen.values()) / len(kept)}
-        for t, x in seen.items():
+        for t in range(x_BTD.shape[1]):
+            if mask_BT is not None and not mask_BT[b, t]:
+                continue
+            x = x_BTD[b, t]
             scores = w_2ED[0] @ x + b_2E[0]
             if noise_BTE is not None:
                 scores = scores + noise_BTE[b, t] * F.softplus(w_2ED[1] @ x + b_2E[1])
             chosen = scores.topk(k).indices if chosen_BTK is None else chosen_BTK[b, t]
             gate = torch.exp(scores[chosen]) / torch.exp(scores[chosen]).sum()
-            mlps = [{n: p[e] for n, p in params.items() if n[0] != "r"} for e in chosen.tolist()]
-            outputs = [(t, j, gate[j], expert) for j, expert in enumerate(mlps)]
-            if merge:
-                merged = {n: sum(gate[j] * mlps[j][n] for j in range(k)) for n in mlps[0]}
-                outputs = [(i, 0, 1.0, merged) for i in kept]
-            for i, j, weight, expert in outputs:
-                out = mlp(x_BTD[b, i], expert, activation)
+            for j, e in enumerate(chosen.tolist()):
+                z = params["w1_EHD"][e] @ x
+                if "b1_EH" in params:
+                    z = z + params["b1_EH"][e]
+                out = params["w2_EDH"][e] @ ACTIVATIONS[activation](z)
+                if "b2_ED" in params:
+                    out = out + params["b2_ED"][e]
                 if drop_BTKD is not None:
-                    out = out * drop_BTKD[b, i, j]
-                y_BTD[b, i] += weight * out
+                    out = out * drop_BTKD[b, t, j]
+                y_BTD[b, t] += gate[j] * out
             logits.append(scores)
             experts.append(chosen)
             gates.append(gate)

@@ -51,7 +51,6 @@ def configurations(draw):
         "noise": draw(st.sampled_from(["train", "always", "never"])),
         "dropout": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
         "residual": draw(st.booleans()),
-        "merge": draw(st.booleans()),
     }, {
         "batch": batch,
         "tokens": draw(st.integers(0, 7)),
@@ -79,11 +78,6 @@ def true_dropout(p, indices_TK, n_experts, dim, dtype):
     return torch.cat([*rows, like[:0]])[plan.rows_TK]
 
 
-def true_merged_dropout(p, shape, dtype):
-    """The same for a layer of merged experts, whose tokens have one output each."""
-    return torch.nn.functional.dropout(torch.ones(shape, dtype=dtype), p).double()
-
-
 def run_both(options, call, dtype, device="cpu", noise=true_noise, dropout=true_dropout):
     """(found, true) pairs of y, the routing, and every gradient of a loss on all of them.
 
@@ -91,16 +85,12 @@ def run_both(options, call, dtype, device="cpu", noise=true_noise, dropout=true_
     """
     generator = torch.Generator().manual_seed(call["seed"])
     layer = DMoE(**options, dtype=dtype).train(call["training"]).to(device)
-    if call.get("off_the_kink"):  # every unit well on one side of ReLU's, the same in all experts
-        with torch.no_grad():
-            layer.b1_EH += 4 * (-1) ** torch.arange(layer.b1_EH.shape[1])
     dim, n_experts, k = layer.dim, layer.n_experts, layer.k
-    batch, tokens, merge = call["batch"], call["tokens"], options.get("merge", False)
+    batch, tokens = call["batch"], call["tokens"]
     shape = (batch, tokens, dim)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     mask = torch.rand(batch, tokens, generator=generator) < 0.6 if call["masked"] else None
     kept = torch.ones(batch, tokens, dtype=torch.bool) if mask is None else mask
-    seen = kept.any(dim=1, keepdim=True) if merge else kept  # what is routed
     sizes = layer.router.sizes
     values = None
     if sizes is not None:
@@ -118,24 +108,18 @@ def run_both(options, call, dtype, device="cpu", noise=true_noise, dropout=true_
     torch.manual_seed(call["seed"])
     score_dtype = torch.promote_types(dtype, torch.float32)
     noisy = options["noise"] == "always" or (options["noise"] == "train" and call["training"])
-    noise_TE = noise(noisy, int(seen.sum()), n_experts, score_dtype)
+    noise_TE = noise(noisy, int(kept.sum()), n_experts, score_dtype)
     noise_BTE = None
     if noise_TE is not None:
-        noise_BTE = torch.zeros(*seen.shape, n_experts, dtype=torch.float64)
-        noise_BTE[seen] = noise_TE.double()
+        noise_BTE = torch.zeros(batch, tokens, n_experts, dtype=torch.float64)
+        noise_BTE[kept] = noise_TE.double()
     drop_BTKD = None
     if call["training"] and options["dropout"]:
-        p, slots = options["dropout"], 1 if merge else k
-        drop_BTKD = torch.zeros(batch, tokens, slots, dim, dtype=torch.float64)
-        if merge:
-            has_tokens = kept.any(dim=1)
-            of_samples = (int(has_tokens.sum()), tokens, 1, dim)
-            drop_BTKD[has_tokens] = true_merged_dropout(p, of_samples, dtype)
-        else:
-            factors = dropout(p, routing.expert_indices, n_experts, dim, torch.float64)
-            drop_BTKD[kept] = factors
-    chosen_BTK = torch.zeros(*seen.shape, k, dtype=torch.int64)
-    chosen_BTK[seen] = routing.expert_indices
+        factors = dropout(options["dropout"], routing.expert_indices, n_experts, dim, torch.float64)
+        drop_BTKD = torch.zeros(batch, tokens, k, dim, dtype=torch.float64)
+        drop_BTKD[kept] = factors
+    chosen_BTK = torch.zeros(batch, tokens, k, dtype=torch.int64)
+    chosen_BTK[kept] = routing.expert_indices
     true_x = x.detach().double().requires_grad_()
     true_params = {
         n: p.detach().cpu().double().requires_grad_() for n, p in layer.named_parameters()
@@ -148,7 +132,6 @@ def run_both(options, call, dtype, device="cpu", noise=true_noise, dropout=true_
         unknown=options["unknown"],
         k=k,
         activation=options["activation"],
-        merge=merge,
         noise_BTE=noise_BTE,
         mask_BT=mask,
         drop_BTKD=drop_BTKD,
@@ -196,8 +179,7 @@ def test_double_precision_equals_the_naive_loop(configuration):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", sorted(naive.ACTIVATIONS))
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("merge", [False, True])
-def test_lower_precision_equals_the_naive_loop(dtype, activation, masked, merge):
+def test_lower_precision_equals_the_naive_loop(dtype, activation, masked):
     options = {
         "dim": 24,
         "hidden_dim": 40,
@@ -210,7 +192,6 @@ def test_lower_precision_equals_the_naive_loop(dtype, activation, masked, merge)
         "noise": "train",
         "dropout": 0.1,
         "residual": False,
-        "merge": merge,
     }
     call = {
         "batch": 3,
@@ -218,8 +199,6 @@ def test_lower_precision_equals_the_naive_loop(dtype, activation, masked, merge)
         "values": [[0], [2], [2]],
         "training": True,
         "masked": masked,
-        # Merged weights are rounded, and with them the side to which a unit at the kink falls.
-        "off_the_kink": merge and activation == "relu" and dtype == torch.bfloat16,
         "seed": 5,
     }
     for what, (found, true) in run_both(options, call, dtype).items():

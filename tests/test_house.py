@@ -44,7 +44,6 @@ MAY_IMPORT = {
     "gemm": set(),
     "eager": {"activations", "dispatch", "dropout", "gemm", "operators"},
     "mlp": {"activations"},
-    "merged": {"activations"},
     "layer": {
         "activations",
         "attributes",
@@ -52,7 +51,6 @@ MAY_IMPORT = {
         "eager",
         "fused",
         "lazy",
-        "merged",
         "mlp",
         "operators",
         "options",

@@ -339,7 +339,6 @@ COMPILED = [
     {"attribute_sizes": 3},
     {"attribute_sizes": (3, 2), "unknown": "learned", "activation": "gelu"},
     {"attribute_sizes": 3, "unknown": "average", "residual": True, "bias": False},
-    {"attribute_sizes": 3, "merge": True},
     {},
 ]
 

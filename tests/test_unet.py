@@ -110,12 +110,28 @@ def naive_logits(model, image_BCHW, attributes_BA, kind, unknown):
         sizes = None if kind in ("plain", "blind") else SIZES
         return naive.dmoe(
             x_TD[None], [values], params, sizes=sizes, unknown=unknown, k=2, activation="relu",
-            merge=kind == "merged",
         )[0][0]  # fmt: skip
+
+    def merged(name, x_TD, values):
+        w1, b1, w2, b2, w_A2ED, b_A2E = (
+            state[f"{name}.{p}"]
+            for p in ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED", "router.w_A2ED", "router.b_A2E")
+        )
+        w_2ED, b_2E = naive.router_weights(w_A2ED, b_A2E, SIZES, unknown, values)
+        scores = w_2ED[0] @ x_TD.mean(0) + b_2E[0]
+        best = scores.topk(2).indices
+        gates = scores[best].softmax(0)
+        w1, b1, w2, b2 = (
+            sum(gate * p[expert] for gate, expert in zip(gates, best, strict=True))
+            for p in (w1, b1, w2, b2)
+        )
+        return torch.stack([w2 @ (w1 @ x + b1).clamp(min=0) + b2 for x in x_TD])
 
     def answer(stage, x_TD, values, member):
         name = f"stages.{stage}.mlp"
-        if kind in ("moe", "merged", "shared", "sharp", "plain"):
+        if kind == "merged":
+            return x_TD + merged(f"{name}.experts", x_TD, values)
+        if kind in ("moe", "shared", "sharp", "plain"):
             return x_TD + experts(name, x_TD, values)
         if kind in ("modulated", "blind"):
             table = state[f"stages.{stage}.film.scale_shift.weight"]

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe_layer import DMoE
+
 
 class Membership(nn.Module):
     """How much a sample belongs to each value of each attribute: (B, V), 1 or 0.
@@ -95,6 +97,38 @@ class PerValue(nn.Module):
         hidden_BTM = torch.baddbmm(b1_BM[:, None], x_BTD, w1_BMD.mT).relu()
         y_BTD = torch.baddbmm(b2_BD[:, None], hidden_BTM, w2_BDM.mT)
         return self.dropout(y_BTD).view_as(x_BHWD)
+
+
+class Merged(nn.Module):
+    """One MLP a sample, whose weights are the sums of its experts' weighted by the gates.
+
+    The router sees the sample's mean token (soft merging, Muqeeth et al., arXiv:2306.03745; Yang et
+    al., arXiv:1904.04971). It is recorded in no scope, since no token is sent anywhere.
+
+    Args:
+        experts: parameters and router of these, a ReLU between them.
+    """
+
+    def __init__(self, experts: DMoE) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x_BHWD: Tensor, attributes_BA: Tensor) -> Tensor:
+        layer, x_BTD = self.experts, x_BHWD.flatten(1, 2)
+        told_BA = None if layer.attribute_sizes is None else attributes_BA
+        routed = layer.router(x_BTD.mean(1, keepdim=True), told_BA)
+        assert layer.b1_EH is not None
+        assert layer.b2_ED is not None
+        w1_BHD, b1_BH, w2_BDH, b2_BD = (
+            F.embedding_bag(
+                routed.expert_indices, parameter.flatten(1),
+                per_sample_weights=routed.gates, mode="sum",
+            ).view(-1, *parameter.shape[1:])
+            for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED)
+        )  # fmt: skip
+        hidden_BTH = torch.baddbmm(b1_BH[:, None], x_BTD, w1_BHD.mT).relu()
+        y_BTD = torch.baddbmm(b2_BD[:, None], hidden_BTH, w2_BDH.mT)
+        return F.dropout(y_BTD, layer.dropout, self.training).view_as(x_BHWD)
 
 
 def make_mlp(width: int, units: int, dropout: float) -> nn.Sequential:

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from dmoe_layer import DMoE
 
-from .blocks import FiLM, Membership, OneForAll, PerValue, Sharp, Sum, make_mlp
+from .blocks import FiLM, Membership, Merged, OneForAll, PerValue, Sharp, Sum, make_mlp
 
 BLOCKS = ("mlp", "channels", "film", "per_value", "moe")
 TOLD = ("channels", "film", "per_value")  # by the network itself; experts are by the scope
@@ -57,7 +57,7 @@ class UNet(nn.Module):
         modulate: scales and shifts what router and experts see by the attribute, as "film" does.
         film_identity: scales and shifts start as 1 and 0, instead of as `nn.Linear` does.
         merge: of experts: a sample's k are merged into one MLP of all the hidden units, chosen by
-            the sample's mean token (DMoE's `merge`).
+            the sample's mean token.
         router: "own": each attribute value's; "sharp": the same with scores four times as large, a
             lower temperature; "shared": all values have the same weights, and only
             the bias on the scores is a value's own; "blind": one that is told nothing, where
@@ -131,7 +131,6 @@ class UNet(nn.Module):
         experts: dict[str, Any] = {
             "n_experts": n_experts,
             "k": k,
-            "merge": merge,
             "noise": noise,
             "unknown": unknown,
             "attribute_sizes": None if router == "blind" else attribute_sizes,
@@ -155,7 +154,7 @@ class UNet(nn.Module):
                 if router == "sharp":
                     for name in ("w_A2ED", "b_A2E"):
                         parametrize.register_parametrization(moe.router, name, Sharp())
-                mlp = moe
+                mlp = Merged(moe) if merge else moe
                 if placement != "mlp":
                     mlp = make_mlp(width, units // 2, dropout)
                 if placement == "after":
@@ -207,7 +206,7 @@ class UNet(nn.Module):
             x_BCHW = torch.cat([x_BCHW, planes_BVHW], dim=1)
         skips = []
         for stage in self.stages:
-            x_BCHW = stage(x_BCHW, member_BV)
+            x_BCHW = stage(x_BCHW, member_BV, attributes_BA)
             skips.append(x_BCHW)
         skips.pop()
         for block in self.decoder:
@@ -229,11 +228,15 @@ class Stage(nn.Module):
         )
         self.mlp, self.film, self.after = mlp, film, after
 
-    def forward(self, x_BCHW: Tensor, member_BV: Tensor | None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, member_BV: Tensor | None, attributes_BA: Tensor) -> Tensor:
         x_BHWD = rearrange(self.convolutions(x_BCHW), "b d h w -> b h w d")
         inner_BHWD = x_BHWD if self.film is None else self.film(x_BHWD, member_BV)
-        told = (member_BV,) if isinstance(self.mlp, PerValue) else ()
-        x_BHWD = x_BHWD + self.mlp(inner_BHWD, *told)
+        if isinstance(self.mlp, Merged):
+            x_BHWD = x_BHWD + self.mlp(inner_BHWD, attributes_BA)
+        elif isinstance(self.mlp, PerValue):
+            x_BHWD = x_BHWD + self.mlp(inner_BHWD, member_BV)
+        else:
+            x_BHWD = x_BHWD + self.mlp(inner_BHWD)
         if self.after is not None:
             x_BHWD = self.after(x_BHWD)
         return rearrange(x_BHWD, "b h w d -> b d h w").contiguous()

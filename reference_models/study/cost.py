@@ -19,6 +19,7 @@ from dmoe_layer import DMoE
 
 from ..data.loading import train_batches
 from ..inference import call
+from ..models.blocks import Merged
 from ..parallel import launch
 from ..recipe import Recipe
 from ..training import Run
@@ -46,16 +47,16 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
         tokens = output.numel() // output.shape[layer.channel_dim]
         n_experts, hidden, dim = layer.w1_EHD.shape
         scores = n_experts * dim * (2 if layer.router.noise == "always" else 1)
-        each = 2 * layer.k * dim * hidden
-        if layer.merge:  # the weights of k experts, once; the products with them it does see
-            experts += each + scores
-        else:
-            experts += tokens * (each + scores)
+        experts += tokens * (2 * layer.k * dim * hidden + scores)
+
+    def count_merging(block: Merged, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # Once an image: the weights of k experts, and the scores. Their products it does see.
+        count(block.experts, inputs, output[:1, :1, :1])
 
     hooks = [
-        module.register_forward_hook(count)
+        module.register_forward_hook(count if isinstance(module, DMoE) else count_merging)
         for module in model.modules()
-        if isinstance(module, DMoE)
+        if isinstance(module, DMoE | Merged)
     ]
     image_1CHW = torch.zeros(1, *image)
     told_1A = torch.zeros(1, n_attributes, dtype=torch.int64)

@@ -100,8 +100,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
     """What keeps the kernels from taking the call, in words; empty if nothing does."""
-    if layer.merge:
-        return "merge=True; the kernels compute experts one by one, and merged ones are one MLP"
     if machine := _obstacle_of_machine(x_BTD.device.type, x_BTD.device.index or 0):
         return machine
     for what, given in (

@@ -18,7 +18,6 @@ from .attributes import Attributes, as_attributes, check_attributes, per_token
 from .backend import BACKENDS, autocast_dtype, choose
 from .eager import experts
 from .lazy import LazyDim
-from .merged import mean_token, merged_experts
 from .mlp import read_mlp
 from .operators import draw_seed
 from .options import check_choice, check_count, check_device, check_flag, describe
@@ -38,13 +37,6 @@ class DMoE(LazyDim):
         y = Σ_i K_i(x) · Expert_i(x)        K: the k gates of a's own router (AttributeRouter)
         Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2)
 
-    With ``merge`` a sample's k experts are merged before they are applied (soft merging of
-    experts, Muqeeth et al., arXiv:2306.03745; conditionally parameterised convolutions, Yang et
-    al., arXiv:1904.04971)::
-
-        y = Σ_i K_i(m) · Expert_i, applied to x      m: the mean of the sample's tokens
-        w1 = Σ_i K_i(m) · w1_i, and so b1, w2 and b2
-
     All attribute values share the experts. The defaults are the paper's, except for the
     placement: there the layer is added to the block's output (``residual=True``), here it takes
     an MLP's place and the host block adds its own residual.
@@ -53,7 +45,7 @@ class DMoE(LazyDim):
         dim: width D of a token; None learns it from the first input or a state_dict. Deep copies
             of such a layer start with equal weights, as deep copies of any layer do.
         n_experts: E.
-        k: experts a token, or with ``merge`` a sample.
+        k: experts a token.
         attribute_sizes: None (one router for all: a plain mixture of experts), an int (one
             attribute with that many values) or a tuple (several attributes).
         unknown: what the attribute value -1 does: "error", "average" or "learned".
@@ -61,15 +53,9 @@ class DMoE(LazyDim):
         activation: "relu", "gelu", "gelu_tanh" or "silu".
         bias: whether the experts have biases; the router keeps its own.
         dropout: probability of zeroing an entry of an expert's output in training, rounded to
-            1/65536 (but with ``merge``).
+            1/65536.
         noise: when the router's scores are noisy: "train", "always" (what the paper's released
             code does) or "never".
-        merge: routes each sample by its mean token, and sends all of its tokens through one MLP,
-            the weighted sum of its k experts. A token then costs one MLP of ``hidden_dim``
-            whatever k is, and a sample 2·k·D·H multiply-adds besides; k = n_experts merges all.
-            Backward finds the hidden activations, as a dense MLP's does, and each sample's own
-            2·D·H weights, so it is for samples of many tokens. Always plain PyTorch. A state_dict
-            moves between layers with and without.
         residual: adds x to the output.
         zero_init: starts w2 and b2 at zero, so that the layer adds nothing at first.
         channel_dim: the axis of x that holds D: 1 for (B, C, H, W) and (B, C, D, H, W).
@@ -112,7 +98,6 @@ class DMoE(LazyDim):
         bias: bool = True,
         dropout: float = 0.1,
         noise: str = "train",
-        merge: bool = False,
         residual: bool = False,
         zero_init: bool = False,
         channel_dim: int = -1,
@@ -126,7 +111,6 @@ class DMoE(LazyDim):
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("backend", backend, BACKENDS)
         check_flag("bias", bias)
-        check_flag("merge", merge)
         check_flag("residual", residual)
         check_flag("zero_init", zero_init)
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
@@ -139,7 +123,7 @@ class DMoE(LazyDim):
             raise ValueError("channel_dim: got 0, which is the batch axis; expected another.")
         self.hidden_dim, self.activation, self.bias = hidden_dim, activation, bias
         self.dropout, self.residual, self.zero_init = float(dropout), residual, zero_init
-        self.merge, self.channel_dim, self.backend = merge, channel_dim, backend
+        self.channel_dim, self.backend = channel_dim, backend
         self.router = AttributeRouter(
             dim,
             n_experts,
@@ -258,8 +242,7 @@ class DMoE(LazyDim):
             f"{self.dim}, n_experts={self.n_experts}, k={self.k}, "
             f"attribute_sizes={self.attribute_sizes}, hidden_dim={self.hidden_dim}, "
             f"activation={self.activation!r}, bias={self.bias}, dropout={self.dropout}, "
-            f"merge={self.merge}, residual={self.residual}, channel_dim={self.channel_dim}, "
-            f"backend={self.backend!r}"
+            f"residual={self.residual}, channel_dim={self.channel_dim}, backend={self.backend!r}"
         )
 
     def forward(
@@ -270,17 +253,15 @@ class DMoE(LazyDim):
         mask: Tensor | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
-        """Routes every token and sums its experts' outputs; or, with ``merge``, every sample.
+        """Routes every token and sums its experts' outputs.
 
         Args:
             x: (batch, ..., D), or any layout with D at ``channel_dim``.
             attributes: integers, (batch,) or (batch, n); a batch of 1 or a scalar applies to
                 every sample; -1 is unknown. They win over those of the open scope.
             mask: bool, the shape of x without ``channel_dim``. Tokens outside are not computed
-                and come out as zero (as x, if ``residual``). With ``merge`` they are computed, as
-                zeros, and dropped, unless none of a sample's are inside.
-            return_routing: also returns the call's :class:`Routing`; with ``merge``, that of the
-                samples that have a token inside the mask.
+                and come out as zero (as x, if ``residual``).
+            return_routing: also returns the call's :class:`Routing`.
 
         Returns:
             A tensor of x's shape, dtype and memory format; or that and the routing.
@@ -295,72 +276,29 @@ class DMoE(LazyDim):
         x_BTD = rearrange(x.movedim(self.channel_dim, -1), "b ... d -> b (...) d").contiguous()
         dtype = autocast_dtype(x) or x.dtype
         fused = choose(self, x_BTD, dtype).backend == "triton"
-        mask_BT = None if mask is None else mask.to(x.device).reshape(x_BTD.shape[:2])
-        if self.merge:
-            y_BTD, routing, per_sample = self._by_sample(x_BTD, wanted, mask_BT, dtype)
+        if mask is None:
+            tokens_TD, tokens_per_sample, kept_T = x_BTD.flatten(0, 1), None, None
+            routed = self.router(x_BTD, wanted, fused=fused)
         else:
-            y_BTD, routing, per_sample = self._by_token(x_BTD, wanted, mask_BT, dtype, fused)
+            mask_BT = mask.to(x.device).reshape(x_BTD.shape[:2])
+            tokens_per_sample, kept_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
+            tokens_TD = x_BTD.flatten(0, 1).index_select(0, kept_T)
+            routed = self.router(
+                tokens_TD, wanted, tokens_per_sample=tokens_per_sample, fused=fused
+            )
+        routing, dispatch = (routed[0], routed[1:]) if fused else (routed, ())
         if recorded_BN is not None:
-            attributes_T = per_token(recorded_BN, len(routing.logits), per_sample)
+            attributes_T = per_token(recorded_BN, tokens_TD.shape[0], tokens_per_sample)
             routing = routing._replace(attributes=attributes_T)
-        y = y_BTD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
+
+        y_TD = self._run_experts(tokens_TD, routing, dispatch, dtype)
+        if kept_T is not None:  # index_put, since index_copy and index_add keep y for backward
+            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((kept_T,), y_TD)
+        y = y_TD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
         y = _in_memory_format_of(x, y)
         y = x + y if self.residual else y
         record(routing, self.router.sizes)
         return (y, routing) if return_routing else y
-
-    def _by_token(
-        self,
-        x_BTD: Tensor,
-        attributes: Attributes | None,
-        mask_BT: Tensor | None,
-        dtype: torch.dtype,
-        fused: bool,
-    ) -> tuple[Tensor, Routing, Tensor | None]:
-        """The output, the routing, and with a mask how many tokens were routed of each sample."""
-        tokens_per_sample, kept_T = None, None
-        if mask_BT is None:
-            tokens_TD = x_BTD.flatten(0, 1)
-            routed = self.router(x_BTD, attributes, fused=fused)
-        else:
-            tokens_per_sample, kept_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
-            tokens_TD = x_BTD.flatten(0, 1).index_select(0, kept_T)
-            routed = self.router(
-                tokens_TD, attributes, tokens_per_sample=tokens_per_sample, fused=fused
-            )
-        routing, dispatch = (routed[0], routed[1:]) if fused else (routed, ())
-        y_TD = self._run_experts(tokens_TD, routing, dispatch, dtype)
-        if kept_T is not None:  # index_put, since index_copy and index_add keep y for backward
-            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((kept_T,), y_TD)
-        return y_TD.view_as(x_BTD), routing, tokens_per_sample
-
-    def _by_sample(
-        self,
-        x_BTD: Tensor,
-        attributes: Attributes | None,
-        mask_BT: Tensor | None,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Routing, Tensor | None]:
-        """The same with merged experts, where each sample is routed once, or not at all."""
-        weights = (self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
-        options = (self.activation, self.dropout if self.training else 0.0, dtype)
-        if mask_BT is None and x_BTD.shape[1]:
-            routing = self.router(mean_token(x_BTD)[:, None], attributes)
-            indices_BK, gates_BK = routing.expert_indices, routing.gates
-            y_BTD = merged_experts(x_BTD, indices_BK, gates_BK, *weights, *options)
-            return y_BTD, routing, None
-        if mask_BT is None:  # of no token there is no mean
-            mask_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool)
-        routed_B = mask_BT.any(dim=1)
-        kept_S = routed_B.nonzero()[:, 0]
-        mask_ST = mask_BT.index_select(0, kept_S)
-        x_STD = x_BTD.index_select(0, kept_S).masked_fill(~mask_ST[..., None], 0)
-        per_sample = routed_B.to(torch.int64)
-        routing = self.router(mean_token(x_STD, mask_ST), attributes, tokens_per_sample=per_sample)
-        indices_SK, gates_SK = routing.expert_indices, routing.gates
-        y_STD = merged_experts(x_STD, indices_SK, gates_SK, *weights, *options)
-        y_STD = y_STD.masked_fill(~mask_ST[..., None], 0)
-        return x_BTD.new_zeros(x_BTD.shape).index_put((kept_S,), y_STD), routing, per_sample
 
     def _run_experts(
         self, x_TD: Tensor, routing: Routing, dispatch: tuple[Tensor, ...], dtype: torch.dtype

@@ -35,9 +35,7 @@ class Routing(NamedTuple):
         attributes: (T,) int64, each token's attribute value (-1: unknown), (T, n) for n
             attributes, or None where no attributes were given.
 
-    Tokens stand sample after sample, in the order of ``x`` with the channels moved last. Of a DMoE
-    with ``merge``, whose router sees a sample's mean token, T counts the samples that have a token
-    inside the mask, and "token" reads "sample" here, in losses and in load tables.
+    Tokens stand sample after sample, in the order of ``x`` with the channels moved last.
 
     Example:
         >>> import torch

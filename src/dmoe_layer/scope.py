@@ -110,7 +110,7 @@ class routing:
         return self._mean(router_z_loss)
 
     def load_table(self, *, per_call: bool = False, attribute: int = 0) -> Tensor:
-        """Each attribute value's share of tokens by expert; of samples, where experts are merged.
+        """Each attribute value's share of tokens by expert.
 
         Args:
             per_call: one table a call instead of one over all calls together.
