@@ -135,7 +135,7 @@ def test_a_recipe_becomes_flags():
             {"model": UNetSettings(), "frame": SquareSettings(36, "whole")},
             "size: got 36, expected a multiple of 8",
         ),
-        ({"model": UNetSettings(block="film", aware=False)}, "block: film has to be told"),
+        ({"model": UNetSettings(block="film", aware=False)}, "block: film, modulate=False: has"),
         ({"model": UNetSettings(gradient_checkpointing=True)}, "gradient_checkpointing"),
         ({"model": UNetSettings(k=5, hidden=2)}, "hidden: got 2"),
     ],
