@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from reference_models import training
 from reference_models.__main__ import main
 from reference_models.evaluation import EvaluateRun, Scoring, evaluate_run
 from reference_models.models.unet import UNet
@@ -27,6 +28,7 @@ from reference_models.study.scenes import SCENES, Sizes
 from reference_models.study.trial import Design, run, stored
 from reference_models.study.workers import workers
 from reference_models.training import train
+from reference_models.validation import validate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,6 +185,14 @@ def test_a_trial_is_kept_whole_alone_and_silently_and_read_back_as_it_was(tmp_pa
 
 
 def test_the_last_checkpoint_is_scored_as_evaluate_scores_it(tmp_path, monkeypatch):
+    # The first epoch shall have been the best, whatever the network does.
+    told = []
+
+    def falling(*arguments, **options):
+        told.append(validate(*arguments, **options))
+        return dataclasses.replace(told[-1], score=1 / len(told))
+
+    monkeypatch.setattr(training, "validate", falling)
     # No lesion is found after so few steps.
     organ = dataclasses.replace(SCENES["rule"], region="organ")
     monkeypatch.setitem(SCENES, "rule", organ)
@@ -205,7 +215,8 @@ def test_the_last_checkpoint_is_scored_as_evaluate_scores_it(tmp_path, monkeypat
     assert max(found.dice[RIGHT]) > 0
     with (recipe.out / "history.csv").open(newline="") as file:
         scores = [float(row["score"]) for row in csv.DictReader(file)]
-    assert found.validation == scores[-1]
+    assert found.validation == 1 / 4
+    assert scores == [1 / n for n in range(5, 9)]  # of the second training
 
 
 def test_a_trial_of_other_settings_or_a_damaged_one_is_refused_by_name(tmp_path):

@@ -117,14 +117,12 @@ class Merged(nn.Module):
         layer, x_BTD = self.experts, x_BHWD.flatten(1, 2)
         told_BA = None if layer.attribute_sizes is None else attributes_BA
         routed = layer.router(x_BTD.mean(1, keepdim=True), told_BA)
-        assert layer.b1_EH is not None
-        assert layer.b2_ED is not None
         w1_BHD, b1_BH, w2_BDH, b2_BD = (
             F.embedding_bag(
                 routed.expert_indices, parameter.flatten(1),
                 per_sample_weights=routed.gates, mode="sum",
             ).view(-1, *parameter.shape[1:])
-            for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED)
+            for parameter in map(layer.get_parameter, ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED"))
         )  # fmt: skip
         hidden_BTH = torch.baddbmm(b1_BH[:, None], x_BTD, w1_BHD.mT).relu()
         y_BTD = torch.baddbmm(b2_BD[:, None], hidden_BTH, w2_BDH.mT)

@@ -45,13 +45,7 @@ class Results:
 
     def mean(self, scene: str, method: str, metric: str, condition: str = RIGHT) -> Row | None:
         """Of summary.csv; None where there is no such row."""
-        wanted = (scene, method, condition, metric)
-        found = (
-            row
-            for row in self.summary
-            if (row["scene"], row["method"], row["condition"], row["metric"]) == wanted
-        )
-        return next(found, None)
+        return _find(self.summary, scene=scene, method=method, condition=condition, metric=metric)
 
     def seeds(self, scene: str, method: str, metric: str, condition: str = RIGHT) -> list[float]:
         """Of trials.csv, a number a seed of the study; none where the scene has no such metric."""
@@ -66,13 +60,11 @@ class Results:
 
     def difference(self, scene: str, a: str, b: str, metric: str = "es_dice") -> Row | None:
         """Of differences.csv; None where there is no such row."""
-        wanted = (scene, a, b, metric)
-        found = (
-            row
-            for row in self.differences
-            if (row["scene"], row["a"], row["b"], row["metric"]) == wanted
-        )
-        return next(found, None)
+        return _find(self.differences, scene=scene, a=a, b=b, metric=metric)
+
+
+def _find(rows: list[Row], **wanted: str) -> Row | None:
+    return next((row for row in rows if wanted.items() <= row.items()), None)
 
 
 def _rows(path: Path) -> list[Row]:
