@@ -1,8 +1,14 @@
 # Each command sets up all it needs in .venv by itself; PYTHON names the interpreter to make it with.
+VENV := .venv
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+BIN = $(VENV)/Scripts
+else
 PYTHON ?= python3
-BIN := .venv/bin
+BIN = $(VENV)/bin
+endif
 
-.PHONY: demo demo3d bench gpu test lint clean
+.PHONY: demo demo3d bench gpu test lint resolve versions clean
 
 demo: .venv/demo
 	$(BIN)/python -m reference_models demo
@@ -34,21 +40,28 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Whether every extra can be installed on every system and Python that is claimed.
+resolve: .venv/test
+	$(BIN)/python .ci/resolve.py
+
+# The core's tests with another Python and PyTorch, in an environment of their own.
+CORE := attributes checkpointing compiled_kernels distributed exact kernels losses module scope swap
+versions: VENV := .venv-torch$(TORCH)
+versions:
+	test -n "$(TORCH)" || { echo "Say which: make versions PYTHON=python3.10 TORCH=2.8.0"; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	grep -vE '^(torch|triton)[=<]' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --constraint $(VENV)/constraints.txt torch==$(TORCH) --editable '.[reference,test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto src $(CORE:%=tests/test_%.py)
+
 # A half-made environment has no pip, and is made again.
-.venv/demo: pyproject.toml constraints.txt
+.venv/demo: EXTRAS := reference
+.venv/bench: EXTRAS := bench
+.venv/test: EXTRAS := reference,test
+.venv/demo .venv/bench .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[reference]'
-	touch $@
-
-.venv/bench: pyproject.toml constraints.txt
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench]'
-	touch $@
-
-.venv/test: pyproject.toml constraints.txt
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[reference,test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo_output demo3d_output bench_output gpu_output study_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch* build dist demo_output demo3d_output bench_output gpu_output study_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -93,9 +93,13 @@ def explain(layer: Any, x: Tensor) -> str:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for, if it is on. Like PyTorch's own, it leaves fp64 alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not _has_autocast(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
@@ -146,5 +150,7 @@ def _obstacle_of_machine(device: str, index: int) -> str:
     return ""
 
 
-# What torch.compiler.assume_constant_result would do, which imports all of Dynamo and Triton.
+# What torch.compiler.assume_constant_result would do, which imports all of Dynamo and Triton. Of
+# these answers Dynamo shall take the result: up to PyTorch 2.11 it cannot trace the second.
 _obstacle_of_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]

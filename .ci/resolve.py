@@ -1,0 +1,50 @@
+"""Whether every extra resolves from the package index alone, with the project's constraints.
+
+For each Python that is claimed and each system that torch has wheels for. uv does it, since it can
+resolve for systems other than its own and sees no wheel that lies on this machine by chance. Wheels
+alone count: a user's machine may have no compiler. Prints what failed, and uv's reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import metadata
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+SYSTEMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "macos", "windows")
+# torch 2.13 has wheels for macOS 14 and newer, uv resolves for 13 unless told.
+ENVIRONMENT = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": "14.0"}
+
+
+def refusal(target: tuple[str, str, str]) -> str:
+    """Why uv finds no versions for (extra, system, Python); empty if it finds some."""
+    extra, system, python = target
+    command = [
+        *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", extra, "--quiet"),
+        *("--constraint", "constraints.txt", "--only-binary", ":all:", "--output-file", os.devnull),
+        *("--python-platform", system, "--python-version", python),
+        # Else uv looks for an interpreter of that version, and downloads one.
+        *("--python", sys.executable, "--no-python-downloads"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    return "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+
+
+def main() -> int:
+    extras = metadata("dmoe-layer").get_all("Provides-Extra") or []
+    targets = list(itertools.product(extras, SYSTEMS, PYTHONS))
+    with ThreadPoolExecutor(8) as threads:
+        refusals = list(threads.map(refusal, targets))
+    failed = [(target, why) for target, why in zip(targets, refusals, strict=True) if why]
+    for target, why in failed:
+        print(f"{' / '.join(target)}: does not resolve.\n{why}\n")
+    print(f"resolve: {len(targets) - len(failed)} of {len(targets)} targets resolve.")
+    return 1 if failed or not targets else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
