@@ -18,6 +18,7 @@ from reference_models.__main__ import main
 from reference_models.evaluation import EvaluateRun, Scoring, evaluate_run
 from reference_models.models.unet import UNet
 from reference_models.recipe import RunError
+from reference_models.runs import hold
 from reference_models.study import command, cost, runner, trial
 from reference_models.study.command import StudySettings, study
 from reference_models.study.cost import multiply_adds, step_milliseconds
@@ -147,6 +148,16 @@ def test_a_job_that_fails_is_named_at_once(inline, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "run", fails)
     with pytest.raises(RunError, match=r"rule-dense-data10-init1010-lr0\..*: no room"):
         run_plan(Plan(("rule",), ("dense",), (10,)), Design(), tmp_path, processes=1)
+
+
+def test_two_studies_do_not_work_in_one_folder(ran, tmp_path):
+    plan = Plan(("rule",), ("dense",), (10,))
+    with hold(tmp_path), pytest.raises(RunError, match="another process"):
+        run_plan(plan, Design(), tmp_path, processes=1)
+    assert not ran
+    run_plan(plan, Design(), tmp_path, processes=1)
+    with hold(tmp_path):
+        assert ran
 
 
 def test_a_worker_that_is_killed_is_told_of():

@@ -1,6 +1,7 @@
 """Training: two processes as one, killed and resumed to the bit, errors before anything changes."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -44,7 +45,7 @@ from reference_models.recipe import (
     learning_rate,
     settle,
 )
-from reference_models.runs import Task, build_model
+from reference_models.runs import Task, build_model, hold
 from reference_models.serial import from_json, to_json
 from reference_models.training import NonFiniteLossError, train
 from reference_models.validation import share_of, validate
@@ -614,6 +615,36 @@ def test_a_training_that_was_killed_holds_no_folder_through_its_workers(tmp_path
     process.join()
     assert process.exitcode == -signal.SIGKILL
     train(recipe, resume=True)
+
+
+def test_a_training_lets_go_of_its_folder_however_it_ends(tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise RunError("no room")
+
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run", epochs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "validate", fails)
+        with pytest.raises(RunError, match="no room") as ended:  # holds the traceback's frames
+            train(recipe)
+    with hold(recipe.out), pytest.raises(RunError, match="another process is training in it"):
+        train(recipe, resume=True)
+    train(recipe, resume=True)
+    with hold(recipe.out):
+        assert ended
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_stops_no_training(tmp_path, monkeypatch, reason):
+    fcntl = pytest.importorskip("fcntl", reason="filelock locks by other means there")
+
+    def refused(*arguments):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with hold(tmp_path / "run"), hold(tmp_path / "run"):
+        (tmp_path / "run" / "history.csv").touch()
+    with hold(tmp_path / "run"):  # nothing was left that would keep it
+        pass
 
 
 def test_there_is_nothing_to_resume_without_a_run(tmp_path):
