@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from reference_models.terminal import print_anything
+
 from . import machine, plot, readme
 from .goals import goals_table
 from .measure import measure_roofline
@@ -26,6 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(words: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    print_anything()
     options = _parser().parse_args(words)
     try:
         device = _device(options.device)

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from reference_models.terminal import print_anything
+
 from . import machine, readme
 from .measure import Spread, Stopwatch, interleaved
 from .table import brief, check_writable, markdown, write_csv
@@ -156,7 +158,9 @@ def _free_bytes() -> float:
     info = Path("/proc/meminfo")
     if not info.exists():
         return float("inf")
-    line = next(x for x in info.read_text("utf-8").splitlines() if x.startswith("MemAvailable"))
+    line = next(
+        x for x in info.read_text(encoding="utf-8").splitlines() if x.startswith("MemAvailable")
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -220,6 +224,7 @@ def parse_networks(text: str) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    print_anything()
     options = _parser().parse_args(words)
     try:
         cuda = torch.cuda.is_available() if options.device is None else options.device == "cuda"

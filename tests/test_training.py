@@ -605,7 +605,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
     monkeypatch.setattr(training, "validate", meanwhile)
     train(recipe)
     assert codes == [1]
-    assert "another process is training in it" in says.read_text()
+    assert "another process is training in it" in says.read_text(encoding="utf-8")
     assert len(history_of(recipe.out)) == 2
 
 
@@ -721,10 +721,10 @@ def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, finished, m
 
 @pytest.mark.parametrize("where", ["taken", "taken/run"])
 def test_an_out_folder_that_cannot_be_is_refused(tmp_path, where):
-    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
     with pytest.raises(RunError, match=rf"{where}: (is a file|cannot be written to)"):
         train(dataclasses.replace(TINY, out=tmp_path / where))
-    assert (tmp_path / "taken").read_text() == "mine"
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize(
@@ -791,20 +791,20 @@ def test_foreign_files_are_refused(finished, tmp_path):
     checkpoints.shutil.rmtree(folder)
     with pytest.raises(RunError, match="has no best checkpoint yet; there is a last one"):
         checkpoints.load_model(run)
-    content = json.loads((run / "recipe.json").read_text())
+    content = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     content["recipe"]["model"]["experts"] = 8
-    (run / "recipe.json").write_text(json.dumps(content))
+    (run / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(RunError, match=r"recipe\.model: got \['experts'\] besides"):
         checkpoints.load_model(run)
     # As an earlier version wrote it, which knew fewer settings.
     del content["recipe"]["model"]["experts"], content["recipe"]["attribute_dropout"]
-    (run / "recipe.json").write_text(json.dumps(content))
+    (run / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
         RunError, match=r"recipe: .*lacks \['attribute_dropout'\].*written by another version"
     ) as caught:
         checkpoints.load_model(run)
     assert str(run / "recipe.json") in str(caught.value)
-    (run / "recipe.json").write_text("[]")
+    (run / "recipe.json").write_text("[]", encoding="utf-8")
     with pytest.raises(RunError, match="not a run's recipe"):
         checkpoints.load_model(run)
     with pytest.raises(RunError, match="no run here"):
