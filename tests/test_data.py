@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers import needs_links
 from PIL import Image
 from rich.console import Console
 
@@ -175,6 +176,7 @@ def test_check_names_a_bad_npz_and_says_what_is_wrong(tmp_path, fault):
     assert re.search(words, text)
 
 
+@needs_links
 def test_fairseg_files_are_found_whatever_the_lists_and_folders_are_like(tmp_path):
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     for folder in (root, elsewhere):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import needs_links
 from PIL import Image
 from torch import nn
 
@@ -466,6 +467,7 @@ def test_where_nothing_can_be_written_a_sentence_says_so(other_tool, tmp_path, m
         evaluate_predictions(dataclasses.replace(settings, out=Path()))
 
 
+@needs_links
 def test_of_a_link_what_it_points_to_is_written(other_tool, tmp_path):
     _, _, settings = other_tool
     (tmp_path / "large disk").mkdir()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -333,6 +332,7 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error_of_the_settings(tmp_path
 
 
 def test_a_full_cache_is_an_error_that_says_so(tmp_path):
+    resource = pytest.importorskip("resource", reason="no limit to the size of files here")
     files = lesion_files(tmp_path, n=1)
     frames = Frames(Lesions(1, files=files), ["case000"], Square(99), cache=tmp_path / "cache")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,6 +1,8 @@
 """Volumes are read wherever their voxels lie, and in whatever way they are stored."""
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -198,14 +200,14 @@ def test_nibabels_own_files_are_read_or_refused(tmp_path, name):
     write_layout(tmp_path, channel_names={"0": "noNorm"}, file_ending=ending)
     (tmp_path / "attributes.csv").write_text("case,site\nown,a", encoding="utf-8")
     path = tmp_path / f"imagesTr/own_0000{ending}"
-    path.symlink_to(NIBABEL / name)
+    shutil.copy(NIBABEL / name, path)
     image = nib.load(path)
     label = np.arange(np.prod(image.shape[:3])).reshape(image.shape[:3]) % 3
     affine = getattr(image, "affine", AFFINE)
     save(tmp_path / f"labelsTr/own{ending}", label.astype(np.uint8), affine)
     settings = DataSettings("nifti", tmp_path)
     if NIBABELS_OWN[name]:
-        with pytest.raises(DataError, match=f"{path}: {NIBABELS_OWN[name]}"):
+        with pytest.raises(DataError, match=re.escape(f"{path}: ") + NIBABELS_OWN[name]):
             read(settings, 0)
         return
     sample = read(settings, 0)
@@ -225,7 +227,9 @@ def test_other_data_are_read_by_the_values_that_a_run_was_trained_with(tmp_path)
     assert dataset.attributes == trained
     assert [case.attributes for case in dataset.cases] == [(3,), (UNKNOWN,), (1,)]
     table.write_text(table.read_text(encoding="utf-8").replace("T2", "T4"), encoding="utf-8")
-    with pytest.raises(DataError, match=f"{table}:4: p2: T-stage must be one of T1, T2, T3, T10"):
+    with pytest.raises(
+        DataError, match=re.escape(f"{table}:4: ") + "p2: T-stage must be one of T1, T2, T3, T10"
+    ):
         open_dataset(settings, known=trained)
     table.write_text(
         table.read_text(encoding="utf-8").replace("T-stage", "stage"), encoding="utf-8"
@@ -252,7 +256,7 @@ def test_cases_without_a_mask_are_in_no_split_and_are_counted_by_themselves(tmp_
     assert "no mask" in text
     path = tmp_path / "splits.json"
     write_splits(path, dataclasses.replace(splits, test=(*splits.test, "p10")))
-    with pytest.raises(DataError, match=f"{path}: p10: without a mask"):
+    with pytest.raises(DataError, match=re.escape(f"{path}: ") + "p10: without a mask"):
         read_splits(path, dataset)
     for i in range(10):
         (tmp_path / f"labelsTr/p{i}.nii.gz").unlink()

@@ -158,7 +158,7 @@ def test_no_damaged_byte_of_a_deflated_volume_goes_unnoticed(tmp_path):
         damaged = bytearray(content)
         damaged[place] ^= 0x10
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"{path}: not a readable NIfTI"):
+        with pytest.raises(DataError, match=re.escape(f"{path}: ") + "not a readable NIfTI"):
             read_voxels(str(path), image)
 
 
@@ -317,7 +317,7 @@ def test_a_dataset_json_that_cannot_be_used_is_refused(tmp_path, fault):
         path.write_text(content, encoding="utf-8")
     else:
         write_layout(tmp_path, **content)
-    with pytest.raises(DataError, match=f"{path}: .*{words}"):
+    with pytest.raises(DataError, match=re.escape(f"{path}: ") + ".*" + words):
         open_dataset(settings)
     assert checked(settings)[0] == 1
 
@@ -328,7 +328,9 @@ def test_a_folder_without_images_is_refused_and_a_byte_order_mark_is_not(tmp_pat
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(open_dataset(settings).cases) == 3
     (tmp_path / "imagesTr").rename(tmp_path / "images")
-    with pytest.raises(DataError, match=f"{tmp_path}: no .nii.gz file in its folder imagesTr"):
+    with pytest.raises(
+        DataError, match=re.escape(f"{tmp_path}: ") + r"no \.nii\.gz file in its folder imagesTr"
+    ):
         open_dataset(settings)
     for low, high in ((250, -175), (0, 0), (np.nan, 1), (-np.inf, 1)):
         with pytest.raises(DataError, match="ct_window"):
@@ -414,7 +416,7 @@ def test_columns_that_are_no_groups_are_refused_where_they_are_asked_for(tmp_pat
         ("nothing", "no values"),
         ("age", "no column age"),
     ):
-        with pytest.raises(DataError, match=f"{table}: .*{words}"):
+        with pytest.raises(DataError, match=re.escape(f"{table}: ") + ".*" + words):
             open_dataset(dataclasses.replace(settings, attributes=(name,)))
         assert checked(dataclasses.replace(settings, attributes=(name,)))[0] == 1
     with pytest.raises(DataError, match="name each once"):

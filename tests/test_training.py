@@ -21,6 +21,7 @@ from trainings import (
     history_of,
     in_fork,
     killed_at,
+    needs_fork,
     state_of,
     train_in_ranks,
     weights_of,
@@ -209,6 +210,7 @@ def in_double(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@needs_fork
 @pytest.mark.usefixtures("in_double")
 @pytest.mark.parametrize(("strategy", "deaths"), [("ddp", []), ("fsdp", [5])])
 def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, quiet_recipe, strategy, deaths):
@@ -295,6 +297,7 @@ def test_leaving_out_the_unknown_must_leave_a_validation_case(tmp_path, monkeypa
     assert not recipe.out.exists()
 
 
+@needs_fork
 def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_recipe):
     recipe = dataclasses.replace(
         quiet_recipe, out=tmp_path / "run", balance_weight=3.0, z_weight=0.5, fairness="none",
@@ -331,6 +334,7 @@ def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_
     torch.testing.assert_close(weights_of(recipe.out), stepped, rtol=1e-4, atol=1e-6)
 
 
+@needs_fork
 @pytest.mark.parametrize("block", ["film", "moe"])
 def test_the_studys_network_is_told_the_attributes_by_two_processes_as_by_one(tmp_path, block):
     recipe = dataclasses.replace(
@@ -375,6 +379,7 @@ def test_the_balance_loss_is_the_one_that_was_chosen(tmp_path, aware):
     assert min(abs(found["load"] - found[b]) for b in ("within", "importance")) > 1e-4
 
 
+@needs_fork
 def test_a_launcher_that_started_another_number_of_processes_is_told(tmp_path):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run")
     codes, prints = train_in_ranks(recipe, tmp_path / "prints")
@@ -386,6 +391,7 @@ def test_a_launcher_that_started_another_number_of_processes_is_told(tmp_path):
 # Killed and resumed
 
 
+@needs_fork
 def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(tmp_path):
     recipe = dataclasses.replace(
         TINY, checkpoint_every=3, fairness="group-dro", group_dro_rate=0.1, out=tmp_path / "whole"
@@ -484,6 +490,7 @@ def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
     assert torch.equal(torch.cat(grouped), truth_NA[:, 0])
 
 
+@needs_fork
 @pytest.mark.parametrize(
     "model",
     [
@@ -578,6 +585,7 @@ def test_a_folder_with_a_run_is_left_alone(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@needs_fork
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run")
@@ -609,6 +617,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
     assert len(history_of(recipe.out)) == 2
 
 
+@needs_fork
 def test_a_training_that_was_killed_holds_no_folder_through_its_workers(tmp_path):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run", workers=1, checkpoint_every=1)
     process = in_fork(killed_at, recipe, False, 2)
@@ -774,7 +783,7 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, which):
     (folder,) = run.glob(f"{which}-*")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunError, match=rf"{folder.name}/model.safetensors: damaged"):
+    with pytest.raises(RunError, match=rf"{folder.name}.model.safetensors: damaged"):
         checkpoints.load_model(run, which)
 
 

@@ -16,6 +16,7 @@ from trainings import (
     history_of,
     in_fork,
     killed_at,
+    needs_fork,
     state_of,
     train_in_ranks,
     weights_of,
@@ -94,6 +95,7 @@ def recipe(folder, tmp_path):
     )
 
 
+@needs_fork
 def test_killed_and_resumed_a_run_on_volumes_ends_as_if_it_had_never_stopped(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, checkpoint_every=2, out=tmp_path / "whole")
     whole = train(recipe)
@@ -109,6 +111,7 @@ def test_killed_and_resumed_a_run_on_volumes_ends_as_if_it_had_never_stopped(rec
     assert len(history_of(whole)) == 2
 
 
+@needs_fork
 def test_two_processes_train_on_volumes_as_one(recipe, tmp_path, monkeypatch):
     # Nothing random, and all but the loss in fp64: see test_training.
     monkeypatch.setattr(resunet3d, "DMoE", functools.partial(resunet3d.DMoE, dropout=0.0))

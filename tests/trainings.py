@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
@@ -43,6 +44,12 @@ def assert_same_tree(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+# A fork takes along what a test has patched.
+needs_fork = pytest.mark.skipif(
+    "fork" not in mp.get_all_start_methods(), reason="this system has no fork"
+)
 
 
 def in_fork(target, *arguments):
