@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def main(words: list[str] | None = None) -> int:
     if out.resolve() == RESULTS and whole:
         readme.write_results(rows, HERE / "README.md", stem)
         written.append(HERE / "README.md")
-    print("\nWrote " + ", ".join(os.path.relpath(path) for path in written))
+    print("\nWrote " + ", ".join(map(str, written)))
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -268,7 +267,7 @@ def main(words: list[str] | None = None) -> int:
             if not whole:  # whose results stay as they were until all is there
                 write_csv(rows, path, Row)
     write_csv(rows, path, Row)
-    print(f"\nWrote {os.path.relpath(path)}")
+    print(f"\nWrote {path}")
     if whole and out.resolve() == RESULTS:
         readme.replace_section(HERE / "README.md", f"volumes-{device.type}", section(rows))
     return 0
