@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
+
+from reference_models.terminal import print_anything
 
 from . import machine, plot, readme
 from .goals import goals_table
@@ -26,6 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(words: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    print_anything()
     options = _parser().parse_args(words)
     try:
         device = _device(options.device)
@@ -85,7 +87,7 @@ def main(words: list[str] | None = None) -> int:
     if out.resolve() == RESULTS and whole:
         readme.write_results(rows, HERE / "README.md", stem)
         written.append(HERE / "README.md")
-    print("\nWrote " + ", ".join(os.path.relpath(path) for path in written))
+    print("\nWrote " + ", ".join(map(str, written)))
     return 0
 
 

@@ -162,7 +162,9 @@ def read(launch: Launch, capability: int, dtype: str, dim: int) -> Row:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage, code = (
-            subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+            subprocess.run(
+                [tool, flag, cubin], check=True, capture_output=True, encoding="utf-8"
+            ).stdout
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
     numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}

@@ -62,6 +62,6 @@ def machine(device: torch.device) -> str:
 
 def _git(folder: Path, *words: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        ["git", "-C", str(folder), *words], capture_output=True, check=True, encoding="utf-8"
     )
     return done.stdout.strip()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from reference_models.terminal import print_anything
 
 from . import machine, readme
 from .measure import Spread, Stopwatch, interleaved
@@ -156,7 +157,9 @@ def _free_bytes() -> float:
     info = Path("/proc/meminfo")
     if not info.exists():
         return float("inf")
-    line = next(x for x in info.read_text("utf-8").splitlines() if x.startswith("MemAvailable"))
+    line = next(
+        x for x in info.read_text(encoding="utf-8").splitlines() if x.startswith("MemAvailable")
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -220,6 +223,7 @@ def parse_networks(text: str) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    print_anything()
     options = _parser().parse_args(words)
     try:
         cuda = torch.cuda.is_available() if options.device is None else options.device == "cuda"
@@ -263,7 +267,7 @@ def main(words: list[str] | None = None) -> int:
             if not whole:  # whose results stay as they were until all is there
                 write_csv(rows, path, Row)
     write_csv(rows, path, Row)
-    print(f"\nWrote {os.path.relpath(path)}")
+    print(f"\nWrote {path}")
     if whole and out.resolve() == RESULTS:
         readme.replace_section(HERE / "README.md", f"volumes-{device.type}", section(rows))
     return 0

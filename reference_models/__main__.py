@@ -19,6 +19,7 @@ from .prediction import PredictSettings, predict
 from .presets import PRESETS
 from .recipe import RunError
 from .study.command import StudySettings, study
+from .terminal import print_anything
 from .training import train
 
 _Preset: Any = tyro.extras.subcommand_type_from_defaults(
@@ -42,6 +43,7 @@ _Evaluated = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; 0: all is well, 1: it is not, 2: asked wrongly, 130: stopped by Ctrl-C."""
+    print_anything()
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {

@@ -126,7 +126,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: Path) -> 
 def discard(folder: Path) -> None:
     """Removes a folder, which is gone from sight before it is half gone."""
     hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    os.replace(folder, hidden)  # over an empty folder it may go
+    os.replace(folder, hidden / folder.name)
     shutil.rmtree(hidden)
 
 

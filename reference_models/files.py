@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -62,9 +63,15 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
             # mkdtemp's folders and safetensors' files are the owner's alone
             written.chmod(0o755 if written.is_dir() else 0o644)
             _reach_disk(written)
+        old = staging / "old"
         if path.is_dir():
-            os.rename(path, staging / "old")
-        os.rename(new, path)
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except OSError:  # on Windows, a scanner of viruses that looks into a new file
+            if old.is_dir():
+                os.rename(old, path)
+            raise
         _reach_disk(path.parent)
         return result
     finally:
@@ -109,8 +116,13 @@ def write_results(path: Path, write: Callable[[Path], Result], contents: Collect
 
 
 def _reach_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # Windows opens no folder, and flushes only what is open to be written.
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    elif sys.platform != "win32":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

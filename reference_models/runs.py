@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 from .data.cases import Attribute, Dataset
@@ -150,30 +152,31 @@ def refuse_taken(run: Path) -> None:
         )
 
 
-def hold(run: Path) -> BinaryIO:
-    """Keeps every other process out of a run's folder until the file is closed or this one ends.
+def hold(run: Path) -> AbstractContextManager[object]:
+    """Keeps every other training out of a run's folder from now on, until the `with` block ends.
 
-    Two trainings in one folder would clear away each other's checkpoints. The lock is one that no
-    fork inherits, so that workers that outlive a killed training do not keep it.
+    Two trainings in one folder would clear away each other's checkpoints. The system lets go of
+    the lock when the process ends, however it does. Workers that outlive a killed training do not
+    keep it: filelock closes what a fork has inherited of it.
 
     Raises:
-        RunError: another process holds it, or the folder cannot be written to.
+        RunError: another training holds it, or the folder cannot be written to.
     """
+    path = run / ".lock"
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("ab")
+        path.open("ab").close()
     except OSError as error:
         raise _unwritable(run, error) from error
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
+        # A soft lock is a file, which would stay after a kill.
+        return FileLock(path, fallback_to_soft=False).acquire(blocking=False)
+    except Timeout as error:
         raise RunError(
             f"{run}: another process is training in it; wait for its end, or stop it first."
         ) from error
     except OSError:
-        pass  # a file system without locks
-    return lock
+        return contextlib.nullcontext()  # a file system without locks
 
 
 def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:

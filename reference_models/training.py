@@ -14,6 +14,7 @@ import functools
 import math
 import textwrap
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     recipe = settle(recipe)
     fabric = launch(recipe)
     try:
-        return Run(fabric, recipe, resume).train()
+        with ExitStack() as held:
+            return Run(fabric, recipe, resume, held).train()
     except NonFiniteLossError:
         if fabric.global_rank:  # all ranks find it together, and rank 0 tells
             raise SystemExit(1) from None
@@ -74,12 +76,18 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 class Run:
     """What a run holds while it goes.
 
+    Args:
+        fabric: of `launch`.
+        recipe: settled.
+        resume: as of `train`.
+        held: takes the lock of the run's folder, and lets go of it when it is closed.
+
     Raises:
         RunError, DataError: as of `train`, before anything is written.
     """
 
-    def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool) -> None:
-        self.fabric, self.folder = fabric, recipe.out
+    def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool, held: ExitStack) -> None:
+        self.fabric, self.folder, self.held = fabric, recipe.out, held
         self.dataset = open_dataset(recipe.data)
         self.recipe = recipe = on_grid(recipe, self.dataset.spacing)
         self.task = Task.of(self.dataset)
@@ -242,12 +250,12 @@ class Run:
     def _admit(self, resume: bool) -> None:
         if resume:
             require_same(self.folder, self.recipe, self.task)
-            self.lock = hold(self.folder)
+            self.held.enter_context(hold(self.folder))
         else:
             refuse_taken(self.folder)
 
     def _begin(self) -> None:
-        self.lock = hold(self.folder)
+        self.held.enter_context(hold(self.folder))
         refuse_taken(self.folder)  # another process may have come first
         write_run(self.folder, self.recipe, self.task, self.cohort.splits)
 

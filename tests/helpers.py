@@ -1,13 +1,19 @@
 """What several test files share: sizes, attributes that fit them, and a thread of one's own."""
 
+import sys
 import threading
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
 B, T, D, E, A = 4, 3, 6, 4, 3  # batch, tokens, width, experts, attribute values
 GOOD = torch.tensor([0, 2, 1, 2])
+
+needs_links = pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows makes no links without a privilege"
+)
 
 
 def in_a_thread(work):

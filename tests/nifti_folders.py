@@ -42,7 +42,7 @@ def nnunet_folder(root, n=10, rows=None, **changes):
         save(root / f"labelsTr/p{i}.nii.gz", mask(i))
     write_layout(root, **changes)
     rows = rows or [f"p{i},T{(10, 2, 1)[i % 3]}" for i in range(n)]
-    (root / "attributes.csv").write_text("\n".join(["case,T-stage", *rows]))
+    (root / "attributes.csv").write_text("\n".join(["case,T-stage", *rows]), encoding="utf-8")
     return DataSettings("nifti", root)
 
 
@@ -53,7 +53,7 @@ def write_layout(root, **changes):
         "file_ending": ".nii.gz",
     } | changes
     content = {name: value for name, value in content.items() if value is not None}
-    (root / "dataset.json").write_text(json.dumps(content))
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def checked(settings):

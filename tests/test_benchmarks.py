@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -291,7 +292,7 @@ def test_ours_keeps_less_for_backward_than_the_loop():
 def test_the_csv_holds_every_column_and_comes_back(tmp_path):
     rows = rows_of(*(p for p in OWN if p.name in ("eager", "triton", "mask-loop")))
     path = tmp_path / "run.csv"
-    path.write_text("older")
+    path.write_text("older", encoding="utf-8")
     table.write_csv(rows, path)
     with path.open(newline="", encoding="utf-8") as file:
         read = list(csv.DictReader(file))
@@ -314,7 +315,7 @@ def test_the_csv_holds_every_column_and_comes_back(tmp_path):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "run.csv"
-    path.write_text("older")
+    path.write_text("older", encoding="utf-8")
 
     def broken(*_):
         raise OSError("disk full")
@@ -322,7 +323,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(table.os, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
         table.write_whole(path, b"new")
-    assert path.read_text() == "older"
+    assert path.read_text(encoding="utf-8") == "older"
     assert [file.name for file in tmp_path.iterdir()] == ["run.csv"]
 
 
@@ -449,7 +450,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
     capsys, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(cli, "measure_roofline", lambda *_: pytest.fail("it ran"))
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     assert cli.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
     assert "out: got" in error
@@ -459,7 +460,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
 def test_a_small_run_goes_from_the_command_to_table_csv_and_plot(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--device", "cpu", "--out", tmp_path]
     command += ["--shapes", "2x64x48x3,2x128x48x3,1x96x24x1", "--rounds", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Its × and — are printed to pipes that have none, too.
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="ascii", env=ascii_only)
     assert done.returncode == 0, done.stderr
     for words in (
         "CPU only",

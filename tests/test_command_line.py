@@ -2,10 +2,12 @@
 
 import csv
 import dataclasses
+import io
 import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,11 +38,11 @@ def test_the_studys_preset_trains_and_is_scored(tmp_path, capsys):
     flags = ["--size", "32", "--epochs", "1", "--block", "film", "--hidden", "2"]
     flags += ["--unknown", "learned", "--attribute-dropout", "0.2", "--fairness", "reweight"]
     assert main(["train", "study", *PHANTOM, *flags, "--out", str(out)]) == 0
-    recipe = json.loads((out / "recipe.json").read_text())["recipe"]
+    recipe = json.loads((out / "recipe.json").read_text(encoding="utf-8"))["recipe"]
     assert (recipe["model"]["block"], recipe["model"]["hidden"]) == ("film", 2)
     assert (recipe["attribute_dropout"], recipe["fairness"]) == (0.2, "reweight")
     assert main(["evaluate", "run", "--run", str(out), "--resamples", "100"]) == 0
-    summary = json.loads((out / "evaluation-test" / "summary.json").read_text())
+    summary = json.loads((out / "evaluation-test" / "summary.json").read_text(encoding="utf-8"))
     scored = [c["name"] for c in summary["conditions"] if c["scores"]]
     assert scored == ["as given", "shuffled", "wrong", "unknown"]
     assert main(["predict", "--run", str(out)]) == 0
@@ -77,7 +79,9 @@ def test_a_run_is_scored_predicted_and_scored_again_from_its_masks(run, tmp_path
     assert (of_run / "cases.csv").read_bytes() == (of_masks / "cases.csv").read_bytes()
     with (of_run / "cases.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 6 * 2  # regions
-    summaries = [json.loads((f / "summary.json").read_text()) for f in (of_run, of_masks)]
+    summaries = [
+        json.loads((f / "summary.json").read_text(encoding="utf-8")) for f in (of_run, of_masks)
+    ]
     as_given = [summary["conditions"][0]["scores"] for summary in summaries]
     assert as_given[0] == as_given[1]
     assert "<html" in (of_run / "report.html").read_text(encoding="utf-8")
@@ -86,9 +90,9 @@ def test_a_run_is_scored_predicted_and_scored_again_from_its_masks(run, tmp_path
 
 def test_all_cases_are_predicted_of_data_that_the_runs_splits_do_not_name(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "run")
-    splits = json.loads((other / "splits.json").read_text())
+    splits = json.loads((other / "splits.json").read_text(encoding="utf-8"))
     splits["test"] = ["a case that is elsewhere"]
-    (other / "splits.json").write_text(json.dumps(splits))
+    (other / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
     assert main(["predict", "--run", str(other)]) == 1
     assert main(["predict", "--run", str(other), "--split", "all"]) == 0
     assert len([*(other / "predictions-all" / "masks").iterdir()]) == 30 + 3 * 2
@@ -122,6 +126,28 @@ def test_what_is_wrong_is_told_in_a_sentence_and_nothing_is_written(
     assert told.format(tmp=tmp_path) in error.err + error.out
     assert "Traceback" not in error.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "bullet", "name"),
+    [
+        ("ascii", r"\u2022", r"\u6d4b\udcff"),
+        ("cp1252", "•", r"\u6d4b\udcff"),
+        ("utf-8", "•", r"测\udcff"),
+    ],
+)
+def test_what_a_pipe_has_no_letter_for_is_printed_all_the_same(
+    tmp_path, monkeypatch, encoding, bullet, name
+):
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    assert main(["check", "--data", "nifti", "--root", str(tmp_path / "测\udcff")]) == 1
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    pipe.flush()
+    printed = pipe.buffer.getvalue().decode(encoding)
+    assert name in printed
+    assert f"{bullet} train" in printed
 
 
 def test_an_unknown_flag_is_refused_with_what_there_is(capsys):

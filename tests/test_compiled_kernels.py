@@ -30,9 +30,9 @@ def compiled(dim, dtype, activation="relu", n_experts=8, k=2):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         capture_output=True,
-        text=True,
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers import needs_links
 from PIL import Image
 from rich.console import Console
 
@@ -50,8 +51,8 @@ def fairseg_folder(root, n=12, **members):
     for number in range(1, n + 1):
         write_npz(root, number, **{"race": number % 3} | members)
     names = [f"data_{number:05}.npz" for number in range(1, n + 1)]
-    (root / "train.txt").write_text("\n".join(names[: n - 2]) + "\n")
-    (root / "test.txt").write_text("\n".join(names[n - 2 :]))
+    (root / "train.txt").write_text("\n".join(names[: n - 2]) + "\n", encoding="utf-8")
+    (root / "test.txt").write_text("\n".join(names[n - 2 :]), encoding="utf-8")
     return DataSettings("fairseg", root)
 
 
@@ -85,7 +86,7 @@ def ham_folder(root, n=12, name="HAM10000", **columns):
 def write_ham_tables(root, rows):
     for split, part in (("train", rows[:8]), ("val", rows[8:10]), ("test", rows[10:])):
         lines = [",".join(part[0]), *(",".join(map(str, row.values())) for row in part)]
-        (root / "split" / f"new_{split}.csv").write_text("\n".join(lines))
+        (root / "split" / f"new_{split}.csv").write_text("\n".join(lines), encoding="utf-8")
 
 
 def checked(settings):
@@ -119,9 +120,9 @@ def test_fairseg_reads_older_names_lists_in_a_folder_and_the_patient(tmp_path):
         pid="p7",
     )
     write_npz(tmp_path, 2, ethnicity=-1)
-    (tmp_path / "lists" / "final" / "train.txt").write_text("data_00001.npz\n")
+    (tmp_path / "lists" / "final" / "train.txt").write_text("data_00001.npz\n", encoding="utf-8")
     settings = DataSettings("fairseg", tmp_path, ("ethnicity", "race"))
-    (tmp_path / "lists" / "final" / "test.txt").write_text("data_00002.npz\n")
+    (tmp_path / "lists" / "final" / "test.txt").write_text("data_00002.npz\n", encoding="utf-8")
     case, test = open_dataset(settings).cases
     assert test.attributes == (UNKNOWN, 2)
     assert (case.case_id, case.subject, case.split) == ("data_00001", "p7", "train")
@@ -175,6 +176,7 @@ def test_check_names_a_bad_npz_and_says_what_is_wrong(tmp_path, fault):
     assert re.search(words, text)
 
 
+@needs_links
 def test_fairseg_files_are_found_whatever_the_lists_and_folders_are_like(tmp_path):
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     for folder in (root, elsewhere):
@@ -186,7 +188,7 @@ def test_fairseg_files_are_found_whatever_the_lists_and_folders_are_like(tmp_pat
     (root / "Training").symlink_to(elsewhere)
     names = ["Training\\data_00001.npz", "data.v2", *(f"data_{i:05}.npz" for i in range(3, 13))]
     (root / "Train.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(names[:10]).encode())
-    (root / "TEST.TXT").write_text("\n".join(names[10:]))
+    (root / "TEST.TXT").write_text("\n".join(names[10:]), encoding="utf-8")
     (elsewhere / "train.txt").unlink()
     (elsewhere / "test.txt").unlink()
     cases = open_dataset(DataSettings("fairseg", root)).cases
@@ -206,7 +208,7 @@ def test_patients_who_are_not_known_are_not_one_patient(tmp_path, pid):
 
 def test_an_empty_list_or_table_is_an_error_and_a_missing_one_is_said(tmp_path):
     settings = fairseg_folder(tmp_path)
-    (tmp_path / "test.txt").write_text("\n")
+    (tmp_path / "test.txt").write_text("\n", encoding="utf-8")
     code, text = checked(settings)
     assert code == 1
     assert f"error: {tmp_path / 'test.txt'}: names no file" in text
@@ -218,7 +220,7 @@ def test_an_empty_list_or_table_is_an_error_and_a_missing_one_is_said(tmp_path):
     settings, _ = ham_folder(tmp_path)
     assert "drawn" not in checked(settings)[1]
     table = settings.root / "split" / "new_test.csv"
-    table.write_text(table.read_text().splitlines()[0])
+    table.write_text(table.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
     code, text = checked(settings)
     assert code == 1
     assert f"error: {table}: has no row" in text
@@ -262,7 +264,7 @@ def test_check_finds_leaks_repeated_names_unknowns_and_missing_classes(tmp_path)
     assert "subject 77 lies in several splits: data_00002 in train, data_00012 in test" in text
     assert "warning: language unknown: 1 cases: data_00003" in text
     assert "warning: mask without cup: 1 cases: data_00003" in text
-    (tmp_path / "test.txt").write_text("data_00001.npz\ndata_00011.npz\n")
+    (tmp_path / "test.txt").write_text("data_00001.npz\ndata_00011.npz\n", encoding="utf-8")
     assert "data_00001.npz: in" in checked(settings)[1]
 
 
@@ -328,7 +330,9 @@ def test_ham10000_single_metadata_file_is_read_and_left_open(tmp_path):
         f"{row['lesion_id']},{row['image_id']},nv,{age},male,back"
         for row, age in zip(rows, ages, strict=True)
     ]
-    (settings.root / "HAM10000_metadata.csv").write_text("\ufeff" + "\n".join(lines))
+    (settings.root / "HAM10000_metadata.csv").write_text(
+        "\ufeff" + "\n".join(lines), encoding="utf-8"
+    )
     dataset = open_dataset(settings)
     assert [case.attributes[0] for case in dataset.cases] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, -1, 0]
     assert {case.split for case in dataset.cases} == {None}
@@ -342,10 +346,10 @@ def test_a_bad_row_is_named_by_its_line_and_paths_may_be_of_windows(tmp_path):
     rows[3]["Sex"] = "x"
     write_ham_tables(settings.root, rows)
     table = settings.root / "split" / "new_train.csv"
-    lines = table.read_text().splitlines()
-    table.write_text("\n".join([*lines[:2], "", "", *lines[2:]]))
+    lines = table.read_text(encoding="utf-8").splitlines()
+    table.write_text("\n".join([*lines[:2], "", "", *lines[2:]]), encoding="utf-8")
     assert f"error: {table}:7: ISIC_0000003" in checked(settings)[1]
-    table.write_text(table.read_text().replace(",", ";"))
+    table.write_text(table.read_text(encoding="utf-8").replace(",", ";"), encoding="utf-8")
     with pytest.raises(DataError, match="the first has ;lesion_id;image_id"):
         open_dataset(settings)
 
@@ -379,7 +383,7 @@ def _damage_ham(root, rows, fault):
     elif fault == "sizes differ":
         Image.fromarray(grey[:10] + 255).save(mask)
     elif fault == "not an image":
-        mask.write_text("sorry")
+        mask.write_text("sorry", encoding="utf-8")
     elif fault == "16 bits":
         Image.fromarray(grey.astype(np.uint16) + 30000).save(image, format="PNG")
     elif fault == "16-bit mask":

@@ -48,7 +48,7 @@ def train(model, rank):
 
 
 def work(rank, kind, store, results):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=RANKS)
     model = make_model()
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)

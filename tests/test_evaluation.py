@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import needs_links
 from PIL import Image
 from torch import nn
 
@@ -120,7 +121,7 @@ def read_json(folder):
     def refuse(name):
         raise AssertionError(name)
 
-    return json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def test_a_network_told_the_truth_a_lie_or_nothing_scores_as_worked_out_by_hand(run_of):
@@ -371,7 +372,7 @@ def test_the_files_hold_the_same_scores_in_full(run_of, tmp_path):
         "cases.csv", "masks", "report.html", "summary.json",
     ]  # fmt: skip
     assert read_json(out) == json.loads(json.dumps(dataclasses.asdict(summary)))
-    with (out / "cases.csv").open(newline="") as file:
+    with (out / "cases.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
         "case_id", "width", "region", "truth_size", "predicted_size", "dice", "iou", "hd95_mm",
@@ -382,7 +383,7 @@ def test_the_files_hold_the_same_scores_in_full(run_of, tmp_path):
     for place, group in enumerate(summary.conditions[0].scores["width"][0].groups):
         dice = [float(row["dice"]) for row in rows[place::3]]
         assert group.metrics["dice"].value == pytest.approx(np.mean(dice), rel=1e-15)
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert "<html" in page
     assert "axial" not in page  # as of volumes
 
@@ -422,7 +423,7 @@ def test_an_earlier_evaluation_is_replaced_and_nothing_else_is(run_of, tmp_path)
     first = (out / "summary.json").read_bytes()
     evaluate_run(EvaluateRun(run, scoring=dataclasses.replace(FEW, tolerance=3), out=out))
     assert (out / "summary.json").read_bytes() != first
-    (out / "thesis.tex").write_text("mine")
+    (out / "thesis.tex").write_text("mine", encoding="utf-8")
     before = sorted(out.rglob("*"))
     with pytest.raises(DataError, match=r"thesis\.tex"):
         evaluate_run(EvaluateRun(run, scoring=FEW, out=out))
@@ -466,6 +467,7 @@ def test_where_nothing_can_be_written_a_sentence_says_so(other_tool, tmp_path, m
         evaluate_predictions(dataclasses.replace(settings, out=Path()))
 
 
+@needs_links
 def test_of_a_link_what_it_points_to_is_written(other_tool, tmp_path):
     _, _, settings = other_tool
     (tmp_path / "large disk").mkdir()
@@ -623,7 +625,9 @@ def test_masks_come_as_grey_palette_or_one_bit_png_or_as_npy(other_tool):
     for number, dtype in ((2, np.int64), (3, bool), (4, np.uint16)):
         (folder / f"bar{number}.png").unlink()
         np.save(folder / f"bar{number}.npy", masks[number].astype(dtype))
-    (folder / "dataset.json").write_text("{}")  # as nnU-Net leaves beside its masks
+    (folder / "dataset.json").write_text(
+        "{}", encoding="utf-8"
+    )  # as nnU-Net leaves beside its masks
     (folder / "._bar0.png").write_bytes(b"\0")  # as macOS leaves beside its copies
     (folder / "overlays").mkdir()
     summary = evaluate_predictions(settings)
@@ -647,7 +651,7 @@ def test_empty_masks_are_scored_by_the_policy_and_counted(other_tool):
     assert read_json(settings.out)["conditions"][0]["scores"]["width"][0]["overall"]["hd95"] == {
         "value": None, "low": None, "high": None,
     }  # fmt: skip
-    with (settings.out / "cases.csv").open(newline="") as file:
+    with (settings.out / "cases.csv").open(newline="", encoding="utf-8") as file:
         assert [row["hd95_mm"] for row in csv.DictReader(file)][:2] == ["", "0.0"]
 
 

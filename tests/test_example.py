@@ -31,8 +31,10 @@ def test_the_example_is_a_sound_folder_that_trains_unbalanced(example):
         for split in ("train", "validation", "test")
     }
     assert counts == {"train": [7, 1, 2], "validation": [1, 1, 1], "test": [2, 2, 2]}
-    assert json.loads((example / "dataset.json").read_text())["numTraining"] == len(dataset.cases)
-    assert "say nothing about scanners" in (example / "README.txt").read_text()
+    assert json.loads((example / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == len(
+        dataset.cases
+    )
+    assert "say nothing about scanners" in (example / "README.txt").read_text(encoding="utf-8")
 
 
 def test_no_scan_of_the_example_shows_what_another_split_does(example):
@@ -95,7 +97,7 @@ def test_the_example_is_the_same_each_time_and_replaces_nothing_else(tmp_path, m
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
     scans = [(first / name).read_bytes() for name in files if "test" in str(name)]
     assert len({*scans}) == len(scans) - 1  # two scans of one block differ, their labels do not
-    (first / "mine.txt").write_text("kept")
+    (first / "mine.txt").write_text("kept", encoding="utf-8")
     with pytest.raises(DataError, match=r"mine\.txt"):
         write_example(first)
-    assert (first / "mine.txt").read_text() == "kept"
+    assert (first / "mine.txt").read_text(encoding="utf-8") == "kept"

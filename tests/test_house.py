@@ -121,7 +121,7 @@ def test_importing_the_package_imports_neither_triton_nor_reference_models_nor_b
         "print(sorted(rooms & {*seen}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, encoding="utf-8"
     )
     assert done.stdout.strip() == "[]"
 
@@ -206,11 +206,13 @@ def test_the_wheel_holds_the_package_alone_and_runs_the_readmes_first_snippet(tm
         [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True
     )
     run = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    site = Path(subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip())
+    site = Path(
+        subprocess.run(run, check=True, capture_output=True, encoding="utf-8").stdout.strip()
+    )
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     (diff,) = snippets("diff")
     code = side(diff, "-") + "\nimport dmoe_layer; print(dmoe_layer.__file__, tuple(y.shape))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([python, "-c", code], capture_output=True, cwd=tmp_path, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
     assert done.stdout.strip().endswith("(2, 196, 64)")

@@ -412,7 +412,7 @@ def test_tf32_is_taken_from_either_of_pytorchs_settings(api):
             "from dmoe_layer.launch import precision; print(precision())"
         )
         run = [sys.executable, "-c", code]
-        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(run, check=True, capture_output=True, encoding="utf-8").stdout.strip()
 
     if not hasattr(torch.backends.cuda.matmul, api):
         pytest.skip(f"this PyTorch has no {api}")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -130,7 +129,7 @@ def test_a_splits_file_comes_back_and_a_wrong_one_says_why(tmp_path):
     path = tmp_path / "splits.json"
     write_splits(path, splits)
     assert read_splits(path, dataset) == splits
-    good = json.loads(path.read_text())
+    good = json.loads(path.read_text(encoding="utf-8"))
     for change, words in (
         ({"dataset": "fairseg"}, "splits of fairseg, but the data set is lesions"),
         ({"test": ["case999"]}, "case999: not in the data set"),
@@ -139,12 +138,12 @@ def test_a_splits_file_comes_back_and_a_wrong_one_says_why(tmp_path):
         ({"validation": []}, "validation: without a case"),
         ({"train": 7}, "not a splits file"),
     ):
-        path.write_text(json.dumps(good | change))
+        path.write_text(json.dumps(good | change), encoding="utf-8")
         with pytest.raises(DataError, match=words) as raised:
             read_splits(path, dataset)
         assert str(path) in str(raised.value)
     for content in ("{", json.dumps([1]), json.dumps({"train": []})):
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match="not a splits file"):
             read_splits(path, dataset)
     with pytest.raises(DataError, match="nowhere"):
@@ -333,6 +332,7 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error_of_the_settings(tmp_path
 
 
 def test_a_full_cache_is_an_error_that_says_so(tmp_path):
+    resource = pytest.importorskip("resource", reason="no limit to the size of files here")
     files = lesion_files(tmp_path, n=1)
     frames = Frames(Lesions(1, files=files), ["case000"], Square(99), cache=tmp_path / "cache")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -373,5 +373,7 @@ def test_workers_may_be_spawned():
         " for w in (0, 1)]\n"
         "    print(same(*runs))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert done.stdout.strip() == "True", done.stderr

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import leave_group
 from monai.losses import DiceCELoss
+from trainings import needs_fork
 
 from reference_models.objectives import Objective
 
@@ -197,7 +198,7 @@ def test_the_loss_falls_when_it_is_followed(fairness):
 
 def work(rank, store, results):
     torch.set_num_threads(1)  # a fork has none of the threads that its parent may have started
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=2)
     logits, mask, group = random_batch()
     part = slice(0, 2) if rank == 0 else slice(2, 6)
     found = {}
@@ -211,6 +212,7 @@ def work(rank, store, results):
     leave_group()
 
 
+@needs_fork
 def test_two_processes_have_the_loss_the_gradients_and_the_weights_of_one(tmp_path):
     # Parts of 2 and 4 samples, and groups that one process has none of.
     context = mp.get_context("fork")

@@ -18,6 +18,7 @@ from reference_models.__main__ import main
 from reference_models.evaluation import EvaluateRun, Scoring, evaluate_run
 from reference_models.models.unet import UNet
 from reference_models.recipe import RunError
+from reference_models.runs import hold
 from reference_models.study import command, cost, runner, trial
 from reference_models.study.command import StudySettings, study
 from reference_models.study.cost import multiply_adds, step_milliseconds
@@ -149,6 +150,16 @@ def test_a_job_that_fails_is_named_at_once(inline, monkeypatch, tmp_path):
         run_plan(Plan(("rule",), ("dense",), (10,)), Design(), tmp_path, processes=1)
 
 
+def test_two_studies_do_not_work_in_one_folder(ran, tmp_path):
+    plan = Plan(("rule",), ("dense",), (10,))
+    with hold(tmp_path), pytest.raises(RunError, match="another process"):
+        run_plan(plan, Design(), tmp_path, processes=1)
+    assert not ran
+    run_plan(plan, Design(), tmp_path, processes=1)
+    with hold(tmp_path):
+        assert ran
+
+
 def test_a_worker_that_is_killed_is_told_of():
     with pytest.raises(RunError, match="ended from outside"), workers(1) as pool:
         pool.submit(os._exit, 1).result()
@@ -170,7 +181,7 @@ def test_a_trial_is_kept_whole_alone_and_silently_and_read_back_as_it_was(tmp_pa
     assert stored(job, TINY, tmp_path) == found
     path = tmp_path / "trials" / f"{job.name}.json"
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
-    assert str(tmp_path) not in path.read_text()
+    assert str(tmp_path) not in path.read_text(encoding="utf-8")
     assert [*found.dice] == [RIGHT, SHUFFLED, WRONG, UNKNOWN] == [*found.loads]
     assert all(len(dice) == len(found.cases) == 2 * 2 for dice in found.dice.values())
     assert found.told_right[RIGHT] == 1
@@ -213,7 +224,7 @@ def test_the_last_checkpoint_is_scored_as_evaluate_scores_it(tmp_path, monkeypat
             of_group = [d for d, a in zip(dice, found.attributes, strict=True) if a == (group,)]
             assert scores.metrics["dice"].value == pytest.approx(sum(of_group) / len(of_group))
     assert max(found.dice[RIGHT]) > 0
-    with (recipe.out / "history.csv").open(newline="") as file:
+    with (recipe.out / "history.csv").open(newline="", encoding="utf-8") as file:
         scores = [float(row["score"]) for row in csv.DictReader(file)]
     assert found.validation == 1 / 4
     assert scores == [1 / n for n in range(5, 9)]  # of the second training
@@ -230,11 +241,11 @@ def test_a_trial_of_other_settings_or_a_damaged_one_is_refused_by_name(tmp_path)
         with pytest.raises(RunError, match=said):
             stored(job, dataclasses.replace(TINY, **other), tmp_path)
     path = tmp_path / "trials" / f"{job.name}.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"version": "0.0"}))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | {"version": "0.0"}), encoding="utf-8")
     with pytest.raises(RunError, match="version"):
         stored(job, TINY, tmp_path)
-    path.write_text(path.read_text()[:100])
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
     with pytest.raises(RunError, match="not a trial"):
         stored(job, TINY, tmp_path)
 
@@ -317,12 +328,14 @@ def test_a_study_of_a_part_writes_its_tables_and_is_not_run_twice(
     printed = capsys.readouterr().out
     assert "mean nothing" in printed
     assert f"results: {results / 'README.md'}" in printed
-    assert "smoke run" in (results / "README.md").read_text()
+    assert "smoke run" in (results / "README.md").read_text(encoding="utf-8")
     assert (results / "figures" / "two.png").exists()
-    with (results / "trials.csv").open(newline="") as file:
+    with (results / "trials.csv").open(newline="", encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
     assert {row["method"] for row in rows} == {"dense", "dmoe", "dmoe-learned"}
-    settings_written = json.loads((results / "machine.json").read_text())["settings"]
+    settings_written = json.loads((results / "machine.json").read_text(encoding="utf-8"))[
+        "settings"
+    ]
     assert settings_written["quick"] is True
     assert settings_written["shares"] == [0.6, 0.4]
     monkeypatch.setattr(runner, "run", None)

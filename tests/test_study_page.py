@@ -202,11 +202,11 @@ def test_a_page_is_renewed_between_its_marks_and_made_where_there_is_none(made, 
 
 def test_part_of_a_study_and_a_single_seed_have_a_page_and_figures(tmp_path):
     write_made_tables(tmp_path, ("rule", "two"), ("wide", "dmoe", "k1"), (3,), shares=(0.5, 0.5))
-    machine = json.loads((tmp_path / "machine.json").read_text())
+    machine = json.loads((tmp_path / "machine.json").read_text(encoding="utf-8"))
     machine["settings"]["quick"] = True
-    (tmp_path / "machine.json").write_text(json.dumps(machine))
+    (tmp_path / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "mri.png").write_text("of an earlier run")
+    (tmp_path / "figures" / "mri.png").write_text("of an earlier run", encoding="utf-8")
     page.renew(tmp_path, tmp_path / "README.md")
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {"rule.png", "two.png", "ablations.png", "loads.png"}

@@ -1,6 +1,7 @@
 """Training: two processes as one, killed and resumed to the bit, errors before anything changes."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from trainings import (
     history_of,
     in_fork,
     killed_at,
+    needs_fork,
     state_of,
     train_in_ranks,
     weights_of,
@@ -44,7 +46,7 @@ from reference_models.recipe import (
     learning_rate,
     settle,
 )
-from reference_models.runs import Task, build_model
+from reference_models.runs import Task, build_model, hold
 from reference_models.serial import from_json, to_json
 from reference_models.training import NonFiniteLossError, train
 from reference_models.validation import share_of, validate
@@ -208,6 +210,7 @@ def in_double(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@needs_fork
 @pytest.mark.usefixtures("in_double")
 @pytest.mark.parametrize(("strategy", "deaths"), [("ddp", []), ("fsdp", [5])])
 def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, quiet_recipe, strategy, deaths):
@@ -294,6 +297,7 @@ def test_leaving_out_the_unknown_must_leave_a_validation_case(tmp_path, monkeypa
     assert not recipe.out.exists()
 
 
+@needs_fork
 def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_recipe):
     recipe = dataclasses.replace(
         quiet_recipe, out=tmp_path / "run", balance_weight=3.0, z_weight=0.5, fairness="none",
@@ -330,6 +334,7 @@ def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_
     torch.testing.assert_close(weights_of(recipe.out), stepped, rtol=1e-4, atol=1e-6)
 
 
+@needs_fork
 @pytest.mark.parametrize("block", ["film", "moe"])
 def test_the_studys_network_is_told_the_attributes_by_two_processes_as_by_one(tmp_path, block):
     recipe = dataclasses.replace(
@@ -374,6 +379,7 @@ def test_the_balance_loss_is_the_one_that_was_chosen(tmp_path, aware):
     assert min(abs(found["load"] - found[b]) for b in ("within", "importance")) > 1e-4
 
 
+@needs_fork
 def test_a_launcher_that_started_another_number_of_processes_is_told(tmp_path):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run")
     codes, prints = train_in_ranks(recipe, tmp_path / "prints")
@@ -385,6 +391,7 @@ def test_a_launcher_that_started_another_number_of_processes_is_told(tmp_path):
 # Killed and resumed
 
 
+@needs_fork
 def test_killed_and_resumed_it_ends_as_if_it_had_never_stopped(tmp_path):
     recipe = dataclasses.replace(
         TINY, checkpoint_every=3, fairness="group-dro", group_dro_rate=0.1, out=tmp_path / "whole"
@@ -483,6 +490,7 @@ def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
     assert torch.equal(torch.cat(grouped), truth_NA[:, 0])
 
 
+@needs_fork
 @pytest.mark.parametrize(
     "model",
     [
@@ -577,6 +585,7 @@ def test_a_folder_with_a_run_is_left_alone(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@needs_fork
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run")
@@ -604,16 +613,47 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
     monkeypatch.setattr(training, "validate", meanwhile)
     train(recipe)
     assert codes == [1]
-    assert "another process is training in it" in says.read_text()
+    assert "another process is training in it" in says.read_text(encoding="utf-8")
     assert len(history_of(recipe.out)) == 2
 
 
+@needs_fork
 def test_a_training_that_was_killed_holds_no_folder_through_its_workers(tmp_path):
     recipe = dataclasses.replace(TINY, out=tmp_path / "run", workers=1, checkpoint_every=1)
     process = in_fork(killed_at, recipe, False, 2)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     train(recipe, resume=True)
+
+
+def test_a_training_lets_go_of_its_folder_however_it_ends(tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise RunError("no room")
+
+    recipe = dataclasses.replace(TINY, out=tmp_path / "run", epochs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "validate", fails)
+        with pytest.raises(RunError, match="no room") as ended:  # holds the traceback's frames
+            train(recipe)
+    with hold(recipe.out), pytest.raises(RunError, match="another process is training in it"):
+        train(recipe, resume=True)
+    train(recipe, resume=True)
+    with hold(recipe.out):
+        assert ended
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_stops_no_training(tmp_path, monkeypatch, reason):
+    fcntl = pytest.importorskip("fcntl", reason="filelock locks by other means there")
+
+    def refused(*arguments):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with hold(tmp_path / "run"), hold(tmp_path / "run"):
+        (tmp_path / "run" / "history.csv").touch()
+    with hold(tmp_path / "run"):  # nothing was left that would keep it
+        pass
 
 
 def test_there_is_nothing_to_resume_without_a_run(tmp_path):
@@ -690,10 +730,10 @@ def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, finished, m
 
 @pytest.mark.parametrize("where", ["taken", "taken/run"])
 def test_an_out_folder_that_cannot_be_is_refused(tmp_path, where):
-    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
     with pytest.raises(RunError, match=rf"{where}: (is a file|cannot be written to)"):
         train(dataclasses.replace(TINY, out=tmp_path / where))
-    assert (tmp_path / "taken").read_text() == "mine"
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize(
@@ -743,7 +783,7 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, which):
     (folder,) = run.glob(f"{which}-*")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunError, match=rf"{folder.name}/model.safetensors: damaged"):
+    with pytest.raises(RunError, match=rf"{folder.name}.model.safetensors: damaged"):
         checkpoints.load_model(run, which)
 
 
@@ -760,20 +800,20 @@ def test_foreign_files_are_refused(finished, tmp_path):
     checkpoints.shutil.rmtree(folder)
     with pytest.raises(RunError, match="has no best checkpoint yet; there is a last one"):
         checkpoints.load_model(run)
-    content = json.loads((run / "recipe.json").read_text())
+    content = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     content["recipe"]["model"]["experts"] = 8
-    (run / "recipe.json").write_text(json.dumps(content))
+    (run / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(RunError, match=r"recipe\.model: got \['experts'\] besides"):
         checkpoints.load_model(run)
     # As an earlier version wrote it, which knew fewer settings.
     del content["recipe"]["model"]["experts"], content["recipe"]["attribute_dropout"]
-    (run / "recipe.json").write_text(json.dumps(content))
+    (run / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
         RunError, match=r"recipe: .*lacks \['attribute_dropout'\].*written by another version"
     ) as caught:
         checkpoints.load_model(run)
     assert str(run / "recipe.json") in str(caught.value)
-    (run / "recipe.json").write_text("[]")
+    (run / "recipe.json").write_text("[]", encoding="utf-8")
     with pytest.raises(RunError, match="not a run's recipe"):
         checkpoints.load_model(run)
     with pytest.raises(RunError, match="no run here"):

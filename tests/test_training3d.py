@@ -16,6 +16,7 @@ from trainings import (
     history_of,
     in_fork,
     killed_at,
+    needs_fork,
     state_of,
     train_in_ranks,
     weights_of,
@@ -66,7 +67,7 @@ def folder(tmp_path_factory):
         nibabel.save(nibabel.Nifti1Image(image, affine), root / f"imagesTr/case{n}_0000.nii.gz")
         nibabel.save(nibabel.Nifti1Image(mask, affine), root / f"labelsTr/case{n}.nii.gz")
         rows.append({"case": f"case{n}", "t_stage": STAGES[n % 3]})
-    with (root / "attributes.csv").open("w", newline="") as file:
+    with (root / "attributes.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ["case", "t_stage"])
         table.writeheader()
         table.writerows(rows)
@@ -76,7 +77,7 @@ def folder(tmp_path_factory):
         "numTraining": 10,
         "file_ending": ".nii.gz",
     }
-    (root / "dataset.json").write_text(json.dumps(content))
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     return root
 
 
@@ -94,6 +95,7 @@ def recipe(folder, tmp_path):
     )
 
 
+@needs_fork
 def test_killed_and_resumed_a_run_on_volumes_ends_as_if_it_had_never_stopped(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, checkpoint_every=2, out=tmp_path / "whole")
     whole = train(recipe)
@@ -109,6 +111,7 @@ def test_killed_and_resumed_a_run_on_volumes_ends_as_if_it_had_never_stopped(rec
     assert len(history_of(whole)) == 2
 
 
+@needs_fork
 def test_two_processes_train_on_volumes_as_one(recipe, tmp_path, monkeypatch):
     # Nothing random, and all but the loss in fp64: see test_training.
     monkeypatch.setattr(resunet3d, "DMoE", functools.partial(resunet3d.DMoE, dropout=0.0))
@@ -145,7 +148,9 @@ def test_recomputing_in_backward_trains_to_the_same_weights(recipe, tmp_path):
 def test_the_median_spacing_becomes_numbers_of_the_run(recipe):
     frame = dataclasses.replace(recipe.frame, spacing="median")
     run = train(dataclasses.replace(recipe, frame=frame, epochs=0))
-    kept = json.loads((run / "recipe.json").read_text())["recipe"]["frame"]["spacing"]
+    kept = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["recipe"]["frame"][
+        "spacing"
+    ]
     assert kept == [2.0, 2.0, 3.0]
 
 
@@ -178,7 +183,7 @@ def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder
     assert main(["train", "small3d", *data, *flags.split(), str(run)]) == 0
     assert main(["evaluate", "run", "--run", str(run)]) == 0
     assert main(["predict", "--run", str(run), "--split", "all"]) == 0
-    summary = json.loads((run / "evaluation-test" / "summary.json").read_text())
+    summary = json.loads((run / "evaluation-test" / "summary.json").read_text(encoding="utf-8"))
     assert summary["unit"] == "mm"
     assert {c["name"] for c in summary["conditions"]} == {
         "as given", "shuffled", "wrong", "unknown",
@@ -195,7 +200,8 @@ def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder
     scored = ["evaluate", "predictions", "--folder", str(run / "evaluation-test" / "masks"), *data]
     assert main([*scored, "--out", str(tmp_path / "scored")]) == 0
     rows = [
-        (path / "cases.csv").read_text() for path in (run / "evaluation-test", tmp_path / "scored")
+        (path / "cases.csv").read_text(encoding="utf-8")
+        for path in (run / "evaluation-test", tmp_path / "scored")
     ]
     assert rows[0] == rows[1]
     assert "error" not in capsys.readouterr().err

@@ -495,9 +495,11 @@ def folder(tmp_path):
             nibabel.save(nibabel.Nifti1Image(stored, affine), root / f"{name}.nii.gz")
         rows.append(f"{case},T{number + 1}")
     nibabel.save(nibabel.Nifti1Image(stored * 0, affine), root / "imagesTs/new_0000.nii.gz")
-    (root / "attributes.csv").write_text("\n".join([*rows, "new,T1"]) + "\n")
+    (root / "attributes.csv").write_text("\n".join([*rows, "new,T1"]) + "\n", encoding="utf-8")
     layout = {"channel_names": {"0": "noNorm"}, "labels": {"background": 0, "plate": 1}}
-    (root / "dataset.json").write_text(json.dumps({**layout, "file_ending": ".nii.gz"}))
+    (root / "dataset.json").write_text(
+        json.dumps({**layout, "file_ending": ".nii.gz"}), encoding="utf-8"
+    )
     return root
 
 
@@ -546,7 +548,7 @@ def test_volumes_are_scored_in_mm_by_a_run_and_by_its_files_alike(run_of, folder
     assert own.unit == "mm"
     assert [row.count(0) for row in own.conditions[0].load["stage"]] != [2, 2, 2]
     for out in (run / "evaluation-test", tmp_path / "again"):
-        page = (out / "report.html").read_text()
+        page = (out / "report.html").read_text(encoding="utf-8")
         assert "axial, coronal and sagittal" in page
         assert "millimetres" in page
 
@@ -592,7 +594,7 @@ def test_what_other_data_cannot_be_is_said_in_one_line(run_of, folder):
         predict(PredictSettings(run, split="all"))
     # By the channel's name it is known how a volume's intensities are scaled.
     layout = folder / "dataset.json"
-    layout.write_text(layout.read_text().replace("noNorm", "CT"))
+    layout.write_text(layout.read_text(encoding="utf-8").replace("noNorm", "CT"), encoding="utf-8")
     with pytest.raises(DataError, match=r"was trained for .*noNorm.*, but the data are .*CT"):
         predict(PredictSettings(run, split="all"))
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
@@ -45,6 +46,12 @@ def assert_same_tree(a, b):
         assert a == b
 
 
+# A fork takes along what a test has patched.
+needs_fork = pytest.mark.skipif(
+    "fork" not in mp.get_all_start_methods(), reason="this system has no fork"
+)
+
+
 def in_fork(target, *arguments):
     process = mp.get_context("fork").Process(target=target, args=arguments)
     process.start()
@@ -63,7 +70,7 @@ def as_rank(recipe, rank, world, port, prints, where):
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
     }
-    with (prints / f"{rank}.txt").open("w") as file:
+    with (prints / f"{rank}.txt").open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file  # pytest has put its own there
@@ -89,7 +96,7 @@ def train_in_ranks(recipe, prints, where=None, world=2):
     for process in processes:
         process.join()
     codes = [process.exitcode for process in processes]
-    return codes, [(prints / f"{rank}.txt").read_text() for rank in range(world)]
+    return codes, [(prints / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(world)]
 
 
 def killed_at(recipe, resume, where):

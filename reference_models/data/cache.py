@@ -82,6 +82,8 @@ class FrameCache:
         try:
             write_whole(path, lambda target: save_file(frame, target))
         except (OSError, SafetensorError) as error:
+            if path.exists():
+                return frame  # another process was first, and Windows replaces no file in use
             reason = getattr(error, "strerror", None) or error
             raise DataError(
                 f"cache folder {self._folder}: {reason}; make room or choose another (`cache`)"

@@ -79,11 +79,15 @@ def step_milliseconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     Args:
         recipes: by name, of images; their folders are not written to.
     """
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.ExitStack() as held,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         runs, batches = {}, {}
         for name, recipe in recipes.items():
             elsewhere = dataclasses.replace(recipe, out=Path(folder) / name)
-            runs[name] = run = Run(launch(elsewhere), elsewhere, resume=False)
+            runs[name] = run = Run(launch(elsewhere), elsewhere, False, held)
             run.model.train()
             batches[name] = next(
                 train_batches(run.frames, batch_size=recipe.batch_size, epoch=0)

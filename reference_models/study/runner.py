@@ -141,13 +141,12 @@ def run_plan(plan: Plan, design: Design, folder: Path, *, processes: int) -> Out
             learning rates.
         DataError: a job could not make its data, at once.
     """
-    lock = hold(folder)  # until this returns
-    done = {job: trial for job in plan.possible() if (trial := stored(job, design, folder))}
     undecided = plan.tuned()
     asked: dict[str, list[Job]] = {"tuning": [], "main": [], "spread": []}
     known: set[Job] = set()
     waiting: dict[Future[Trial], Job] = {}
-    with lock, workers(processes) as pool, _Teller(plan.count) as teller:
+    with hold(folder), workers(processes) as pool, _Teller(plan.count) as teller:
+        done = {job: trial for job in plan.possible() if (trial := stored(job, design, folder))}
 
         def ask(purpose: str, jobs: Sequence[Job]) -> None:
             asked[purpose] += jobs
