@@ -1,4 +1,4 @@
-"""What several test files share: sizes, attributes that fit them, and a thread of one's own."""
+"""What several test files share: sizes, attributes that fit them, and threads of one's own."""
 
 import threading
 import time
@@ -10,22 +10,41 @@ B, T, D, E, A = 4, 3, 6, 4, 3  # batch, tokens, width, experts, attribute values
 GOOD = torch.tensor([0, 2, 1, 2])
 
 
+# Seconds after which what waits for ever is told of, instead of waiting on. Nothing that ends takes
+# so long, whatever else the machine does: it bounds a hang, and never decides a test.
+HANG = 1800
+
+
+def run_threads(*works, meeting=None):
+    """Runs all at once, in new threads; hands back their results, or raises the first error.
+
+    The error of one breaks ``meeting``, a barrier: the others shall not wait there for it.
+    """
+    results, errors = [None] * len(works), []
+
+    def target(i, work):
+        try:
+            results[i] = work()
+        except BaseException as error:
+            errors.append(error)
+            if meeting is not None:
+                meeting.abort()
+
+    # One that hangs shall not keep the interpreter from ending.
+    threads = [threading.Thread(target=target, args=item, daemon=True) for item in enumerate(works)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a thread waits for ever"
+    return results
+
+
 def in_a_thread(work):
     """Runs ``work`` where no scope was ever opened, and hands back its result or its error."""
-    outcome = []
-
-    def target():
-        try:
-            outcome.append(work())
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join(60)
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+    return run_threads(work)[0]
 
 
 def leave_group():
