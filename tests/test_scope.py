@@ -291,16 +291,17 @@ def test_a_scope_closed_in_one_thread_leaves_the_others_open():
     barrier = threading.Barrier(2, timeout=HANG)
 
     def stays():
+        barrier.wait()  # until the other scope is open
         with routing(OTHER) as scope:
             barrier.wait()
-            barrier.wait()
+            barrier.wait()  # until it is closed
             layer(make_x())
         return recorded(scope)
 
     def leaves():
-        barrier.wait()  # until the other scope is open
         with routing(GOOD):
-            pass
+            barrier.wait()
+            barrier.wait()  # until the scope that stays is open
         barrier.wait()
 
     assert run_threads(stays, leaves, meeting=barrier)[0] == [by_token(OTHER)]
