@@ -24,7 +24,17 @@ def refusal(target: tuple[str, str, str]) -> str:
     """Why uv finds no versions for (extra, system, Python); empty if it finds some."""
     extra, system, python = target
     command = [
-        *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", extra, "--quiet"),
+        *(
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "compile",
+            "pyproject.toml",
+            "--extra",
+            extra,
+            "--quiet",
+        ),
         *("--constraint", "constraints.txt", "--only-binary", ":all:", "--output-file", os.devnull),
         *("--python-platform", system, "--python-version", python),
         # Else uv looks for an interpreter of that version, and downloads one.

@@ -12,8 +12,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Deadlines measure the machine, not the code.
-hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+# Deadlines measure the machine, not the code, and so does the check that examples are made quickly.
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+)
 hypothesis.settings.load_profile("default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What cuBLAS needs to be deterministic, read when a GPU is first used.

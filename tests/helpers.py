@@ -1,8 +1,9 @@
-"""What several test files share: sizes, attributes that fit them, and a thread of one's own."""
+"""What several test files share: sizes, attributes that fit them, and threads of one's own."""
 
+import os
 import sys
 import threading
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,30 +17,57 @@ needs_links = pytest.mark.skipif(
 )
 
 
+# Seconds after which what waits for ever is told of, instead of waiting on. Nothing that ends takes
+# so long, whatever else the machine does: it bounds a hang, and never decides a test.
+HANG = 1800
+
+
+def run_threads(*works, meeting=None):
+    """Runs all at once, in new threads; hands back their results, or raises the first error.
+
+    The error of one breaks ``meeting``, a barrier: the others shall not wait there for it.
+    """
+    results, errors = [None] * len(works), []
+
+    def target(i, work):
+        try:
+            results[i] = work()
+        except BaseException as error:
+            errors.append(error)
+            if meeting is not None:
+                meeting.abort()
+
+    # One that hangs shall not keep the interpreter from ending.
+    threads = [threading.Thread(target=target, args=item, daemon=True) for item in enumerate(works)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a thread waits for ever"
+    return results
+
+
 def in_a_thread(work):
     """Runs ``work`` where no scope was ever opened, and hands back its result or its error."""
-    outcome = []
+    return run_threads(work)[0]
 
-    def target():
-        try:
-            outcome.append(work())
-        except BaseException as error:
-            outcome.append(error)
 
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join(60)
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+def rewrite(file, text):
+    """Writes a file anew, at another time by the file system's clock, which goes by ticks."""
+    path = Path(file)
+    before = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == before:
+        path.write_text(text, encoding="utf-8")
 
 
 def leave_group():
-    """A rank's end: waits for the others, and lets its process group go.
+    """A rank's end: waits for the others, and ends the process; what it found is written by then.
 
-    Gloo's thread frees what is left of the barrier under the GIL, and PyTorch 2.13 waits for that
-    thread with the GIL held as the group goes: without the pause a rank has waited for ever.
+    The process group is not destroyed. Gloo's thread frees what is left of the barrier under the
+    GIL, and PyTorch 2.13 waits for that thread with the GIL held as the group goes: now and then a
+    rank would wait for ever.
     """
     dist.barrier()
-    time.sleep(0.2)
-    dist.destroy_process_group()
+    os._exit(0)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import GOOD, A, B, D, E, T, in_a_thread
+from helpers import GOOD, HANG, A, B, D, E, T, in_a_thread, run_threads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -278,7 +278,7 @@ def test_two_threads_recompute_their_own_attributes(recompute):
     model.first.router.noise = model.last.router.noise = "never"
     model.eval()
     expected = [step(keep, model, x, a)[0] for x, a in zip(xs, attributes, strict=True)]
-    barrier, results = threading.Barrier(2, timeout=30), {}
+    barrier = threading.Barrier(2, timeout=HANG)
 
     def work(i):
         with routing(attributes[i]) as scope:
@@ -286,13 +286,9 @@ def test_two_threads_recompute_their_own_attributes(recompute):
             y = recompute(model, xs[i])
             loss = loss_of(y, scope)
             barrier.wait()
-            results[i] = [loss.detach(), *grads_of(loss, model, xs[i])], len(scope.routings)
+            return [loss.detach(), *grads_of(loss, model, xs[i])], len(scope.routings)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    results = run_threads(lambda: work(0), lambda: work(1), meeting=barrier)
     for i in range(2):
         assert_equal(results[i][0], expected[i])
         assert results[i][1] == 3

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import rewrite
 from monai.data import get_track_meta
 
 from reference_models.data import PhantomSettings
@@ -307,14 +308,14 @@ def test_what_was_read_once_is_cached_for_workers_and_later_runs(tmp_path):
     bigger = frames(size=10)
     assert next(iter(eval_batches(bigger, batch_size=6))).image_BCS.shape == (6, 1, 10, 10)
     assert bigger.dataset.loads == 6
-    Path(files[2]).write_text("9", encoding="utf-8")
+    rewrite(files[2], "9")
     changed = frames()
     (batch,) = eval_batches(changed, batch_size=6)
     assert changed.dataset.loads == 1
     assert batch.image_BCS[2].max() == 9
     # So is one of the same size and, as an archive may set it, the same time.
     times = os.stat(files[2]).st_atime_ns, os.stat(files[2]).st_mtime_ns
-    Path(files[2]).write_text("8", encoding="utf-8")
+    rewrite(files[2], "8")
     os.utime(files[2], ns=times)
     (batch,) = eval_batches(frames(), batch_size=6)
     assert batch.image_BCS[2].max() == 8

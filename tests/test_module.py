@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from helpers import HANG, run_threads
 from monai.data import MetaTensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -256,18 +257,14 @@ def test_copies_work_and_share_nothing(how, lazy):
 
 def test_two_threads_may_make_the_first_call_of_a_lazy_layer():
     for _ in range(20):
-        layer, barrier, results = DMoE(attribute_sizes=3).eval(), threading.Barrier(2), []
+        layer, barrier = DMoE(attribute_sizes=3).eval(), threading.Barrier(2, timeout=HANG)
         x = torch.randn(3, 5, 6)
 
-        def call(layer=layer, barrier=barrier, results=results, x=x):
+        def call(layer=layer, barrier=barrier, x=x):
             barrier.wait()
-            results.append(layer(x, A3))
+            return layer(x, A3)
 
-        threads = [threading.Thread(target=call) for _ in range(2)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
-        assert len(results) == 2
-        assert torch.equal(*results)
+        assert torch.equal(*run_threads(call, call, meeting=barrier))
 
 
 @pytest.mark.parametrize("part", ["experts", "router", "all"])

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import GOOD, A, B, D, E, T
+from helpers import GOOD, HANG, A, B, D, E, T, run_threads
 from torch import nn
 
 from dmoe_layer import DMoE, MissingAttributesError, Routing, carry_routing, routing
@@ -246,26 +246,6 @@ def test_a_closed_scope_that_is_opened_again_goes_on_recording():
 # ---------------------------------------------------------------- threads and pending forwards
 
 
-def run_threads(*works):
-    """Runs all at once; hands back their results, or raises the first error."""
-    results, errors = [None] * len(works), []
-
-    def target(i, work):
-        try:
-            results[i] = work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=target, args=item) for item in enumerate(works)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    if errors:
-        raise errors[0]
-    return results
-
-
 def forward_backward(model, x, attributes):
     x = x.clone().requires_grad_()
     with routing(attributes) as scope:
@@ -280,10 +260,11 @@ def test_two_threads_use_one_model_as_if_each_were_alone():
     xs, attributes = (make_x(), make_x(2, 5)), (GOOD, torch.tensor([1, 0]))
     alone = [forward_backward(model, *args) for args in zip(xs, attributes, strict=True)]
     # Both threads are inside their scope before either makes its next call.
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=HANG)
     model.pause = barrier.wait
     together = run_threads(
-        *(lambda a=args: forward_backward(model, *a) for args in zip(xs, attributes, strict=True))
+        *(lambda a=args: forward_backward(model, *a) for args in zip(xs, attributes, strict=True)),
+        meeting=barrier,
     )
     for (y, dx, record), (y_alone, dx_alone, record_alone) in zip(together, alone, strict=True):
         assert torch.equal(y, y_alone)
@@ -307,36 +288,37 @@ def test_a_scope_is_invisible_to_other_threads():
 
 def test_a_scope_closed_in_one_thread_leaves_the_others_open():
     layer = make()
-    opened, closed = threading.Event(), threading.Event()
+    barrier = threading.Barrier(2, timeout=HANG)
 
     def stays():
+        barrier.wait()  # until the other scope is open
         with routing(OTHER) as scope:
-            opened.set()
-            assert closed.wait(30)
+            barrier.wait()
+            barrier.wait()  # until it is closed
             layer(make_x())
         return recorded(scope)
 
     def leaves():
-        assert opened.wait(30)
         with routing(GOOD):
-            pass
-        closed.set()
+            barrier.wait()
+            barrier.wait()  # until the scope that stays is open
+        barrier.wait()
 
-    assert run_threads(stays, leaves)[0] == [by_token(OTHER)]
+    assert run_threads(stays, leaves, meeting=barrier)[0] == [by_token(OTHER)]
 
 
 def test_threads_may_make_the_first_call_of_a_lazy_layer_together():
     x = make_x()
     for _ in range(10):
         layer = DMoE(n_experts=E, attribute_sizes=A, hidden_dim=64, dropout=0.0, noise="never")
-        barrier = threading.Barrier(3, timeout=30)
+        barrier = threading.Barrier(3, timeout=HANG)
 
         def call(layer=layer, barrier=barrier):
             with routing(GOOD):
                 barrier.wait()
                 return layer(x)
 
-        ys = run_threads(call, call, call)
+        ys = run_threads(call, call, call, meeting=barrier)
         assert torch.equal(ys[0], ys[1])
         assert torch.equal(ys[0], ys[2])
         assert torch.equal(ys[0], layer(x, GOOD))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from helpers import HANG
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainings import (
@@ -579,6 +580,8 @@ def test_other_data_are_no_resumption(finished):
 
 
 def test_a_folder_with_a_run_is_left_alone(finished):
+    for path in finished.rglob("*"):
+        os.utime(path, (0, 0))  # so that what is written shows, however soon it comes
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with pytest.raises(RunError, match=r"holds a run already.*--resume"):
         train(dataclasses.replace(TINY, out=finished, seed=1))
@@ -593,6 +596,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
     says = tmp_path / "says.txt"
 
     def other():
+        codes.append("of the first one")  # a training that is let in starts no third
         os.dup2(os.open(says, os.O_WRONLY | os.O_CREAT), 1)
         try:
             if not resume:  # as if it had looked before the first one wrote
@@ -605,7 +609,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
     def meanwhile(*arguments, **options):
         if not codes:
             process = in_fork(other)
-            process.join(60)
+            process.join(HANG)  # which it would reach if it waited for the folder
             process.kill()
             codes.append(process.exitcode)
         return real(*arguments, **options)

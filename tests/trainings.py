@@ -3,11 +3,11 @@
 import csv
 import os
 import signal
-import socket
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
@@ -69,6 +69,7 @@ def as_rank(recipe, rank, world, port, prints, where):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     with (prints / f"{rank}.txt").open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
@@ -87,11 +88,11 @@ def as_rank(recipe, rank, world, port, prints, where):
 def train_in_ranks(recipe, prints, where=None, world=2):
     """Exit codes and prints of that many processes, which go on with a run that is there."""
     prints.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # They meet at a port that this process holds, as torchrun's do: one that was free a moment ago
+    # may be another's by the time that rank 0 takes it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        in_fork(as_rank, recipe, rank, world, port, prints, where) for rank in range(world)
+        in_fork(as_rank, recipe, rank, world, store.port, prints, where) for rank in range(world)
     ]
     for process in processes:
         process.join()
