@@ -104,7 +104,8 @@ def mlp_backward_kernel(
         dw1_HD = tl.zeros([HIDDEN, DIM], tl.float32)
         dw2_HD = tl.zeros([HIDDEN, DIM], tl.float32)
         # Sums over rows are products with ones: a reduction would shuffle at every tile.
-        ones_RG = tl.full([ROWS, 16], 1, dtype)
+        # Made in fp32, since the interpreter of Triton 3.7 and older has no scalars of bf16.
+        ones_RG = tl.full([ROWS, 16], 1, tl.float32).to(dtype)
         db1_HG = tl.zeros([HIDDEN, 16], tl.float32)
         db2_DG = tl.zeros([DIM, 16], tl.float32)
     for tile in range(first, last, ROWS):
