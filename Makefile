@@ -44,14 +44,15 @@ lint: .venv/test
 resolve: .venv/test
 	$(BIN)/python .ci/resolve.py
 
-# The core's tests with another Python and PyTorch, in an environment of their own.
+# The core's tests with another Python and PyTorch, in an environment of their own, and with a NumPy
+# that the interpreters of older Tritons take.
 CORE := attributes checkpointing compiled_kernels distributed exact kernels losses module scope swap
 versions: VENV := .venv-torch$(TORCH)
 versions:
 	test -n "$(TORCH)" || { echo "Say which: make versions PYTHON=python3.10 TORCH=2.8.0"; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
-	grep -vE '^(torch|triton)[=<]' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --constraint $(VENV)/constraints.txt torch==$(TORCH) --editable '.[reference,test]'
+	grep -vE '^(torch|triton|numpy)[=<]' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --constraint $(VENV)/constraints.txt torch==$(TORCH) 'numpy<2.4' --editable '.[reference,test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto src $(CORE:%=tests/test_%.py)
 
 # A half-made environment has no pip, and is made again.

@@ -85,6 +85,11 @@ class Reporter:
         }
         self.bar.update(self.task, completed=step, **shown)
 
+    def flush(self) -> None:
+        """Before a checkpoint: what TensorBoard lacks of earlier steps, no resumed run adds."""
+        if self.writer is not None:
+            self.writer.flush()
+
     def epoch(
         self, step: int, row: Mapping[str, float], validation: Validation, classes: tuple[str, ...]
     ) -> None:

@@ -148,6 +148,7 @@ class Run:
                     frame=recipe.frame,
                     windows=batch_size,
                 )
+                reporter.flush()
                 row = self._close_epoch(scored)
                 reporter.epoch(position.step, row, scored, self.task.classes)
             score = f"validation Dice {position.best_score:.4f}, " if position.epoch else ""
@@ -180,6 +181,7 @@ class Run:
             reporter.step(position.step, position.epoch, losses, rate, recipe.batch_size)
             every = recipe.checkpoint_every
             if every and not position.step % every and position.batch < self.steps_an_epoch:
+                reporter.flush()
                 self.state.save()
 
     def step(self, batch: Batch, rate: float) -> dict[str, float]:
