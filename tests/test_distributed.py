@@ -75,7 +75,12 @@ def train_in_one_process():
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+needs_averages = pytest.mark.skipif(
+    torch.__version__ < (2, 10), reason="FSDP2 of PyTorch 2.8 averages no model's gradients on gloo"
+)
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=needs_averages)])
 def test_two_processes_with_idle_experts_and_routers_train_as_one(kind, tmp_path):
     results = tmp_path / "state.pt"
     mp.spawn(work, args=(kind, tmp_path / "store", results), nprocs=RANKS)

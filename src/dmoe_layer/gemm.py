@@ -18,6 +18,11 @@ from torch import Tensor
 # threads).
 ROWS = 16
 
+# PyTorch brings its own oneDNN. Those of 2.8, 2.10 and 2.11 give a row other bits beside another
+# number of rows, on processors without AVX-512 nearly always; those of 2.13 and 2.15 do not (2.9,
+# 2.12 and 2.14 were not tried). BLAS keeps a row's bits with all five, and is taken before 2.13.
+ONEDNN_KEEPS_BITS = torch.__version__ >= (2, 13)
+
 
 def padded(rows: int) -> int:
     """``rows`` rounded up to one of 32 sizes an octave: oneDNN compiles each size it meets."""
@@ -53,7 +58,8 @@ def sum_of_products(a_RO: Tensor, b_RI: Tensor) -> Tensor:
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
-        a.dtype == torch.float32
+        ONEDNN_KEEPS_BITS
+        and a.dtype == torch.float32
         and a.device.type == "cpu"
         and min(*a.shape, *b.shape) >= 16  # the floats in a vector
         and torch.backends.mkldnn.is_available()
