@@ -290,7 +290,7 @@ class DMoE(LazyDim):
         if recorded_BN is not None:
             attributes_T = per_token(recorded_BN, tokens_TD.shape[0], tokens_per_sample)
             # Not by _replace, which torch.compile traces from PyTorch 2.10 on only.
-            routing = Routing(*routing[:3], attributes_T)
+            routing = Routing(routing.expert_indices, routing.gates, routing.logits, attributes_T)
 
         y_TD = self._run_experts(tokens_TD, routing, dispatch, dtype)
         if kept_T is not None:  # index_put, since index_copy and index_add keep y for backward
