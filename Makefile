@@ -52,16 +52,17 @@ versions:
 	test -n "$(TORCH)" || { echo "Say which: make versions PYTHON=python3.10 TORCH=2.8.0"; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	grep -vE '^(torch|triton|numpy)[=<]' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --constraint $(VENV)/constraints.txt torch==$(TORCH) 'numpy<2.4' --editable '.[reference,test]'
+	$(BIN)/python -m pip install --no-compile --constraint $(VENV)/constraints.txt torch==$(TORCH) 'numpy<2.4' --editable '.[reference,test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto src $(CORE:%=tests/test_%.py)
 
-# A half-made environment has no pip, and is made again.
+# A half-made environment has no pip, and is made again. Most modules of what is installed are never
+# imported: compiling all of them took half of the time.
 .venv/demo: EXTRAS := reference
 .venv/bench: EXTRAS := bench
 .venv/test: EXTRAS := reference,test
 .venv/demo .venv/bench .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import multiprocessing
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from .evaluation import AS_GIVEN, EvaluateRun, evaluate_run
 from .presets import PRESETS
 from .recipe import Recipe, TransUNetSettings
 from .scores import RegionScores, Summary
+from .study.workers import workers
 from .training import train
 
 SMALL = PRESETS["small"]
@@ -60,8 +59,8 @@ class DemoSettings:
 def demo(settings: DemoSettings) -> dict[str, Summary]:
     """Trains and evaluates the three, and says what the scores say, whichever way they fell."""
     console = Console()
-    # Two threads save about an eighth of the time on two idle cores, and take five times as long
-    # as one when something else runs there. One also gives the same numbers on any core count.
+    # One thread a model: two take five times as long as one when something else runs on their
+    # cores, and one gives the same numbers on any number of cores.
     torch.set_num_threads(1)
     reports = {name: settings.out / name / "evaluation-test" / "report.html" for name in MODELS}
     console.print(f"report: {reports['dmoe']} (in a few minutes)", soft_wrap=True)
@@ -75,12 +74,12 @@ def demo(settings: DemoSettings) -> dict[str, Summary]:
         )
         for name, model in MODELS.items()
     }
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside:
-        # The longest of the three has a second core to itself, and says at its end what it did.
-        longest = beside.submit(_quietly, runs["dmoe"])
-        for name in ("dense", "plain-moe"):
-            _train(runs[name])
-        console.print(longest.result(), soft_wrap=True, markup=False, highlight=False)
+    with workers(len(runs) - 1) as beside:
+        # All at once, since they differ in length: one after the other left a core idle.
+        others = [beside.submit(_quietly, run) for name, run in runs.items() if name != "dmoe"]
+        _train(runs["dmoe"])
+        for other in others:
+            console.print(other.result(), soft_wrap=True, markup=False, highlight=False)
     summaries = {name: evaluate_run(EvaluateRun(run.out)) for name, run in runs.items()}
     console.print(_table(summaries))
     console.print(f"\n{_finding(summaries)}\n\n{LIMITS}\n")
@@ -96,7 +95,6 @@ def _train(run: Recipe) -> None:
 
 def _quietly(run: Recipe) -> str:
     """In a process of its own; returns what it would have printed."""
-    torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         _train(run)
     return printed.getvalue()

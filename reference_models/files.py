@@ -55,26 +55,24 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    new, old = staging / "new", staging / "old"
     try:
-        new = staging / "new"
         new.mkdir()
         result = write(new)
         for written in new.rglob("*"):
             # mkdtemp's folders and safetensors' files are the owner's alone
             written.chmod(0o755 if written.is_dir() else 0o644)
             _reach_disk(written)
-        old = staging / "old"
         if path.is_dir():
             os.rename(path, old)
-        try:
-            os.rename(new, path)
-        except OSError:  # on Windows, a scanner of viruses that looks into a new file
-            if old.is_dir():
-                os.rename(old, path)
-            raise
+        os.rename(new, path)
         _reach_disk(path.parent)
         return result
     finally:
+        # Nothing stands there after Ctrl-C between the two, or on Windows where a scanner of
+        # viruses looks into a new file. If the old one cannot go back either, it stays where it is.
+        if old.is_dir() and not path.exists():
+            os.rename(old, path)
         shutil.rmtree(staging)
 
 

@@ -30,6 +30,11 @@ def launch(recipe: Recipe) -> Fabric:
         raise RunError("precision: 16-mixed needs a GPU, there is none here; choose bf16-mixed.")
     if gpus and recipe.devices > gpus:
         raise RunError(f"devices: got {recipe.devices}, but this machine has {gpus} GPUs.")
+    if recipe.strategy == "fsdp" and not gpus and torch.__version__ < "2.10":
+        raise RunError(
+            f"strategy: fsdp on CPUs needs PyTorch 2.10, here is {torch.__version__}, which does "
+            "not average the processes' gradients there; choose ddp."
+        )
     processes = recipe.devices * recipe.nodes
     strategy: str | ModelParallelStrategy = recipe.strategy
     if recipe.strategy == "fsdp":

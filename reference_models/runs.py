@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -175,7 +176,9 @@ def hold(run: Path) -> AbstractContextManager[object]:
         raise RunError(
             f"{run}: another process is training in it; wait for its end, or stop it first."
         ) from error
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise _unwritable(run, error) from error
         return contextlib.nullcontext()  # a file system without locks
 
 

@@ -106,7 +106,8 @@ class State:
             ) as error:  # each for a full disk
                 raise RunError(
                     f"{self.folder}: the checkpoint of step {self.position.step} cannot be written "
-                    f"({error}). The one before is still there; make room and go on by --resume."
+                    f"({error}). The one before is still there; make room, or close what has a "
+                    "file open, and go on by --resume."
                 ) from error
 
         on_rank_0(self.fabric, write)

@@ -1,6 +1,7 @@
 """What several test files share: sizes, attributes that fit them, and threads of one's own."""
 
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -15,11 +16,19 @@ GOOD = torch.tensor([0, 2, 1, 2])
 needs_links = pytest.mark.skipif(
     sys.platform == "win32", reason="Windows makes no links without a privilege"
 )
-
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="Inductor needs a C++ compiler"
+)
 
 # Seconds after which what waits for ever is told of, instead of waiting on. Nothing that ends takes
 # so long, whatever else the machine does: it bounds a hang, and never decides a test.
 HANG = 1800
+
+
+def masks_in_full_graphs():
+    """What a user of PyTorch 2.8 sets by hand, fullgraph=True sets by itself from 2.10 on."""
+    by_hand = {"capture_dynamic_output_shape_ops": True} if torch.__version__ < "2.10" else {}
+    return torch._dynamo.config.patch(by_hand)
 
 
 def run_threads(*works, meeting=None):

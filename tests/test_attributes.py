@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from helpers import GOOD, A, B, D, E, T, in_a_thread
+from helpers import GOOD, A, B, D, E, T, in_a_thread, needs_compiler
 from torch.nn.parameter import UninitializedParameter
 
 from dmoe_layer import AttributeRouter, DMoE, MissingAttributesError, routing
@@ -330,6 +330,7 @@ def test_a_compiled_plain_layer_handed_attributes_raises_the_same_error():
     assert_refused(layer, lambda: run(x, GOOD), ValueError, "attribute_sizes=None")
 
 
+@needs_compiler
 def test_inductor_drops_no_check():
     layer = make(noise="never")
     run, x = compiled(layer, backend="inductor"), make_x()

@@ -314,11 +314,12 @@ def test_what_was_read_once_is_cached_for_workers_and_later_runs(tmp_path):
     assert changed.dataset.loads == 1
     assert batch.image_BCS[2].max() == 9
     # So is one of the same size and, as an archive may set it, the same time.
-    times = os.stat(files[2]).st_atime_ns, os.stat(files[2]).st_mtime_ns
-    rewrite(files[2], "8")
-    os.utime(files[2], ns=times)
-    (batch,) = eval_batches(frames(), batch_size=6)
-    assert batch.image_BCS[2].max() == 8
+    if sys.platform != "win32":  # which keeps no time of a change
+        times = os.stat(files[2]).st_atime_ns, os.stat(files[2]).st_mtime_ns
+        rewrite(files[2], "8")
+        os.utime(files[2], ns=times)
+        (batch,) = eval_batches(frames(), batch_size=6)
+        assert batch.image_BCS[2].max() == 8
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:-100])
     torn = frames()

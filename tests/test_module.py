@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from helpers import HANG, run_threads
+from helpers import HANG, masks_in_full_graphs, needs_compiler, run_threads
 from monai.data import MetaTensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -404,9 +404,7 @@ def test_blocks_compiled_one_by_one_are_recorded_without_a_recompile_each():
 def test_a_compiled_layer_takes_masks_of_any_size():
     layer = DMoE(8, attribute_sizes=3).eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    # What a user of PyTorch 2.8 sets by hand, fullgraph sets by itself in newer ones.
-    by_hand = {"capture_dynamic_output_shape_ops": True} if torch.__version__ < "2.10" else {}
-    with torch._dynamo.config.patch(by_hand):
+    with masks_in_full_graphs():
         for share in (0.5, 0.0, 0.2, 1.0):
             x, mask = torch.randn(3, 7, 8), torch.rand(3, 7) < share
             assert torch.equal(compiled(x, A3, mask=mask), layer(x, A3, mask=mask))
@@ -432,6 +430,7 @@ def test_a_checkpoint_inside_a_compiled_model_gives_the_same_and_records_once():
         torch.testing.assert_close(fast, eager)
 
 
+@needs_compiler
 def test_inductor_draws_the_same_noise_and_dropout_in_backward_as_in_forward():
     layer = DMoE(8, attribute_sizes=3, dropout=0.5)
     compiled = torch.compile(layer, fullgraph=True)

@@ -261,7 +261,7 @@ def test_check_names_files_that_make_up_no_case(tmp_path, fault):
     code, text = checked(settings)
     assert code == 1
     (line,) = [line for line in errors(text) if "attributes.csv" not in line]
-    assert words.format(root=tmp_path) in line
+    assert words.format(root=tmp_path.as_posix()) in line.replace("\\", "/")
 
 
 def test_a_channel_that_is_missing_is_named_and_so_is_a_4d_image_without_channels(tmp_path):
@@ -272,8 +272,9 @@ def test_a_channel_that_is_missing_is_named_and_so_is_a_4d_image_without_channel
     path.rename(path.with_name("p2.nii.gz"))
     with pytest.raises(DataError) as raised:
         open_dataset(settings)
-    assert f"{tmp_path}/imagesTr/p1_0001.nii.gz: no such file (channel T2)" in str(raised.value)
-    assert f"{tmp_path}/imagesTr/p2.nii.gz: expected a file for each of the 2" in str(raised.value)
+    images, said = tmp_path / "imagesTr", str(raised.value)
+    assert f"{images / 'p1_0001.nii.gz'}: no such file (channel T2)" in said
+    assert f"{images / 'p2.nii.gz'}: expected a file for each of the 2" in said
 
 
 def test_hidden_files_and_other_peoples_files_are_no_cases(tmp_path):

@@ -107,7 +107,8 @@ BINARY = {"rb", "wb", "ab", "r+b"}
 
 
 def test_every_text_file_is_read_and_written_as_utf_8():
-    files = [path for folder in (*PACKAGES, ROOT / "tests") for path in folder.rglob("*.py")]
+    folders = (*PACKAGES, ROOT / "tests", ROOT / ".ci")
+    files = [path for folder in folders for path in folder.rglob("*.py")]
     assert len(files) > 150
     found = [f"{path}:{line}" for path in files for line in texts_without_encoding(path)]
     assert found == []
@@ -216,20 +217,26 @@ def test_a_frame_that_another_process_stored_and_reads_is_no_error(tmp_path, win
     assert len([*tmp_path.iterdir()]) == 1
 
 
-def test_a_folder_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", [PermissionError, KeyboardInterrupt])
+def test_a_folder_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch, fault):
     def write(folder):
         (folder / "a").write_text(folder.parent.name, encoding="utf-8")
 
     files.write_folder(tmp_path / "out", write, ("a",))
-    before, rename = (tmp_path / "out" / "a").read_text(encoding="utf-8"), os.rename
+    before, rename, back = (tmp_path / "out" / "a").read_text(encoding="utf-8"), os.rename, [True]
 
     def refused(source, target):
-        if Path(source).name == "new":
-            raise PermissionError(errno.EACCES, "a scanner of viruses looks into it", str(source))
+        if Path(source).name == "new" or (Path(source).name == "old" and not back[0]):
+            raise fault(errno.EACCES, "a scanner of viruses looks into it", str(source))
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refused)
-    with pytest.raises(PermissionError):
+    with pytest.raises(fault):
         files.write_folder(tmp_path / "out", write, ("a",))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "a").read_text(encoding="utf-8") == before
+    back[0] = False  # nor does the old one go back: nothing is lost
+    with pytest.raises(fault, match="old"):
+        files.write_folder(tmp_path / "out", write, ("a",))
+    (kept,) = tmp_path.glob(".out.*/old/a")
+    assert kept.read_text(encoding="utf-8") == before

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from helpers import HANG
+from helpers import HANG, needs_links
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.torch_version import TorchVersion
 from trainings import (
     assert_same_tree,
     history_of,
@@ -146,6 +147,14 @@ def test_a_recipe_becomes_flags():
 def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path, change, words):
     with pytest.raises(RunError, match=words):
         train(dataclasses.replace(TINY, out=tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fsdp_on_cpus_is_refused_where_pytorch_does_not_average_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RunError, match=r"fsdp on CPUs needs PyTorch 2\.10, here is 2\.8\.0"):
+        train(dataclasses.replace(TINY, out=tmp_path / "run", strategy="fsdp"))
     assert not (tmp_path / "run").exists()
 
 
@@ -646,6 +655,14 @@ def test_a_training_lets_go_of_its_folder_however_it_ends(tmp_path, monkeypatch)
         assert ended
 
 
+@needs_links
+def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")  # filelock follows none
+    with pytest.raises(RunError, match="cannot be written to"), hold(tmp_path / "run"):
+        pass
+
+
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS])
 def test_a_file_system_without_locks_stops_no_training(tmp_path, monkeypatch, reason):
     fcntl = pytest.importorskip("fcntl", reason="filelock locks by other means there")
@@ -735,8 +752,9 @@ def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, finished, m
 @pytest.mark.parametrize("where", ["taken", "taken/run"])
 def test_an_out_folder_that_cannot_be_is_refused(tmp_path, where):
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    with pytest.raises(RunError, match=rf"{where}: (is a file|cannot be written to)"):
+    with pytest.raises(RunError, match=r": (is a file|cannot be written to)") as raised:
         train(dataclasses.replace(TINY, out=tmp_path / where))
+    assert str(raised.value).startswith(str(tmp_path / where))
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 

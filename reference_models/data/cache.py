@@ -10,6 +10,7 @@ does: what then limits is the augmentation, and that goes up with the workers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,9 @@ class FrameCache:
         except FileNotFoundError:
             pass
         except (OSError, SafetensorError):
-            path.unlink(missing_ok=True)  # damaged on disk: as if it had never been stored
+            # Damaged on disk: as if it had never been stored. Windows deletes none that is mapped.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                path.unlink()
         frame = make(case)
         try:
             write_whole(path, lambda target: save_file(frame, target))
@@ -98,7 +101,8 @@ class FrameCache:
             except OSError as error:
                 raise DataError(f"{name}: {error.strerror} (case {case.case_id})") from error
             # The time of the last change of any kind (ctime) shows a file that was put in another's
-            # place with its times kept, as unpacking and copying may do.
+            # place with its times kept, as unpacking and copying may do. (Windows has the time of
+            # making there.)
             times = [status.st_mtime_ns, status.st_ctime_ns]
             files.append([os.path.realpath(name), status.st_size, *times])
         key = json.dumps([*self._made_by, case.case_id, files])

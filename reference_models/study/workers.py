@@ -60,6 +60,7 @@ def workers(processes: int) -> Iterator[Pool]:
 
 
 def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows hands on no deafness
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
