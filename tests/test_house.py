@@ -212,7 +212,8 @@ def test_the_wheel_holds_the_package_alone_and_runs_the_readmes_first_snippet(tm
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     (diff,) = snippets("diff")
     code = side(diff, "-") + "\nimport dmoe_layer; print(dmoe_layer.__file__, tuple(y.shape))"
-    done = subprocess.run([python, "-c", code], capture_output=True, cwd=tmp_path, encoding="utf-8")
+    # Isolated (-I): this process may be told by PYTHONPATH where the sources are.
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
     assert done.stdout.strip().endswith("(2, 196, 64)")
