@@ -47,21 +47,21 @@ resolve: .venv/test
 # The core's tests with another Python and PyTorch, in an environment of their own, and with a NumPy
 # that the interpreters of older Tritons take.
 CORE := attributes checkpointing compiled_kernels distributed exact kernels losses module scope swap
-versions: VENV := .venv-torch$(TORCH)
+versions: VENV := .venv-torch$(strip $(TORCH))
 versions:
-	test -n "$(TORCH)" || { echo "Say which: make versions PYTHON=python3.10 TORCH=2.8.0"; exit 2; }
+	test -n "$(strip $(TORCH))" || { echo "Say which: make versions PYTHON=python3.10 TORCH=2.8.0"; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	grep -vE '^(torch|triton|numpy)[=<]' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --no-compile --constraint $(VENV)/constraints.txt torch==$(TORCH) 'numpy<2.4' --editable '.[reference,test]'
+	$(BIN)/python -m pip install --no-compile --constraint $(VENV)/constraints.txt torch==$(strip $(TORCH)) 'numpy<2.4' --editable '.[reference,test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto src $(CORE:%=tests/test_%.py)
 
-# A half-made environment has no pip, and is made again. Most modules of what is installed are never
+# An environment whose pip does not run is made again. Most modules of what is installed are never
 # imported: compiling all of them took half of the time.
 .venv/demo: EXTRAS := reference
 .venv/bench: EXTRAS := bench
 .venv/test: EXTRAS := reference,test
 .venv/demo .venv/bench .venv/test: pyproject.toml constraints.txt
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 

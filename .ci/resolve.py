@@ -13,7 +13,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import metadata
+from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 SYSTEMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "macos", "windows")
 # torch 2.13 has wheels for macOS 14 and newer, uv resolves for 13 unless told.
@@ -29,7 +31,7 @@ def refusal(target: tuple[str, str, str]) -> str:
     command += ["--constraint=constraints.txt", "--only-binary=:all:", "--output-file", os.devnull]
     # Else uv looks for an interpreter of that version, and downloads one.
     command += [f"--python={sys.executable}", "--no-python-downloads"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, cwd=ROOT)
     return "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
 
 
@@ -39,9 +41,9 @@ def main() -> int:
     targets = list(itertools.product([*extras, ",".join(extras)], SYSTEMS, PYTHONS))
     with ThreadPoolExecutor(8) as threads:
         refusals = list(threads.map(refusal, targets))
-    failed = [(target, why) for target, why in zip(targets, refusals, strict=True) if why]
-    for target, why in failed:
-        print(f"{' / '.join(target)}: does not resolve.\n{why}\n")
+    failed = sorted((why, target) for target, why in zip(targets, refusals, strict=True) if why)
+    for why, same in itertools.groupby(failed, key=lambda one: one[0]):
+        print("Does not resolve:", *(" / ".join(target) for _, target in same), why, sep="\n")
     print(f"resolve: {len(targets) - len(failed)} of {len(targets)} targets resolve.")
     return 1 if failed or not extras else 0
 

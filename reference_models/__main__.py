@@ -63,9 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print(
-            "Stopped. A training goes on by --resume, a study by the same command.", style="red"
-        )
+        advice = "A training goes on by --resume, the demo and a study by the same command."
+        Console(stderr=True).print(f"Stopped. {advice}", style="red")
         return 130  # as shells have it
 
 

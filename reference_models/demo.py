@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Mapping
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .presets import PRESETS
 from .recipe import Recipe, TransUNetSettings
 from .scores import RegionScores, Summary
 from .study.workers import workers
+from .terminal import print_anything
 from .training import train
 
 SMALL = PRESETS["small"]
@@ -74,12 +76,13 @@ def demo(settings: DemoSettings) -> dict[str, Summary]:
         )
         for name, model in MODELS.items()
     }
-    with workers(len(runs) - 1) as beside:
-        # All at once, since they differ in length: one after the other left a core idle.
-        others = [beside.submit(_quietly, run) for name, run in runs.items() if name != "dmoe"]
-        _train(runs["dmoe"])
-        for other in others:
-            console.print(other.result(), soft_wrap=True, markup=False, highlight=False)
+    # All at once, since they differ in length: one after the other left a core idle.
+    with workers(len(runs)) as pool:
+        trainings = [pool.submit(_train, run, name == "dmoe") for name, run in runs.items()]
+        for training in as_completed(trainings):
+            training.result()  # the first error breaks off the others
+    logs = "".join(training.result() for training in trainings)
+    console.print(logs, soft_wrap=True, markup=False, highlight=False)
     summaries = {name: evaluate_run(EvaluateRun(run.out)) for name, run in runs.items()}
     console.print(_table(summaries))
     console.print(f"\n{_finding(summaries)}\n\n{LIMITS}\n")
@@ -88,16 +91,13 @@ def demo(settings: DemoSettings) -> dict[str, Summary]:
     return summaries
 
 
-def _train(run: Recipe) -> None:
-    """An interrupted demo goes on where it was."""
-    train(run, resume=(run.out / "recipe.json").exists())
-
-
-def _quietly(run: Recipe) -> str:
-    """In a process of its own; returns what it would have printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        _train(run)
-    return printed.getvalue()
+def _train(run: Recipe, aloud: bool) -> str:
+    """In a process of its own; returns what is not to be printed yet. Goes on where it was."""
+    print_anything()
+    later = io.StringIO()
+    with contextlib.nullcontext() if aloud else contextlib.redirect_stdout(later):
+        train(run, resume=(run.out / "recipe.json").exists())
+    return later.getvalue()
 
 
 def _scores(summary: Summary, condition: str = AS_GIVEN) -> RegionScores:

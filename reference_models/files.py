@@ -63,17 +63,21 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
             # mkdtemp's folders and safetensors' files are the owner's alone
             written.chmod(0o755 if written.is_dir() else 0o644)
             _reach_disk(written)
+        refuse_others(path, contents)  # something may have come meanwhile
         if path.is_dir():
             os.rename(path, old)
         os.rename(new, path)
-        _reach_disk(path.parent)
-        return result
-    finally:
+    except BaseException:
         # Nothing stands there after Ctrl-C between the two, or on Windows where a scanner of
-        # viruses looks into a new file. If the old one cannot go back either, it stays where it is.
+        # viruses looks into a new file. An old result that cannot go back stays where it is.
         if old.is_dir() and not path.exists():
             os.rename(old, path)
-        shutil.rmtree(staging)
+        if not old.is_dir():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
+    _reach_disk(path.parent)
+    return result
 
 
 def refuse_others(path: Path, contents: Collection[str]) -> None:

@@ -202,7 +202,8 @@ def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
 
 
 def _unwritable(run: Path, error: OSError) -> RunError:
-    return RunError(f"{run}: cannot be written to ({error.strerror}); choose another --out.")
+    why = error.strerror or error
+    return RunError(f"{run}: cannot be written to ({why}); choose another --out.")
 
 
 def require_same(run: Path, recipe: Recipe, task: Task) -> None:

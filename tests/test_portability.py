@@ -15,7 +15,7 @@ import torch
 from reference_models import files, training
 from reference_models.__main__ import main
 from reference_models.data.cache import FrameCache
-from reference_models.data.cases import Case
+from reference_models.data.cases import Case, DataError
 from reference_models.data.framing import Square
 from reference_models.study.cost import step_milliseconds
 from reference_models.study.jobs import Job
@@ -240,3 +240,32 @@ def test_a_folder_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch,
         files.write_folder(tmp_path / "out", write, ("a",))
     (kept,) = tmp_path.glob(".out.*/old/a")
     assert kept.read_text(encoding="utf-8") == before
+
+
+def test_what_came_into_a_folder_meanwhile_is_not_lost(tmp_path, monkeypatch):
+    def write(folder):
+        (folder / "a").write_text("new", encoding="utf-8")
+
+    def write_slowly(folder):
+        write(folder)
+        (tmp_path / "out" / "mine").touch()
+
+    files.write_folder(tmp_path / "out", write, ("a",))
+    with pytest.raises(DataError, match="mine"):
+        files.write_folder(tmp_path / "out", write_slowly, ("a",))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "mine", "out"]
+    (tmp_path / "out" / "mine").unlink()
+
+    rename = os.rename
+
+    def late(source, target):
+        rename(source, target)
+        if Path(target).name == "old":  # before the new one is in its place
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "mine").touch()
+
+    monkeypatch.setattr(os, "rename", late)
+    with pytest.raises(OSError, match="new"):
+        files.write_folder(tmp_path / "out", write, ("a",))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert len([*tmp_path.glob(".out.*/old/a")]) == 1

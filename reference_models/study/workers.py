@@ -52,7 +52,7 @@ def workers(processes: int) -> Iterator[Pool]:
         if isinstance(error, BrokenProcessPool):
             raise RunError(
                 "A process was ended from outside, for lack of memory perhaps. What is done is "
-                "kept: give the same command again, maybe with fewer --processes."
+                "kept: give the same command again, with fewer --processes if it has them."
             ) from error
         raise
     finally:
