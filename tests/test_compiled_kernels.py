@@ -39,6 +39,7 @@ def compiled(dim, dtype, activation="relu", n_experts=8, k=2):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.xfail(TRITON < (3, 6), reason="with Triton 3.4 some kernels spill 8 to 320 bytes")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("dim", [24, 48, 768])
 def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
@@ -51,8 +52,7 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
         for kernel in {"route_kernel", "sort_kernel", "route_backward_kernel"} | mlp:
             assert (capability, kernel) in kernels
     for row in found:
-        # Triton 3.4 hands the same kernels to its assembler in another order, which spills some.
-        assert row["stack_bytes"] == 0 or TRITON < (3, 6), row
+        assert row["stack_bytes"] == 0, row
         assert row["shared_bytes"] <= LIMIT[row["capability"]], row
         if row["kernel"] in mlp:
             assert "MMA" in row["matrix_instructions"], row

@@ -752,9 +752,10 @@ def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, finished, m
 @pytest.mark.parametrize("where", ["taken", "taken/run"])
 def test_an_out_folder_that_cannot_be_is_refused(tmp_path, where):
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    with pytest.raises(RunError, match=r": (is a file|cannot be written to)") as raised:
+    with pytest.raises(RunError) as raised:
         train(dataclasses.replace(TINY, out=tmp_path / where))
-    assert str(raised.value).startswith(str(tmp_path / where))
+    named = f"{tmp_path / where}: "
+    assert str(raised.value).startswith((f"{named}is a file", f"{named}cannot be written to"))
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
