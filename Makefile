@@ -46,14 +46,13 @@ resolve: .venv/test
 
 # The core's tests with another Python and PyTorch, in an environment of their own, and with a NumPy
 # that the interpreters of older Tritons take.
-CORE := attributes checkpointing compiled_kernels distributed exact kernels losses module scope swap
 versions: VENV := .venv-torch$(strip $(TORCH))
 versions:
 	test -n "$(strip $(TORCH))" || { echo "Say which: make versions PYTHON=python3.10 TORCH=2.8.0"; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	grep -vE '^(torch|triton|numpy)[=<]' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --no-compile --constraint $(VENV)/constraints.txt torch==$(strip $(TORCH)) 'numpy<2.4' --editable '.[reference,test]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto src $(CORE:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto src tests/layer
 
 # A half-made environment has no pip that runs, and is completed. Most modules of what is installed
 # are never imported: compiling all of them took half of the time.

@@ -11,16 +11,20 @@ import tyro
 from rich.console import Console
 
 from .data import DataSettings
-from .data.cases import DataError
 from .data.check import check
 from .demo import DemoSettings, demo
-from .evaluation import EvaluatePredictions, EvaluateRun, evaluate_predictions, evaluate_run
-from .prediction import PredictSettings, predict
-from .presets import PRESETS
-from .recipe import RunError
+from .errors import DataError, RunError
+from .evaluation.evaluate import (
+    EvaluatePredictions,
+    EvaluateRun,
+    evaluate_predictions,
+    evaluate_run,
+)
+from .evaluation.prediction import PredictSettings, predict
+from .recipes.presets import PRESETS
 from .study.command import StudySettings, study
 from .terminal import print_anything
-from .training import train
+from .training.loop import train
 
 _Preset: Any = tyro.extras.subcommand_type_from_defaults(
     PRESETS,

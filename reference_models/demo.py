@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .evaluation import AS_GIVEN, EvaluateRun, evaluate_run
-from .presets import PRESETS
-from .recipe import Recipe, TransUNetSettings
-from .scores import RegionScores, Summary
-from .study.workers import workers
+from .evaluation.evaluate import AS_GIVEN, EvaluateRun, evaluate_run
+from .metrics.scores import RegionScores, Summary
+from .recipes.presets import PRESETS
+from .recipes.recipe import Recipe, TransUNetSettings
 from .terminal import print_anything
-from .training import train
+from .training.loop import train
+from .workers import workers
 
 SMALL = PRESETS["small"]
 NETWORK = TransUNetSettings(variant="small")

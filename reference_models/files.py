@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from .data.cases import DataError
+from .errors import DataError
 
 Result = TypeVar("Result")
 

@@ -12,15 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reference_models import files, training
+from reference_models import files
 from reference_models.__main__ import main
 from reference_models.data.cache import FrameCache
-from reference_models.data.cases import Case, DataError
+from reference_models.data.cases import Case
 from reference_models.data.framing import Square
+from reference_models.errors import DataError
 from reference_models.study.cost import step_milliseconds
 from reference_models.study.jobs import Job
 from reference_models.study.scenes import Sizes
 from reference_models.study.trial import Design, run
+from reference_models.training import loop as training
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (ROOT / "src" / "dmoe_layer", ROOT / "reference_models", ROOT / "benchmarks")
@@ -80,8 +82,12 @@ import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider"]))
 """
     collected = as_on_windows(program).replace("\\", "/")
-    names = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    names -= {"test_kernels.py", "test_compiled_kernels.py"}  # which Triton's lack skips
+    tests = ROOT / "tests"
+    names = {path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
+    names -= {
+        "layer/test_kernels.py",
+        "layer/test_compiled_kernels.py",
+    }  # which Triton's lack skips
     assert [name for name in sorted(names) if f"tests/{name}: " not in collected] == []
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .cases import Attribute, DataError, Dataset
+from ..errors import DataError
+from .cases import Attribute, Dataset
 from .fairseg import ATTRIBUTES as FAIRSEG_ATTRIBUTES
 from .fairseg import FairSeg
 from .ham10000 import VALUES as HAM10000_VALUES

@@ -17,7 +17,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from .cases import SPLITS, UNKNOWN, Attribute, DataError, shown
+from ..errors import DataError, shown
+from .cases import SPLITS, UNKNOWN, Attribute
 
 MISSING = ("", "-1", "nan", "na", "n/a", "#n/a", "none", "null", "unknown")
 RESERVED = ("case", "subject", "split")

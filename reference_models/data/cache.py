@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import DataError
 from ..files import write_whole
-from .cases import Case, DataError, Dataset
+from .cases import Case, Dataset
 from .framing import Framing
 
 VERSION = 4  # of what is stored; raised when loading or framing gives other pixels than before

@@ -15,7 +15,8 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from .cases import SPLITS, UNKNOWN, Attribute, Case, DataError, Dataset, Sample, report_faults
+from ..errors import DataError, report_faults
+from .cases import SPLITS, UNKNOWN, Attribute, Case, Dataset, Sample
 
 IMAGE = ("slo_fundus", "fundus_slo", "fundus")  # the first that a file has
 MASK = ("disc_cup_mask", "disc_cup")

@@ -17,7 +17,8 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cases import DataError, Sample
+from ..errors import DataError
+from .cases import Sample
 from .framing import Frame, Framing, resampled_labels
 
 _LARGEST = 2**31  # voxels of a frame: 8 GiB a channel

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps
 
-from .cases import SPLITS, UNKNOWN, Attribute, Case, DataError, Dataset, Sample, report_faults
+from ..errors import DataError, report_faults
+from .cases import SPLITS, UNKNOWN, Attribute, Case, Dataset, Sample
 
 AGES = ("0-19", "20-39", "40-59", "60-79", "80 and over")
 YEARS_A_GROUP = 20

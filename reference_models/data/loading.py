@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from ..errors import DataError, shown
 from .augmentation import Augment, Augmentation
 from .cache import FrameCache, default_cache
-from .cases import Case, DataError, Dataset, shown
+from .cases import Case, Dataset
 from .framing import Framing, Square
 from .patches import Patches, find_voxels
 

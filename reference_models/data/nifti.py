@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from nibabel.affines import voxel_sizes
 
+from ..errors import DataError, report_faults, shown
 from .attributes_csv import Row, read_attributes
-from .cases import Attribute, Case, DataError, Dataset, Sample, report_faults, shown
+from .cases import Attribute, Case, Dataset, Sample
 from .nnunet import CaseFiles, list_cases, read_layout
 from .volumes import canonical_grid, oddities, open_volume, read_voxels, require_one_grid
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cases import DataError, shown
+from ..errors import DataError, shown
 
 ENDINGS = (".nii.gz", ".nii")
 MOST_LABELS = 256  # that a mask's uint8 can hold

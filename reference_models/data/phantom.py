@@ -26,7 +26,8 @@ from typing import Literal, get_args
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from .cases import Attribute, Case, DataError, Dataset, Sample
+from ..errors import DataError
+from .cases import Attribute, Case, Dataset, Sample
 
 Effect = Literal["rule", "appearance", "none", "two"]
 Rule = Literal["margin", "direction"]

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import DataError, shown
 from ..files import write_whole
-from .cases import SPLITS, Case, DataError, Dataset, shown
+from .cases import SPLITS, Case, Dataset
 
 VALIDATION_SHARE = 0.1  # of the training cases
 TEST_SHARE = 0.2  # of all cases, where the data set names no test cases

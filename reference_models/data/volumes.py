@@ -18,7 +18,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.nifti1 import Nifti1Image
 from nibabel.orientations import io_orientation
 
-from .cases import DataError
+from ..errors import DataError
 
 ASTRAY = 0.1  # voxels that two files' corners may lie apart: text and float32 round affines
 SHEAR = 0.01  # of the cosine of two axes: less than 1 % of any distance

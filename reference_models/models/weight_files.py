@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..data.cases import DataError
+from ..errors import DataError
 
 Shape: TypeAlias = tuple[int, ...]
 Weights: TypeAlias = dict[str, Tensor]  # by our names

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from ..data import open_dataset
 from ..data.phantom import Rule
+from ..errors import RunError
 from ..files import refuse_others, write_results
-from ..recipe import RunError, settle
-from ..serial import to_json
+from ..recipes.recipe import settle
+from ..recipes.serial import to_json
 from .cost import step_milliseconds
 from .figures import FOLDER, write_figures
 from .methods import METHODS

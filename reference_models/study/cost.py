@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmoe_layer import DMoE
 
 from ..data.loading import train_batches
-from ..inference import call
 from ..models.blocks import Merged
-from ..parallel import launch
-from ..recipe import Recipe
-from ..training import Run
+from ..recipes.recipe import Recipe
+from ..training.inference import call
+from ..training.loop import Run
+from ..training.parallel import launch
 
 # Steps of each method that are timed, and those before, in which memory is laid out.
 _ROUNDS, _WARM_UP = 20, 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..loads import LoadTables
+from ..metrics.loads import LoadTables
 
 # The conditions under which a trained network is tested, by what it is told.
 RIGHT, SHUFFLED, WRONG, UNKNOWN = "right", "shuffled", "wrong", "unknown"

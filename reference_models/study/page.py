@@ -1,7 +1,7 @@
 """The study's tables in a page of markdown, made of the csv of its results.
 
-`python -m reference_models.study.page reference_models/results reference_models/README.md` renews
-those of this project's page.
+`python -m reference_models.study.page reference_models/study/results reference_models/README.md`
+renews those of this project's page.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import tyro
 
-from ..data.cases import DataError
+from ..errors import DataError
 from ..files import write_whole
-from ..serial import flat
+from ..recipes.serial import flat
 from .figures import FIGURES, FOLDER, write_figures
 from .jobs import SHUFFLED, UNKNOWN, WRONG
 from .methods import METHODS

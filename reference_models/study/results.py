@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..data.cases import DataError
+from ..errors import DataError
 from .jobs import RIGHT
 from .methods import METHODS
 from .scenes import SCENES

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..fairness import group_means, worst_group
+from ..metrics.fairness import group_means, worst_group
 from .jobs import RIGHT, Trial
 from .methods import METHODS
 from .scenes import SCENES

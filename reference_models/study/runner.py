@@ -15,13 +15,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ..data.cases import DataError
-from ..recipe import RunError
-from ..runs import hold
+from ..errors import DataError, RunError
+from ..training.runs import hold
+from ..workers import workers
 from .jobs import Job, Trial
 from .methods import METHODS
 from .trial import Design, run, stored
-from .workers import workers
 
 # Every method without `rate_of` is trained with all three on the first seed, in every scene.
 GRID = (0.003, 0.01, 0.03)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..data import DataSettings, PhantomSettings
 from ..data.phantom import Effect, Rule
-from ..presets import PRESETS
-from ..recipe import Recipe, SquareSettings
+from ..recipes.presets import PRESETS
+from ..recipes.recipe import Recipe, SquareSettings
 from .jobs import Job
 from .methods import METHODS
 

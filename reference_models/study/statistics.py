@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import fairness
+from ..metrics import fairness
 from .jobs import Trial
 
 METRICS = ("overall", "es_dice", "worst", "gap", "seen", "unseen")

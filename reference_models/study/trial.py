@@ -26,12 +26,10 @@ import torch
 
 import dmoe_layer
 
-from .. import fairness
 from ..data.phantom import Rule
-from ..evaluation import AS_GIVEN, attributes_told
-from ..files import write_whole
-from ..loads import Loads
-from ..prediction import (
+from ..errors import RunError
+from ..evaluation.evaluate import AS_GIVEN, attributes_told
+from ..evaluation.prediction import (
     NonFiniteOutputError,
     RunSettings,
     TrainedRun,
@@ -39,9 +37,12 @@ from ..prediction import (
     open_run,
     predictions,
 )
-from ..recipe import Recipe, RunError, UNetSettings
-from ..serial import flat, from_json, to_json
-from ..training import NonFiniteLossError, train
+from ..files import write_whole
+from ..metrics import fairness
+from ..metrics.loads import Loads
+from ..recipes.recipe import Recipe, UNetSettings
+from ..recipes.serial import flat, from_json, to_json
+from ..training.loop import NonFiniteLossError, train
 from .cost import multiply_adds
 from .jobs import RIGHT, Job, Trial
 from .methods import METHODS

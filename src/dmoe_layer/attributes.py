@@ -8,6 +8,8 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from .options import check_count
+
 
 class MissingAttributesError(ValueError):
     """A layer or router with ``attribute_sizes`` was called, and nobody said which attributes.
@@ -70,6 +72,18 @@ def snapshot(attributes: Any) -> Attributes:
     _check_form(values)
     values = values.to(torch.int64, copy=True)
     return Attributes(values, _bounds_2N(values))
+
+
+def as_sizes(sizes: Any) -> tuple[int, ...] | None:
+    """``attribute_sizes`` as a user gives it, as one size for each attribute."""
+    if sizes is None:
+        return None
+    sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+    if not sizes:
+        raise ValueError("attribute_sizes: got no size, expected None, an int or a tuple of ints.")
+    for size in sizes:
+        check_count("attribute_sizes", size)
+    return sizes
 
 
 def per_token(values_BN: Tensor, n_tokens: int, tokens_per_sample_B: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attributes import as_attributes, check_attributes, per_token
+from .attributes import as_attributes, as_sizes, check_attributes, per_token
 from .lazy import LazyDim
 from .operators import (
     MIN_GEMM_ROWS,
@@ -118,7 +118,7 @@ class AttributeRouter(LazyDim):
         check_choice("unknown", unknown, UNKNOWN)
         check_choice("noise", noise, NOISE)
         self.n_experts, self.k, self.unknown, self.noise = n_experts, k, unknown, noise
-        self.sizes = _as_sizes(attribute_sizes)
+        self.sizes = as_sizes(attribute_sizes)
         self.attribute_sizes = attribute_sizes
         self._create_parameters(dim, device, dtype)
 
@@ -236,17 +236,6 @@ class AttributeRouter(LazyDim):
             for i, values_B in enumerate(values_BN.unbind(dim=1))
         ]
         return torch.stack(columns, dim=1)
-
-
-def _as_sizes(sizes: Any) -> tuple[int, ...] | None:
-    if sizes is None:
-        return None
-    sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
-    if not sizes:
-        raise ValueError("attribute_sizes: got no size, expected None, an int or a tuple of ints.")
-    for size in sizes:
-        check_count("attribute_sizes", size)
-    return sizes
 
 
 # One operator with its own backward: autograd's would keep the scores, the noise and their

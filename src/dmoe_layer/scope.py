@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attributes import Attributes, snapshot
+from .attributes import Attributes, as_sizes, check_attributes, snapshot
 from .losses import count_assignments, importance_loss, load_balancing_loss, router_z_loss
 from .router import Routing
 
@@ -88,6 +88,39 @@ class routing:
     def attributes(self) -> Tensor | None:
         """A copy of the attributes, int64, in the shape that was given."""
         return None if self._attributes is None else self._attributes.values.clone()
+
+    @staticmethod
+    def attribute_values(
+        x: Tensor, attribute_sizes: int | tuple[int, ...], *, unknown: str = "error"
+    ) -> Tensor:
+        """The open scope's attributes, one row for each sample of ``x``, checked as DMoE does.
+
+        For modules of your own that need them beside the experts, such as FiLM: a model is then
+        told its attributes in one place.
+
+        Args:
+            x: (batch, ...), on the device where the values are wanted.
+            attribute_sizes: how many values each attribute has, as of :class:`DMoE`.
+            unknown: "error" refuses -1; with any other word it comes out as -1.
+
+        Returns:
+            (batch, n) int64 for n attributes.
+
+        Raises:
+            MissingAttributesError: if no scope with attributes is open.
+            ValueError, TypeError: for attributes that do not fit.
+
+        Example:
+            >>> import torch
+            >>> from dmoe_layer import routing
+            >>> with routing(torch.tensor([0, 2])):
+            ...     routing.attribute_values(torch.randn(2, 10, 16), 3)
+            tensor([[0],
+                    [2]])
+        """
+        values, bounds = current_attributes() or (None, None)
+        sizes = list(as_sizes(attribute_sizes) or ())
+        return check_attributes(x, x.shape[0], values, bounds, sizes, unknown)
 
     @property
     def routings(self) -> list[Routing]:

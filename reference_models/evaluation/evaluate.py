@@ -1,0 +1,313 @@
+"""Scores a run, or a folder of any tool's masks, and writes what it found.
+
+    cases.csv      a row a case and region
+    summary.json   `scores.Summary`: groups, overall, intervals, and attributes told wrongly
+    report.html    the same to look at
+    masks/         of a run: label values at native resolution, of volumes NIfTI
+
+Shapes: N cases, A attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from ..data import DataSettings, open_dataset
+from ..data.cases import UNKNOWN, Case, Dataset, Sample
+from ..data.splits import absent_values, choose_splits
+from ..errors import DataError, shown
+from ..files import write_results
+from ..metrics.fairness import SMALL_GROUP
+from ..metrics.loads import Loads
+from ..metrics.region import POLICY, RegionScore, score_region
+from ..metrics.scores import Condition, RegionScores, Summary
+from ..report.page import write_report
+from ..report.pictures import Picture, pictures_wanted
+from .masks import find_masks, read_mask, write_mask
+from .prediction import (
+    RunSettings,
+    TrainedRun,
+    given_attributes,
+    left_out_note,
+    open_run,
+    predictions,
+)
+from .summary import case_scores, population_shares, region_scores, write_cases, write_summary
+
+AS_GIVEN = "as given"
+CONTENTS = ("cases.csv", "summary.json", "report.html")
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How masks are scored."""
+
+    tolerance: float = 2.0
+    """Of the surface Dice, in the data's unit (mm, or pixels where the files do not say); take the
+    distance between two experts' outlines if you know it."""
+    resamples: int = 2000
+    """Of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap, and of which attributes are told wrongly."""
+
+
+@dataclass(frozen=True)
+class EvaluateRun(RunSettings):
+    """Scores a trained run."""
+
+    split: Split = "test"
+    """Which cases."""
+    out: Path | None = None
+    """Folder to write; by default evaluation-<split> in the run's."""
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
+
+    @property
+    def folder(self) -> Path:
+        return self.out or self.run / f"evaluation-{self.split}"
+
+
+@dataclass(frozen=True)
+class EvaluatePredictions:
+    """Scores masks that any tool has written.
+
+    One file a case: `<case id>.png`, 8 bits, grey or palette, or `<case id>.npy`, integers; of
+    volumes `<case id>.nii.gz` or .nii, on the image's own grid. Values are labels, the size is the
+    image's own.
+    """
+
+    folder: Path
+    """Of the masks."""
+    data: Annotated[DataSettings, tyro.conf.arg(name="")]
+    """What they are masks of."""
+    split: Split = "test"
+    """Which cases."""
+    leave_out_unknown: bool = False
+    """Leave out the cases whose attribute is not known, as a run's evaluation may have done."""
+    out: Path = Path("evaluation")
+    """Folder to write."""
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
+
+
+def evaluate_run(settings: EvaluateRun) -> Summary:
+    """Scores a run under the attributes as given and, where it knows them, told wrongly.
+
+    Raises:
+        DataError, RunError: as of `open_run`; a case has no mask to be scored by; or `out` holds
+            something else. Nothing is written.
+    """
+    _check(settings.scoring)
+    run = open_run(settings, settings.split)
+    _require_masks(run.cases, settings.split)
+    told, notes = attributes_told(run, settings.scoring.seed)
+    loads = {condition: Loads(run.dataset) for condition in told}
+    scored: dict[str, list[list[RegionScore]]] = {condition: [] for condition in told}
+    paths: dict[str, Path] = {}
+
+    def write(folder: Path) -> Summary:
+        (folder / "masks").mkdir()
+        for sample, masks in predictions(run, told, loads):
+            for condition, mask in masks.items():
+                scored[condition].append(_score(run.dataset, sample, mask, settings.scoring))
+            paths[sample.case_id] = write_mask(folder / "masks", sample, masks[AS_GIVEN])
+        tables = {condition: loads[condition].tables() for condition in told}
+        found = _Found(run.dataset, run.cases, scored, notes, tables)
+        return _write(folder, found, settings, settings.run, paths)
+
+    return write_results(settings.folder, write, (*CONTENTS, "masks"))
+
+
+def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
+    """Scores a folder of masks.
+
+    Raises:
+        DataError: the data cannot be read, a case has no mask to be scored by, or masks are
+            missing, too many, damaged, of another size or place, or hold other values than labels:
+            all of them in one error. Nothing is written.
+    """
+    _check(settings.scoring)
+    dataset = open_dataset(settings.data)
+    splits = choose_splits(dataset, settings.data.splits, settings.data.split_seed)
+    chosen = set(getattr(splits, settings.split))
+    cases = tuple(case for case in dataset.cases if case.case_id in chosen)
+    left_out: tuple[Case, ...] = ()
+    if settings.leave_out_unknown:
+        left_out = tuple(case for case in cases if UNKNOWN in case.attributes)
+        cases = tuple(case for case in cases if case not in left_out)
+    _require_masks(cases, settings.split)
+    paths, faults = find_masks(
+        settings.folder,
+        [c.case_id for c in cases],
+        [c.case_id for c in left_out],
+        axes=dataset.axes,
+    )
+    scored = []
+
+    def write(folder: Path) -> Summary:
+        for case in track(cases, "scoring", console=Console(stderr=True), transient=True):
+            if case.case_id not in paths:
+                continue
+            sample = dataset.load(case)
+            try:
+                mask = read_mask(paths[case.case_id], sample, dataset.classes)
+            except DataError as error:
+                faults.append(str(error))
+            if not faults:
+                scored.append(_score(dataset, sample, mask, settings.scoring))
+        if faults:
+            raise DataError(
+                f"{settings.folder}: cannot be scored as masks of the {settings.split} split of "
+                f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults)
+            )
+        told = ("masks read from files; what wrote them was not run", left_out_note(left_out))
+        notes = {AS_GIVEN: "; ".join(filter(None, told))}
+        found = _Found(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
+        return _write(folder, found, settings, settings.folder, paths)
+
+    return write_results(settings.out, write, CONTENTS)
+
+
+def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What the network is told under each condition that can be run; a note on every condition.
+
+    Args:
+        run: whose cases.
+        seed: of which attributes are told wrongly.
+
+    Returns:
+        By condition the attributes (N, A), and by condition a note.
+    """
+    given_NA = given_attributes(run.cases)
+    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: left_out_note(run.left_out)}
+    if run.unknown is None:
+        why = "not run: this network is not told the attributes"
+        return told, notes | dict.fromkeys(("shuffled", "wrong", "unknown"), why)
+    rng = np.random.default_rng(seed)
+    told["shuffled"] = given_NA[rng.permutation(len(given_NA))]
+    told["wrong"] = given_NA.copy()
+    for place, attribute in enumerate(run.dataset.attributes):
+        n_values = len(attribute.values)
+        others_N = rng.integers(1, max(n_values, 2), len(given_NA))
+        known_N = given_NA[:, place] != UNKNOWN
+        told["wrong"][known_N, place] = ((given_NA[:, place] + others_N) % n_values)[known_N]
+    told["unknown"] = np.full_like(given_NA, UNKNOWN)
+    for condition, how in (
+        ("shuffled", "attributes permuted among the cases"),
+        ("wrong", "each case told another value, drawn evenly, where its own is known"),
+        ("unknown", "all cases told that the attribute is not known"),
+    ):
+        right = int((told[condition] == given_NA).all(axis=1).sum())
+        notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
+    if run.unknown == "error":
+        notes["unknown"] += "; trained with unknown='error', it averages over the values here"
+    untrained = absent_values(run.dataset, run.trained)
+    if run.unknown == "learned" and not any(
+        UNKNOWN in case.attributes for case in run.dataset.cases if case.case_id in run.trained
+    ):
+        notes["unknown"] += "; no training case was unknown, so this route was never trained"
+    if untrained:
+        lacking = f"no training case, so that it was never learned: {', '.join(untrained)}"
+        notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
+    return told, notes
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Scores [case][region] and load tables by condition; a note on every condition."""
+
+    dataset: Dataset
+    cases: tuple[Case, ...]
+    scored: Mapping[str, list[list[RegionScore]]]
+    notes: Mapping[str, str]
+    loads: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
+
+
+def _score(
+    dataset: Dataset, sample: Sample, mask_S: np.ndarray, scoring: Scoring
+) -> list[RegionScore]:
+    """Every region of one case."""
+    return [
+        score_region(
+            np.isin(mask_S, labels),
+            np.isin(sample.truth_S, labels),
+            spacing=sample.spacing,
+            tolerance=scoring.tolerance,
+        )
+        for labels in dataset.regions.values()
+    ]
+
+
+def _write(
+    folder: Path,
+    found: _Found,
+    settings: EvaluateRun | EvaluatePredictions,
+    source: Path,
+    masks: Mapping[str, Path],
+) -> Summary:
+    """Writes csv, json and page; a condition without scores was not run."""
+    dataset, scoring = found.dataset, settings.scoring
+    conditions = []
+    for name, note in found.notes.items():
+        scores: dict[str, tuple[RegionScores, ...]] = {}
+        if name in found.scored:
+            scores = region_scores(
+                dataset,
+                found.cases,
+                found.scored[name],
+                resamples=scoring.resamples,
+                seed=scoring.seed,
+            )
+        conditions.append(Condition(name, note, scores, found.loads.get(name, {})))
+    summary = Summary(
+        dataset=dataset.name,
+        split=settings.split,
+        source=str(source),
+        n_cases=len(found.cases),
+        unit=dataset.unit,
+        tolerance=scoring.tolerance,
+        small_group=SMALL_GROUP,
+        resamples=scoring.resamples,
+        attributes={attribute.name: attribute.values for attribute in dataset.attributes},
+        population=population_shares(dataset, found.cases),
+        policy=POLICY,
+        conditions=tuple(conditions),
+    )
+    rows = case_scores(dataset, found.cases, found.scored[AS_GIVEN])
+    write_cases(folder / "cases.csv", rows, dataset.unit)
+    write_summary(folder / "summary.json", summary)
+    by_id = {case.case_id: case for case in found.cases}
+    pictures = {}
+    for case_id in pictures_wanted(rows, summary.attributes):
+        sample = dataset.load(by_id[case_id])
+        mask_S = read_mask(masks[case_id], sample, dataset.classes)
+        pictures[case_id] = Picture.of(
+            case_id, sample.image_CS, sample.truth_S, mask_S, sample.affine
+        )
+    write_report(folder / "report.html", summary, rows, pictures, tuple(dataset.classes))
+    return summary
+
+
+def _require_masks(cases: Sequence[Case], split: str) -> None:
+    """Before anything is predicted or read, whether all cases can be scored."""
+    if lacking := [case.case_id for case in cases if not case.labelled]:
+        raise DataError(
+            f"{split}: {len(lacking)} cases have no mask to be scored by ({shown(lacking)}); take "
+            "them out of the splits file, or write their masks with `predict`."
+        )
+
+
+def _check(scoring: Scoring) -> None:
+    for name, value, least in (
+        ("tolerance", scoring.tolerance, 0), ("resamples", scoring.resamples, 100),
+        ("seed", scoring.seed, 0),
+    ):  # fmt: skip
+        if not value >= least:
+            raise DataError(f"{name}: got {value}, expected {least} or more.")

@@ -1,0 +1,165 @@
+"""Masks as files, ours or another tool's: one a case, label values at native resolution.
+
+Of volumes they are NIfTI, as their images are; of images PNG, or .npy of another tool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel.nifti2 import Nifti2Header
+from PIL import Image
+
+from ..data.cases import Sample
+from ..data.nifti import INTEGRAL
+from ..data.volumes import ASTRAY, apart, open_volume, read_voxels
+from ..errors import DataError, shown
+
+# By the axes of what they are masks of, in this order where an error names them.
+SUFFIXES = {2: (".png", ".npy"), 3: (".nii.gz", ".nii")}
+
+
+def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
+    """Writes `<case id>.png`, 8 bits a pixel, or `<case id>.nii.gz`; returns the file.
+
+    A NIfTI file has its image's affines (sform and qform), with their codes and units, and its data
+    type, unless that cannot hold the labels: then it is uint8. Scaling, display range and
+    extensions are of the image's intensities, or of its patient, and are left out.
+    """
+    if sample.header is None:
+        path = folder / f"{sample.case_id}{SUFFIXES[2][0]}"
+        Image.fromarray(mask_S.astype(np.uint8)).save(path)
+        return path
+    path = folder / f"{sample.case_id}{SUFFIXES[3][0]}"
+    header = sample.header.copy()
+    header.extensions.clear()
+    header["cal_max"] = header["cal_min"] = 0
+    kept = header.get_data_dtype()
+    if mask_S.max() > (np.iinfo(kept) if kept.kind in "iu" else np.finfo(kept)).max:
+        header.set_data_dtype(np.uint8)
+    kind = nibabel.Nifti2Image if isinstance(header, Nifti2Header) else nibabel.Nifti1Image
+    nibabel.save(kind(mask_S.astype(header.get_data_dtype()), None, header), path)
+    return path
+
+
+def find_masks(
+    folder: Path, case_ids: Sequence[str], others: Collection[str] = (), *, axes: int = 2
+) -> tuple[dict[str, Path], list[str]]:
+    """The file of each case, and a sentence for each thing that is wrong with the folder.
+
+    Masks of `others`, cases that are not to be scored, may be there. `axes` are the images'.
+    Files of other kinds and folders are let be: tools keep their settings beside their masks.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected one with a mask for every case.")
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        # By hand, as `Path.suffix` of .nii.gz is .gz, and case ids may have dots.
+        suffix = next((end for end in SUFFIXES[axes] if path.name.lower().endswith(end)), None)
+        if suffix and path.is_file() and not path.name.startswith("."):
+            files.setdefault(path.name[: -len(suffix)], []).append(path)
+    known = {*case_ids, *others}
+    missing = [case_id for case_id in case_ids if case_id not in files]
+    extra = [path.name for stem in files if stem not in known for path in files[stem]]
+    faults = [
+        f"{' and '.join(path.name for path in files[case_id])}: two masks of one case; keep one."
+        for case_id in case_ids
+        if len(files.get(case_id, ())) > 1
+    ]
+    if missing:
+        faults.append(
+            f"{len(missing)} of {len(case_ids)} cases have no mask "
+            f"(<case id>{' or <case id>'.join(SUFFIXES[axes])}): {shown(missing)}."
+        )
+    if extra:
+        faults.append(f"{len(extra)} masks are of no case of this split: {shown(extra)}.")
+    return {case_id: files[case_id][0] for case_id in case_ids if case_id in files}, faults
+
+
+def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
+    """The labels in a file: uint8, of the sample's size.
+
+    Args:
+        path: an 8-bit (or 1-bit) PNG, grey or with a palette, whose values are labels; an .npy of
+            integers or bool; or NIfTI of the image's geometry, of whole numbers.
+        sample: whose mask it is.
+        classes: names by label.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    try:
+        if path.name.lower().endswith(SUFFIXES[3]):
+            values = _read_nifti(path, sample)
+        else:
+            values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # which one, depends on where the damage lies
+        raise DataError(f"{path.name}: cannot be read ({error}).") from error
+    size = sample.native_size
+    if values.shape != size:
+        raise DataError(f"{path.name}: got size {values.shape}, expected the image's, {size}.")
+    # Sorting out which labels there are takes seconds of a volume, and is rarely needed.
+    if not 0 <= values.min() <= values.max() < len(classes):
+        labels = np.unique(values).tolist()
+        wrong = [label for label in labels if not 0 <= label < len(classes)]
+        names = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
+        raise DataError(
+            f"{path.name}: got label {', '.join(f'{label:g}' for label in wrong[:5])}"
+            f"{', ...' if len(wrong) > 5 else ''}, expected labels, not grey levels: {names}."
+        )
+    return values.astype(np.uint8)
+
+
+def _read_png(path: Path) -> np.ndarray:
+    with Image.open(path, formats=["PNG"]) as image:
+        image.verify()  # checksums, which decoding alone does not look at to the end
+    with Image.open(path, formats=["PNG"]) as image:
+        if image.mode not in ("1", "L", "P"):
+            raise ValueError(
+                f"a PNG of mode {image.mode}, expected one label a pixel: 8 bits, grey or palette"
+            )
+        values = np.asarray(image).astype(np.uint8)
+        colours = np.array(image.getpalette() or [], np.int64).reshape(-1, 3)[
+            : int(values.max()) + 1
+        ]
+    # Of colours, places in the palette are the labels. Of greys that do not rise with their places
+    # they need not be: tools that make files small put greys into any order.
+    if (colours == colours[:, :1]).all() and (np.diff(colours[:, 0]) < 0).any():
+        raise ValueError(
+            f"its palette's greys are {', '.join(map(str, colours[:5, 0]))}, so that place and "
+            "grey level are different labels; write it as 8-bit grey"
+        )
+    return values
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    values = np.load(path, allow_pickle=False)
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iub":
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise ValueError(f"got {kind}, expected integer labels: the argmax, not scores")
+    return values
+
+
+def _read_nifti(path: Path, sample: Sample) -> np.ndarray:
+    """float32, of the image's own grid."""
+    image = open_volume(str(path))
+    if image.shape == sample.native_size and sample.affine is not None:
+        astray = apart(sample.affine, image.affine, image.shape)
+        if not astray <= ASTRAY:
+            raise DataError(
+                f"{path}: lies elsewhere than its image: its corners are up to {astray:.1f} "
+                "voxels away; resample it onto the image's grid"
+            )
+    values_S = read_voxels(str(path), image)
+    labels_S = np.rint(values_S)
+    if np.abs(values_S - labels_S).max() > INTEGRAL:
+        raise DataError(f"{path}: got fractions, expected labels: the argmax, not scores")
+    return labels_S

@@ -1,0 +1,318 @@
+"""A trained run's masks at native resolution, and `predict`, which writes them with overlays.
+
+Shapes: B samples of a batch, C channels, K classes, S spatial axes, N cases, A attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from ..data import open_dataset
+from ..data.cases import UNKNOWN, Case, Dataset, Sample
+from ..data.framing import Frame, Framing
+from ..data.splits import read_splits
+from ..errors import DataError, shown
+from ..files import write_results
+from ..metrics.loads import Loads
+from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..report.pictures import Picture, overlay
+from ..training.checkpoints import Which, load_model
+from ..training.cohort import framing_of
+from ..training.inference import infer
+from ..training.runs import Task
+from .masks import write_mask
+
+
+class NonFiniteOutputError(DataError):
+    """Logits that are no numbers; says of which case."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Which trained run, on which of its cases, and how."""
+
+    run: Path
+    """The run's folder."""
+    which: Which = "best"
+    """Which of its checkpoints."""
+    root: Path | None = None
+    """Where the data lie, if no longer where the run found them."""
+    batch_size: int | None = None
+    """Images, or windows of a volume, at a time; by default as many as in training."""
+    workers: int = 0
+    """Processes that read cases."""
+    device: str | None = None
+    """Where the network computes, such as cpu or cuda; by default on a GPU if there is one."""
+    leave_out_unknown: bool = False
+    """Leave out the cases whose attribute is not known; a run that was trained so does anyway."""
+
+
+@dataclass(frozen=True)
+class PredictSettings(RunSettings):
+    """Masks (`masks/<case id>.png` or .nii.gz, label values, native size) and overlays of a run."""
+
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """Which cases; all: every case of the data, such as those of another --root. Volumes need no
+    mask to be predicted, images do."""
+    out: Path | None = None
+    """Folder to write; by default predictions-<split> in the run's."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A trained network, its data and the cases asked for.
+
+    Args:
+        settings: what was asked for.
+        batch_size: images, or windows of a volume, at a time.
+        unknown: the policy that it was trained with for unknown attributes, None if it is not told
+            any. Trained with "error", it takes the average over the values here.
+        model: in eval mode on `device`.
+        device: where it computes.
+        dataset: the run's.
+        frame: what the network sees of an image.
+        framing: from native resolution to that and back.
+        trained: ids of the cases that it was trained on, and of those then left out; of the split
+            "all" none, since other data than the run's may be meant.
+        cases: to be predicted.
+        left_out: those whose attribute is not known, where leaving them out was asked for.
+    """
+
+    settings: RunSettings
+    batch_size: int
+    unknown: str | None
+    model: nn.Module
+    device: torch.device
+    dataset: Dataset
+    frame: SquareSettings | VolumeSettings
+    framing: Framing
+    trained: frozenset[str]
+    cases: tuple[Case, ...]
+    left_out: tuple[Case, ...]
+
+
+def open_run(settings: RunSettings, split: str) -> TrainedRun:
+    """Loads a run for prediction.
+
+    Raises:
+        RunError: there is no such run or checkpoint, or it is damaged.
+        DataError: the data cannot be read or are not the run's, a device or batch size cannot be
+            used, or there are cases whose attribute is not known and no route for them.
+    """
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise DataError(f"batch_size: got {settings.batch_size}, expected 1 or more.")
+    recipe, task, model = load_model(settings.run, settings.which)
+    data = recipe.data
+    if settings.root is not None:
+        data = dataclasses.replace(data, root=settings.root)
+    dataset = open_dataset(data, known=task.attributes)
+    if (found := Task.of(dataset)) != task:
+        raise DataError(f"{settings.run}: was trained for {task}, but the data are {found}.")
+    cases = list(dataset.cases)
+    trained: frozenset[str] = frozenset()
+    if split != "all":
+        splits = read_splits(settings.run / "splits.json", dataset)
+        trained, chosen = frozenset(splits.train), set(getattr(splits, split))
+        cases = [case for case in cases if case.case_id in chosen]
+    device = _device(settings.device)
+    unknown = tuple(case for case in cases if UNKNOWN in case.attributes)
+    left_out: tuple[Case, ...] = ()
+    if settings.leave_out_unknown or recipe.leave_out_unknown:
+        cases, left_out = [case for case in cases if case not in unknown], unknown
+    told: list[Any] = [  # routers, and whatever else has a policy for unknown attributes
+        module
+        for module in model.modules()
+        if getattr(module, "attribute_sizes", None) and hasattr(module, "unknown")
+    ]
+    policy = told[0].unknown if told else None
+    if unknown and policy == "error" and not left_out:
+        raise DataError(
+            f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
+            f"({shown([case.case_id for case in unknown])}), and the run was trained with "
+            "unknown='error', so that there is no route for them. Leave them out with "
+            "--leave-out-unknown, or train with --unknown learned."
+        )
+    for module in told:
+        if policy == "error":  # no case is unknown to it, but an evaluation may tell it so
+            module.unknown = "average"
+    run = TrainedRun(
+        settings=settings,
+        batch_size=settings.batch_size or recipe.batch_size,
+        unknown=policy,
+        model=model,
+        device=device,
+        dataset=dataset,
+        frame=recipe.frame,
+        framing=framing_of(recipe),
+        trained=trained,
+        cases=tuple(cases),
+        left_out=left_out,
+    )
+    if not run.cases:
+        raise DataError(f"{settings.run}: no {split} case is left to predict.")
+    run.model.to(run.device)
+    return run
+
+
+def predictions(
+    run: TrainedRun, told: Mapping[str, np.ndarray], loads: Mapping[str, Loads] | None = None
+) -> Iterator[tuple[Sample, dict[str, np.ndarray]]]:
+    """Every case with its masks, read once and held for no longer than its batch.
+
+    Args:
+        run: whose cases.
+        told: by condition, the attributes (N, A) that the network is told.
+        loads: by condition, where to add the experts' loads.
+
+    Yields:
+        The sample and its mask by condition, uint8 at native resolution.
+
+    Raises:
+        DataError: a case cannot be read, or the network gives no finite numbers for it.
+    """
+    loader = DataLoader(
+        _Framed(run),
+        batch_size=run.batch_size if isinstance(run.frame, SquareSettings) else 1,
+        num_workers=run.settings.workers,
+        collate_fn=_unbroken,
+    )
+    start = 0
+    for batch in track(loader, "predicting", console=Console(stderr=True), transient=True):
+        if isinstance(batch, DataError):
+            raise batch
+        found = _answered(run, batch, told, start, loads)
+        start += len(found)
+        batch.clear()  # the bar holds on to it while the next one, maybe a large volume, is read
+        while found:
+            yield found.pop(0)
+
+
+def _answered(
+    run: TrainedRun,
+    batch: Sequence[tuple[Sample, Frame]],
+    told: Mapping[str, np.ndarray],
+    start: int,
+    loads: Mapping[str, Loads] | None,
+) -> list[tuple[Sample, dict[str, np.ndarray]]]:
+    """The samples of a batch, of which `start` were before, with their masks by condition."""
+    samples, frames = zip(*batch, strict=True)
+    inputs = [_stacked([frame.image_CS for frame in frames])]
+    if frames[0].body_S is not None:
+        inputs.append(_stacked([frame.body_S for frame in frames]))
+    answers: list[tuple[Sample, dict[str, np.ndarray]]] = [(sample, {}) for sample in samples]
+    for condition, told_NA in told.items():
+        with torch.random.fork_rng(), torch.inference_mode():
+            # For a router that is noisy in evaluation too: whatever else is run, a case gets the
+            # same noise.
+            torch.manual_seed(start)
+            logits_BKS = infer(
+                run.model,
+                inputs,
+                torch.from_numpy(told_NA[start : start + len(samples)]),
+                frame=run.frame,
+                windows=run.batch_size,
+                device=run.device,
+                loads=None if loads is None else loads[condition],
+            )
+        for logits_KS, (sample, masks) in zip(logits_BKS, answers, strict=True):
+            # By the extremes, as asking every number takes a copy of a volume's logits.
+            if not torch.stack(logits_KS.aminmax()).isfinite().all():
+                raise NonFiniteOutputError(
+                    f"{run.settings.run}: the network's output for {sample.case_id} is not "
+                    f"finite (attributes {condition}); its weights or this image are damaged."
+                )
+            masks[condition] = run.framing.restore(logits_KS, sample)
+        del logits_BKS, logits_KS  # before the next condition's
+    return answers
+
+
+def given_attributes(cases: Sequence[Case]) -> np.ndarray:
+    """What the data say of each case: int64 (N, A)."""
+    return np.array([case.attributes for case in cases], dtype=np.int64).reshape(len(cases), -1)
+
+
+def left_out_note(cases: Sequence[Case]) -> str:
+    """Why cases have no mask, and which; empty if there are none."""
+    ids = [case.case_id for case in cases]
+    return f"left out, since an attribute is not known: {shown(ids)}" if ids else ""
+
+
+def predict(settings: PredictSettings) -> Path:
+    """Writes `masks/` and `overlays/`, whole or not at all; returns the folder.
+
+    On stderr it names the cases that are left out.
+
+    Raises:
+        DataError, RunError: as of `open_run`; or `out` holds something else.
+    """
+    out = settings.out or settings.run / f"predictions-{settings.split}"
+
+    run = open_run(settings, settings.split)
+    if run.left_out:
+        Console(stderr=True, soft_wrap=True).print(left_out_note(run.left_out), markup=False)
+
+    def write(folder: Path) -> None:
+        for name in ("masks", "overlays"):
+            (folder / name).mkdir()
+        told = {"as given": given_attributes(run.cases)}
+        for sample, masks in predictions(run, told):
+            mask_S = masks["as given"]
+            write_mask(folder / "masks", sample, mask_S)
+            picture = Picture.of(
+                sample.case_id, sample.image_CS, sample.mask_S, mask_S, sample.affine
+            )
+            overlay_HW3 = overlay(picture, run.dataset.classes)
+            Image.fromarray(overlay_HW3).save(folder / "overlays" / f"{sample.case_id}.png")
+
+    write_results(out, write, contents=("masks", "overlays"))
+    return out
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device: {name} cannot be used here ({error}).") from error
+
+
+class _Framed(TorchDataset[Any]):
+    """Each case at native resolution and as the network sees it."""
+
+    def __init__(self, run: TrainedRun) -> None:
+        self._dataset, self._cases, self._framing = run.dataset, run.cases, run.framing
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def __getitem__(self, index: int) -> tuple[Sample, Frame] | DataError:
+        # An error is returned, since a worker would dress it in its traceback.
+        try:
+            sample = self._dataset.load(self._cases[index])
+            # Its mask is scored at native resolution, and need not be framed.
+            return sample, self._framing.apply(dataclasses.replace(sample, mask_S=None))
+        except DataError as error:
+            return error
+
+
+def _stacked(arrays: list[np.ndarray]) -> Tensor:
+    # A volume stands alone, and is not copied.
+    return torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])
+
+
+def _unbroken(items: list[Any]) -> list[Any] | DataError:
+    return next((item for item in items if isinstance(item, DataError)), items)

@@ -1,0 +1,1 @@
+"""Scores: of a region, of groups, of loads; numbers in, numbers out."""

@@ -1,0 +1,98 @@
+"""What the report draws besides pictures: places of dots, bars and intervals; colours of shares."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..metrics.scores import CaseScore, Condition, Estimate, RegionScores
+
+# More dots than this lie on top of each other, and each costs the page 13 bytes: bars instead.
+MOST_DOTS = 200
+BARS = 60  # from the axis' left end to its right end
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Where things lie on an axis from `low` to 1 that is 1000 wide; a group's row is 46 high.
+
+    Args:
+        low: Dice at the left end.
+        ticks: (place, Dice).
+        dots: by group of `MOST_DOTS` cases at the most, a path with a dot a case.
+        bars: by larger group, a path with a bar for each interval of Dice that has a case.
+        places: by group, of (mean, low, high), where there are any.
+    """
+
+    low: float
+    ticks: list[tuple[float, float]]
+    dots: Mapping[str, str]
+    bars: Mapping[str, str]
+    places: Mapping[str, tuple[float | None, ...]]
+
+
+def chart(cases: Sequence[CaseScore], attribute: str, scores: RegionScores) -> Chart:
+    """Every case's Dice and every group's mean and interval, for one region."""
+    dice: dict[str, list[float]] = {group.value: [] for group in scores.groups}
+    for case in cases:
+        if case.region == scores.region:
+            dice.setdefault(case.attributes[attribute], []).append(case.dice)
+    lows = [group.metrics["dice"].low for group in scores.groups]
+    lowest = min(
+        (low for low in (*lows, *itertools.chain(*dice.values())) if low is not None), default=0.0
+    )
+    step = 0.1 if lowest >= 0.5 else 0.2
+    low = min(step * math.floor(lowest / step + 1e-9), 0.8)
+
+    def place(value: float) -> float:
+        return round(1000 * (value - low) / (1 - low), 1)
+
+    def places(estimate: Estimate) -> tuple[float | None, ...]:
+        numbers = (estimate.value, estimate.low, estimate.high)
+        return tuple(None if number is None else place(number) for number in numbers)
+
+    ticks = [low + step * i for i in range(round((1 - low) / step) + 1)]
+    return Chart(
+        low,
+        [(place(tick), tick) for tick in ticks],
+        {v: _dots(map(place, d)) for v, d in dice.items() if len(d) <= MOST_DOTS},
+        {v: _bars(map(place, d)) for v, d in dice.items() if len(d) > MOST_DOTS},
+        {group.value: places(group.metrics["dice"]) for group in scores.groups},
+    )
+
+
+def _dots(places: Iterable[float]) -> str:
+    # Neighbours are set apart by the golden ratio: the same heights in every run.
+    return "".join(
+        f"M{place:g} {4 + 22 * (rank * 0.618034 % 1):.1f}h0"
+        for rank, place in enumerate(sorted(places))
+    )
+
+
+def _bars(places: Iterable[float]) -> str:
+    counts, edges = np.histogram(list(places), BARS, (0, 1000))
+    # A bar is never so low that a single case cannot be seen.
+    tops = 29 - np.maximum(26 * counts / counts.max(), 1.5)
+    return "".join(
+        f"M{left:.1f} 29V{top:.1f}H{right:.1f}V29"
+        for left, right, top, count in zip(edges, edges[1:], tops, counts, strict=False)
+        if count
+    )
+
+
+def heat(condition: Condition, attribute: str) -> list[list[tuple[float, str]]]:
+    """Shares of tokens with their colours, a row a value: white to blue, black is legible."""
+    load = condition.load.get(attribute, ())
+    peak = max((share for row in load for share in row), default=0) or 1
+    blue = np.array((38, 135, 190))
+    return [
+        [
+            (share, "rgb({:.0f},{:.0f},{:.0f})".format(*(255 - (255 - blue) * share / peak)))
+            for share in row
+        ]
+        for row in load
+    ]

@@ -1,0 +1,293 @@
+"""Cases to be looked at: which ones, and how truth and prediction are drawn on them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from nibabel import orientations
+from nibabel.affines import voxel_sizes
+from PIL import Image
+from scipy.ndimage import binary_dilation, binary_erosion
+
+from ..metrics.scores import CaseScore
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, in the order in which they stand
+# out best from grey, skin and retina.
+COLOURS = ("#56B4E9", "#E69F00", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
+FILL = 0.4  # opacity of the prediction
+HALO = 0.35  # brightness left on both sides of a truth outline
+LONGEST = 480  # pixels in the page of a picture's longer side, of a volume's longest plane
+GAP = 8  # pixels between the planes of a volume, more than a halo is wide
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A case to be looked at, at native resolution.
+
+    Args:
+        case_id: the case's.
+        image_HW3: uint8, RGB.
+        truth_HW, predicted_HW: uint8, indices into the classes.
+        planes: how many stand side by side: 3 of a volume.
+
+    Raises:
+        ValueError: the image is not uint8 RGB, or a mask does not have its size.
+    """
+
+    case_id: str
+    image_HW3: np.ndarray
+    truth_HW: np.ndarray
+    predicted_HW: np.ndarray
+    planes: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        case_id: str,
+        image_CS: np.ndarray,
+        truth_S: np.ndarray | None,
+        predicted_S: np.ndarray,
+        affine: np.ndarray | None = None,
+    ) -> Picture:
+        """From an image of any intensities: its darkest becomes black, its brightest white.
+
+        Of a volume, the first channel's axial, coronal and sagittal planes, in pixels as wide as
+        they are high, each through the slice with the largest truth or, where there is none, the
+        largest prediction. In all of them the patient's right or front is on the left.
+
+        Args:
+            case_id: the case's.
+            image_CS: 3 channels of a 2D image are colours; of others, the mean is shown.
+            truth_S: labels; None where nobody knows them, and none are drawn.
+            predicted_S: labels.
+            affine: of a volume, from indices to mm (RAS+), (4, 4).
+        """
+        predicted_S = predicted_S.astype(np.uint8)
+        truth_S = np.zeros_like(predicted_S) if truth_S is None else truth_S.astype(np.uint8)
+        if affine is not None:
+            planes = _planes(image_CS[0], truth_S, predicted_S, affine)
+            return cls(case_id, np.stack([planes[0]] * 3, -1), planes[1], planes[2], len(planes))
+        image_CS = image_CS if len(image_CS) == 3 else image_CS.mean(0, keepdims=True)
+        image_HW3 = np.broadcast_to(_grey(image_CS), (3, *image_CS.shape[1:])).transpose(1, 2, 0)
+        return cls(case_id, np.ascontiguousarray(image_HW3), truth_S, predicted_S)
+
+    def __post_init__(self) -> None:
+        image = self.image_HW3
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"image_HW3 of {self.case_id}: got {image.dtype} {image.shape}, expected uint8 "
+                "(H, W, 3); repeat a single channel three times."
+            )
+        for name, mask_HW in (("truth_HW", self.truth_HW), ("predicted_HW", self.predicted_HW)):
+            if mask_HW.shape != image.shape[:2]:
+                raise ValueError(
+                    f"{name} of {self.case_id}: got {mask_HW.shape}, expected the image's "
+                    f"{image.shape[:2]}; bring it to native resolution first."
+                )
+
+    @property
+    def longer(self) -> int:
+        """Pixels of the longer side, of a volume's planes on average."""
+        height, width = self.truth_HW.shape
+        return max(height, width // self.planes)
+
+
+def colour_of(label: int) -> tuple[int, int, int]:
+    """A class's RGB; from the eighth foreground class on they come back, half way to white."""
+    lap, place = divmod(label - 1, len(COLOURS))
+    channels = (int(COLOURS[place][i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (255 - (255 - channel) // 2**lap for channel in channels)
+    return red, green, blue
+
+
+def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
+    """The image with each class's prediction as a translucent fill and its truth as an outline.
+
+    The outline lies on the outermost pixels of the truth, one pixel wide up to a longer side of
+    360 (of a plane, where there are several) and wider in proportion above, with a dark border of
+    the same width on both sides.
+
+    Args:
+        picture: the case.
+        classes: names by label, the background first.
+
+    Returns:
+        uint8, (H, W, 3), of the image's size.
+
+    Raises:
+        ValueError: a mask has a label that is no class.
+
+    Example:
+        >>> import numpy as np
+        >>> blank_HW = np.zeros((4, 4), np.uint8)
+        >>> filled_HW = blank_HW + np.uint8(1)
+        >>> black = Picture("1", np.zeros((4, 4, 3), np.uint8), blank_HW, filled_HW)
+        >>> overlay(black, ("background", "lesion"))[0, 0].tolist()
+        [34, 72, 93]
+    """
+    for name, mask_HW in (("truth", picture.truth_HW), ("prediction", picture.predicted_HW)):
+        if mask_HW.max() >= len(classes):
+            raise ValueError(
+                f"{name} of {picture.case_id}: got label {mask_HW.max()}, expected labels below "
+                f"{len(classes)}, the number of classes."
+            )
+    shown_HW3 = picture.image_HW3.astype(np.float32)
+    width = max(1, round(picture.longer / 240))
+    outlines_HW = np.zeros_like(picture.truth_HW)
+    for label in range(1, len(classes)):
+        filled_HW, truth_HW = picture.predicted_HW == label, picture.truth_HW == label
+        shown_HW3[filled_HW] += FILL * (np.array(colour_of(label)) - shown_HW3[filled_HW])
+        outlines_HW[truth_HW & ~binary_erosion(truth_HW, iterations=width)] = label
+    # Dark on both sides, so that a line shows on a bright image and on a fill of its own colour.
+    shown_HW3[binary_dilation(outlines_HW > 0, iterations=width)] *= HALO
+    for label in range(1, len(classes)):
+        shown_HW3[outlines_HW == label] = colour_of(label)
+    return shown_HW3.round().astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A case picked to be looked at: as what, and its Dice by region."""
+
+    role: str
+    case_id: str
+    dice: Mapping[str, float]
+
+
+def examples(
+    cases: Sequence[CaseScore], attributes: Mapping[str, tuple[str, ...]]
+) -> dict[str, dict[str, list[Example]]]:
+    """Best, median and worst case of each subgroup; fewer where it has fewer cases.
+
+    A case's score is its mean Dice over the regions. Among equal ones the order is that of their
+    ids; the median of an even number is the lower of the two in the middle.
+
+    Args:
+        cases: all of them, a row a region.
+        attributes: names, each with the names of its values.
+
+    Returns:
+        By attribute and value, the unknown ones last, the groups that have a case.
+    """
+    dice: dict[str, dict[str, float]] = {}
+    told: dict[str, Mapping[str, str]] = {}
+    for case in cases:
+        dice.setdefault(case.case_id, {})[case.region] = case.dice
+        told[case.case_id] = case.attributes
+    ordered = sorted(dice, key=lambda i: (math.fsum(dice[i].values()) / len(dice[i]), i))
+    groups = {
+        attribute: {
+            value: [case_id for case_id in ordered if told[case_id][attribute] == value]
+            for value in (*values, "unknown")
+        }
+        for attribute, values in attributes.items()
+    }
+    return {
+        attribute: {
+            value: [Example(role, members[at], dice[members[at]]) for role, at in _picks(members)]
+            for value, members in values.items()
+            if members
+        }
+        for attribute, values in groups.items()
+    }
+
+
+def _picks(ordered: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Roles with their places among at least one case, the worst first."""
+    if len(ordered) == 1:
+        return (("only case", 0),)
+    median = (("median", (len(ordered) - 1) // 2),) if len(ordered) > 2 else ()
+    return (("best", -1), *median, ("worst", 0))
+
+
+def pictures_wanted(
+    cases: Sequence[CaseScore], attributes: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """Ids of the `examples`, each once, in the order of the cases."""
+    wanted = {
+        example.case_id
+        for groups in examples(cases, attributes).values()
+        for shown in groups.values()
+        for example in shown
+    }
+    return tuple(i for i in dict.fromkeys(case.case_id for case in cases) if i in wanted)
+
+
+def data_uri(picture: Picture, classes: Sequence[str]) -> str:
+    """The overlay at a size for the page: as PNG, or as JPEG where that is smaller.
+
+    Masks are brought to that size before they are drawn, so that outlines keep their width.
+    """
+    longer = picture.longer
+    scale = LONGEST / longer if longer > LONGEST else LONGEST // longer
+    height, width = (max(1, round(side * scale)) for side in picture.truth_HW.shape)
+
+    def resized(array: np.ndarray, how: Image.Resampling) -> np.ndarray:
+        return np.asarray(Image.fromarray(array).resize((width, height), how))
+
+    nearest = Image.Resampling.NEAREST
+    fitted = Picture(
+        picture.case_id,
+        resized(picture.image_HW3, Image.Resampling.LANCZOS if scale < 1 else nearest),
+        resized(picture.truth_HW, nearest),
+        resized(picture.predicted_HW, nearest),
+        picture.planes,
+    )
+    image = Image.fromarray(overlay(fitted, classes))
+    encoded = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85, "subsampling": 0})):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        encoded.append((len(buffer.getvalue()), kind, buffer.getvalue()))
+    _, kind, content = min(encoded)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _grey(intensities: np.ndarray) -> np.ndarray:
+    """From the darkest to the brightest as 8 bits."""
+    low, high = float(intensities.min()), float(intensities.max())
+    return ((intensities - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+
+
+def _planes(
+    image_S: np.ndarray, truth_S: np.ndarray, predicted_S: np.ndarray, affine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Axial, coronal and sagittal plane side by side: (H, W) of image, truth and prediction."""
+    # To the patient's left, back and feet: rows and columns then run as a radiologist expects.
+    stored = orientations.io_orientation(affine)
+    turn = orientations.ornt_transform(stored, orientations.axcodes2ornt("LPI"))
+    image_S, truth_S, predicted_S = (
+        orientations.apply_orientation(array_S, turn) for array_S in (image_S, truth_S, predicted_S)
+    )
+    lengths = image_S.shape * voxel_sizes(affine)[np.argsort(turn[:, 0])]
+    marked_S = truth_S if truth_S.any() else predicted_S
+    cuts = []
+    for axis in (2, 1, 0):
+        columns, rows = sorted({0, 1, 2} - {axis})
+        areas = np.count_nonzero(marked_S, (columns, rows))
+        at = int(areas.argmax()) if areas.any() else len(areas) // 2
+        cuts.append((axis, at, (lengths[columns], lengths[rows])))
+    pixel = voxel_sizes(affine).min()
+
+    def beside(array_S: np.ndarray, how: Image.Resampling) -> np.ndarray:
+        planes = []
+        for axis, at, size in cuts:
+            plane = Image.fromarray(np.ascontiguousarray(array_S.take(at, axis).T))
+            fitted = plane.resize([max(1, round(length / pixel)) for length in size], how)
+            planes.append(np.asarray(fitted))
+        height, low = max(map(len, planes)), min(plane.min() for plane in planes)
+        above = [(height - len(plane)) // 2 for plane in planes]
+        padded = [
+            np.pad(plane, ((top, height - len(plane) - top), (0, GAP)), constant_values=low)
+            for plane, top in zip(planes, above, strict=True)
+        ]
+        return np.concatenate(padded, 1)[:, :-GAP]
+
+    nearest = Image.Resampling.NEAREST
+    image_HW = _grey(beside(image_S, Image.Resampling.BILINEAR))
+    return image_HW, beside(truth_S, nearest), beside(predicted_S, nearest)

@@ -1,0 +1,285 @@
+"""The training loop: one process or many, killed and resumed, on any data set and network here.
+
+    with routing(attributes) as r:
+        logits = model(images)
+    loss = objective(logits, masks, groups) + balance_weight · balance + z_weight · z
+
+A step draws its noise and dropout from (seed, step, rank), and batches are made from (seed, epoch,
+index). So a run that was killed goes on exactly as it would have, with no random state to save.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import textwrap
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from dmoe_layer import routing
+
+from ..data import open_dataset
+from ..data.cases import UNKNOWN
+from ..data.loading import Batch, eval_batches, train_batches
+from ..errors import RunError
+from ..models.weights import load_pretrained
+from ..recipes.recipe import Recipe, learning_rate, on_grid, settle
+from ..recipes.serial import flat, to_json
+from . import checkpoints
+from .cohort import Cohort
+from .inference import call
+from .objectives import Objective
+from .parallel import global_sum, launch, on_rank_0, setup
+from .progress import Reporter
+from .runs import Task, build_model, hold, refuse_taken, require_same, write_run
+from .state import State
+from .validation import Validation, share_of, validate
+
+
+class NonFiniteLossError(RunError):
+    """A loss that is no number; says at which step and from which cases."""
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Trains by a recipe and leaves weights, history and TensorBoard's files in its folder.
+
+    Args:
+        recipe: what to train, on what, how.
+        resume: go on with the run in ``recipe.out``; on a CPU it ends as if it had never stopped.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        RunError: the recipe does not hold together, the folder has a run already (or, to resume,
+            has none or another one), or a loss is not finite.
+        DataError: the data cannot be read.
+    """
+    recipe = settle(recipe)
+    fabric = launch(recipe)
+    try:
+        with ExitStack() as held:
+            return Run(fabric, recipe, resume, held).train()
+    except NonFiniteLossError:
+        if fabric.global_rank:  # all ranks find it together, and rank 0 tells
+            raise SystemExit(1) from None
+        raise
+
+
+class Run:
+    """What a run holds while it goes.
+
+    Args:
+        fabric: of `launch`.
+        recipe: settled.
+        resume: as of `train`.
+        held: takes the lock of the run's folder, and lets go of it when it is closed.
+
+    Raises:
+        RunError, DataError: as of `train`, before anything is written.
+    """
+
+    def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool, held: ExitStack) -> None:
+        self.fabric, self.folder, self.held = fabric, recipe.out, held
+        self.dataset = open_dataset(recipe.data)
+        self.recipe = recipe = on_grid(recipe, self.dataset.spacing)
+        self.task = Task.of(self.dataset)
+        on_rank_0(fabric, self._admit, resume)
+        self.cohort = Cohort.of(recipe, self.dataset, resume=resume)
+        self.frames = self.cohort.frames(self.cohort.train, training=True)
+        self.steps_an_epoch = len(self.frames) // recipe.batch_size
+        torch.manual_seed(recipe.seed)
+        network = build_model(recipe, self.task)
+        stored = checkpoints.load_last(self.folder)
+        if stored is None and recipe.model.weights is not None:
+            load_pretrained(network, recipe.model.weights)
+        # Whatever can be wrong with the settings has come up by now, and nothing was written.
+        if not resume:
+            on_rank_0(fabric, self._begin)
+        self.model = setup(fabric, network)
+        # Not Fabric's wrapper, which keeps old groups when a state is loaded, except for steps.
+        self.optimizer = _optimizer(recipe, network)
+        self.stepper: Any = fabric.setup_optimizers(self.optimizer)
+        self.objective = Objective(
+            recipe.fairness,
+            lambda_dice=recipe.lambda_dice,
+            lambda_ce=recipe.lambda_ce,
+            group_counts=self.cohort.group_counts(),
+            rate=recipe.group_dro_rate,
+            temperature=recipe.fair_dro_temperature,
+            gamma=recipe.febs_gamma,
+        ).to(fabric.device)
+        self.state = State(self.folder, fabric, network, self.optimizer, self.objective)
+        if stored is not None:
+            self.state.restore(*stored)
+
+    def train(self) -> Path:
+        recipe, position = self.recipe, self.state.position
+        cohort, fabric = self.cohort, self.fabric
+        validation = cohort.frames(
+            share_of(cohort.validation, fabric.global_rank, fabric.world_size)
+        )
+        batch_size = recipe.batch_size // self.fabric.world_size
+        steps = int(recipe.epochs) * self.steps_an_epoch
+        speaks = self.fabric.is_global_zero
+        with Reporter(self.folder, speaks=speaks, step=position.step, steps=steps) as reporter:
+            settings = (f"{name}={value}" for name, value in flat(to_json(recipe)).items())
+            reporter.say(textwrap.fill(" ".join(settings), 100))
+            for remark in cohort.remarks():
+                reporter.say(remark)
+            if position.step:
+                reporter.say(f"resumed after epoch {position.epoch}, step {position.step}")
+            if not recipe.epochs and not position.best:
+                self.state.save(best=True)  # the weights as they are
+            while not position.finished(recipe):
+                self._epoch(reporter)
+                scored = validate(
+                    self.model,
+                    eval_batches(validation, batch_size=batch_size, workers=recipe.workers),
+                    self.dataset,
+                    self.fabric.device,
+                    frame=recipe.frame,
+                    windows=batch_size,
+                )
+                reporter.flush()
+                row = self._close_epoch(scored)
+                reporter.epoch(position.step, row, scored, self.task.classes)
+            score = f"validation Dice {position.best_score:.4f}, " if position.epoch else ""
+            reporter.say(
+                f"best: {score}epoch {position.best_epoch} of {position.epoch}: "
+                f"{self.folder / position.best}"
+            )
+        self.fabric.barrier()
+        return self.folder
+
+    def _epoch(self, reporter: Reporter) -> None:
+        recipe, position = self.recipe, self.state.position
+        batches = train_batches(
+            self.frames,
+            batch_size=recipe.batch_size,
+            epoch=position.epoch,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            first_batch=position.batch,
+            workers=recipe.workers,
+        )
+        self.model.train()
+        for batch in batches:
+            rate = learning_rate(recipe, position.step, self.steps_an_epoch)
+            losses = self.step(batch.to(self.fabric.device), rate)
+            position.step += 1
+            position.batch += 1
+            for name, value in losses.items():
+                position.sums[name] = position.sums.get(name, 0.0) + value
+            reporter.step(position.step, position.epoch, losses, rate, recipe.batch_size)
+            every = recipe.checkpoint_every
+            if every and not position.step % every and position.batch < self.steps_an_epoch:
+                reporter.flush()
+                self.state.save()
+
+    def step(self, batch: Batch, rate: float) -> dict[str, float]:
+        """One update; returns the losses, which are of all ranks together."""
+        recipe = self.recipe
+        torch.manual_seed(step_seed(recipe.seed, self.state.position.step, self.fabric.global_rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        told_BN = batch.attributes_BN
+        if recipe.attribute_dropout:
+            dropped_B1 = (
+                torch.rand(len(told_BN), 1, device=told_BN.device) < recipe.attribute_dropout
+            )
+            told_BN = told_BN.masked_fill(dropped_B1, UNKNOWN)
+        logits_BKS, r = call(self.model, batch.inputs, told_BN)
+        segmentation, loss_B = self.objective(
+            logits_BKS.float(), batch.mask_BS, batch.attributes_BN[:, 0]
+        )
+        losses = {"segmentation": segmentation}
+        loss = segmentation
+        for name, weight, of_calls in (
+            ("balance", recipe.balance_weight, balance_losses(r)[recipe.balance]),
+            ("z", recipe.z_weight, r.router_z_loss),
+        ):
+            if weight and r.routings:
+                losses[name] = global_sum(of_calls()) / self.fabric.world_size
+                loss = loss + weight * losses[name]
+        values = {"loss": loss.item(), **{name: value.item() for name, value in losses.items()}}
+        if not math.isfinite(values["loss"]):
+            self._refuse(values, batch, loss_B, rate)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self.stepper.step()
+        return values
+
+    def _refuse(self, values: dict[str, float], batch: Batch, loss_B: Tensor, rate: float) -> None:
+        finite = loss_B.isfinite().tolist()
+        cases = [case for case, fine in zip(batch.case_ids, finite, strict=True) if not fine]
+        if dist.is_initialized():
+            shares: list[list[str]] = [[]] * self.fabric.world_size
+            dist.all_gather_object(shares, cases)  # from this run's own processes
+            cases = [case for share in shares for case in share]
+        position, kept = self.state.position, max(self.folder.glob("last-*"), default=None)
+        raise NonFiniteLossError(
+            f"step {position.step + 1} (epoch {position.epoch + 1}), learning rate {rate:.3g}: "
+            "the loss is not finite ("
+            + ", ".join(f"{name} {value}" for name, value in values.items())
+            + f"); cases: {', '.join(cases) or 'none of its own'}. "
+            + (f"{kept} is the last checkpoint. " if kept else "There is no checkpoint yet. ")
+            + "Look at these cases, lower --learning-rate, or compute with --precision 32."
+        )
+
+    def _close_epoch(self, scored: Validation) -> dict[str, float]:
+        """Counts the epoch, keeps its weights if they are the best, and saves."""
+        position = self.state.position
+        rate = learning_rate(self.recipe, position.step - 1, self.steps_an_epoch)
+        row = {"epoch": position.epoch + 1.0, "step": float(position.step), "learning_rate": rate}
+        row |= {name: total / self.steps_an_epoch for name, total in position.sums.items()}
+        row |= {"score": scored.score} | {f"dice {name}": d for name, d in scored.dice.items()}
+        position.epoch, position.batch, position.sums = position.epoch + 1, 0, {}
+        position.history.append(row)
+        best = scored.score > position.best_score
+        if best:
+            position.best_score, position.best_epoch = scored.score, position.epoch
+        self.state.save(best=best)
+        return row
+
+    def _admit(self, resume: bool) -> None:
+        if resume:
+            require_same(self.folder, self.recipe, self.task)
+            self.held.enter_context(hold(self.folder))
+        else:
+            refuse_taken(self.folder)
+
+    def _begin(self) -> None:
+        self.held.enter_context(hold(self.folder))
+        refuse_taken(self.folder)  # another process may have come first
+        write_run(self.folder, self.recipe, self.task, self.cohort.splits)
+
+
+def balance_losses(scope: routing) -> dict[str, Callable[[], Tensor]]:
+    """What `Recipe.balance` chooses from."""
+    return {
+        "load": scope.load_balancing_loss,
+        "within": functools.partial(scope.load_balancing_loss, per_attribute=True),
+        "importance": scope.importance_loss,
+    }
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What a rank draws a step's noise and dropout from: 63 bits, mixed."""
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), momentum=recipe.momentum, **options)
+    return torch.optim.AdamW(network.parameters(), **options)

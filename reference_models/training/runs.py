@@ -1,0 +1,229 @@
+"""What makes a folder a run: its recipe, what the data make of the network, and its splits."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import nn
+
+from ..data.cases import Attribute, Dataset
+from ..data.splits import Splits, write_splits
+from ..errors import RunError
+from ..files import write_whole
+from ..models.resunet3d import ResUNet3D
+from ..models.transunet import TransUNet
+from ..models.unet import UNet
+from ..recipes.recipe import (
+    Recipe,
+    ResUNet3DSettings,
+    SquareSettings,
+    TransUNetSettings,
+    UNetSettings,
+    VolumeSettings,
+)
+from ..recipes.serial import flat, from_json, to_json
+
+# What may differ between a run and its resumption: where things lie and what computes them.
+_MAY_DIFFER = {
+    "data.root",
+    "data.cache",
+    "out",
+    "workers",
+    "devices",
+    "nodes",
+    "strategy",
+    "checkpoint_every",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the data make of the network; saved with the run, so that it can be built without them.
+
+    Args:
+        channels: of an image.
+        classes: names by label.
+        attributes: that the router knows, in their order.
+        channel_names: of volumes, whose intensities are scaled by them.
+    """
+
+    channels: int
+    classes: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+    channel_names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Task:
+        return cls(
+            dataset.channels,
+            tuple(dataset.classes),
+            tuple(dataset.attributes),
+            tuple(dataset.channel_names),
+        )
+
+
+def build_model(recipe: Recipe, task: Task) -> nn.Module:
+    """The network of a recipe, newly initialised; pretrained weights are not read.
+
+    Raises:
+        RunError: the network cannot be built so.
+    """
+    model, frame = recipe.model, recipe.frame
+    sizes = tuple(len(attribute.values) for attribute in task.attributes)
+    options: dict[str, Any] = {
+        "in_channels": task.channels,
+        "n_classes": len(task.classes),
+        "attribute_sizes": sizes if model.told else None,
+        "noise": model.noise,
+        "unknown": model.unknown,
+    }
+    try:
+        if isinstance(model, UNetSettings) and isinstance(frame, SquareSettings):
+            if model.gradient_checkpointing:
+                raise ValueError("gradient_checkpointing is not for the study's small U-Net.")
+            stride = 2 ** len(model.widths)
+            if frame.size % stride:
+                raise ValueError(f"size: got {frame.size}, expected a multiple of {stride}.")
+            return UNet(
+                model.widths,
+                block=model.block,
+                hidden=model.hidden,
+                placement=model.placement,
+                modulate=model.modulate,
+                film_identity=model.film_identity,
+                merge=model.merge,
+                router=model.router,
+                n_experts=model.n_experts,
+                k=model.k,
+                **options,
+            )
+        if isinstance(model, TransUNetSettings | ResUNet3DSettings):
+            options |= {
+                "moe": model.moe,
+                "gradient_checkpointing": model.gradient_checkpointing,
+            }
+        if isinstance(model, TransUNetSettings) and isinstance(frame, SquareSettings):
+            return TransUNet(model.variant, image_size=frame.size, **options)
+        if isinstance(model, ResUNet3DSettings) and isinstance(frame, VolumeSettings):
+            return ResUNet3D(model.features, stages=model.stages, **options)
+    except ValueError as error:
+        raise RunError(f"model: {error}") from error
+    raise RunError("model, frame: one is for 2D images and the other for volumes.")
+
+
+def read_run(run: Path) -> tuple[Recipe, Task]:
+    """The recipe and the task that a run's folder was made with.
+
+    Raises:
+        RunError: there is no run, or its recipe cannot be read.
+    """
+    path = run / "recipe.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        recipe, task = content["recipe"], content["task"]
+    except FileNotFoundError as error:
+        raise RunError(f"{run}: no run here, since there is no recipe.json.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path}: not a run's recipe ({type(error).__name__}: {error}); name the folder that "
+            "training wrote."
+        ) from error
+    return from_json(Recipe, recipe, f"{path}: recipe"), from_json(Task, task, f"{path}: task")
+
+
+def refuse_taken(run: Path) -> None:
+    """Whether a folder is free for a new run.
+
+    Raises:
+        RunError: it holds a run, or is no folder.
+    """
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run}: is a file, expected a folder for the run; choose another --out.")
+    if taken := [name for name in ("recipe.json", "history.csv") if (run / name).exists()]:
+        raise RunError(
+            f"{run}: holds a run already ({taken[0]}); go on with it by --resume, or choose "
+            "another --out."
+        )
+
+
+def hold(run: Path) -> AbstractContextManager[object]:
+    """Keeps every other training out of a run's folder from now on, until the `with` block ends.
+
+    Two trainings in one folder would clear away each other's checkpoints. The system lets go of
+    the lock when the process ends, however it does. Workers that outlive a killed training do not
+    keep it: filelock closes what a fork has inherited of it.
+
+    Raises:
+        RunError: another training holds it, or the folder cannot be written to.
+    """
+    path = run / ".lock"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        # A soft lock is a file, which would stay after a kill.
+        return FileLock(path, fallback_to_soft=False).acquire(blocking=False)
+    except Timeout as error:
+        raise RunError(
+            f"{run}: another process is training in it; wait for its end, or stop it first."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise _unwritable(run, error) from error
+        return contextlib.nullcontext()  # a file system without locks
+
+
+def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
+    """Makes a folder a run; last of all its recipe is there.
+
+    Raises:
+        RunError: the folder cannot be made or written to.
+    """
+    text = json.dumps({"recipe": to_json(recipe), "task": to_json(task)}, indent=1) + "\n"
+
+    def write(target: Path) -> None:
+        target.write_text(text, encoding="utf-8")
+
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_splits(run / "splits.json", splits)
+        write_whole(run / "recipe.json", write)
+    except OSError as error:
+        raise _unwritable(run, error) from error
+
+
+def _unwritable(run: Path, error: OSError) -> RunError:
+    why = error.strerror or error
+    return RunError(f"{run}: cannot be written to ({why}); choose another --out.")
+
+
+def require_same(run: Path, recipe: Recipe, task: Task) -> None:
+    """Whether a run can go on by this recipe and these data.
+
+    Raises:
+        RunError: naming the settings that differ.
+    """
+    before, before_task = read_run(run)
+    now = flat(to_json(recipe))
+    # Another preset's network has other settings.
+    differing = [
+        f"{name}: the run has {old!r}, now {now.get(name, 'no such setting')!r}"
+        for name, old in flat(to_json(before)).items()
+        if old != now.get(name, "no such setting") and name not in _MAY_DIFFER
+    ]
+    if task != before_task:
+        differing.append(f"data: the run was made for {before_task}, now {task}")
+    if differing:
+        raise RunError(
+            f"{run}: cannot be resumed with other settings; leave them as they were, or choose "
+            "another --out. " + "; ".join(differing)
+        )

@@ -1,0 +1,136 @@
+"""How well a network does on the validation split, by group; what chooses the best checkpoint.
+
+Shapes: B samples, C channels, S spatial axes, N attributes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..data.cases import Dataset
+from ..data.loading import Batch
+from ..metrics import fairness
+from ..metrics.loads import Loads, LoadTables
+from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..report.pictures import Picture
+from .inference import infer
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores at the network's resolution; the report's are at native resolution.
+
+    Args:
+        score: the mean over the first attribute's groups of their mean Dice, so that a minority
+            counts as much as a majority. Cases whose value is not known are a group of their own.
+        dice: by attribute and value ("race=Black"), the mean over cases of their mean Dice over
+            the data set's regions; values without a case are left out.
+        load: by attribute, a row a value of its tokens' shares by expert; empty without experts.
+        examples: one case of each group of the first attribute that this rank came across.
+    """
+
+    score: float
+    dice: dict[str, float]
+    load: LoadTables
+    examples: tuple[Picture, ...]
+
+
+def share_of(case_ids: tuple[str, ...], rank: int, world_size: int) -> tuple[str, ...]:
+    """A rank's validation cases, as many as every other's: the first fill up what is missing.
+
+    Under FSDP every forward pass is a collective one, so no rank may have one more.
+
+    Example:
+        >>> [share_of(("a", "b", "c"), rank, 2) for rank in (0, 1)]
+        [('a', 'c'), ('b', 'a')]
+    """
+    short = -len(case_ids) % world_size
+    repeated = case_ids * math.ceil(short / len(case_ids))
+    return (case_ids + repeated[:short])[rank::world_size]
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    frame: SquareSettings | VolumeSettings,
+    windows: int,
+) -> Validation:
+    """Runs the network in eval mode over a rank's share, and gathers all ranks' scores.
+
+    Every rank has as many batches; `frame` and `windows` are as of `infer`. A case that two ranks
+    have seen counts once in the scores, twice in the load.
+    """
+    was_training = model.training
+    model.eval()
+    scored: dict[str, tuple[tuple[int, ...], float]] = {}
+    examples: dict[int, Picture] = {}
+    loads = Loads(dataset)
+    affine = None
+    if isinstance(frame, VolumeSettings) and frame.spacing != "median":
+        affine = np.diag([*frame.spacing, 1.0])  # of a volume's frame, which is RAS+
+    for batch in batches:
+        # Volumes stay on the CPU, where their logits are put together.
+        moved = batch.to(device if affine is None else torch.device("cpu"))
+        predicted_BS = infer(
+            model,
+            moved.inputs,
+            moved.attributes_BN,
+            frame=frame,
+            windows=windows,
+            device=device,
+            loads=loads,
+        ).argmax(1)
+        dice_B = case_dice(predicted_BS, moved.mask_BS, dataset)
+        attributes = batch.attributes_BN.tolist()
+        scored |= {
+            case: (tuple(values), dice)
+            for case, values, dice in zip(batch.case_ids, attributes, dice_B, strict=True)
+        }
+        for b, values in enumerate(attributes):
+            if values[0] not in examples:
+                examples[values[0]] = Picture.of(
+                    batch.case_ids[b],
+                    batch.image_BCS[b].numpy(),
+                    batch.mask_BS[b].numpy(),
+                    predicted_BS[b].cpu().numpy(),
+                    affine,
+                )
+    model.train(was_training)
+    if dist.is_initialized():
+        shares: list[tuple[dict[str, tuple[tuple[int, ...], float]], Loads]]
+        shares = [(scored, loads)] * dist.get_world_size()
+        dist.all_gather_object(shares, (scored, loads))  # from this run's own processes
+        scored = {case: result for share, _ in shares for case, result in share.items()}
+        loads = Loads.together(dataset, [share for _, share in shares])
+    dice: dict[str, float] = {}
+    score = 0.0
+    for n, attribute in enumerate(dataset.attributes):
+        # In one order, whatever the number of ranks, so that sums agree to the last bit.
+        results = [scored[case] for case in sorted(scored)]
+        means = fairness.group_means([d for _, d in results], [values[n] for values, _ in results])
+        dice |= {f"{attribute.name}={attribute.label(g)}": mean for g, mean in means.items()}
+        if n == 0:
+            score = math.fsum(means.values()) / len(means)
+    return Validation(score, dice, loads.tables(), tuple(examples.values()))
+
+
+def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[float]:
+    """Each case's mean Dice over the data set's regions."""
+    by_region = []
+    for labels in dataset.regions.values():
+        wanted = torch.tensor(labels, device=truth_BS.device)
+        by_region.append(
+            fairness.dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
+        )
+    return [math.fsum(scores) / len(scores) for scores in zip(*by_region, strict=True)]

@@ -1,0 +1,289 @@
+"""The study's page and figures say what its csv say, and the READMEs quote nothing else."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+from harness.study_trials import SEEDS, write_made_tables
+from matplotlib.colors import to_hex
+
+from reference_models.errors import DataError
+from reference_models.study import figures, page
+from reference_models.study.methods import METHODS
+from reference_models.study.results import Results
+
+ROOT = Path(__file__).parents[3]
+COMMITTED = ROOT / "reference_models" / "results"
+READMES = (ROOT / "README.md", ROOT / "reference_models" / "README.md")
+WHOLE = [name for name, method in METHODS.items() if method.kind != "ablation"]
+QUOTATION = re.compile(r"[+-]\.\d{3}\s\((?:-?\.\d{3}\sto\s-?\.\d{3}|no\sinterval);\s\d+\sof\s\d+\)")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A whole study's tables; to be read only."""
+    folder = tmp_path_factory.mktemp("results")
+    write_made_tables(folder)
+    return folder
+
+
+def rows(folder, name):
+    with (folder / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def tables(block):
+    """Each table: by (row's name, column's name), the cell."""
+    for text in re.findall(r"(?:^\|.*\n?)+", block, re.MULTILINE):
+        header, _, *lines = (line.strip("| ").split(" | ") for line in text.strip().splitlines())
+        header = ["", *header] if len(header) < len(lines[0]) else header
+        yield {
+            (line[0], title): cell
+            for line in lines
+            for title, cell in zip(header[1:], line[1:], strict=True)
+        }
+
+
+def numbers(cell):
+    return [float(number) for number in re.findall(r"-?\d*\.\d+", cell)]
+
+
+def test_a_committed_page_is_what_the_committed_csv_give():
+    text = READMES[1].read_text(encoding="utf-8")
+    shown = text.partition(page.BEGIN)[2].partition(page.END)[0].strip("\n")
+    assert page.BEGIN in text
+    assert page.END in text
+    expected = page.block(COMMITTED, "results/figures", whole=False) if COMMITTED.is_dir() else ""
+    assert shown == expected
+
+
+@pytest.mark.parametrize("readme", READMES, ids=["top", "recipes"])
+def test_every_difference_that_a_page_quotes_is_a_row_of_the_committed_csv(readme):
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(page.BEGIN)
+    prose = before + rest.partition(page.END)[2]
+    there = rows(COMMITTED, "differences.csv") if COMMITTED.is_dir() else []
+    quoted = {" ".join(found.split()) for found in QUOTATION.findall(prose)}
+    assert quoted <= {page.quotation(row) for row in there}
+    # Nothing that looks like a difference goes without its interval.
+    assert not re.findall(r"(?<![\w.])[+−-]\d?\.\d+", QUOTATION.sub("", prose))
+
+
+def test_a_quotation_is_found_across_a_line_and_as_the_page_writes_it():
+    row = {"difference": "-0.0206", "low": "-0.04", "high": "0.0004", "ahead": "1", "seeds": "5"}
+    assert page.quotation(row) == "-.021 (-.040 to .000; 1 of 5)"
+    assert QUOTATION.fullmatch(page.quotation(row).replace(" to ", "\nto "))
+    alone = {**row, "low": "", "high": ""}
+    assert QUOTATION.fullmatch(page.quotation(alone))
+
+
+def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
+    first, *_ = tables(page.block(made, "figures", whole=True))
+    titles = {
+        "rule": "(a) rule",
+        "appearance": "(b) appearance",
+        "none": "(c) none",
+        "two": "(d) two",
+        "mri": "(e) mri",
+    }
+    seen = 0
+    means = {
+        (row["scene"], row["method"], row["metric"]): row["mean"]
+        for row in rows(made, "summary.csv")
+        if row["condition"] == "right"
+    }
+    for row in rows(made, "summary.csv"):
+        if METHODS[row["method"]].kind == "ablation" or row["condition"] != "right":
+            continue
+        title = titles[row["scene"]]
+        if row["metric"] == "unseen":
+            title += ", Dice of unseen combinations"
+        elif row["metric"] != "es_dice":
+            continue
+        expected = [float(row[key]) for key in ("mean", "low", "high", "lowest", "highest")]
+        if row["metric"] == "es_dice":
+            beside = [means[row["scene"], row["method"], name] for name in ("worst", "overall")]
+            expected += map(float, beside)
+        cell = first[METHODS[row["method"]].title, title]
+        assert numbers(cell) == pytest.approx(expected, abs=0.00051)
+        seen += 1
+    assert seen == len(WHOLE) * 6
+    for row in rows(made, "costs.csv"):
+        if METHODS[row["method"]].kind != "ablation":
+            name = METHODS[row["method"]].title
+            assert int(first[name, "parameters"].replace(",", "")) == int(row["parameters"])
+            assert numbers(first[name, "time a step"]) == pytest.approx(
+                [float(row["milliseconds_of_dense"])], abs=0.0051
+            )
+
+
+def test_every_difference_of_the_page_is_that_of_its_pair(made):
+    _, against, told, ablations, *_ = tables(page.block(made, "figures", whole=True))
+    found = {
+        (row["scene"], row["a"], row["b"], row["metric"]): row
+        for row in rows(made, "differences.csv")
+    }
+
+    def quoted(*key):
+        return page.quotation(found[key]).replace(" (", "<br>(")
+
+    assert against["dMoE against FiLM + MLP", "(e) mri"] == quoted("mri", "dmoe", "film", "es_dice")
+    variant = METHODS["dmoe-within"].title
+    assert against[f"{variant} against dMoE", "(a) rule"] == quoted(
+        "rule", "dmoe-within", "dmoe", "es_dice"
+    )
+    variants = [m for m in WHOLE if METHODS[m].kind == "dmoe" and m != "dmoe"]
+    rivals = [m for m in WHOLE if METHODS[m].kind == "baseline" and METHODS[m].settings.told]
+    assert {METHODS[m].title for m in rivals} == {
+        METHODS[m].title for m in ("channels", "film", "film-identity", "per_value")
+    }
+    others = [m for m in WHOLE if METHODS[m].kind in ("baseline", "robust")]
+    candidates = [m for m in WHOLE if METHODS[m].kind == "candidate"]
+    pairs = len(others) + (len(rivals) + 1) * len(variants) + 2 * len(candidates)
+    assert len(against) == pairs * 5
+    for method in (m for m in METHODS if METHODS[m].kind == "ablation"):
+        cells = [ablations[METHODS[method].title, key] for key in ("ES-Dice",
+                 "Dice of the worst group")]  # fmt: skip
+        assert cells == [quoted("rule", method, "dmoe", metric) for metric in ("es_dice", "worst")]
+    expected = [
+        float(found["two", f"film@{condition}", "film", "es_dice"]["difference"])
+        for condition in ("shuffled", "wrong", "unknown")
+    ]
+    assert numbers(told["FiLM + MLP", "(d) two"]) == pytest.approx(expected, abs=0.00051)
+    # All three are clear where the image does not show the rule, none where there is none.
+    assert told["dMoE", "(a) rule"].count("**") == 6
+    assert "**" not in told["dMoE", "(c) none"]
+    assert {name for name, _ in told} == {
+        METHODS[m].title for m in WHOLE if METHODS[m].settings.told
+    }
+
+
+def test_the_page_shows_the_rates_chosen_and_which_lie_at_the_grids_end(made):
+    *_, rates, spread = tables(page.block(made, "figures", whole=True))
+    chosen = [row for row in rows(made, "rates.csv") if row["chosen"] == "yes"]
+    assert {cell for (name, _), cell in rates.items() if name.startswith("dense")} == {"0.012*"}
+    assert {cell for (name, _), cell in rates.items() if name == "dMoE"} == {"0.006"}
+    assert len([cell for cell in rates.values() if cell[0].isdigit()]) == len(chosen)
+    assert rates["dMoE, learned unknown", "(a) rule"] == "as dMoE"
+    assert [*spread.values()] == [
+        f"{page.short(row[key])} ({row[count]})"
+        for row in rows(made, "spread.csv")
+        for key, count in (("over_inits", "inits"), ("over_seeds", "seeds"))
+    ]
+
+
+def test_a_page_is_renewed_between_its_marks_and_made_where_there_is_none(made, tmp_path):
+    old = tmp_path / "README.md"
+    old.write_text(f"before\n{page.BEGIN}\nlast run's\n{page.END}\nafter\n", encoding="utf-8")
+    page.write_page(made, old)
+    page.write_page(made, old)
+    text = old.read_text(encoding="utf-8")
+    assert "dMoE against FiLM + MLP" not in text
+    assert text.startswith(f"before\n{page.BEGIN}\nMade with seeds 10, 11, 12, 13, 14;")
+    assert text.endswith(f"{page.END}\nafter\n")
+    assert "last run" not in text
+    page.write_page(made, tmp_path / "new.md")
+    assert page.END in (tmp_path / "new.md").read_text(encoding="utf-8")
+    page.write_page(made, made / "README.md")
+    whole = (made / "README.md").read_text(encoding="utf-8")
+    assert whole.count("| dMoE against FiLM + MLP |") == 1
+    assert page.CAUTION in whole
+
+    old.write_text(page.BEGIN, encoding="utf-8")
+    with pytest.raises(DataError, match=r"README.md: got none of .*, expected both; add them"):
+        page.write_page(made, old)
+    assert old.read_text(encoding="utf-8") == page.BEGIN
+    with pytest.raises(DataError, match=r"machine.json: cannot be read .*run it, or name another"):
+        page.write_page(tmp_path, tmp_path / "none.md")
+    assert not (tmp_path / "none.md").exists()
+
+
+def test_part_of_a_study_and_a_single_seed_have_a_page_and_figures(tmp_path):
+    write_made_tables(tmp_path, ("rule", "two"), ("wide", "dmoe", "k1"), (3,), shares=(0.5, 0.5))
+    machine = json.loads((tmp_path / "machine.json").read_text(encoding="utf-8"))
+    machine["settings"]["quick"] = True
+    (tmp_path / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mri.png").write_text("of an earlier run", encoding="utf-8")
+    page.renew(tmp_path, tmp_path / "README.md")
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {"rule.png", "two.png", "ablations.png", "loads.png"}
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "A smoke run" in text
+    assert "no interval" in text
+    assert "](figures/two.png)" in text
+    assert "mri" not in text
+    for path in (tmp_path / "figures").iterdir():
+        head = path.read_bytes()[:24]
+        assert head.startswith(b"\x89PNG")
+        assert int.from_bytes(head[16:20], "big") == 1100
+
+
+def dots(axes):
+    """By height in the figure and colour, the numbers drawn as dots."""
+    return {
+        (round(float(line.get_ydata()[0]), 3), to_hex(line.get_color())): [*line.get_xdata()]
+        for line in axes.lines
+        if line.get_marker() == "o" and line.get_linestyle() == "None"
+    }
+
+
+def test_every_seed_is_drawn_at_its_place_and_spread_trials_are_not(made):
+    scores, told, _ = figures.FIGURES["two"](Results(made)).axes
+    trials = [row for row in rows(made, "trials.csv") if row["scene"] == "two"]
+    names = [label.get_text() for label in scores.get_yticklabels()]
+    assert names == [METHODS[m].title for m in WHOLE]
+    for axes, keys, colours in (
+        (scores, [("es_dice", "right"), ("worst", "right")], ["#0072b2", "#d55e00"]),
+        (
+            told,
+            [("es_dice", c) for c in ("right", "shuffled", "wrong", "unknown")],
+            ["#0072b2", "#009e73", "#d55e00", "#cc79a7"],
+        ),
+    ):
+        drawn = dots(axes)
+        for place, method in enumerate(WHOLE):
+            for n, ((metric, condition), colour) in enumerate(zip(keys, colours, strict=True)):
+                y = round(place + 0.8 * ((n + 0.5) / len(keys) - 0.5), 3)
+                expected = [
+                    float(row[metric]) for row in trials
+                    if (row["method"], row["condition"]) == (method, condition)
+                ]  # fmt: skip
+                assert drawn.pop((y, colour), []) == expected
+                assert len(expected) in (len(SEEDS), 0)
+        assert not drawn
+    # "rule" has trials besides, from other initialisations.
+    assert all(len(x) == len(SEEDS) for x in dots(figures.FIGURES["rule"](Results(made)).axes[0])
+               .values())  # fmt: skip
+
+
+def test_ablations_are_drawn_as_differences_by_seed(made):
+    axes, _ = figures.FIGURES["ablations"](Results(made)).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    found = {
+        METHODS[row["a"]].title: [float(number) for number in row["by_seed"].split(";")]
+        for row in rows(made, "differences.csv")
+        if (row["scene"], row["b"], row["metric"]) == ("rule", "dmoe", "es_dice")
+        and "@" not in row["a"]
+        and METHODS[row["a"]].kind != "candidate"
+    }
+    drawn = {names[int(y)]: x for (y, _), x in dots(axes).items()}
+    assert drawn == found
+    assert len(found) == sum(m.kind in ("dmoe", "ablation") for m in METHODS.values()) - 1
+
+
+def test_loads_are_drawn_for_every_seed_of_the_control_and_of_the_rule(made):
+    results = Results(made)
+    for row in results.loads:  # the made-up loads are the same in every scene
+        if row["scene"] == "none":
+            row["shares"] = ";".join(row["shares"].split(";")[::-1])
+    figure = figures.FIGURES["loads"](results)
+    images = [axes.images[0].get_array().tolist() for axes in figure.axes if axes.images]
+    expected = {}
+    for row in results.loads:
+        if (row["method"], row["condition"]) == ("dmoe", "right"):
+            shares = [float(share) for share in row["shares"].split(";")]
+            expected.setdefault((row["scene"], row["data_seed"]), []).append(shares)
+    assert images == [expected[scene, str(seed)] for scene in ("none", "rule") for seed in SEEDS]

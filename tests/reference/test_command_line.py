@@ -1,0 +1,216 @@
+"""The commands, as a user types them: from check to report, and what they say when they cannot."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from reference_models import demo
+from reference_models.__main__ import main
+from reference_models.data import DataSettings, example
+from reference_models.data.phantom import PhantomSettings
+from reference_models.recipes.recipe import SquareSettings
+
+ROOT = Path(__file__).parents[2]
+# As small as still has every group in every split.
+PHANTOM = ["--data", "phantom", "--phantom.cases", "30", "--phantom.test-cases-per-group", "2"]
+PHANTOM += ["--phantom.image-size", "32"]
+RUN = ["train", "small", *PHANTOM, "--size", "32", "--epochs", "1", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "phantom"
+    assert main([*RUN, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_studys_preset_trains_and_is_scored(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--size", "32", "--epochs", "1", "--block", "film", "--hidden", "2"]
+    flags += ["--unknown", "learned", "--attribute-dropout", "0.2", "--fairness", "reweight"]
+    assert main(["train", "study", *PHANTOM, *flags, "--out", str(out)]) == 0
+    recipe = json.loads((out / "recipe.json").read_text(encoding="utf-8"))["recipe"]
+    assert (recipe["model"]["block"], recipe["model"]["hidden"]) == ("film", 2)
+    assert (recipe["attribute_dropout"], recipe["fairness"]) == (0.2, "reweight")
+    assert main(["evaluate", "run", "--run", str(out), "--resamples", "100"]) == 0
+    summary = json.loads((out / "evaluation-test" / "summary.json").read_text(encoding="utf-8"))
+    scored = [c["name"] for c in summary["conditions"] if c["scores"]]
+    assert scored == ["as given", "shuffled", "wrong", "unknown"]
+    assert main(["predict", "--run", str(out)]) == 0
+
+
+@pytest.mark.parametrize("flag", ["--block", "--hidden", "--widths", "--router", "--placement"])
+def test_the_studys_flags_are_those_of_its_preset_alone(flag, capsys):
+    for preset in ("paper", "small", "small3d"):
+        with pytest.raises(SystemExit):
+            main(["train", preset, "--help"])
+        assert flag not in re.findall(r"--[\w-]+", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["train", "study", "--help"])
+    offered = re.findall(r"--[\w-]+", capsys.readouterr().out)
+    assert flag in offered
+    assert not {"--moe", "--variant", "--stages"} & {*offered}
+
+
+def test_check_counts_the_cases_of_each_group_and_split(capsys):
+    assert main(["check", *PHANTOM]) == 0
+    printed = capsys.readouterr().out
+    assert "site 3" in printed
+    assert "no errors" in printed
+
+
+def test_a_run_is_scored_predicted_and_scored_again_from_its_masks(run, tmp_path, capsys):
+    assert main(["evaluate", "run", "--run", str(run), "--resamples", "100"]) == 0
+    assert f"report: {run / 'evaluation-test' / 'report.html'}" in capsys.readouterr().out
+    assert main(["predict", "--run", str(run), "--out", str(tmp_path / "predicted")]) == 0
+    masks, again = tmp_path / "predicted" / "masks", tmp_path / "again"
+    scored = ["--folder", str(masks), *PHANTOM, "--out", str(again), "--resamples", "100"]
+    assert main(["evaluate", "predictions", *scored]) == 0
+    of_run, of_masks = run / "evaluation-test", again
+    assert (of_run / "cases.csv").read_bytes() == (of_masks / "cases.csv").read_bytes()
+    with (of_run / "cases.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 6 * 2  # regions
+    summaries = [
+        json.loads((f / "summary.json").read_text(encoding="utf-8")) for f in (of_run, of_masks)
+    ]
+    as_given = [summary["conditions"][0]["scores"] for summary in summaries]
+    assert as_given[0] == as_given[1]
+    assert "<html" in (of_run / "report.html").read_text(encoding="utf-8")
+    assert Image.open(next((tmp_path / "predicted" / "overlays").iterdir())).mode == "RGB"
+
+
+def test_all_cases_are_predicted_of_data_that_the_runs_splits_do_not_name(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    splits = json.loads((other / "splits.json").read_text(encoding="utf-8"))
+    splits["test"] = ["a case that is elsewhere"]
+    (other / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
+    assert main(["predict", "--run", str(other)]) == 1
+    assert main(["predict", "--run", str(other), "--split", "all"]) == 0
+    assert len([*(other / "predictions-all" / "masks").iterdir()]) == 30 + 3 * 2
+
+
+def test_a_run_goes_on_by_the_same_command_with_resume(run, capsys):
+    before = {path: path.read_bytes() for path in run.glob("*/model.safetensors")}
+    assert main([*RUN, "--out", str(run)]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main([*RUN, "--out", str(run), "--resume"]) == 0
+    assert main([*RUN, "--out", str(run), "--resume", "--learning-rate", "0.1"]) == 1
+    assert "learning_rate" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.glob("*/model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["check", "--data", "fairseg"], "root"),
+        (["train", "paper", "--data", "phantom", "--out", "{tmp}/run"], "epochs"),
+        (["evaluate", "run", "--run", "{tmp}"], "no run here"),
+        (["predict", "--run", "{tmp}/missing"], "no run here"),
+        (["evaluate", "predictions", "--folder", "{tmp}", *PHANTOM, "--out", "{tmp}/e"], "{tmp}"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_sentence_and_nothing_is_written(
+    arguments, told, tmp_path, capsys
+):
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 1
+    error = capsys.readouterr()
+    assert told.format(tmp=tmp_path) in error.err + error.out
+    assert "Traceback" not in error.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "bullet", "name"),
+    [
+        ("ascii", r"\u2022", r"\u6d4b\udcff"),
+        ("cp1252", "•", r"\u6d4b\udcff"),
+        ("utf-8", "•", r"测\udcff"),
+    ],
+)
+def test_what_a_pipe_has_no_letter_for_is_printed_all_the_same(
+    tmp_path, monkeypatch, encoding, bullet, name
+):
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    assert main(["check", "--data", "nifti", "--root", str(tmp_path / "测\udcff")]) == 1
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    pipe.flush()
+    printed = pipe.buffer.getvalue().decode(encoding)
+    assert name in printed
+    assert f"{bullet} train" in printed
+
+
+def test_an_unknown_flag_is_refused_with_what_there_is(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "small", "--learnign-rate", "1"])
+    assert stopped.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    phantom = PhantomSettings(cases=30, test_cases_per_group=2, image_size=32)
+    small = dataclasses.replace(
+        demo.SMALL,
+        data=DataSettings("phantom", phantom=phantom),
+        frame=SquareSettings(32, "whole", "shift"),
+    )
+    monkeypatch.setattr(demo, "SMALL", small)
+    summaries = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"report: {tmp_path / 'dmoe' / 'evaluation-test' / 'report.html'}")
+    for words in ("ES-Dice", "worst", "shuffled", "What it does not show"):
+        assert words in printed
+    assert all((tmp_path / n / "evaluation-test" / "report.html").exists() for n in demo.MODELS)
+    ran = {name: [c.name for c in s.conditions if c.scores] for name, s in summaries.items()}
+    assert ran == {
+        "dense": ["as given"],
+        "plain-moe": ["as given"],
+        "dmoe": ["as given", "shuffled", "wrong", "unknown"],
+    }
+    again = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
+    assert again == summaries
+
+
+def readme_commands():
+    for page in ("README.md", "reference_models/README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        yield from re.findall(r"^python -m reference_models (.+?)\s*(?:#.*)?$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if "--help" not in c])
+def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch):
+    called = []
+    for name in (
+        "check",
+        "train",
+        "evaluate_run",
+        "evaluate_predictions",
+        "predict",
+        "demo",
+        "study",
+    ):
+        monkeypatch.setattr(
+            f"reference_models.__main__.{name}", lambda *a, name=name, **k: called.append(name) or 0
+        )
+    monkeypatch.setattr(example, "write_example", lambda out: called.append("example") or out)
+    assert main(shlex.split(command)) == 0
+    assert [name.split("_")[0] for name in called] == [command.split()[0]]
+
+
+def test_a_stopped_command_says_so_without_a_traceback(monkeypatch, capsys):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reference_models.__main__.train", stopped)
+    assert main(["train", "small"]) == 130
+    assert "Stopped. A training goes on by --resume" in capsys.readouterr().err
