@@ -1,0 +1,39 @@
+"""Markdown that commands write: tables, and the part of a page between two marks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .errors import DataError
+from .files import write_whole
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown themselves.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    top, *rest = (f"| {' | '.join(cells)} |" for cells in (header, *lines))
+    return "\n".join([top, f"|{'---|' * len(header)}", *rest])
+
+
+def replace_section(page: Path, name: str, content: str) -> None:
+    """Puts text between the marks ``<!-- name: begin -->`` and ``<!-- name: end -->`` of a page.
+
+    What lies outside them stays as it is; the page is written whole or not at all.
+
+    Raises:
+        DataError: the page has no such marks.
+    """
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
+    before, found_begin, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise DataError(f"{page}: got none of {begin} … {end}, expected both; add them.")
+    new = f"{before}{begin}\n{content}\n{end}{after}"
+    write_whole(page, lambda target: target.write_bytes(new.encode()))
