@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attributes import Attributes, as_sizes, check_attributes, snapshot
 from .losses import count_assignments, importance_loss, load_balancing_loss, router_z_loss
-from .router import Routing
+from .tensors import Routing
 
 
 class _Call:
