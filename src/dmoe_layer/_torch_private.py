@@ -71,17 +71,11 @@ def constant_for_dynamo(function: Function) -> Function:
     return function
 
 
-def is_lazy(module: nn.Module) -> bool:
-    """Whether a ``LazyModuleMixin`` still waits for its first input.
-
-    Where PyTorch keeps its hook under another name, no module counts as waiting, and the mixin's
-    own hooks stay: each call then checks its input twice.
-    """
-    return "_initialize_hook" in vars(module)
-
-
 def stop_being_lazy(module: nn.Module) -> None:
-    """Removes the hooks of a ``LazyModuleMixin``, if it has them still."""
+    """Removes the hooks by which a ``LazyModuleMixin`` waits for its first input, if it has them.
+
+    Where PyTorch keeps them under other names they stay, and each call checks its input twice.
+    """
     for name in ("_initialize_hook", "_load_hook"):
         if (hook := vars(module).pop(name, None)) is not None:
             hook.remove()

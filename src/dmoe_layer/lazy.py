@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
-from ._torch_private import is_lazy, stop_being_lazy
+from ._torch_private import stop_being_lazy
 from .operators import draw_seed, seeded_generator
 
-# Two threads may make the first call of one module; the second must find it finished.
+# Two threads may make the first call of one module; the second finds it finished, and checks only.
 _MATERIALIZING = threading.Lock()
 
 
@@ -79,8 +79,7 @@ class LazyDim(LazyModuleMixin, nn.Module):
 
     def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
         with _MATERIALIZING:
-            if is_lazy(self):
-                self.initialize_parameters(*args, **(kwargs or {}))
+            self.initialize_parameters(*args, **(kwargs or {}))
 
     def _lazy_load_hook(
         self,

@@ -12,6 +12,7 @@ from helpers import masks_in_full_graphs
 from monai.data import MetaTensor
 
 from dmoe_layer import DMoE, backend, carry_routing, routing
+from dmoe_layer.activations import ACTIVATIONS
 from dmoe_layer.operators import draw_seed
 
 triton = pytest.importorskip("triton")
@@ -430,6 +431,21 @@ REFUSED = [
     ({}, (2, 15, 16), "15 tokens a sample"),
     ({}, (4097, 16, 16), "4097 samples"),
 ]
+
+
+def test_an_activation_that_the_kernels_lack_is_left_to_the_eager_backend(monkeypatch):
+    plain = ACTIVATIONS["silu"]._replace(fused=False)
+    monkeypatch.setitem(ACTIVATIONS, "swish", plain)
+    layer, x = DMoE(16, activation="swish", backend="triton"), torch.randn(2, 16, 16)
+    with pytest.raises(RuntimeError, match="activation is swish, which the kernels do not have"):
+        layer(x)
+    layer.backend = "auto"
+    assert layer(x).shape == x.shape
+    # A row that says otherwise than the kernels is an error of theirs, and no other activation.
+    monkeypatch.setitem(ACTIVATIONS, "swish", plain._replace(fused=True))
+    layer.backend = "triton"
+    with pytest.raises(Exception, match="no such activation"):
+        layer.to(HERE)(x.to(HERE))
 
 
 @pytest.mark.parametrize(("options", "shape", "words"), REFUSED)
