@@ -281,6 +281,7 @@ class DMoE(LazyDim):
 
         dtype = autocast_dtype(x) or x.dtype
         backend = load(choose(self, x_BTD, dtype).backend)
+        # The router is called as a module, so that its hooks run: offloading brings it in by one.
         route = BackendRoute(backend.route)
         routing = self.router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
         seed = draw_seed() if self.training and self.dropout > 0 else None
