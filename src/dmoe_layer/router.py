@@ -131,7 +131,7 @@ class AttributeRouter(LazyDim):
         """Learns ``dim`` from the first input, once nothing is wrong with it."""
         self._check_input(x, tokens_per_sample)
         check_device(x, self.w_A2ED, "router")
-        batch = len(x) if tokens_per_sample is None else len(tokens_per_sample)
+        batch = (x if tokens_per_sample is None else tokens_per_sample).shape[0]
         self.check_attributes(x, batch, attributes)
         self._learn_dim(x.shape[-1])
 
@@ -168,7 +168,7 @@ class AttributeRouter(LazyDim):
             self._check_input(x, tokens_per_sample)
         check_device(x, self.w_A2ED, "router")
         refuse_functional_derivatives(x)
-        batch = len(x) if tokens_per_sample is None else len(tokens_per_sample)
+        batch = (x if tokens_per_sample is None else tokens_per_sample).shape[0]
         values_BN = self.check_attributes(x, batch, attributes)
         noisy = self.noise == "always" or (self.noise == "train" and self.training)
         seed = draw_seed() if noisy else None
@@ -177,7 +177,7 @@ class AttributeRouter(LazyDim):
         routing = route(x, weights, rows_BN, tokens_per_sample, self.k, seed)
         if values_BN is None:
             return routing
-        attributes_T = per_token(values_BN, len(routing.logits), tokens_per_sample)
+        attributes_T = per_token(values_BN, routing.logits.shape[0], tokens_per_sample)
         # Not by _replace, which torch.compile traces from PyTorch 2.10 on only.
         return Routing(routing.expert_indices, routing.gates, routing.logits, attributes_T)
 
