@@ -1,11 +1,10 @@
-"""Memory of a step and time of a GPU's kernels, from PyTorch's profiler and caching allocator."""
+"""Memory of any code and time of a GPU's kernels, by PyTorch's profiler and caching allocator."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,46 +12,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .measure import Stopwatch, fresh_input
-from .problem import Layer, Problem
+from .measure import Stopwatch
 
 _MARK = "benchmarks: mark"
 _KERNELS = ("kernel", "gpu_memset")
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes of one training step, beyond x, y's gradient and the parameters.
-
-    Attributes:
-        forward_peak: at most, during forward; y included.
-        peak: at most, during forward and backward; y and all gradients included.
-        held: between the two, y excluded: what is kept for backward beside x.
-        excess: ``peak`` less y, x's gradient and the parameters' gradients.
-    """
-
-    forward_peak: int
-    peak: int
-    held: int
-    excess: int
-
-
-def step_memory(layer: Layer, problem: Problem) -> StepMemory:
-    """Memory of one training step. On a CPU, what its libraries take unseen is not in it."""
-    x_BTD = fresh_input(layer, problem)
-    with Meter(problem.device) as meter:
-        y_BTD = layer(x_BTD, problem.attributes_B)
-        meter.mark()
-        y_BTD.backward(problem.dy_BTD)
-    (held, forward_peak), (_, peak) = meter.marks
-    y_bytes = y_BTD.numel() * y_BTD.element_size()
-    gradients = sum(p.numel() * p.element_size() for p in layer.parameters() if p.grad is not None)
-    return StepMemory(
-        forward_peak=forward_peak,
-        peak=peak,
-        held=held - y_bytes,
-        excess=max(0, peak - 2 * y_bytes - gradients),
-    )
 
 
 class Meter:
