@@ -28,11 +28,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = (ROOT / "src" / "dmoe_layer", ROOT / "reference_models", ROOT / "benchmarks")
 # What is imported where the Triton backend is chosen, which Windows does not have, and not before.
 NEED_TRITON = {
-    "dmoe_layer.fused",
-    "dmoe_layer.fused_mlp",
-    "dmoe_layer.fused_router",
-    "dmoe_layer.launch",
-    *(f"dmoe_layer.kernels.{name}" for name in ("common", "narrow", "routing", "sums", "wide")),
+    *(
+        f"dmoe_layer.fused.{name}"
+        for name in ("call", "experts", "launch", "narrow", "router", "wide")
+    ),
+    *(
+        f"dmoe_layer.fused.kernels.{name}"
+        for name in ("common", "narrow", "routing", "sums", "wide")
+    ),
 }
 # No import finds what Python has on POSIX systems alone, nor Triton.
 AS_ON_WINDOWS = """

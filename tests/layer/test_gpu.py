@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_exact import TOLERANCE
+from harness.exactness import TOLERANCE
 
 from dmoe_layer import DMoE, backend, routing
 

@@ -7,19 +7,20 @@ from functools import partial
 
 import pytest
 import torch
+from harness.exactness import TOLERANCE, assert_close, run_both
 from helpers import masks_in_full_graphs
 from monai.data import MetaTensor
-from test_exact import TOLERANCE, assert_close, run_both
 
 from dmoe_layer import DMoE, backend, carry_routing, routing
+from dmoe_layer.activations import ACTIVATIONS
 from dmoe_layer.operators import draw_seed
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from dmoe_layer import fused, fused_mlp, fused_router  # noqa: E402
-from dmoe_layer.kernels import common  # noqa: E402
-from dmoe_layer.launch import launch, padded  # noqa: E402
+from dmoe_layer.fused import experts, narrow, router, wide  # noqa: E402
+from dmoe_layer.fused.kernels import common  # noqa: E402
+from dmoe_layer.fused.launch import block_size, launch  # noqa: E402
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows that a test's own kernel takes at once: a GPU's compiler needs minutes for thousands.
@@ -57,7 +58,7 @@ def kernel_noise(noisy, tokens, n_experts, dtype):
         return None
     blocks, seed = -(-tokens // BLOCK), int(draw_seed())
     noise = torch.empty(blocks * BLOCK, n_experts, device=HERE)
-    sizes = {"TOKENS": BLOCK, "EXPERTS": padded(n_experts, 8)}
+    sizes = {"TOKENS": BLOCK, "EXPERTS": block_size(n_experts, 8)}
     launch(_noise_kernel, (blocks,), noise, noise, seed, n_experts, **sizes)
     return noise[:tokens].cpu()
 
@@ -67,7 +68,7 @@ def kernel_dropout(p, indices_TK, n_experts, dim, dtype):
     pairs, dropped, seed = indices_TK.numel(), round(p * 2**16), int(draw_seed())
     blocks = -(-pairs // BLOCK)
     kept = torch.empty(blocks * BLOCK, dim, device=HERE)
-    sizes = {"PAIRS": BLOCK, "DIM": padded(dim)}
+    sizes = {"PAIRS": BLOCK, "DIM": block_size(dim)}
     launch(_kept_kernel, (blocks,), kept, kept, seed, dropped, dim, **sizes)
     scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
     return kept[:pairs].cpu().to(dtype).view(*indices_TK.shape, dim) * scale
@@ -140,8 +141,9 @@ def test_kernels_in_low_precision_equal_the_naive_loop(case, dtype):
 def test_rows_in_many_tiles_and_chunks_equal_the_naive_loop(dim, monkeypatch):
     # So few experts, so many tokens and so small chunks that an expert has several chunks, and a
     # chunk several tiles.
-    monkeypatch.setattr(fused_mlp, "PROGRAMS", 2**30)
-    monkeypatch.setattr(fused_router, "CHUNKS", 2)
+    for module in (narrow, wide):
+        monkeypatch.setattr(module, "PROGRAMS", 2**30)
+    monkeypatch.setattr(router, "CHUNKS", 2)
     few = {"dim": dim, "hidden_dim": 40 if dim == 24 else 8, "n_experts": 2, "k": 1}
     tokens = 200 if dim == 24 else 700
     call = {"batch": 2, "values": [[0], [2]], "tokens": tokens, "seed": 1}
@@ -193,14 +195,12 @@ def test_operators_pass_opcheck(dim):
     w, b = torch.randn(3, 2, 4, dim, device=HERE), torch.randn(3, 2, 4, device=HERE)
     rows, seed = torch.tensor([[0], [2]], device=HERE), torch.tensor(2**50)
     route_inputs = (x, w.requires_grad_(), b.requires_grad_(), rows, None, 2, seed)
-    torch.library.opcheck(fused_router.fused_route, route_inputs)
-    _, indices, gates, order, offsets = (
-        t.detach() for t in fused_router.fused_route(*route_inputs)
-    )
+    torch.library.opcheck(router._fused_route, route_inputs)
+    _, indices, gates, order, offsets = (t.detach() for t in router._fused_route(*route_inputs))
     given = [t.detach() for t in (x, w, b)]
     grads = (torch.randn(34, 4, device=HERE), torch.randn(34, 2, device=HERE))
     torch.library.opcheck(
-        fused_router.fused_route_backward, (*grads, indices, gates, *given, rows, None, seed)
+        router.fused_route_backward, (*grads, indices, gates, *given, rows, None, seed)
     )
     shapes = ((4, 20, dim), (4, 20), (4, dim, 20), (4, dim))
     weights = [torch.randn(s, device=HERE, requires_grad=True) for s in shapes]
@@ -208,10 +208,12 @@ def test_operators_pass_opcheck(dim):
     tokens = x.detach().flatten(0, 1).requires_grad_()
     inputs = (tokens, order, offsets, gates.requires_grad_(), *weights)
     keep = dim == 136
-    torch.library.opcheck(fused._fused_experts, (*inputs, *options, keep))
-    y, hidden = (t.detach() for t in fused._fused_experts(*inputs, *options, keep))
+    torch.library.opcheck(experts._fused_experts, (*inputs, *options, keep))
+    y, hidden = (t.detach() for t in experts._fused_experts(*inputs, *options, keep))
     inputs = tuple(t.detach() for t in inputs)
-    torch.library.opcheck(fused.fused_experts_backward, (y, hidden, *inputs, *options, True, True))
+    torch.library.opcheck(
+        experts.fused_experts_backward, (y, hidden, *inputs, *options, True, True)
+    )
 
 
 def test_pairs_are_sorted_by_expert_and_then_by_token():
@@ -220,7 +222,7 @@ def test_pairs_are_sorted_by_expert_and_then_by_token():
     rows = torch.tensor([[0], [1], [0]], device=HERE)
     counts = torch.tensor([140, 0, 460], device=HERE)
     for tokens, per_sample in ((x, None), (x.flatten(0, 1), counts)):
-        logits, indices, gates, order, offsets = fused_router.fused_route(
+        logits, indices, gates, order, offsets = router._fused_route(
             tokens, w, b, rows, per_sample, 3, None
         )
         assert torch.equal(order.long(), indices.flatten().argsort(stable=True))
@@ -237,7 +239,7 @@ def test_scores_that_are_equal_infinite_or_nan_choose_k_different_experts():
         b = torch.zeros(1, 2, 6, device=HERE)
         b[0, 0] = torch.tensor(bias)
         x = torch.zeros(1, 3, 8, device=HERE)
-        logits, indices, gates, *_ = fused_router.fused_route(x, w, b, None, None, 4, None)
+        logits, indices, gates, *_ = router._fused_route(x, w, b, None, None, 4, None)
         torch.testing.assert_close(logits[0], b[0, 0], equal_nan=True)
         assert all(len(set(row)) == 4 and max(row) < 6 for row in indices.tolist())
         top = logits.topk(4).values
@@ -373,15 +375,15 @@ def test_only_the_hidden_layer_of_wide_experts_with_few_tokens_is_kept(dim, toke
 
 @pytest.mark.parametrize(("dim", "activation"), [(100, "relu"), (136, "gelu")])
 def test_hidden_layers_a_segment_at_a_time_equal_the_naive_loop(dim, activation, monkeypatch):
-    monkeypatch.setattr(fused_mlp, "LEAST_ROWS", 30)
-    monkeypatch.setattr(fused, "keeps_hidden", lambda *_: False)
-    seen, original = [], fused_mlp.Call.segments
+    monkeypatch.setattr(wide, "LEAST_ROWS", 30)
+    monkeypatch.setattr(experts, "keeps_hidden", lambda *_: False)
+    seen, original = [], wide.segments
 
     def spy(call, at_once):
         seen.append(list(original(call, at_once)))
         return seen[-1]
 
-    monkeypatch.setattr(fused_mlp.Call, "segments", spy)
+    monkeypatch.setattr(wide, "segments", spy)
     options = {"dim": dim, "hidden_dim": 200, "n_experts": 3, "activation": activation}
     check_all({**OPTIONS, **options}, {**CALL, "tokens": 30}, torch.float32)
     # Forward and backward; up to D = 128 only the latter has the hidden layer in memory.
@@ -411,7 +413,7 @@ def test_tf32_is_taken_from_either_of_pytorchs_settings(api):
     def ask(value):
         code = (
             f"import torch; torch.backends.cuda.matmul.{api} = {value!r}\n"
-            "from dmoe_layer.launch import precision; print(precision())"
+            "from dmoe_layer.fused.launch import precision; print(precision())"
         )
         run = [sys.executable, "-c", code]
         return subprocess.run(run, check=True, capture_output=True, encoding="utf-8").stdout.strip()
@@ -429,6 +431,21 @@ REFUSED = [
     ({}, (2, 15, 16), "15 tokens a sample"),
     ({}, (4097, 16, 16), "4097 samples"),
 ]
+
+
+def test_an_activation_that_the_kernels_lack_is_left_to_the_eager_backend(monkeypatch):
+    plain = ACTIVATIONS["silu"]._replace(fused=False)
+    monkeypatch.setitem(ACTIVATIONS, "swish", plain)
+    layer, x = DMoE(16, activation="swish", backend="triton"), torch.randn(2, 16, 16)
+    with pytest.raises(RuntimeError, match="activation is swish, which the kernels do not have"):
+        layer(x)
+    layer.backend = "auto"
+    assert layer(x).shape == x.shape
+    # A row that says otherwise than the kernels is an error of theirs, and no other activation.
+    monkeypatch.setitem(ACTIVATIONS, "swish", plain._replace(fused=True))
+    layer.backend = "triton"
+    with pytest.raises(Exception, match="no such activation"):
+        layer.to(HERE)(x.to(HERE))
 
 
 @pytest.mark.parametrize(("options", "shape", "words"), REFUSED)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -587,3 +588,33 @@ def test_two_calls_leave_the_modules_attributes_as_they_were():
     with routing(GOOD):
         model(make_x()).sum().backward()
     assert contents() == before
+
+
+def test_a_module_reads_the_open_scopes_attributes_as_a_layer_does():
+    x = torch.randn(3, 5)
+    with routing(torch.tensor([1])), routing(torch.tensor([0, 2, -1])):
+        values = routing.attribute_values(x, 3, unknown="average")
+        assert values.tolist() == [[0], [2], [-1]]
+        with pytest.raises(ValueError, match="sample 2") as mine:
+            routing.attribute_values(x, 3)
+        with pytest.raises(ValueError, match="sample 2") as layers:
+            DMoE(5, attribute_sizes=3)(x)
+        assert str(mine.value) == str(layers.value)
+    with routing(torch.tensor([[1, 0]])):
+        assert routing.attribute_values(x, (2, 2)).tolist() == [[1, 0]] * 3
+    for scope in (nullcontext(), routing()):
+        with scope, pytest.raises(MissingAttributesError, match="attribute_sizes=3"):
+            routing.attribute_values(x, 3)
+
+
+def test_a_compiled_module_reads_the_scope_that_is_open_when_it_runs():
+    class Shift(nn.Module):
+        def forward(self, x):
+            return x + routing.attribute_values(x, 3)
+
+    model = torch.compile(Shift(), fullgraph=True, backend="aot_eager")
+    for values in ([0, 2], [1, 1]):
+        with routing(torch.tensor(values)):
+            assert model(torch.zeros(2, 1)).flatten().tolist() == values
+    with routing(torch.tensor([0, 3])), pytest.raises(ValueError, match=r"expected 0 \.\. 2"):
+        model(torch.zeros(2, 1))

@@ -7,42 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import keeps_hidden
-from .fused_mlp import (
-    NARROW,
-    Call,
-    fuses_backward,
-    narrow_backward,
-    narrow_forward,
-    wide_backward,
-    wide_forward,
-)
-from .operators import refuse_double_backward
+from ..operators import refuse_double_backward
+from ..recompute import keeps_hidden
+from ..tensors import ExpertOptions, ExpertWeights
+from . import narrow, wide
+from .call import Call
+from .router import SortedPairs
 
 
-def fused_experts(
+def experts(
     x_TD: Tensor,
-    order_R: Tensor,
-    offsets: Tensor,
+    pairs: SortedPairs,
     gates_TK: Tensor,
-    w1_EHD: Tensor,
-    b1_EH: Tensor | None,
-    w2_EDH: Tensor,
-    b2_ED: Tensor | None,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
+    weights: ExpertWeights,
+    options: ExpertOptions,
 ) -> Tensor:
     """Σ_j gates[t, j] · Expert_{indices[t, j]}(x[t]) for every token: (T, D), in x's dtype.
 
-    ``order_R`` and ``offsets`` are the router's sort by expert. Expert(x) = Dropout(w2 · act(w1 ·
-    x + b1) + b2), with operands in ``dtype`` and sums in fp32. Without a seed nothing is dropped.
+    ``pairs`` is the router's sort by expert. Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), with
+    operands in ``options.dtype`` and sums in fp32.
     """
-    trained = (x_TD, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
-    keep = x_TD.shape[1] > NARROW and keeps_hidden(order_R, w1_EHD, trained)
-    inputs = (x_TD, order_R, offsets, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
-    return _fused_experts(*inputs, activation, dropout, seed, dtype, keep)[0]
+    keep = x_TD.shape[1] > narrow.NARROW and keeps_hidden(x_TD, gates_TK, weights)
+    return _fused_experts(x_TD, *pairs, gates_TK, *weights, *options, keep)[0]
 
 
 @torch.library.custom_op("dmoe_layer::fused_experts", mutates_args=())
@@ -62,11 +48,12 @@ def _fused_experts(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and what backward finds of the hidden layer: (R, H), or an empty tensor."""
-    tensors = (x_TD, order_R, offsets, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
-    call = Call(*tensors, activation, dropout, seed, dtype)
-    if call.dim <= NARROW:
-        return call.sum_slots(narrow_forward(call)), x_TD.new_empty((0,), dtype=dtype)
-    slots, hidden = wide_forward(call, keep_hidden)
+    weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
+    options = ExpertOptions(activation, dropout, seed, dtype)
+    call = Call(x_TD, SortedPairs(order_R, offsets), gates_TK, weights, options)
+    if call.dim <= narrow.NARROW:
+        return call.sum_slots(narrow.forward(call)), call.empty(0)
+    slots, hidden = wide.forward(call, keep_hidden)
     return call.sum_slots(slots), hidden
 
 
@@ -100,19 +87,21 @@ def fused_experts_backward(
 
     An empty tensor for what is not wanted, and for a bias that is not there.
     """
-    tensors = (x_TD, order_R, offsets, gates_TK, w1_EHD, b1_EH, w2_EDH, b2_ED)
-    call = Call(*tensors, activation, dropout, seed, dtype)
+    weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
+    options = ExpertOptions(activation, dropout, seed, dtype)
+    call = Call(x_TD, SortedPairs(order_R, offsets), gates_TK, weights, options)
     dy_TD = dy_TD.contiguous()
-    if fuses_backward(call.dim, dtype):
-        rows, weights = narrow_backward(call, dy_TD, of_rows, of_weights)
+    if narrow.fuses_backward(call.dim, dtype):
+        found = narrow.backward(call, dy_TD, of_rows, of_weights)
     else:
-        rows, weights = wide_backward(call, dy_TD, hidden_RH, of_rows, of_weights)
-    dx, dgates = (call.sum_slots(rows[0]), rows[1]) if of_rows else call.nothing(2)
-    dweights = [d.to(w1_EHD.dtype) for d in weights] if of_weights else call.nothing(4)
-    for i, bias in ((1, b1_EH), (3, b2_ED)):
-        if bias is None:
-            (dweights[i],) = call.nothing(1)
-    dw1, db1, dw2, db2 = dweights
+        found = wide.backward(call, dy_TD, hidden_RH, of_rows, of_weights)
+    dx = call.sum_slots(found.slots) if of_rows else _nothing(x_TD)
+    dgates = found.dgates if of_rows else _nothing(x_TD)
+    dweights: list[Tensor] | list[None] = found.weights or [None] * 4
+    dw1, db1, dw2, db2 = (
+        _nothing(x_TD) if gradient is None or parameter is None else gradient.to(w1_EHD.dtype)
+        for gradient, parameter in zip(dweights, weights, strict=True)
+    )
     return dx, dgates, dw1, db1, dw2, db2
 
 
@@ -124,6 +113,11 @@ def _(dy_TD, hidden, x_TD, order_R, offsets, gates_TK, w1, b1, w2, b2, *options)
         torch.empty_like(t) if t is not None and is_wanted else x_TD.new_empty((0,))
         for t, is_wanted in zip((x_TD, gates_TK, w1, b1, w2, b2), wanted, strict=True)
     )
+
+
+def _nothing(x_TD: Tensor) -> Tensor:
+    """In place of a gradient that nobody wants: an operator's outputs are always tensors."""
+    return x_TD.new_empty((0,))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

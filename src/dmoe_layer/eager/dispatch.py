@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,14 @@ class Block(NamedTuple):
     expert: int
     start: int
     stop: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
 
 class Chunk(NamedTuple):
@@ -92,25 +100,3 @@ def _blocks(counts: list[int], start: int) -> Iterator[Block]:
         for i in range(parts):
             yield Block(expert, start + count * i // parts, start + count * (i + 1) // parts)
         start += count
-
-
-def keeps_hidden(pairs: Tensor, w1_EHD: Tensor, trained: Sequence[Tensor | None]) -> bool:
-    """Whether backward shall find the hidden layer, R·H, instead of computing it again.
-
-    Not if there is no backward: none of ``trained`` wants a gradient. Else, computing it again
-    takes 2·D operations an element, against writing and reading it: keeping is worth it from a
-    width of about 128 on. And only while it is no larger than the experts' weights and their
-    gradients, which stand in memory anyway: the tokens of a volume may never multiply what is
-    kept. A number of tokens that torch.compile leaves open counts as too many.
-    """
-    if not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in trained):
-        return False
-    _, hidden, width = w1_EHD.shape
-    if width < 128:
-        return False
-    is_small = pairs.numel() * hidden <= 4 * w1_EHD.numel()
-    if not torch.compiler.is_compiling():
-        return is_small
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(is_small)

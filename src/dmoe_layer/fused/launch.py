@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched, and the sizes that they share."""
+"""How a Triton kernel is launched; sizes of blocks, and sums of what many programs leave."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **op
         kernel[grid](*plain, **options, enable_fp_fusion=True)
 
 
-def padded(size: int, least: int = 16) -> int:
+def block_size(size: int, least: int = 16) -> int:
     """The power of two that a block needs to hold ``size``; a GEMM's side is at least 16."""
     return max(least, triton.next_power_of_2(size))
 
@@ -64,7 +64,7 @@ def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
     launch(
         sum_chunks_kernel, (groups, -(-numbers // block)), shares,
         shares, offsets, total, groups, numbers, chunk_rows,
-        GROUPS=padded(groups, 2), CHUNKS=4096 // block, BLOCK=block,
+        GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
     )  # fmt: skip
     return total
 

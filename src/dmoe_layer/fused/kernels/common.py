@@ -52,6 +52,7 @@ def activate(z, ACTIVATION: tl.constexpr):
         # (1 + tanh(u)) / 2 is the logistic function of 2u.
         return z * sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     else:
+        tl.static_assert(ACTIVATION == "silu", "the kernels have no such activation")
         return z * sigmoid(z)
 
 
@@ -67,6 +68,7 @@ def slope(z, da, ACTIVATION: tl.constexpr):
         s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
         return da * (s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z))
     else:
+        tl.static_assert(ACTIVATION == "silu", "the kernels have no such activation")
         s = sigmoid(z)
         return da * (s + z * s * (1 - s))
 

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..operators import refuse_double_backward
+from ..tensors import RouterWeights, Routing
 from .kernels import routing as kernels
-from .launch import launch, padded, sum_by_row, sum_chunks, tiles, triton_dtype
-from .operators import refuse_double_backward
+from .launch import block_size, launch, sum_by_row, sum_chunks, tiles, triton_dtype
 
 # A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
 CHUNKS = 1024
 
 
+class SortedPairs(NamedTuple):
+    """The (token, slot) pairs by expert: what this backend's router leaves to its experts.
+
+    Attributes:
+        order_R: (T·k,) int32, each pair t·k + j, sorted by expert.
+        offsets: (E + 1,) int64; expert e's are ``order_R[offsets[e] : offsets[e + 1]]``.
+    """
+
+    order_R: Tensor
+    offsets: Tensor
+
+
+def route(
+    x: Tensor,
+    weights: RouterWeights,
+    rows_BN: Tensor | None,
+    tokens_per_sample: Tensor | None,
+    k: int,
+    seed: Tensor | None,
+) -> tuple[Routing, SortedPairs]:
+    """As ``eager.router.route``, in one kernel, with the sort by expert as the plan."""
+    found = _fused_route(x, *weights, rows_BN, tokens_per_sample, k, seed)
+    logits_TE, indices_TK, gates_TK, *pairs = found
+    return Routing(indices_TK, gates_TK, logits_TE), SortedPairs(*pairs)
+
+
 @torch.library.custom_op("dmoe_layer::fused_route", mutates_args=())
-def fused_route(
+def _fused_route(
     x: Tensor,
     w_A2ED: Tensor,
     b_A2E: Tensor,
@@ -25,12 +52,7 @@ def fused_route(
     k: int,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits (T, E), experts and gates (T, k), and the order by expert with its offsets.
-
-    Sample b's router is the sum of the table's rows ``rows_BN[b]``; without rows, all samples
-    have the table's only one. ``order`` (T·k,) holds each (token, slot) pair t·k + j, sorted by
-    expert; expert e's are ``order[offsets[e] : offsets[e + 1]]``.
-    """
+    """Logits (T, E), experts and gates (T, k), and the two tensors of ``SortedPairs``."""
     x, w_A2ED, b_A2E = x.contiguous(), w_A2ED.contiguous(), b_A2E.contiguous()
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     tokens, n_experts, dim = samples.tokens, w_A2ED.shape[2], x.shape[-1]
@@ -43,7 +65,7 @@ def fused_route(
         kernels.route_kernel, (n_tiles,), x,
         x, w_A2ED, b_A2E, rows_BN, samples.offsets, logits, indices, gates, counts,
         samples.count, n_tiles, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
-        K=k, SLOTS=padded(k, 2), NOISY=seed is not None, **samples.blocks, **samples.scoring,
+        K=k, SLOTS=block_size(k, 2), NOISY=seed is not None, **samples.blocks, **samples.scoring,
     )  # fmt: skip
     ends = counts.view(-1).cumsum(0).view(n_experts, n_tiles)
     offsets = torch.cat([ends.new_zeros(1), ends[:, -1]])
@@ -56,7 +78,7 @@ def fused_route(
     return logits, indices, gates, order, offsets
 
 
-@fused_route.register_fake
+@_fused_route.register_fake
 def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, k, seed):  # type: ignore[no-untyped-def]
     tokens, n_experts = x.numel() // x.shape[-1], w_A2ED.shape[2]
     return (
@@ -137,14 +159,14 @@ class _Samples:
         dtype = x.dtype if exact else torch.float32
         # Registers decide: a number of fp32 is split into three of tf32, and with many experts the
         # scores of a token alone take many.
-        experts = padded(w_A2ED.shape[2], 8)
+        experts = block_size(w_A2ED.shape[2], 8)
         many = experts > 16
         widest = 32 if many else 64 if dtype == torch.float32 else 128
-        dim = padded(min(x.shape[-1], widest))
+        dim = block_size(min(x.shape[-1], widest))
         self.tile = 32 if many else 128 if x.shape[-1] <= 64 else 64
         self.blocks: dict[str, Any] = {
             "TOKENS": self.tile,
-            "SAMPLES": padded(self.count, 2),
+            "SAMPLES": block_size(self.count, 2),
             "EXPERTS": experts,
         }
         self.scoring: dict[str, Any] = {
@@ -177,5 +199,5 @@ def _backward(ctx: Any, dlogits: Any, _: Any, dgates: Any, *__: Any) -> tuple[Te
     return *fused_route_backward(dlogits, dgates, *ctx.saved_tensors), None, None, None, None
 
 
-fused_route.register_autograd(_backward, setup_context=_save_for_backward)
+_fused_route.register_autograd(_backward, setup_context=_save_for_backward)
 refuse_double_backward(fused_route_backward)
