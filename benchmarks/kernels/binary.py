@@ -61,7 +61,7 @@ def compile_for(launch: Launch, capability: int) -> Any:
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    options = {**launch.options, "enable_fp_fusion": True}
+    options = dict(launch.options)
     # As Triton's own launcher specializes its arguments.
     for i, parameter in enumerate(launch.kernel.params):
         name, is_given = parameter.name, i < len(launch.arguments)

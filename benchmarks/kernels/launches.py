@@ -1,7 +1,7 @@
 """Records the layer's own kernel launches, without running them.
 
-The one file outside ``dmoe_layer`` that reaches into its kernels' launches. What needs Triton is
-imported when it is called: not every system has it.
+The one file outside ``dmoe_layer`` that uses other than its public names: the kernels' backend.
+What needs Triton is imported when it is called: not every system has it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from unittest import mock
 
 import torch
 
+from dmoe_layer.backend import load
+from dmoe_layer.tensors import ExpertOptions, ExpertWeights, RouterWeights
+
 from ..paper import DROPOUT, HIDDEN_RATIO
 
-_TOKENS, _VALUES = 512, 3  # of the sample; of its attribute
+_TOKENS, _VALUES = 512, 3  # of both samples together; of their attribute
 
 
 class Launch(NamedTuple):
@@ -28,39 +31,36 @@ def layer_launches(
     dim: int, dtype: torch.dtype, activation: str, n_experts: int, k: int
 ) -> list[Launch]:
     """The launches of one training step of the layer at this width."""
-    from dmoe_layer import fused, fused_mlp, fused_router, launch
+    from triton.runtime import JITFunction
 
     launches: list[Launch] = []
 
-    def note(kernel: Any, grid: Any, on: Any, *arguments: Any, **options: Any) -> None:
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.append(Launch(kernel, arguments, options))
 
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
+    # In place of what Triton does for ``kernel[grid](...)``.
+    with mock.patch.object(JITFunction, "run", record):
+        _step(dim, dtype, activation, n_experts, k)
+    return launches
+
+
+def _step(dim: int, dtype: torch.dtype, activation: str, n_experts: int, k: int) -> None:
+    """Forward and backward of the kernels' backend, with noise and dropout, on the CPU."""
+
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
     hidden, seed = HIDDEN_RATIO * dim, torch.tensor(2**61)
-    x_BTD = zeros(2, _TOKENS // 2, dim)
-    router = (
-        zeros(_VALUES, 2, n_experts, dim),
-        zeros(_VALUES, 2, n_experts),
-        torch.zeros(2, 1).long(),
-        None,
+    x_BTD, rows_BN = parameter(2, _TOKENS // 2, dim), torch.zeros(2, 1, dtype=torch.long)
+    router = RouterWeights(parameter(_VALUES, 2, n_experts, dim), parameter(_VALUES, 2, n_experts))
+    weights = ExpertWeights(
+        w1_EHD=parameter(n_experts, hidden, dim),
+        b1_EH=parameter(n_experts, hidden),
+        w2_EDH=parameter(n_experts, dim, hidden),
+        b2_ED=parameter(n_experts, dim),
     )
-    weights = (
-        zeros(n_experts, hidden, dim),
-        zeros(n_experts, hidden),
-        zeros(n_experts, dim, hidden),
-        zeros(n_experts, dim),
-    )
-    options = (activation, DROPOUT, seed, dtype)
-    with (
-        mock.patch.object(fused_mlp, "launch", note),
-        mock.patch.object(fused_router, "launch", note),
-        mock.patch.object(launch, "launch", note),
-    ):
-        logits, indices, gates, order, offsets = fused_router.fused_route(x_BTD, *router, k, seed)
-        experts = (x_BTD.flatten(0, 1), order, offsets, gates, *weights)
-        y, kept = fused._fused_experts(*experts, *options, dim >= 128)
-        fused.fused_experts_backward(y, kept, *experts, *options, True, True)
-        fused_router.fused_route_backward(logits, gates, indices, gates, x_BTD, *router, seed)
-    return launches
+    options = ExpertOptions(activation, DROPOUT, seed, dtype)
+    backend = load("triton")
+    routing, plan = backend.route(x_BTD, router, rows_BN, None, k, seed)
+    y_TD = backend.experts(x_BTD.flatten(0, 1), plan, routing.gates, weights, options)
+    (y_TD.sum() + routing.logits.sum()).backward()

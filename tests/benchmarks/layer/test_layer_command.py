@@ -44,6 +44,36 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
     assert "expected a folder that can be written to" in error
 
 
+def test_a_readme_without_marks_is_a_sentence_and_the_figures_are_kept(
+    capsys, monkeypatch, tmp_path
+):
+    readme = tmp_path / "README.md"
+    readme.write_text("no marks", encoding="utf-8")
+    monkeypatch.setattr(command, "README", readme)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "all_shapes", lambda device: [])
+    monkeypatch.setattr(command, "PROVIDERS", {"mask-loop": command.PROVIDERS["mask-loop"]})
+    words = ["--device", "cpu", "--shapes", "1x32x16x1", "--rounds", "1"]
+    assert command.main(words) == 2
+    assert "README.md: got none of <!-- cpu: begin -->" in capsys.readouterr().err
+    assert readme.read_text(encoding="utf-8") == "no marks"
+    assert (tmp_path / "cpu-float32.csv").exists()
+
+
+def test_the_command_needs_nothing_of_the_reference_extra():
+    # A finder that comes first sees every import that is tried, of what is not installed too.
+    code = (
+        "import sys, torch, einops\n"
+        "class Watch:\n"
+        "    def find_spec(name, *_): seen.append(name.split('.')[0])\n"
+        "seen = []; sys.meta_path.insert(0, Watch); import benchmarks.layer.command\n"
+        "extra = {'filelock', 'jinja2', 'lightning_fabric', 'lightning', 'monai', 'nibabel',\n"
+        "         'nilearn', 'PIL', 'rich', 'safetensors', 'scipy', 'tensorboard', 'tyro'}\n"
+        "assert 'dmoe_layer' in seen and not extra & {*seen}, extra & {*seen}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_a_small_run_goes_from_the_command_to_table_csv_and_plot(tmp_path):
     words = [sys.executable, "-m", "benchmarks", "--device", "cpu", "--out", tmp_path]
     words += ["--shapes", "2x64x48x3,2x128x48x3,1x96x24x1", "--rounds", "1"]

@@ -11,6 +11,7 @@ from benchmarks.layer.problem import Problem
 from benchmarks.layer.provider import Provider
 from benchmarks.layer.shapes import Shape
 from benchmarks.layer.step import step_memory
+from dmoe_layer import routing
 
 
 def one_percent_in_one_expert(layer):
@@ -57,6 +58,21 @@ def test_a_provider_that_raises_says_why_and_the_others_go_on():
 def test_the_kernels_are_not_timed_on_a_cpu():
     (got,) = rows_of(next(p for p in OURS if p.name == "triton"))
     assert got.status.startswith("unavailable: the kernels run on a GPU")
+
+
+def test_the_router_alone_is_a_call_of_the_layer_that_ends_behind_it():
+    problem = Problem.random(SMALL, "cpu", torch.float32)
+    ours = Ours(problem, "eager").eval()
+    calls = []
+    ours.layer.router.register_forward_hook(lambda *_: calls.append("router"))
+    for backend in ("eager", "auto"):
+        ours.layer.backend = backend  # "auto" is here as the kernels: chosen by the layer
+        with routing(problem.attributes_B) as recorded:
+            ours.route(problem.x_BTD, problem.attributes_B)
+        assert not recorded.routings
+    assert calls == ["router", "router"]
+    y_BTD = ours(problem.x_BTD, problem.attributes_B)  # and the next call is whole again
+    assert y_BTD.shape == problem.x_BTD.shape
 
 
 def test_step_memory_is_that_of_a_layer_worked_out_by_hand():
