@@ -99,17 +99,18 @@ def kernels_between_marks(events: list[dict[str, Any]]) -> list[list[float]]:
     for event in events:
         if event["name"] == _MARK:
             marks += 1
-            rounds += [[]] if marks % 2 else []
+            if marks % 2:
+                rounds.append([])
         elif marks % 2 and event.get("cat") in _KERNELS:
             rounds[-1].append(event["dur"] / 1e6)
     return rounds
 
 
-def _events(profile: profile) -> list[dict[str, Any]]:
+def _events(profiled: profile) -> list[dict[str, Any]]:
     """Marks, allocations, releases (of negative size) and kernels in the order of time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
+        profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     events = [
         event
