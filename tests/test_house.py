@@ -54,7 +54,7 @@ def test_the_layer_imports_core_dependencies_only(path):
     ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
 def test_reference_models_and_benchmarks_use_public_names_only(path):
-    if path.name == "kernel_report.py":  # which looks at the kernels themselves
+    if path.parts[-2:] == ("kernels", "launches.py"):  # which looks at the kernels themselves
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmoe_layer"):

@@ -16,11 +16,11 @@ triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import json, sys
-from benchmarks.kernel_report import rows
+import dataclasses, json, sys
+from benchmarks.kernels.report import kernel_rows
 width, dtype, activation, n_experts, k = sys.argv[1:]
-found = rows((int(width),), (dtype,), activation, int(n_experts), int(k))
-print(json.dumps([row._asdict() for row in found]))
+found = kernel_rows((int(width),), (dtype,), activation, int(n_experts), int(k))
+print(json.dumps([dataclasses.asdict(row) for row in found]))
 """
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 LIMIT = {80: 163 << 10, 90: 227 << 10}  # a block's shared memory

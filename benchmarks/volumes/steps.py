@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from dmoe_layer import DMoE, routing
 from reference_models.models.resunet3d import ResUNet3D
 
-from .profiled import Meter
-from .providers import MaskLoop
+from ..paper import MaskLoop
+from ..profiled import Meter
 
 N_CLASSES, N_VALUES = 2, 4  # a target and its background, four T-stages
 
@@ -58,18 +59,19 @@ def _mask_loop() -> ResUNet3D:
     return network
 
 
-def _network(**options: Any) -> Callable[[], ResUNet3D]:
-    return lambda: ResUNet3D(n_classes=N_CLASSES, attribute_sizes=N_VALUES, **options)
+def _network(**options: Any) -> ResUNet3D:
+    return ResUNet3D(n_classes=N_CLASSES, attribute_sizes=N_VALUES, **options)
 
 
-# The first one is what all others are compared with.
+# What all others are compared with, and what sees a body mask.
+COMPARED_WITH, MASKED = "dense", "ours-half-masked"
 NETWORKS: dict[str, Callable[[], ResUNet3D]] = {
-    "dense": _network(moe="none"),
+    COMPARED_WITH: partial(_network, moe="none"),
     "mask-loop": _mask_loop,
-    "ours": _network(),
-    "ours-half-masked": _network(),
-    "dense-checkpointed": _network(moe="none", gradient_checkpointing=True),
-    "ours-checkpointed": _network(gradient_checkpointing=True),
+    "ours": _network,
+    MASKED: _network,
+    "dense-checkpointed": partial(_network, moe="none", gradient_checkpointing=True),
+    "ours-checkpointed": partial(_network, gradient_checkpointing=True),
 }
 
 
@@ -85,28 +87,31 @@ class Step:
         self.label_BDHW = torch.randint(N_CLASSES, size, device=device)
         self.attributes_B = torch.arange(patch.batch) % N_VALUES
         self.inputs: tuple[Tensor, ...] = (image_BCDHW,)
-        if name.endswith("masked"):
+        if name == MASKED:
             mask_BDHW = torch.zeros(size, dtype=torch.bool, device=device)
             mask_BDHW[:, : patch.sides[0] // 2] = True
             self.inputs = (image_BCDHW, mask_BDHW)
 
-    def __call__(self, between: Callable[[], None] = lambda: None) -> None:
-        """Calls ``between`` after forward."""
+    def forward(self) -> Tensor:
+        """The loss, without gradients of an earlier step."""
         self.network.zero_grad(set_to_none=True)
         low = self.dtype != torch.float32
         with (
             routing(self.attributes_B),
             torch.autocast(self.device.type, self.dtype, enabled=low),
         ):
-            loss = F.cross_entropy(self.network(*self.inputs), self.label_BDHW)
-        between()
-        loss.backward()
+            return F.cross_entropy(self.network(*self.inputs), self.label_BDHW)
+
+    def __call__(self) -> None:
+        self.forward().backward()
 
     def memory(self) -> tuple[int, int]:
         """Bytes: the peak of the step, and what is held between forward and backward."""
         self.network.zero_grad(set_to_none=True)
         with Meter(self.device) as meter:
-            self(meter.mark)
+            loss = self.forward()
+            meter.mark()
+            loss.backward()
         (held, _), (_, peak) = meter.marks
         self.network.zero_grad(set_to_none=True)
         return peak, held

@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from reference_models.files import write_whole
+
+from ..paper import N_EXPERTS, K
+from .rows import OUR_BACKENDS, LayerRow
 from .shapes import SWEEP_DIM
-from .table import Row, write_whole
 
 # Ours stand out; the others keep one colour each, whatever else a run has. The colours are those
 # of Okabe and Ito, which colour-blind readers can tell apart.
-_STYLE: dict[str, tuple[str, str]] = {
+_STYLES: dict[str, tuple[str, str]] = {
     "eager": ("#D55E00", "-"),
     "triton": ("#D55E00", "--"),
     "mask-loop": ("#000000", "-"),
@@ -25,9 +28,12 @@ _STYLE: dict[str, tuple[str, str]] = {
     "megablocks": ("#E69F00", "-"),
     "st-moe": ("#E69F00", "--"),
 }
+_OTHER_STYLE = ("#666666", "-.")
+# By provider: (tokens, ms, MiB), tokens rising.
+Curves = dict[str, list[tuple[int, float, float]]]
 
 
-def write_plot(rows: list[Row], path: Path) -> bool:
+def write_plot(rows: list[LayerRow], path: Path) -> bool:
     """A PNG of forward+backward at width ``SWEEP_DIM``; False if fewer than two such points."""
     lines = curves(rows)
     if not any(len(points) > 1 for points in lines.values()):
@@ -36,49 +42,25 @@ def write_plot(rows: list[Row], path: Path) -> bool:
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
-    for axes, index, title in (
-        (time_axes, 1, "Time of a step, ms"),
-        (memory_axes, 2, "Peak memory of a step, MiB"),
-    ):
-        for name, points in lines.items():
-            colour, dashes = _STYLE.get(name, ("#666666", "-."))
-            ours = name in ("eager", "triton")
-            axes.plot(
-                [point[0] for point in points],
-                [point[index] for point in points],
-                dashes,
-                color=colour,
-                linewidth=2.5 if ours else 1.2,
-                marker="o",
-                markersize=4 if ours else 2.5,
-                zorder=3 if ours else 2,
-            )
-        axes.set(xscale="log", yscale="log", xlabel="tokens")
-        axes.set_title(title, loc="left")
-        tokens = sorted({point[0] for points in lines.values() for point in points})
-        axes.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=30, ha="right")
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        axes.grid(which="major", color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        _label_ends(
-            axes, {name: (points[-1][0], points[-1][index]) for name, points in lines.items()}
-        )
+    time_axes.set_title("Time of a step, ms", loc="left")
+    _draw(time_axes, {name: [(t, ms) for t, ms, _ in points] for name, points in lines.items()})
+    memory_axes.set_title("Peak memory of a step, MiB", loc="left")
+    _draw(memory_axes, {name: [(t, mib) for t, _, mib in points] for name, points in lines.items()})
     row = rows[0]
     where = "CPU only: " if row.device == "cpu" else ""
     figure.suptitle(
-        f"Forward and backward of one layer, d = {SWEEP_DIM}, 8 experts, 2 a token, {row.dtype} "
-        f"({where}{row.machine}, {row.date})",
+        f"Forward and backward of one layer, d = {SWEEP_DIM}, {N_EXPERTS} experts, {K} a token, "
+        f"{row.dtype} ({where}{row.machine}, {row.date})",
         fontsize=10,
     )
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
-    write_whole(path, image.getvalue())
+    write_whole(path, lambda target: target.write_bytes(image.getvalue()))
     return True
 
 
-def curves(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:
-    """By provider: (tokens, ms, MiB) of forward+backward at the sweep's width, tokens rising."""
+def curves(rows: list[LayerRow]) -> Curves:
+    """Forward+backward at the sweep's width."""
     found: dict[str, dict[int, tuple[int, float, float]]] = {}
     for row in rows:
         drawn = row.dim == SWEEP_DIM and row.which == "forward+backward"
@@ -89,7 +71,30 @@ def curves(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:
     return {name: [points[t] for t in sorted(points)] for name, points in found.items()}
 
 
-def _label_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
+def _draw(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
+    for name, points in lines.items():
+        colour, dashes = _STYLES.get(name, _OTHER_STYLE)
+        ours = name in OUR_BACKENDS
+        axes.plot(
+            *zip(*points, strict=True),
+            dashes,
+            color=colour,
+            linewidth=2.5 if ours else 1.2,
+            marker="o",
+            markersize=4 if ours else 2.5,
+            zorder=3 if ours else 2,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="tokens")
+    tokens = sorted({t for points in lines.values() for t, _ in points})
+    axes.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=30, ha="right")
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.grid(which="major", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label_ends(axes, {name: points[-1] for name, points in lines.items()})
+
+
+def _label_ends(axes: Any, ends: dict[str, tuple[int, float]]) -> None:
     """Names beside the ends of the lines, moved apart where they would overlap."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     height = 0.055 * (high - low)
@@ -102,8 +107,8 @@ def _label_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
             xytext=(1.04, (y - low) / (high - low)),
             textcoords="axes fraction",
             arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6, "shrinkB": 4},
-            color=_STYLE.get(name, ("#666666", ""))[0],
-            fontweight="bold" if name in ("eager", "triton") else "normal",
+            color=_STYLES.get(name, _OTHER_STYLE)[0],
+            fontweight="bold" if name in OUR_BACKENDS else "normal",
             fontsize=9,
             va="center",
             annotation_clip=False,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# The paper's layer (Oh et al., ICML 2025, arXiv:2502.00619).
-N_EXPERTS, K, HIDDEN_RATIO = 8, 2, 4
+from ..arguments import ArgumentError
+from ..paper import HIDDEN_RATIO, N_EXPERTS, K
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,25 @@ GPU_SHAPES = {
     "stages": _stages(4, 1),
     "sweep": _sweep(8192, 32768, 131072, 524288),
 }
+SHAPES = {"cpu": CPU_SHAPES, "cuda": GPU_SHAPES}
+
+
+def all_shapes(device: str) -> list[Shape]:
+    """Those of all groups: what the README's section of the device shows."""
+    return [shape for group in SHAPES[device].values() for shape in group]
 
 
 def parse_shapes(text: str, device: str) -> list[Shape]:
     """Shapes from a comma-separated list of groups, names and ``BxTxDxA``.
 
+    Raises:
+        ArgumentError: a word of it is none of these.
+
     >>> [str(shape) for shape in parse_shapes("stage-4,2x100x16x3", "cpu")]
     ['2×576×192, 4 values', '2×100×16, 3 values']
     """
-    groups = CPU_SHAPES if device == "cpu" else GPU_SHAPES
-    by_name = {shape.name: shape for group in groups.values() for shape in group}
+    groups = SHAPES[device]
+    by_name = {shape.name: shape for shape in all_shapes(device)}
     shapes: list[Shape] = []
     for word in text.split(","):
         if word == "all":
@@ -94,7 +103,7 @@ def parse_shapes(text: str, device: str) -> list[Shape]:
         elif re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", word):
             shapes.append(Shape(word, *(int(number) for number in word.split("x"))))
         else:
-            raise ValueError(
+            raise ArgumentError(
                 f"shapes: got {word!r}, expected one of all, quick, {', '.join(groups)}, "
                 f"{', '.join(by_name)}, or batch x tokens x dim x attribute values, as in "
                 "2x1024x48x4."

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .problem import Layer, Problem
-from .providers import Provider, Routed, Unavailable, mlp
-from .shapes import N_EXPERTS, K
+from ..paper import N_EXPERTS, K, experts_of_modules
+from .problem import Problem
+from .provider import Layer, Provider, Routed, Unavailable
 
 # What st-moe's dispatch and combine tensors may take; they have T·E·capacity entries each.
 _MOST_DISPATCH_BYTES = 2**29
@@ -158,12 +158,9 @@ class StMoe(Layer):
         needed = 2 * shape.total_tokens * N_EXPERTS * capacity * problem.x_BTD.element_size()
         if needed > _MOST_DISPATCH_BYTES:
             raise Unavailable(f"its dispatch tensors would take {needed / 2**30:.1f} GiB")
-        names = ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED")
-        weights = {name: problem.weights[name].float() for name in names}
-        experts = [mlp(*(weights[name][e] for name in names)) for e in range(N_EXPERTS)]
-        self.moe = MoE(
-            shape.dim, num_experts=N_EXPERTS, gating_top_n=K, experts=nn.ModuleList(experts)
-        )
+        weights = {name: weight.float() for name, weight in problem.weights.items()}
+        experts = experts_of_modules(weights)
+        self.moe = MoE(shape.dim, num_experts=N_EXPERTS, gating_top_n=K, experts=experts)
         self.moe.to(problem.device)
         self.autocast = torch.autocast(
             problem.device.type, problem.dtype, enabled=problem.dtype != torch.float32

@@ -6,33 +6,21 @@ tokens alone decide every gradient, and the truth is needed for them only.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmoe_layer import DMoE
 
-from .shapes import N_EXPERTS, K, Shape
+from ..paper import N_EXPERTS, K
+from .shapes import Shape
 
 CHECKED_TOKENS = 256
-# Of the norm, and wider than the tests of this package allow: others sum in another order, and
-# round before they add the bias, which in low precision moves hidden units across ReLU's kink and
-# changes single gradients by any amount. The check finds wrong maths, not the last bit.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # How far the last expert chosen must lead the next one, for low precision may break ties in
 # another way; and, from fp32 on, how far hidden units must be from ReLU's kink.
 _MARGIN = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _KINK = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-class Layer(nn.Module):
-    """What a provider builds: calls of (x_BTD, attributes_B), and the gradient of w1 by expert."""
-
-    @abstractmethod
-    def w1_grad(self) -> Tensor:
-        """(E, H, D)."""
 
 
 @dataclass
@@ -74,25 +62,6 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         return self.x_BTD.dtype
-
-    def error_of(self, layer: Layer, *, bias: bool = True) -> float:
-        """The largest relative error, in norm, of y and of x's and w1's gradient."""
-        tokens_T = self.checked_tokens()
-        truth = self.answer(bias)
-        dy_TD = torch.zeros_like(self.dy_BTD).flatten(0, 1)
-        dy_TD[tokens_T] = self.dy_BTD.flatten(0, 1)[tokens_T]
-        x_BTD = self.x_BTD.detach().requires_grad_()
-        y_BTD = layer.eval()(x_BTD, self.attributes_B)
-        y_BTD.backward(dy_TD.view_as(y_BTD))
-        assert x_BTD.grad is not None
-        pairs = (
-            (y_BTD.detach().flatten(0, 1)[tokens_T], truth.y_TD),
-            (x_BTD.grad.flatten(0, 1)[tokens_T], truth.dx_TD),
-            (layer.w1_grad(), truth.dw1_EHD),
-        )
-        layer.zero_grad()
-        errors = [(got.double() - true).norm() / true.norm() for got, true in pairs]
-        return float(torch.stack(errors).max().nan_to_num(nan=float("inf")))
 
     def answer(self, bias: bool) -> Answer:
         """The truth for the checked tokens, with or without the experts' biases."""

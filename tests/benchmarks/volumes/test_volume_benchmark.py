@@ -6,34 +6,36 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import machine, volume_steps, volumes
-from benchmarks.volume_steps import NETWORKS, LoopSlot, Patch, Step
-from benchmarks.volumes import Row, measure_patch, parse_networks, parse_patches, section, table
+from benchmarks.arguments import chosen_names
+from benchmarks.machine import run_facts
+from benchmarks.volumes import __main__ as command
+from benchmarks.volumes import runner, steps
+from benchmarks.volumes.rows import VolumeRow, section, table
+from benchmarks.volumes.runner import measure_patch
+from benchmarks.volumes.steps import NETWORKS, LoopSlot, Patch, Step
 from dmoe_layer import DMoE
 
 CPU = torch.device("cpu")
 PATCH = Patch(1, (64, 32, 32))
-FACTS = machine.facts(CPU)
+FACTS = run_facts(CPU, torch.float32)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Networks of two features."""
-    whole = volume_steps.ResUNet3D
-    monkeypatch.setattr(volume_steps, "ResUNet3D", lambda **options: whole(2, **options))
+    whole = steps.ResUNet3D
+    monkeypatch.setattr(steps, "ResUNet3D", lambda **options: whole(2, **options))
 
 
 def rows_of(patch=PATCH, *, networks=tuple(NETWORKS), rounds=0, smaller=()):
-    return list(
-        measure_patch(
-            patch,
-            list(networks),
-            device=CPU,
-            dtype=torch.float32,
-            rounds=rounds,
-            facts=FACTS,
-            smaller=list(smaller),
-        )
+    return measure_patch(
+        patch,
+        list(networks),
+        device=CPU,
+        dtype=torch.float32,
+        rounds=rounds,
+        facts=FACTS,
+        smaller=list(smaller),
     )
 
 
@@ -94,14 +96,14 @@ def test_memory_counts_what_the_network_keeps():
 
 def test_what_would_not_fit_is_left_out_and_said(monkeypatch):
     smaller = rows_of(networks=["dense", "ours"])
-    monkeypatch.setattr(volumes, "_free_bytes", lambda: 2.0 * smaller[0].peak_bytes)
+    monkeypatch.setattr(runner, "_free_bytes", lambda: 2.0 * smaller[0].peak_bytes)
     larger = Patch(1, (192, 64, 32))
     (row,) = rows_of(larger, networks=["dense"], smaller=smaller)
     assert row.status.startswith("left out: would take")
     assert (row.peak_bytes, row.median_ms) == (None, None)
     assert "left out" in table([row])
-    monkeypatch.setattr(volumes, "_free_bytes", lambda: 2.0**50)
-    assert volumes._too_large("dense", larger, CPU, smaller) == ""
+    monkeypatch.setattr(runner, "_free_bytes", lambda: 2.0**50)
+    assert runner._too_large("dense", larger, smaller) == ""
 
 
 def test_a_gpu_that_runs_out_of_memory_is_a_row(monkeypatch):
@@ -114,19 +116,19 @@ def test_a_gpu_that_runs_out_of_memory_is_a_row(monkeypatch):
 
 
 def test_large_patches_are_not_timed_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(volumes, "_TIMED_ON_CPU", 0)
+    monkeypatch.setattr(runner, "_TIMED_ON_CPU", 0)
     (row,) = rows_of(networks=["dense"], rounds=1)
     assert row.peak_bytes
     assert row.median_ms is None
 
 
 def test_the_command_writes_a_csv_of_all_rows(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(volumes, "QUICK", "1x32x32x64")
+    monkeypatch.setattr(command, "QUICK", "1x32x32x64")
     words = ["--device", "cpu", "--rounds", "1", "--networks", "dense,ours", "--out", str(tmp_path)]
-    assert volumes.main(["--quick", *words]) == 0
+    assert command.main(["--quick", *words]) == 0
     with open(tmp_path / "volumes-cpu.csv", newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    assert list(found[0]) == [field.name for field in dataclasses.fields(Row)]
+    assert list(found[0]) == [field.name for field in dataclasses.fields(VolumeRow)]
     assert [(row["network"], row["patch"], row["dtype"]) for row in found] == [
         ("dense", "32x32x64", "float32"),
         ("ours", "32x32x64", "float32"),
@@ -144,7 +146,7 @@ def test_the_command_writes_a_csv_of_all_rows(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_wrong_words_are_errors(words, said, capsys):
-    assert volumes.main([*words, "--device", "cpu"]) == 2
+    assert command.main([*words, "--device", "cpu"]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -158,6 +160,7 @@ def test_the_section_says_where_and_names_every_dtype():
 
 
 def test_patches_come_smallest_first_and_networks_by_name():
-    assert [p.voxels for p in parse_patches("2x64x64x64,1x64x64x32")] == [64**2 * 32, 2 * 64**3]
-    assert parse_networks("all") == list(NETWORKS)
-    assert parse_networks("ours,dense") == ["ours", "dense"]
+    patches = command.parse_patches("2x64x64x64,1x64x64x32")
+    assert [patch.voxels for patch in patches] == [64**2 * 32, 2 * 64**3]
+    assert chosen_names("networks", "all", NETWORKS) == list(NETWORKS)
+    assert chosen_names("networks", "ours,dense", NETWORKS) == ["ours", "dense"]
