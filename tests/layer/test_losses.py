@@ -5,12 +5,12 @@ from math import log
 import naive
 import pytest
 import torch
+from harness.layers import make, make_x
 from helpers import GOOD, A, B, D, E, T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe_layer import (
-    DMoE,
     Routing,
     importance_loss,
     load_balancing_loss,
@@ -26,15 +26,6 @@ def by_attribute(r):
 
 
 ALL = [*LOSSES, by_attribute]
-
-
-def make(**options):
-    options = {"n_experts": E, "attribute_sizes": A, "hidden_dim": 5, "dropout": 0.0, **options}
-    return DMoE(D, **options)
-
-
-def make_x(tokens=T, **options):
-    return torch.randn(B, tokens, D, **options)
 
 
 def routed(logits, k=2, attributes=None, dtype=torch.float64):
@@ -298,9 +289,9 @@ def of_scope(scope):
 def test_a_scopes_loss_is_the_mean_over_its_calls():
     one, other = make(), make(n_experts=6, k=3)
     with routing(GOOD) as scope:
-        one(make_x(2))
-        other(make_x(9))
-        one(make_x(1))
+        one(make_x(tokens=2))
+        other(make_x(tokens=9))
+        one(make_x(tokens=1))
     for loss, loss_of in zip(of_scope(scope), ALL, strict=True):
         expected = torch.stack([loss_of(r) for r in scope.routings]).mean()
         torch.testing.assert_close(loss, expected)

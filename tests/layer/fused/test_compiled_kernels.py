@@ -14,7 +14,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import json, sys
 from benchmarks.kernel_report import rows
