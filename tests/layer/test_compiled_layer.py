@@ -48,7 +48,7 @@ def test_a_compiled_layer_trains_with_noise_and_dropout_and_other_batch_sizes():
         y.sum().backward()
 
 
-def test_compile_of_a_lazy_layer_and_of_a_model_that_shares_one():
+def test_compile_takes_a_lazy_layer_and_a_model_that_shares_one():
     lazy = torch.compile(DMoE(attribute_sizes=3), fullgraph=True, backend="aot_eager")
     assert lazy(torch.randn(3, 5, 6), A3).shape == (3, 5, 6)
 
@@ -125,7 +125,7 @@ def test_inductor_draws_the_same_noise_and_dropout_in_backward_as_in_forward():
     torch.testing.assert_close(slope, (leaf.grad * direction).sum(), rtol=0.05, atol=0.05)
 
 
-def test_opcheck_of_the_registered_operators():
+def test_the_registered_operators_pass_opcheck():
     x, a = torch.randn(2, 5, 6, requires_grad=True), torch.tensor([0, 2])
     layer = DMoE(6, attribute_sizes=3)
     weights = [

@@ -56,7 +56,7 @@ def test_lower_precision_equals_the_naive_loop(dtype, activation, masked):
         assert_close(found, true, dtype, what)
 
 
-def test_gradcheck_of_the_whole_layer():
+def test_the_whole_layer_passes_gradcheck():
     layer = DMoE(4, n_experts=3, k=2, attribute_sizes=(2, 2), activation="silu", hidden_dim=5)
     layer = layer.double()
     attributes = torch.tensor([[0, 1], [1, 1]])

@@ -38,7 +38,7 @@ def test_dropout_zeroes_the_share_p_of_the_entries_and_keeps_the_mean(p):
     ("noise", "in_train", "in_eval"),
     [("train", True, False), ("always", True, True), ("never", False, False)],
 )
-def test_noise_modes(noise, in_train, in_eval):
+def test_noise_is_drawn_when_its_mode_says_so(noise, in_train, in_eval):
     layer, x = DMoE(8, noise=noise, dropout=0.0), torch.randn(1, 20, 8)
     assert (not torch.equal(layer(x), layer(x))) == in_train
     layer.eval()

@@ -99,7 +99,7 @@ def test_only_what_is_not_frozen_gets_a_gradient_and_it_is_the_same(dim, trained
 
 
 @pytest.mark.parametrize("dim", [16, 136])
-def test_operators_pass_opcheck(dim):
+def test_the_kernels_operators_pass_opcheck(dim):
     torch.use_deterministic_algorithms(False)  # opcheck compares runs of uninitialized outputs
     x = torch.randn(2, 17, dim, device=HERE, requires_grad=True)
     w, b = torch.randn(3, 2, 4, dim, device=HERE), torch.randn(3, 2, 4, device=HERE)

@@ -42,7 +42,7 @@ def test_scores_that_are_equal_infinite_or_nan_choose_k_different_experts():
         torch.testing.assert_close(gates, top.softmax(dim=-1), equal_nan=True)
 
 
-def test_noise_is_normal():
+def test_the_kernels_noise_is_normal():
     noise = kernel_noise(True, 2**15, 8, torch.float32).double()
     assert noise.mean().abs() < 0.01
     assert abs(noise.std() - 1) < 0.01
