@@ -7,6 +7,9 @@ import hypothesis
 import pytest
 import torch
 
+# So that an assert in a harness tells what it compared, as one in a test does.
+pytest.register_assert_rewrite("harness", "helpers")
+
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before
 # anything imports Triton.
 if not torch.cuda.is_available():

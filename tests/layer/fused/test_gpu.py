@@ -86,7 +86,7 @@ def test_a_step_never_waits_for_the_gpu(dim):
 
 
 @pytest.mark.parametrize("dim", [24, 48])
-def test_memory_at_a_volumes_first_stage(dim):
+def test_a_volumes_first_stage_takes_four_times_its_input_at_most(dim):
     layer, x, a = layer_and_input(1, STAGE, dim, torch.bfloat16)
     dy = torch.ones_like(x)
     layer(x[:, :64], a).sum().backward()  # so that x and the parameters have their gradients
@@ -101,7 +101,7 @@ def test_memory_at_a_volumes_first_stage(dim):
     assert torch.cuda.max_memory_allocated() - before - size <= 4 * size
 
 
-def test_offsets_beyond_two_to_the_31():
+def test_tokens_beyond_two_to_the_31_numbers_are_computed_alike():
     # The pairs' slots, 2·T·d, and the logits, 8·T, have more than 2³¹ numbers.
     tokens = 2**28 + 5000
     layer, x, a = layer_and_input(1, tokens, 8, torch.bfloat16, noise="never", dropout=0.0)
@@ -114,7 +114,7 @@ def test_offsets_beyond_two_to_the_31():
         assert torch.equal(y[:, middle], layer(x[:, middle], a))
 
 
-def test_gradients_with_offsets_beyond_two_to_the_31():
+def test_gradients_beyond_two_to_the_31_numbers_are_computed_alike():
     tokens = 2**27 + 5000
     layer, x, a = layer_and_input(1, tokens, 8, torch.bfloat16, noise="never", dropout=0.0)
     dy = torch.zeros_like(x)

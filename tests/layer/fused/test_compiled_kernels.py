@@ -14,7 +14,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import dataclasses, json, sys
 from benchmarks.kernels.report import kernel_rows
