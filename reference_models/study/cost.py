@@ -73,7 +73,8 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
 def step_milliseconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     """Milliseconds of a training step of each recipe, the median over rounds.
 
-    A round is one step of each, so that whatever else the machine does meets all of them alike.
+    A round is one step of each, so that whatever else the machine does meets all of them alike;
+    torch.utils.benchmark times one statement to its end before it comes to the next.
     A step is that of training: forward and backward pass, losses and optimizer; no data are made.
 
     Args:
