@@ -11,7 +11,7 @@ from monai import transforms
 from monai.data import get_track_meta, set_track_meta
 from torch import Tensor
 
-from .framing import Framing, Square
+from .framing import Framing, ImageFraming
 
 Augment = Literal["paper", "shift", "none"]
 
@@ -34,7 +34,7 @@ class Augmentation:
     def __init__(self, kind: Augment, framing: Framing) -> None:
         self._transform: transforms.Compose | None = None
         if kind != "none":
-            if isinstance(framing, Square):
+            if isinstance(framing, ImageFraming):
                 self._transform = _of_images(kind, framing.size)
             elif kind == "paper":
                 self._transform = _of_volumes()

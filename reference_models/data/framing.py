@@ -49,7 +49,7 @@ class Framing(ABC):
 
 
 @dataclass(frozen=True)
-class Square(Framing):
+class ImageFraming(Framing):
     """A central crop, padded with zeros to a square and resized.
 
     Args:
@@ -63,7 +63,7 @@ class Square(Framing):
     Example:
         >>> image_CS, mask_S = np.zeros((3, 512, 664), np.float32), np.zeros((512, 664), np.uint8)
         >>> sample = Sample("a", image_CS, mask_S, (0,), (1.0, 1.0))
-        >>> frame = Square(224, crop=512).apply(sample)
+        >>> frame = ImageFraming(224, crop=512).apply(sample)
         >>> frame.image_CS.shape, frame.mask_S.shape
         ((3, 224, 224), (224, 224))
     """

@@ -26,7 +26,7 @@ _SLAB = 2**22  # logits at a time on the way back: 16 MiB of them
 
 
 @dataclass(frozen=True)
-class Grid(Framing):
+class VolumeFraming(Framing):
     """A volume turned to RAS+, resampled and padded; of an oblique one, to the closest axes.
 
     Resampling keeps the volume's extent, outer face to outer face, so that an axis of n voxels of
@@ -44,7 +44,7 @@ class Grid(Framing):
         >>> header = nibabel.Nifti1Image(np.zeros((20, 30, 5)), np.diag([-2, -2, 6, 1])).header
         >>> image_CS, mask_S = np.zeros((1, 20, 30, 5), np.float32), np.zeros((20, 30, 5), np.uint8)
         >>> sample = Sample("a", image_CS, mask_S, (0,), (2.0, 2.0, 6.0), header)
-        >>> frame = Grid((2.0, 2.0, 3.0), least=(32, 16, 8)).apply(sample)
+        >>> frame = VolumeFraming((2.0, 2.0, 3.0), least=(32, 16, 8)).apply(sample)
         >>> frame.image_CS.shape, frame.mask_S.shape
         ((1, 32, 30, 10), (32, 30, 10))
     """

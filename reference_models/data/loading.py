@@ -18,7 +18,7 @@ from ..errors import DataError, shown
 from .augmentation import Augment, Augmentation
 from .cache import FrameCache, default_cache
 from .cases import Case, Dataset
-from .framing import Framing, Square
+from .framing import Framing, ImageFraming
 from .patches import Patches, find_voxels
 
 # What a seed is drawn for: order, samples and patches get numbers of their own from one seed.
@@ -84,7 +84,7 @@ class Frames(data.Dataset[Batch | DataError]):
         >>> from reference_models.data import PhantomSettings
         >>> from reference_models.data.phantom import Phantom
         >>> phantom = Phantom(PhantomSettings())
-        >>> frames = Frames(phantom, [case.case_id for case in phantom.cases], Square(32))
+        >>> frames = Frames(phantom, [case.case_id for case in phantom.cases], ImageFraming(32))
         >>> batch = next(iter(train_batches(frames, batch_size=4, epoch=0)))
         >>> batch.image_BCS.shape, batch.mask_BS.shape, batch.attributes_BN.shape
         (torch.Size([4, 1, 32, 32]), torch.Size([4, 32, 32]), torch.Size([4, 1]))
@@ -250,7 +250,7 @@ def eval_batches(frames: Frames, *, batch_size: int, workers: int = 0) -> Iterat
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    if not isinstance(frames.framing, Square):
+    if not isinstance(frames.framing, ImageFraming):
         batch_size = 1
     cases = range(len(frames.cases))
     keys: list[list[_Key]] = [

@@ -27,10 +27,9 @@ from ..data.splits import read_splits
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.loads import Loads
-from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..recipes.framings import ImageFramingSettings, VolumeFramingSettings
 from ..report.pictures import Picture, overlay
 from ..training.checkpoints import Which, load_model
-from ..training.cohort import framing_of
 from ..training.inference import infer
 from ..training.runs import Task
 from .masks import write_mask
@@ -97,7 +96,7 @@ class TrainedRun:
     model: nn.Module
     device: torch.device
     dataset: Dataset
-    frame: SquareSettings | VolumeSettings
+    frame: ImageFramingSettings | VolumeFramingSettings
     framing: Framing
     trained: frozenset[str]
     cases: tuple[Case, ...]
@@ -155,8 +154,8 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         model=model,
         device=device,
         dataset=dataset,
-        frame=recipe.frame,
-        framing=framing_of(recipe),
+        frame=recipe.framing,
+        framing=recipe.framing.build(),
         trained=trained,
         cases=tuple(cases),
         left_out=left_out,
@@ -185,7 +184,7 @@ def predictions(
     """
     loader = DataLoader(
         _Framed(run),
-        batch_size=run.batch_size if isinstance(run.frame, SquareSettings) else 1,
+        batch_size=run.batch_size if isinstance(run.frame, ImageFramingSettings) else 1,
         num_workers=run.settings.workers,
         collate_fn=_unbroken,
     )

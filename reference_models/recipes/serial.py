@@ -15,8 +15,8 @@ def to_json(value: Any) -> Any:
     """A settings dataclass as what json can hold.
 
     Example:
-        >>> from reference_models.recipes.recipe import ModelSettings
-        >>> to_json(ModelSettings(weights=Path("a.npz")))["weights"]
+        >>> from reference_models.recipes.networks import UNetSettings
+        >>> to_json(UNetSettings(weights=Path("a.npz")))["weights"]
         'a.npz'
     """
     if dataclasses.is_dataclass(value):
@@ -50,7 +50,7 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
         RunError: a setting is missing, not known here, or not of its type.
     """
     if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if not isinstance(value, Mapping) or value.keys() != hints.keys():
             given = set(value) if isinstance(value, Mapping) else {str(value)}
             raise RunError(
@@ -63,7 +63,7 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
         choices = get_args(kind)
         if isinstance(value, Mapping):  # of settings, those that it is, or comes nearest to
             return from_json(
-                min(choices, key=lambda c: len(get_type_hints(c).keys() ^ value.keys())),
+                min(choices, key=lambda c: len(_hints(c).keys() ^ value.keys())),
                 value,
                 name,
             )
@@ -91,3 +91,9 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
     elif type(value) is kind:
         return value
     raise RunError(f"{name}: got {value!r}, expected {kind}.")
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

@@ -13,7 +13,7 @@ from ..data import open_dataset
 from ..data.phantom import Rule
 from ..errors import RunError
 from ..files import refuse_others, write_results
-from ..recipes.recipe import settle
+from ..recipes.recipe import resolve
 from ..recipes.serial import to_json
 from .cost import step_milliseconds
 from .figures import FOLDER, write_figures
@@ -123,7 +123,7 @@ def _population(plan: Plan, design: Design, folder: Path) -> dict[str, tuple[flo
     for scene in plan.scenes:
         for method in plan.methods_of(scene):
             (job, *_) = plan.main(scene, method, GRID[0])
-            recipe = settle(design.recipe(job, folder))
+            recipe = resolve(design.recipe(job, folder))
         dataset = open_dataset(recipe.data)
         population[scene] = tuple(dataset.population[dataset.attributes[0].name])
     return population

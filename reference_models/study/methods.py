@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..recipes.recipe import Recipe, UNetSettings
+from ..recipes.networks import UNetSettings
+from ..recipes.recipe import Recipe
 
 # Weights of the auxiliary losses where a method has one, and group-DRO's step size: its authors'
 # 0.01 is for runs of many more steps.

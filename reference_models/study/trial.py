@@ -40,7 +40,8 @@ from ..evaluation.prediction import (
 from ..files import write_whole
 from ..metrics import fairness
 from ..metrics.loads import Loads
-from ..recipes.recipe import Recipe, UNetSettings
+from ..recipes.networks import UNetSettings
+from ..recipes.recipe import Recipe
 from ..recipes.serial import flat, from_json, to_json
 from ..training.loop import NonFiniteLossError, train
 from .cost import multiply_adds

@@ -2,7 +2,7 @@
 
 A run's folder holds
 
-    recipe.json       the settled recipe and what the data make of the network; it makes it a run
+    recipe.json       the resolved recipe and what the data make of the network; it makes it a run
     splits.json       who is trained, validated and tested on
     last-00000120/    weights (model.safetensors) and all else that going on needs (state.pt)
     best-00000100/    weights with the best validation score so far

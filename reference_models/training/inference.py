@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dmoe_layer import routing
 
 from ..metrics.loads import Loads
-from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..recipes.framings import ImageFramingSettings, VolumeFramingSettings
 
 
 def call(model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor) -> tuple[Tensor, routing]:
@@ -35,7 +35,7 @@ def infer(
     inputs: Sequence[Tensor],
     told_BA: Tensor,
     *,
-    frame: SquareSettings | VolumeSettings,
+    frame: ImageFramingSettings | VolumeFramingSettings,
     windows: int,
     device: torch.device,
     loads: Loads | None = None,
@@ -78,7 +78,7 @@ def infer(
         bodies = (torch.cat([body_BS[cut] for cut in cuts]) for body_BS in inputs[1:])
         return answer((image_WCS, *bodies), told_BA[samples])
 
-    if isinstance(frame, SquareSettings):
+    if isinstance(frame, ImageFramingSettings):
         return answer(inputs, told_BA)
     size = tuple(inputs[0].shape[2:])
     if any(length < side for length, side in zip(size, frame.patch, strict=True)):

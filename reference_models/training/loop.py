@@ -31,7 +31,7 @@ from ..data.cases import UNKNOWN
 from ..data.loading import Batch, eval_batches, train_batches
 from ..errors import RunError
 from ..models.weights import load_pretrained
-from ..recipes.recipe import Recipe, learning_rate, on_grid, settle
+from ..recipes.recipe import Recipe, learning_rate, resolve, resolve_spacing
 from ..recipes.serial import flat, to_json
 from . import checkpoints
 from .cohort import Cohort
@@ -63,7 +63,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             has none or another one), or a loss is not finite.
         DataError: the data cannot be read.
     """
-    recipe = settle(recipe)
+    recipe = resolve(recipe)
     fabric = launch(recipe)
     try:
         with ExitStack() as held:
@@ -79,7 +79,7 @@ class Run:
 
     Args:
         fabric: of `launch`.
-        recipe: settled.
+        recipe: resolved.
         resume: as of `train`.
         held: takes the lock of the run's folder, and lets go of it when it is closed.
 
@@ -90,7 +90,7 @@ class Run:
     def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool, held: ExitStack) -> None:
         self.fabric, self.folder, self.held = fabric, recipe.out, held
         self.dataset = open_dataset(recipe.data)
-        self.recipe = recipe = on_grid(recipe, self.dataset.spacing)
+        self.recipe = recipe = resolve_spacing(recipe, self.dataset.spacing)
         self.task = Task.of(self.dataset)
         on_rank_0(fabric, self._admit, resume)
         self.cohort = Cohort.of(recipe, self.dataset, resume=resume)
@@ -146,7 +146,7 @@ class Run:
                     eval_batches(validation, batch_size=batch_size, workers=recipe.workers),
                     self.dataset,
                     self.fabric.device,
-                    frame=recipe.frame,
+                    frame=recipe.framing,
                     windows=batch_size,
                 )
                 reporter.flush()

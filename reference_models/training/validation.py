@@ -18,7 +18,7 @@ from ..data.cases import Dataset
 from ..data.loading import Batch
 from ..metrics import fairness
 from ..metrics.loads import Loads, LoadTables
-from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..recipes.framings import ImageFramingSettings, VolumeFramingSettings
 from ..report.pictures import Picture
 from .inference import infer
 
@@ -63,7 +63,7 @@ def validate(
     dataset: Dataset,
     device: torch.device,
     *,
-    frame: SquareSettings | VolumeSettings,
+    frame: ImageFramingSettings | VolumeFramingSettings,
     windows: int,
 ) -> Validation:
     """Runs the network in eval mode over a rank's share, and gathers all ranks' scores.
@@ -77,7 +77,7 @@ def validate(
     examples: dict[int, Picture] = {}
     loads = Loads(dataset)
     affine = None
-    if isinstance(frame, VolumeSettings) and frame.spacing != "median":
+    if isinstance(frame, VolumeFramingSettings) and frame.spacing != "median":
         affine = np.diag([*frame.spacing, 1.0])  # of a volume's frame, which is RAS+
     for batch in batches:
         # Volumes stay on the CPU, where their logits are put together.

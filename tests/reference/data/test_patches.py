@@ -14,13 +14,13 @@ from helpers import rewrite
 
 from reference_models.data import DataSettings
 from reference_models.data.cases import Attribute, Case, Dataset, Sample
-from reference_models.data.grid import Grid
+from reference_models.data.grid import VolumeFraming
 from reference_models.data.loading import Frames, batches_an_epoch, eval_batches, train_batches
 from reference_models.data.patches import Patches, find_voxels
 from reference_models.data.splits import Splits
 from reference_models.errors import DataError, RunError
 from reference_models.recipes.presets import PRESETS
-from reference_models.training.cohort import Cohort, framing_of
+from reference_models.training.cohort import Cohort
 
 
 class Volumes(Dataset):
@@ -53,7 +53,7 @@ class Volumes(Dataset):
         return Sample(case.case_id, image_CS, mask_S, case.attributes, (1, 1, 1), header)
 
 
-GRID = Grid((1.0, 1.0, 1.0), (8, 8, 8), body=True)
+GRID = VolumeFraming((1.0, 1.0, 1.0), (8, 8, 8), body=True)
 
 
 def patches_of(dataset=None, framing=GRID, augment="paper", **options):
@@ -274,9 +274,9 @@ def test_a_cached_volume_is_made_anew_when_it_is_damaged_or_made_from_something_
     assert loads()[0] == 0
     assert loads(made_with=(-175.0, 250.0))[0] == 4
     assert loads(made_with=(-160.0, 240.0))[0] == 4
-    assert loads(Grid((1.0, 1.0, 1.1), (8, 8, 8), body=True))[0] == 4
-    assert loads(Grid((1.0, 1.0, 1.0), (8, 8, 10), body=True))[0] == 4
-    assert loads(Grid((1.0, 1.0, 1.0), (8, 8, 8)))[0] == 4
+    assert loads(VolumeFraming((1.0, 1.0, 1.1), (8, 8, 8), body=True))[0] == 4
+    assert loads(VolumeFraming((1.0, 1.0, 1.0), (8, 8, 10), body=True))[0] == 4
+    assert loads(VolumeFraming((1.0, 1.0, 1.0), (8, 8, 8)))[0] == 4
     rewrite(files[2], "3")
     changed, moved = loads()
     assert changed == 1
@@ -330,16 +330,16 @@ def test_a_volume_without_a_mask_is_in_no_training_or_validation():
 
 def test_a_run_trains_on_patches_and_validates_on_volumes(tmp_path):
     recipe = PRESETS["small3d"]
-    frame = dataclasses.replace(
-        recipe.frame, spacing=(1.0, 1.5, 2.0), patch=(32, 64, 32), patches=2, foreground=0.5
+    framing = dataclasses.replace(
+        recipe.framing, spacing=(1.0, 1.5, 2.0), patch=(32, 64, 32), patches=2, foreground=0.5
     )
     recipe = dataclasses.replace(
-        recipe, frame=frame, batch_size=4, seed=3, data=DataSettings("nifti", cache=tmp_path)
+        recipe, framing=framing, batch_size=4, seed=3, data=DataSettings("nifti", cache=tmp_path)
     )
     dataset = Volumes()
     splits = Splits("nifti", 0, ("case0", "case1"), ("case2",), ("case3",))
     cohort = Cohort(recipe, dataset, splits, frozenset())
-    assert framing_of(recipe) == Grid((1.0, 1.5, 2.0), (32, 64, 32), body=False)
+    assert recipe.framing.build() == VolumeFraming((1.0, 1.5, 2.0), (32, 64, 32), body=False)
     training = cohort.frames(cohort.train, training=True)
     assert training.patches == Patches((32, 64, 32), 2, 0.5)
     assert len(training) == 4
@@ -356,8 +356,8 @@ def test_a_batch_may_hold_as_many_patches_as_an_epoch_has(tmp_path, monkeypatch)
     monkeypatch.setattr("reference_models.training.cohort.choose_splits", lambda *_: splits)
     recipe = PRESETS["small3d"]
     for count, fits in ((2, True), (1, False)):
-        frame = dataclasses.replace(recipe.frame, patches=count)
-        chosen = dataclasses.replace(recipe, frame=frame, batch_size=4)
+        framing = dataclasses.replace(recipe.framing, patches=count)
+        chosen = dataclasses.replace(recipe, framing=framing, batch_size=4)
         if fits:
             assert Cohort.of(chosen, dataset, resume=False).train == ("case0", "case1")
         else:

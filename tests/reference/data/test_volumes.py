@@ -34,13 +34,15 @@ from reference_models.evaluation.evaluate import (
 from reference_models.evaluation.masks import find_masks, read_mask, write_mask
 from reference_models.evaluation.prediction import PredictSettings, predict
 from reference_models.metrics.loads import Loads
-from reference_models.recipes.recipe import Recipe, ResUNet3DSettings, VolumeSettings
+from reference_models.recipes.framings import VolumeFramingSettings
+from reference_models.recipes.networks import ResUNet3DSettings
+from reference_models.recipes.recipe import Recipe
 from reference_models.report.pictures import GAP, Picture
 from reference_models.training.inference import infer
 from reference_models.training.runs import Task
 from reference_models.training.validation import validate
 
-FRAME = VolumeSettings(spacing=(1.0, 1.0, 1.0), patch=(32, 32, 32))
+FRAME = VolumeFramingSettings(spacing=(1.0, 1.0, 1.0), patch=(32, 32, 32))
 CPU = torch.device("cpu")
 FEW = Scoring(resamples=100, tolerance=1.0)
 STAGED = SimpleNamespace(
@@ -514,7 +516,7 @@ def run_of(folder, tmp_path, monkeypatch):
         recipe = Recipe(
             data=DataSettings("nifti", root=folder),
             model=ResUNet3DSettings(),
-            frame=VolumeSettings(spacing=SPACING, patch=(32, 32, 32)),
+            framing=VolumeFramingSettings(spacing=SPACING, patch=(32, 32, 32)),
             batch_size=2,
         )
         model = model or Threshold(3)

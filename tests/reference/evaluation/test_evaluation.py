@@ -32,7 +32,9 @@ from reference_models.evaluation.masks import read_mask, write_mask
 from reference_models.evaluation.prediction import PredictSettings, RunSettings, predict
 from reference_models.metrics.scores import METRICS
 from reference_models.models.unet import UNet
-from reference_models.recipes.recipe import Recipe, SquareSettings, TransUNetSettings, UNetSettings
+from reference_models.recipes.framings import ImageFramingSettings
+from reference_models.recipes.networks import TransUNetSettings, UNetSettings
+from reference_models.recipes.recipe import Recipe
 from reference_models.training.checkpoints import save_best
 from reference_models.training.runs import Task, build_model, write_run
 
@@ -96,7 +98,7 @@ def run_of(tmp_path, monkeypatch):
     """Puts a network and a data set in the place of a trained run; returns its folder."""
 
     def place(model, dataset, trained=None):
-        recipe = Recipe(data=DataSettings("phantom"), frame=SquareSettings(SIZE, "whole"))
+        recipe = Recipe(data=DataSettings("phantom"), framing=ImageFramingSettings(SIZE, "whole"))
         monkeypatch.setattr(
             prediction, "load_model", lambda run, which: (recipe, Task.of(dataset), model)
         )
@@ -180,7 +182,8 @@ def unet(block, unknown="error"):
     """Of the study, in little; no two parameters alike."""
     settings = UNetSettings(widths=(4,), block=block, hidden=2, unknown=unknown)
     model = build_model(
-        Recipe(DataSettings("phantom"), settings, SquareSettings(SIZE, "whole")), Task.of(Bars())
+        Recipe(DataSettings("phantom"), settings, ImageFramingSettings(SIZE, "whole")),
+        Task.of(Bars()),
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -558,7 +561,7 @@ def phantom_run(tmp_path_factory):
     recipe = Recipe(
         data=DataSettings("phantom", phantom=settings),
         model=TransUNetSettings(variant="small"),
-        frame=SquareSettings(32, "whole"),
+        framing=ImageFramingSettings(32, "whole"),
         batch_size=4,
         epochs=1,
     )

@@ -20,8 +20,8 @@ from reference_models.models import transunet
 from reference_models.models.transunet import MOE
 from reference_models.models.weight_files import WeightsError
 from reference_models.models.weights import load_google_npz, load_released_2d
+from reference_models.recipes.framings import ImageFramingSettings
 from reference_models.recipes.presets import PRESETS
-from reference_models.recipes.recipe import SquareSettings
 from reference_models.training.checkpoints import load_model
 from reference_models.training.loop import train
 
@@ -510,7 +510,7 @@ def test_a_run_of_no_epochs_keeps_a_released_checkpoint_for_evaluation(tmp_path,
     recipe = dataclasses.replace(
         PRESETS["small"],
         data=DataSettings("phantom", phantom=phantom),
-        frame=SquareSettings(32, "whole", "shift"),
+        framing=ImageFramingSettings(32, "whole", "shift"),
         epochs=0,
         out=tmp_path / "run",
     )

@@ -32,21 +32,16 @@ from torch.torch_version import TorchVersion
 from dmoe_layer import importance_loss, load_balancing_loss, routing
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
 from reference_models.data.cases import Attribute
-from reference_models.data.framing import Square
+from reference_models.data.framing import ImageFraming
 from reference_models.data.loading import Batch, Frames, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
 from reference_models.data.splits import make_splits, read_splits, write_splits
 from reference_models.errors import RunError
 from reference_models.models import transunet, vit
+from reference_models.recipes.framings import ImageFramingSettings
+from reference_models.recipes.networks import TransUNetSettings, UNetSettings
 from reference_models.recipes.presets import PRESETS
-from reference_models.recipes.recipe import (
-    Recipe,
-    SquareSettings,
-    TransUNetSettings,
-    UNetSettings,
-    learning_rate,
-    settle,
-)
+from reference_models.recipes.recipe import Recipe, learning_rate, resolve
 from reference_models.recipes.serial import from_json, to_json
 from reference_models.training import checkpoints
 from reference_models.training import loop as training
@@ -60,7 +55,7 @@ TINY = dataclasses.replace(
     data=DataSettings(
         "phantom", phantom=PhantomSettings(cases=20, test_cases_per_group=1, image_size=32)
     ),
-    frame=SquareSettings(32, "whole", "paper"),
+    framing=ImageFramingSettings(32, "whole", "paper"),
     batch_size=4,
     epochs=2,
 )
@@ -80,14 +75,14 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_recipe_comes_back_from_json_as_it_was(name):
-    recipe = settle(PRESETS[name])
+    recipe = resolve(PRESETS[name])
     recipe = dataclasses.replace(recipe, patience=3, out=Path("a/b"))
     assert from_json(Recipe, json.loads(json.dumps(to_json(recipe)))) == recipe
 
 
 def test_the_papers_numbers_are_the_presets():
-    paper, released = settle(PRESETS["paper"]), settle(PRESETS["released"])
-    assert (paper.epochs, paper.frame.crop, paper.frame.size, paper.batch_size) == (
+    paper, released = resolve(PRESETS["paper"]), resolve(PRESETS["released"])
+    assert (paper.epochs, paper.framing.crop, paper.framing.size, paper.batch_size) == (
         300,
         512,
         224,
@@ -95,8 +90,8 @@ def test_the_papers_numbers_are_the_presets():
     )
     assert (paper.optimizer, paper.learning_rate, paper.schedule) == ("adamw", 0.01, "exponential")
     assert (paper.lambda_dice, paper.lambda_ce) == (0, 1)
-    ham = settle(dataclasses.replace(PRESETS["paper"], data=DataSettings("ham10000")))
-    assert (ham.epochs, ham.frame.crop) == (100, 1024)
+    ham = resolve(dataclasses.replace(PRESETS["paper"], data=DataSettings("ham10000")))
+    assert (ham.epochs, ham.framing.crop) == (100, 1024)
     assert (released.optimizer, released.learning_rate) == ("sgd", 0.0175)
     assert (released.momentum, released.weight_decay, released.schedule) == (0.9, 1e-4, "poly")
     assert (released.lambda_dice, released.lambda_ce) == (0.5, 0.5)
@@ -107,7 +102,7 @@ def test_a_recipe_becomes_flags():
     flags = ["paper", "--root", "x", "--fairness", "febs", "--crop", "whole", "--epochs", "7"]
     recipe = tyro.extras.overridable_config_cli(presets, args=flags)
     assert isinstance(recipe, Recipe)
-    assert (recipe.fairness, recipe.frame.crop, recipe.epochs) == ("febs", "whole", 7)
+    assert (recipe.fairness, recipe.framing.crop, recipe.epochs) == ("febs", "whole", 7)
     assert recipe.data.root == Path("x")
 
 
@@ -115,7 +110,7 @@ def test_a_recipe_becomes_flags():
     ("change", "words"),
     [
         ({"epochs": "paper"}, "epochs: got 'paper', which says nothing about phantom"),
-        ({"frame": SquareSettings(32)}, "crop: got 'paper'.*whole"),
+        ({"framing": ImageFramingSettings(32)}, "crop: got 'paper'.*whole"),
         ({"batch_size": 5, "devices": 2}, "batch_size: got 5, expected a multiple of 2"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected more than 0"),
         ({"learning_rate": float("inf")}, "learning_rate: got inf, expected .* finite"),
@@ -128,7 +123,7 @@ def test_a_recipe_becomes_flags():
         ({"lambda_dice": 0.0, "lambda_ce": 0.0}, "nothing to train by"),
         ({"lambda_dice": 0.0, "fairness": "febs"}, "febs scales the Dice loss"),
         ({"strategy": "fsdp", "precision": "16-mixed"}, "fsdp does not go with 16-mixed"),
-        ({"frame": SquareSettings(40, "whole")}, "multiples of 16"),
+        ({"framing": ImageFramingSettings(40, "whole")}, "multiples of 16"),
         ({"batch_size": 30}, "batch_size: got 30, but there are 18 training cases"),
         ({"attribute_dropout": 1.0}, "attribute_dropout: got 1.0"),
         ({"attribute_dropout": 0.5}, "unknown attributes are an error; choose --unknown learned"),
@@ -137,7 +132,7 @@ def test_a_recipe_becomes_flags():
             "attribute_dropout: got 0.5, but this network is told no attributes",
         ),
         (
-            {"model": UNetSettings(), "frame": SquareSettings(36, "whole")},
+            {"model": UNetSettings(), "framing": ImageFramingSettings(36, "whole")},
             "size: got 36, expected a multiple of 8",
         ),
         ({"model": UNetSettings(block="film", aware=False)}, "block: film, modulate=False: has"),
@@ -199,7 +194,7 @@ def quiet_recipe(no_dropout):
         TINY,
         model=TransUNetSettings(variant="small", noise="never"),
         optimizer="sgd",
-        frame=SquareSettings(32, "whole", "none"),
+        framing=ImageFramingSettings(32, "whole", "none"),
         learning_rate=0.05,
         balance_weight=0.0,
         fairness="group-dro",
@@ -323,7 +318,7 @@ def test_the_balance_loss_and_its_gradient_are_means_over_ranks(tmp_path, quiet_
     model = build_model(recipe, Task.of(dataset))
     splits = read_splits(recipe.out / "splits.json", dataset)
     frames = Frames(
-        dataset, splits.train, Square(32), augment=recipe.frame.augment, seed=recipe.seed
+        dataset, splits.train, ImageFraming(32), augment=recipe.framing.augment, seed=recipe.seed
     )
     parts = [
         next(iter(train_batches(frames, batch_size=18, epoch=0, rank=rank, world_size=2)))
@@ -373,7 +368,7 @@ def test_the_balance_loss_is_the_one_that_was_chosen(tmp_path, aware):
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, Task.of(dataset))
     splits = read_splits(tmp_path / "load" / "splits.json", dataset)
-    frames = Frames(dataset, splits.train, Square(32), augment="paper", seed=recipe.seed)
+    frames = Frames(dataset, splits.train, ImageFraming(32), augment="paper", seed=recipe.seed)
     (batch,) = train_batches(frames, batch_size=18, epoch=0)
     torch.manual_seed(training.step_seed(recipe.seed, 0, 0))
     with routing(batch.attributes_BN) as r:
@@ -691,7 +686,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_names_step_and_case(tmp_path, mo
     recipe = dataclasses.replace(TINY, out=tmp_path / "run", checkpoint_every=1, epochs=1)
     dataset = open_dataset(recipe.data)
     splits = make_splits(dataset, 0)
-    frames = Frames(dataset, splits.train, Square(32), seed=0)
+    frames = Frames(dataset, splits.train, ImageFraming(32), seed=0)
     *_, third, _ = train_batches(frames, batch_size=4, epoch=0)
     bad, load = third.case_ids[2], Phantom.load
 
@@ -930,7 +925,7 @@ def test_the_score_is_the_mean_over_groups_so_that_a_minority_counts_as_much():
     attributes = torch.tensor([[0], [0], [0], [2], [-1]])
     batch = Batch(image, mask, attributes, tuple("vwxyz"))
     result = validate(
-        AsTold(), [batch], dataset, torch.device("cpu"), frame=SquareSettings(2), windows=5
+        AsTold(), [batch], dataset, torch.device("cpu"), framing=ImageFramingSettings(2), windows=5
     )
     # Organ and lesion: 4 of 4 and 3 of 4 pixels found of 4 predicted; of 2 predicted, 2 and 1.
     means = [(1 + 6 / 7) / 2, (4 / 6 + 2 / 5) / 2, 0.0]
@@ -946,7 +941,7 @@ def test_scores_and_loads_do_not_depend_on_how_cases_fall_into_batches(finished)
     recipe, _, model = checkpoints.load_model(finished)
     splits = read_splits(finished / "splits.json", open_dataset(recipe.data))
     dataset = open_dataset(recipe.data)
-    frames = Frames(dataset, splits.train, Square(32))
+    frames = Frames(dataset, splits.train, ImageFraming(32))
     model.train()  # which validation must leave, and come back to
     results = [
         validate(
@@ -954,7 +949,7 @@ def test_scores_and_loads_do_not_depend_on_how_cases_fall_into_batches(finished)
             eval_batches(frames, batch_size=size),
             dataset,
             torch.device("cpu"),
-            frame=recipe.frame,
+            frame=recipe.framing,
             windows=size,
         )
         for size in (1, 7)
