@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmoe_layer import DMoE
 
 from ..data.loading import train_batches
-from ..models.blocks import Merged
 from ..recipes.recipe import Recipe
 from ..training.inference import call
 from ..training.loop import Run
 from ..training.parallel import launch
+from .candidates import Merged
 
 # Steps of each method that are timed, and those before, in which memory is laid out.
 _ROUNDS, _WARM_UP = 20, 2

@@ -21,12 +21,10 @@ from ..recipes.framings import ImageFramingSettings, VolumeFramingSettings
 def call(model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor) -> tuple[Tensor, routing]:
     """A network's logits (B, K, S), and the closed scope with what it routed.
 
-    Experts are told the attributes by the scope. A network whose other parts need them too says so
-    by ``takes_attributes``, and is given them after its inputs.
+    The scope is how the network is told the attributes.
     """
     with routing(told_BA) as scope:
-        further = (told_BA,) if getattr(model, "takes_attributes", False) else ()
-        logits: Tensor = model(*inputs, *further)
+        logits: Tensor = model(*inputs)
     return logits, scope
 
 
