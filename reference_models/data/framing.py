@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .augmentation import Augment, Augmentation, augment_images
 from .cases import Sample
 
 
@@ -34,6 +36,22 @@ class Frame:
 class Framing(ABC):
     """How samples become frames; a frozen dataclass, whose fields are part of a cached frame's
     name."""
+
+    one_size: ClassVar[bool]
+    """Whether all frames have one size, so that whole ones go into a batch together."""
+
+    @property
+    @abstractmethod
+    def affine(self) -> np.ndarray | None:
+        """From a frame's voxels to mm (4, 4); None of images."""
+
+    @abstractmethod
+    def augmentation(self, kind: Augment) -> Augmentation:
+        """How such frames, or patches of them, are changed in training.
+
+        Raises:
+            ValueError: such frames cannot be changed so.
+        """
 
     @abstractmethod
     def apply(self, sample: Sample) -> Frame:
@@ -68,6 +86,8 @@ class ImageFraming(Framing):
         ((3, 224, 224), (224, 224))
     """
 
+    one_size: ClassVar[bool] = True
+
     size: int
     crop: int | None = None
 
@@ -76,6 +96,13 @@ class ImageFraming(Framing):
             raise ValueError(
                 f"size and crop must be 1 or more, got size={self.size}, crop={self.crop}"
             )
+
+    @property
+    def affine(self) -> None:
+        return None
+
+    def augmentation(self, kind: Augment) -> Augmentation:
+        return augment_images(kind, self.size)
 
     def apply(self, sample: Sample) -> Frame:
         """The image as float32 (C, size, size) and the mask as uint8 (size, size).

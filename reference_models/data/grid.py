@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import nibabel
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
+from .augmentation import Augment, Augmentation, augment_volumes
 from .cases import Sample
 from .framing import Frame, Framing, resampled_labels
 
@@ -49,6 +51,8 @@ class VolumeFraming(Framing):
         ((1, 32, 30, 10), (32, 30, 10))
     """
 
+    one_size: ClassVar[bool] = False
+
     spacing: tuple[float, float, float]
     least: tuple[int, int, int] = (1, 1, 1)
     body: bool = False
@@ -60,6 +64,14 @@ class VolumeFraming(Framing):
                 "spacing must be three sizes above 0 and least three counts of 1 or more, got "
                 f"spacing={self.spacing}, least={self.least}"
             )
+
+    @property
+    def affine(self) -> np.ndarray:
+        """Without the volume's place, which differs from one to the next."""
+        return np.diag([*self.spacing, 1.0])
+
+    def augmentation(self, kind: Augment) -> Augmentation:
+        return augment_volumes(kind)
 
     def apply(self, sample: Sample) -> Frame:
         """As of `Framing`: image float32, mask uint8, body bool, each channel padded with its

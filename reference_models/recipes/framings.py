@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 from ..data.augmentation import Augment
 from ..data.framing import Framing, ImageFraming
 from ..data.grid import VolumeFraming
-from ..data.patches import Patches
+from ..data.patches import Patches, Windows
 from ..errors import RunError
 
 _Self = TypeVar("_Self", bound="FramingSettings")
@@ -52,6 +52,10 @@ class FramingSettings(ABC):
 
     def training_patches(self) -> Patches | None:
         """Which parts of a frame training sees; None: all of it."""
+        return None
+
+    def windows(self, at_once: int) -> Windows | None:
+        """How a frame is answered, so many windows at a time; None: in one call."""
         return None
 
 
@@ -140,6 +144,9 @@ class VolumeFramingSettings(FramingSettings):
 
     def training_patches(self) -> Patches | None:
         return Patches(self.patch, self.patches, self.foreground)
+
+    def windows(self, at_once: int) -> Windows | None:
+        return Windows(self.patch, self.overlap, at_once)
 
 
 def require(settings: object, setting: str, holds: bool, expected: str) -> None:

@@ -150,7 +150,7 @@ def resolve(recipe: Recipe) -> Recipe:
         )
     if recipe.strategy == "fsdp" and recipe.precision == "16-mixed":
         raise RunError("precision: fsdp does not go with 16-mixed; choose bf16-mixed or 32.")
-    if recipe.strategy == "fsdp" and len(recipe.framing.shape) == 3:
+    if recipe.strategy == "fsdp" and recipe.model.axes == 3:
         # Its forward passes are collective, and volumes have different numbers of windows.
         raise RunError("strategy: fsdp is not for volumes, whose network is small; choose ddp.")
     return recipe

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmoe_layer import DMoE
 
 from ..data.loading import train_batches
+from ..models.inference import forward_with_attributes
 from ..recipes.recipe import Recipe
-from ..training.inference import call
 from ..training.loop import Run
 from ..training.parallel import launch
 from .candidates import Merged
@@ -63,7 +63,7 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
     try:
         # With gradients: without them the counter stumbles over parametrized weights.
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            call(model, [image_1CHW], told_1A)
+            forward_with_attributes(model, [image_1CHW], told_1A)
     finally:
         for hook in hooks:
             hook.remove()

@@ -30,12 +30,12 @@ from ..data import open_dataset
 from ..data.cases import UNKNOWN
 from ..data.loading import Batch, eval_batches, train_batches
 from ..errors import RunError
+from ..models.inference import forward_with_attributes
 from ..models.weights import load_pretrained
 from ..recipes.recipe import Recipe, learning_rate, resolve, resolve_spacing
 from ..recipes.serial import flat, to_json
 from . import checkpoints
 from .cohort import Cohort
-from .inference import call
 from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
 from .progress import Reporter
@@ -146,8 +146,8 @@ class Run:
                     eval_batches(validation, batch_size=batch_size, workers=recipe.workers),
                     self.dataset,
                     self.fabric.device,
-                    frame=recipe.framing,
-                    windows=batch_size,
+                    windows=recipe.framing.windows(batch_size),
+                    affine=validation.framing.affine,
                 )
                 reporter.flush()
                 row = self._close_epoch(scored)
@@ -197,7 +197,7 @@ class Run:
                 torch.rand(len(told_BN), 1, device=told_BN.device) < recipe.attribute_dropout
             )
             told_BN = told_BN.masked_fill(dropped_B1, UNKNOWN)
-        logits_BKS, r = call(self.model, batch.inputs, told_BN)
+        logits_BKS, r = forward_with_attributes(self.model, batch.inputs, told_BN)
         segmentation, loss_B = self.objective(
             logits_BKS.float(), batch.mask_BS, batch.attributes_BN[:, 0]
         )

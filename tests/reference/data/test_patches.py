@@ -82,16 +82,16 @@ def start_of(window):
 def test_patches_lie_everywhere_and_none_beyond_the_volume():
     patches, random = Patches((3, 2, 4), foreground=0.5), np.random.default_rng(0)
     voxels = {"1": torch.tensor([[1, 1, 1]])}
-    windows = [patches.window((5, 4, 6), voxels, random) for _ in range(3000)]
+    windows = [patches.draw((5, 4, 6), voxels, random) for _ in range(3000)]
     assert {start_of(window) for window in windows} == {*itertools.product(*map(range, (3, 3, 3)))}
     assert {tuple(side.stop - side.start for side in window) for window in windows} == {(3, 2, 4)}
     covered = np.zeros((5, 4, 6), bool)
     for window in windows:
         covered[window] = True
     assert covered.all()
-    assert patches.window((3, 2, 4), {}, random) == (slice(0, 3), slice(0, 2), slice(0, 4))
+    assert patches.draw((3, 2, 4), {}, random) == (slice(0, 3), slice(0, 2), slice(0, 4))
     with pytest.raises(ValueError, match=r"volume of \(3, 1, 4\) holds no patch of \(3, 2, 4\)"):
-        patches.window((3, 1, 4), {}, random)
+        patches.draw((3, 1, 4), {}, random)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -102,7 +102,7 @@ def test_as_many_patches_as_asked_for_are_laid_around_the_foreground(share):
     draws = 3000
     held = Counter()
     for _ in range(draws):
-        window = patches.window((11, 11, 11), voxels, random)
+        window = patches.draw((11, 11, 11), voxels, random)
         inside = [s.start <= v < s.stop for s, v in zip(window, (4, 0, 10), strict=True)]
         held[start_of(window) if all(inside) else None] += 1
     expected = share + (1 - share) * 2 / 1000
@@ -112,7 +112,7 @@ def test_as_many_patches_as_asked_for_are_laid_around_the_foreground(share):
         assert {*held} == {(3, 0, 9), (4, 0, 9)}
         assert min(held.values()) > 0.4 * sum(held.values())
     # Without any foreground they lie anywhere.
-    assert len({start_of(patches.window((11, 11, 11), {}, random)) for _ in range(200)}) > 150
+    assert len({start_of(patches.draw((11, 11, 11), {}, random)) for _ in range(200)}) > 150
 
 
 def test_a_small_label_is_looked_at_as_often_as_a_large_one():
@@ -120,7 +120,7 @@ def test_a_small_label_is_looked_at_as_often_as_a_large_one():
     mask_S[:8], mask_S[19, 19, 19] = 1, 7
     found = {name: torch.from_numpy(voxels) for name, voxels in find_voxels(mask_S).items()}
     patches, random = Patches((2, 2, 2), foreground=1), np.random.default_rng(0)
-    small = sum(patches.window((20, 20, 20), found, random)[0].stop == 20 for _ in range(1000))
+    small = sum(patches.draw((20, 20, 20), found, random)[0].stop == 20 for _ in range(1000))
     assert abs(small - 500) < 4 * np.sqrt(250)
 
 

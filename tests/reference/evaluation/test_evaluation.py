@@ -31,11 +31,12 @@ from reference_models.evaluation.evaluate import (
 from reference_models.evaluation.masks import read_mask, write_mask
 from reference_models.evaluation.prediction import PredictSettings, RunSettings, predict
 from reference_models.metrics.scores import METRICS
+from reference_models.models.inference import forward_with_attributes
 from reference_models.models.unet import UNet
 from reference_models.recipes.framings import ImageFramingSettings
 from reference_models.recipes.networks import TransUNetSettings, UNetSettings
 from reference_models.recipes.recipe import Recipe
-from reference_models.training.checkpoints import save_best
+from reference_models.training.checkpoints import load_model, save_best
 from reference_models.training.runs import Task, build_model, write_run
 
 SIZE = 16
@@ -71,14 +72,17 @@ class Bars(Dataset):
 
 
 class Ruler(nn.Module):
-    """Draws bars exactly as wide as it is told; unknown: 8 columns; blind: 2."""
+    """Draws bars exactly as wide as it is told; unknown: 8 columns; blind: 2.
+
+    As `open_run` loads it, it averages where it was trained with unknown="error".
+    """
 
     def __init__(self, aware=True, unknown="error"):
         super().__init__()
-        self.layer = DMoE(
-            1, n_experts=4, k=1, attribute_sizes=3 if aware else None, unknown=unknown
-        )
-        self.aware = aware
+        policy = "average" if unknown == "error" else unknown
+        sizes = 3 if aware else None
+        self.layer = DMoE(1, n_experts=4, k=1, attribute_sizes=sizes, unknown=policy)
+        self.aware, self.unknown = aware, unknown
         self.eval()
 
     def forward(self, image_B1HW):
@@ -98,10 +102,13 @@ def run_of(tmp_path, monkeypatch):
     """Puts a network and a data set in the place of a trained run; returns its folder."""
 
     def place(model, dataset, trained=None):
-        recipe = Recipe(data=DataSettings("phantom"), framing=ImageFramingSettings(SIZE, "whole"))
-        monkeypatch.setattr(
-            prediction, "load_model", lambda run, which: (recipe, Task.of(dataset), model)
+        recipe = Recipe(
+            data=DataSettings("phantom"),
+            model=TransUNetSettings(aware=model.aware, unknown=model.unknown),
+            framing=ImageFramingSettings(SIZE, "whole"),
         )
+        loaded = recipe, Task.of(dataset), model
+        monkeypatch.setattr(prediction, "load_model", lambda run, which, **_: loaded)
         ids = tuple(case.case_id for case in dataset.cases)
         splits = Splits(dataset.name, 0, ids if trained is None else trained, (), ids)
         for module in (prediction, evaluation):
@@ -178,32 +185,43 @@ def test_without_a_route_for_the_unknown_the_routers_are_averaged_and_it_says_so
     assert "averages" not in averaging.conditions[3].note
 
 
-def unet(block, unknown="error"):
-    """Of the study, in little; no two parameters alike."""
-    settings = UNetSettings(widths=(4,), block=block, hidden=2, unknown=unknown)
-    model = build_model(
-        Recipe(DataSettings("phantom"), settings, ImageFramingSettings(SIZE, "whole")),
-        Task.of(Bars()),
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.copy_(torch.randn(value.shape, generator=generator))
-    return model.eval()
+@pytest.fixture
+def unet_run(tmp_path, monkeypatch):
+    """Writes a run of the study's U-Net, in little; no two of its parameters are alike."""
+
+    def write(dataset, block, **options):
+        settings = UNetSettings(widths=(4,), block=block, hidden=2, **options)
+        recipe = Recipe(DataSettings("phantom"), settings, ImageFramingSettings(SIZE, "whole"))
+        task, ids = Task.of(dataset), tuple(case.case_id for case in dataset.cases)
+        model = build_model(recipe, task)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.copy_(torch.randn(value.shape, generator=generator))
+        run = tmp_path / f"{block}-{len([*tmp_path.iterdir()])}"
+        splits = Splits(dataset.name, 0, (), (), ids)
+        write_run(run, recipe, task, splits)
+        save_best(run, 0, model.state_dict())
+        monkeypatch.setattr(prediction, "read_splits", lambda path, dataset: splits)
+        monkeypatch.setattr(prediction, "open_dataset", lambda settings, **known: dataset)
+        return run
+
+    return write
 
 
 @pytest.mark.parametrize("block", ["channels", "film", "per_value", "moe"])
-def test_a_unet_of_any_kind_is_told_the_truth_a_lie_or_nothing(block, run_of, monkeypatch):
-    model, dataset, told, answers = unet(block), Bars(), [], []
-    forward = model.forward
+def test_a_unet_of_any_kind_is_told_the_truth_a_lie_or_nothing(block, unet_run, monkeypatch):
+    dataset, told, answers = Bars(), [], []
+    forward = UNet.forward
 
-    def listening(image, attributes):
+    def listening(self, image, attributes):
         told.append(attributes)
-        answers.append(forward(image, attributes))
+        answers.append(forward(self, image, attributes))
         return answers[-1]
 
-    monkeypatch.setattr(model, "forward", listening)
-    run = run_of(model, dataset)
+    run = unet_run(dataset, block)
+    averaging = load_model(unet_run(dataset, block, unknown="average"))[2]
+    monkeypatch.setattr(UNet, "forward", listening)
     summary = evaluate_run(EvaluateRun(run, scoring=FEW))
     given, permuted, lies, unknown = told
     assert given.tolist() == [list(case.attributes) for case in dataset.cases]
@@ -216,7 +234,7 @@ def test_a_unet_of_any_kind_is_told_the_truth_a_lie_or_nothing(block, run_of, mo
     assert "averages over the values" in summary.conditions[3].note
     images = torch.stack([torch.from_numpy(dataset.load(c).image_CS) for c in dataset.cases])
     with routing(unknown):
-        expected = unet(block, "average")(images, unknown)
+        expected = forward(averaging, images, unknown)
     torch.testing.assert_close(answers[3], expected)
     masks = [read_mask(p, dataset.load(c), dataset.classes) for p, c in paths_of(run, dataset)]
     assert np.array_equal(masks, answers[0].argmax(1))
@@ -230,10 +248,10 @@ def paths_of(run, dataset):
 
 @pytest.mark.parametrize("unknown", ["error", "average", "learned"])
 @pytest.mark.parametrize("block", ["channels", "film", "per_value", "moe"])
-def test_a_unets_policy_for_the_unknown_is_found_whatever_its_blocks(run_of, block, unknown):
-    run = prediction.open_run(RunSettings(run_of(unet(block, unknown), Bars())), "test")
+def test_a_unets_policy_for_the_unknown_is_found_whatever_its_blocks(unet_run, block, unknown):
+    run = prediction.open_run(RunSettings(unet_run(Bars(), block, unknown=unknown)), "test")
     assert run.unknown == unknown
-    settings = RunSettings(run_of(unet(block, unknown), Bars(unknown=(3,))))
+    settings = RunSettings(unet_run(Bars(unknown=(3,)), block, unknown=unknown))
     if unknown == "error":
         with pytest.raises(DataError, match=r"1 of 12 test cases.*bar3.*no route for them"):
             prediction.open_run(settings, "test")
@@ -241,11 +259,22 @@ def test_a_unets_policy_for_the_unknown_is_found_whatever_its_blocks(run_of, blo
         assert len(prediction.open_run(settings, "test").cases) == 12
 
 
-def test_a_unet_of_dense_mlps_is_told_nothing_and_refuses_no_case(run_of):
-    # Even where it was made with attributes: its MLPs do not look at them.
-    dense = UNet((4,), in_channels=1, n_classes=2, block="mlp", attribute_sizes=(3,)).eval()
-    for model in (dense, unet("mlp")):
-        run = prediction.open_run(RunSettings(run_of(model, Bars(unknown=(3,)))), "test")
+@pytest.mark.parametrize("block", ["channels", "film", "per_value", "moe"])
+def test_a_loaded_network_refuses_the_unknown_as_it_was_trained_to_unless_asked(unet_run, block):
+    run, image = unet_run(Bars(), block), torch.randn(1, 1, SIZE, SIZE)
+    recipe, _, refusing = load_model(run)
+    with pytest.raises(ValueError, match="unknown"):
+        forward_with_attributes(refusing, [image], torch.tensor([[-1]]))
+    kept, _, averaging = load_model(run, refuse_unknown=False)
+    forward_with_attributes(averaging, [image], torch.tensor([[-1]]))
+    assert kept == recipe
+    assert recipe.model.unknown == "error"
+
+
+def test_a_unet_of_dense_mlps_is_told_nothing_and_refuses_no_case(unet_run):
+    for aware in (True, False):
+        settings = RunSettings(unet_run(Bars(unknown=(3,)), "mlp", aware=aware))
+        run = prediction.open_run(settings, "test")
         assert run.unknown is None
         assert len(run.cases) == 12
 
@@ -334,7 +363,7 @@ def test_several_attributes_have_tables_of_their_own_and_are_all_told_wrongly(ru
         for place, case in enumerate(dataset.cases)
     )
     model = Ruler()
-    model.layer = DMoE(1, n_experts=4, k=1, attribute_sizes=(3, 2)).eval()
+    model.layer = DMoE(1, n_experts=4, k=1, attribute_sizes=(3, 2), unknown="average").eval()
     told, experts = [], []
     forward = model.layer.forward
 

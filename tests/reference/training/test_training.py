@@ -460,7 +460,8 @@ def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
     tmp_path, monkeypatch, two_attributes
 ):
     told, batches, grouped = [], [], []
-    call, forward, step = training.call, training.Objective.forward, training.Run.step
+    call, step = training.forward_with_attributes, training.Run.step
+    forward = training.Objective.forward
 
     def listening(model, inputs, told_BA):
         told.append(told_BA)
@@ -474,7 +475,7 @@ def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
         batches.append(batch)
         return step(self, batch, rate)
 
-    monkeypatch.setattr(training, "call", listening)
+    monkeypatch.setattr(training, "forward_with_attributes", listening)
     monkeypatch.setattr(training.Objective, "forward", grouping)
     monkeypatch.setattr(training.Run, "step", stepping)
     recipe = dataclasses.replace(
@@ -924,9 +925,7 @@ def test_the_score_is_the_mean_over_groups_so_that_a_minority_counts_as_much():
     mask = torch.tensor([[[1, 2], [2, 2]]] * 5)
     attributes = torch.tensor([[0], [0], [0], [2], [-1]])
     batch = Batch(image, mask, attributes, tuple("vwxyz"))
-    result = validate(
-        AsTold(), [batch], dataset, torch.device("cpu"), framing=ImageFramingSettings(2), windows=5
-    )
+    result = validate(AsTold(), [batch], dataset, torch.device("cpu"))
     # Organ and lesion: 4 of 4 and 3 of 4 pixels found of 4 predicted; of 2 predicted, 2 and 1.
     means = [(1 + 6 / 7) / 2, (4 / 6 + 2 / 5) / 2, 0.0]
     assert result.dice == pytest.approx(
@@ -949,8 +948,6 @@ def test_scores_and_loads_do_not_depend_on_how_cases_fall_into_batches(finished)
             eval_batches(frames, batch_size=size),
             dataset,
             torch.device("cpu"),
-            frame=recipe.framing,
-            windows=size,
         )
         for size in (1, 7)
     ]
