@@ -46,7 +46,7 @@ from reference_models.recipes.serial import from_json, to_json
 from reference_models.training import checkpoints
 from reference_models.training import loop as training
 from reference_models.training.loop import NonFiniteLossError, train
-from reference_models.training.runs import Task, build_model, hold
+from reference_models.training.runs import Task, build_model, lock_run
 from reference_models.training.validation import share_of, validate
 
 # 18 training cases: 4 steps an epoch; 2 validation cases.
@@ -567,7 +567,7 @@ def test_other_settings_are_no_resumption_and_the_differing_ones_are_named(finis
         devices=2,
     )
     with pytest.raises(RunError, match="other settings") as caught:
-        training.require_same(finished, other, Task.of(open_dataset(other.data)))
+        training.require_same_run(finished, other, Task.of(open_dataset(other.data)))
     assert "model.moe: the run has 'shared', now 'none'" in str(caught.value)
     assert "epochs: the run has 2, now 3" in str(caught.value)
     assert not any(name in str(caught.value) for name in ("workers", "devices:", "out:"))
@@ -582,7 +582,7 @@ def test_another_presets_network_is_no_resumption(finished):
 def test_other_data_are_no_resumption(finished):
     task = Task(3, ("background", "organ"), ())
     with pytest.raises(RunError, match="data: the run was made for"):
-        training.require_same(finished, dataclasses.replace(TINY, out=finished), task)
+        training.require_same_run(finished, dataclasses.replace(TINY, out=finished), task)
 
 
 def test_a_folder_with_a_run_is_left_alone(finished):
@@ -606,7 +606,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
         os.dup2(os.open(says, os.O_WRONLY | os.O_CREAT), 1)
         try:
             if not resume:  # as if it had looked before the first one wrote
-                training.refuse_taken = lambda run: None
+                training.require_new_run = lambda run: None
             train(recipe, resume=resume)
         except RunError as error:
             os.write(1, str(error).encode())
@@ -645,10 +645,10 @@ def test_a_training_lets_go_of_its_folder_however_it_ends(tmp_path, monkeypatch)
         patched.setattr(training, "validate", fails)
         with pytest.raises(RunError, match="no room") as ended:  # holds the traceback's frames
             train(recipe)
-    with hold(recipe.out), pytest.raises(RunError, match="another process is training in it"):
+    with lock_run(recipe.out), pytest.raises(RunError, match="another process is training in it"):
         train(recipe, resume=True)
     train(recipe, resume=True)
-    with hold(recipe.out):
+    with lock_run(recipe.out):
         assert ended
 
 
@@ -656,7 +656,7 @@ def test_a_training_lets_go_of_its_folder_however_it_ends(tmp_path, monkeypatch)
 def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")  # filelock follows none
-    with pytest.raises(RunError, match="cannot be written to"), hold(tmp_path / "run"):
+    with pytest.raises(RunError, match="cannot be written to"), lock_run(tmp_path / "run"):
         pass
 
 
@@ -668,9 +668,9 @@ def test_a_file_system_without_locks_stops_no_training(tmp_path, monkeypatch, re
         raise OSError(reason, os.strerror(reason))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with hold(tmp_path / "run"), hold(tmp_path / "run"):
+    with lock_run(tmp_path / "run"), lock_run(tmp_path / "run"):
         (tmp_path / "run" / "history.csv").touch()
-    with hold(tmp_path / "run"):  # nothing was left that would keep it
+    with lock_run(tmp_path / "run"):  # nothing was left that would keep it
         pass
 
 
