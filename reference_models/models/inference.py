@@ -26,8 +26,7 @@ def forward_with_attributes(
     themselves, other modules by `routing.attribute_values`.
     """
     with routing(told_BA) as scope:
-        further = (told_BA,) if getattr(model, "takes_attributes", False) else ()
-        logits: Tensor = model(*inputs, *further)
+        logits: Tensor = model(*inputs)
     return logits, scope
 
 

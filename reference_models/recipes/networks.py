@@ -146,6 +146,9 @@ class ResUNet3DSettings(ModelSettings):
 class UNetSettings(ModelSettings):
     """The study's small 2D network; `aware` and `noise` mean something to experts alone."""
 
+    network: ClassVar[type[UNet]] = UNet
+    """What is built: a subclass may take further options."""
+
     widths: tuple[int, ...] = (12, 24, 48)
     """Channels of the stages, each of which halves the image; multiples of 4."""
     block: Literal["mlp", "channels", "film", "per_value", "moe"] = "moe"
@@ -155,24 +158,10 @@ class UNetSettings(ModelSettings):
     hidden: int = 8
     """Hidden units that a token passes through, of all its experts together, as a multiple of the
     stage's channels."""
-    placement: Literal["mlp", "after", "beside"] = "mlp"
-    """Of experts. mlp: in its place; after: half of the hidden units stay in the MLP, and a
-    residual layer of experts follows it; beside: half of them stay in the MLP, whose output is
-    added to the experts', an expert that is always on."""
-    modulate: bool = False
-    """Scale and shift what router and experts see by the attribute, as film does."""
-    film_identity: bool = False
-    """Start scales and shifts as 1 and 0, instead of as PyTorch's linear layers do."""
-    router: Literal["own", "shared", "sharp", "blind"] = "own"
-    """own: each attribute value's; sharp: the same, with scores four times as large at first;
-    shared: one for all, but for a bias by attribute value; blind: one that is told none, where
-    --modulate tells the experts."""
     n_experts: int = 8
     """Experts of a stage."""
     k: int = 2
-    """Experts of a token, or with --merge of a sample."""
-    merge: bool = False
-    """Merge a sample's experts into one MLP of all the hidden units before they are applied."""
+    """Experts of a token."""
 
     @property
     def told(self) -> bool:
@@ -184,15 +173,10 @@ class UNetSettings(ModelSettings):
         stride = 2 ** len(self.widths)
         if any(side % stride for side in shape):
             raise ValueError(f"size: got {shape[0]}, expected a multiple of {stride}.")
-        return UNet(
+        return self.network(
             self.widths,
             block=self.block,
             hidden=self.hidden,
-            placement=self.placement,
-            modulate=self.modulate,
-            film_identity=self.film_identity,
-            merge=self.merge,
-            router=self.router,
             n_experts=self.n_experts,
             k=self.k,
             **options,

@@ -43,6 +43,7 @@ from reference_models.recipes.networks import TransUNetSettings, UNetSettings
 from reference_models.recipes.presets import PRESETS
 from reference_models.recipes.recipe import Recipe, learning_rate, resolve
 from reference_models.recipes.serial import from_json, to_json
+from reference_models.study.candidates import CandidateSettings
 from reference_models.training import checkpoints
 from reference_models.training import loop as training
 from reference_models.training.loop import NonFiniteLossError, train
@@ -135,7 +136,7 @@ def test_a_recipe_becomes_flags():
             {"model": UNetSettings(), "framing": ImageFramingSettings(36, "whole")},
             "size: got 36, expected a multiple of 8",
         ),
-        ({"model": UNetSettings(block="film", aware=False)}, "block: film, modulate=False: has"),
+        ({"model": UNetSettings(block="film", aware=False)}, "block: film has"),
         ({"model": UNetSettings(gradient_checkpointing=True)}, "gradient_checkpointing"),
         ({"model": UNetSettings(k=5, hidden=2)}, "hidden: got 2"),
     ],
@@ -372,7 +373,7 @@ def test_the_balance_loss_is_the_one_that_was_chosen(tmp_path, aware):
     (batch,) = train_batches(frames, batch_size=18, epoch=0)
     torch.manual_seed(training.step_seed(recipe.seed, 0, 0))
     with routing(batch.attributes_BN) as r:
-        model(batch.image_BCS, batch.attributes_BN)
+        model(batch.image_BCS)
     (routed,) = r.routings
     assert found == pytest.approx(
         {
@@ -502,7 +503,7 @@ def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
     "model",
     [
         UNetSettings(widths=(4,), block="film", unknown="learned"),
-        UNetSettings(widths=(4,), router="shared", unknown="learned"),
+        CandidateSettings(widths=(4,), router="shared", unknown="learned"),
     ],
     ids=["film", "shared"],
 )
