@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, RunError
-from ..training.runs import hold
+from ..training.runs import lock_run
 from ..workers import workers
 from .job_progress import JobProgress
 from .jobs import Job, Trial
@@ -61,7 +61,7 @@ def run_plan(plan: Plan, design: Design, folder: Path, *, processes: int) -> Out
     asked: dict[str, list[Job]] = {"tuning": [], "main": [], "spread": []}
     known: set[Job] = set()
     waiting: dict[Future[Trial], Job] = {}
-    with hold(folder), workers(processes) as pool, JobProgress(plan.count) as progress:
+    with lock_run(folder), workers(processes) as pool, JobProgress(plan.count) as progress:
         done = {job: trial for job in plan.possible() if (trial := stored(job, design, folder))}
 
         def ask(purpose: str, jobs: Sequence[Job]) -> None:

@@ -39,7 +39,7 @@ from .cohort import Cohort
 from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
 from .progress import Reporter
-from .runs import Task, build_model, hold, refuse_taken, require_same, write_run
+from .runs import Task, build_model, lock_run, require_new_run, require_same_run, write_run
 from .state import State
 from .validation import Validation, share_of, validate
 
@@ -252,14 +252,14 @@ class Run:
 
     def _admit(self, resume: bool) -> None:
         if resume:
-            require_same(self.folder, self.recipe, self.task)
-            self.held.enter_context(hold(self.folder))
+            require_same_run(self.folder, self.recipe, self.task)
+            self.held.enter_context(lock_run(self.folder))
         else:
-            refuse_taken(self.folder)
+            require_new_run(self.folder)
 
     def _begin(self) -> None:
-        self.held.enter_context(hold(self.folder))
-        refuse_taken(self.folder)  # another process may have come first
+        self.held.enter_context(lock_run(self.folder))
+        require_new_run(self.folder)  # another process may have come first
         write_run(self.folder, self.recipe, self.task, self.cohort.splits)
 
 

@@ -92,8 +92,8 @@ def read_run(run: Path) -> tuple[Recipe, Task]:
     return from_json(Recipe, recipe, f"{path}: recipe"), from_json(Task, task, f"{path}: task")
 
 
-def refuse_taken(run: Path) -> None:
-    """Whether a folder is free for a new run.
+def require_new_run(run: Path) -> None:
+    """Raises unless a folder is free for a new run.
 
     Raises:
         RunError: it holds a run, or is no folder.
@@ -107,7 +107,7 @@ def refuse_taken(run: Path) -> None:
         )
 
 
-def hold(run: Path) -> AbstractContextManager[object]:
+def lock_run(run: Path) -> AbstractContextManager[object]:
     """Keeps every other training out of a run's folder from now on, until the `with` block ends.
 
     Two trainings in one folder would clear away each other's checkpoints. The system lets go of
@@ -160,8 +160,8 @@ def _unwritable(run: Path, error: OSError) -> RunError:
     return RunError(f"{run}: cannot be written to ({why}); choose another --out.")
 
 
-def require_same(run: Path, recipe: Recipe, task: Task) -> None:
-    """Whether a run can go on by this recipe and these data.
+def require_same_run(run: Path, recipe: Recipe, task: Task) -> None:
+    """Raises unless a run can go on by this recipe and these data.
 
     Raises:
         RunError: naming the settings that differ.

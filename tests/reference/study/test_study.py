@@ -38,7 +38,7 @@ from reference_models.study.scenes import SCENES, Sizes
 from reference_models.study.trial import Design, run, stored
 from reference_models.training import loop as training
 from reference_models.training.loop import train
-from reference_models.training.runs import hold
+from reference_models.training.runs import lock_run
 from reference_models.training.validation import validate
 from reference_models.workers import workers
 
@@ -163,11 +163,11 @@ def test_a_job_that_fails_is_named_at_once(inline, monkeypatch, tmp_path):
 
 def test_two_studies_do_not_work_in_one_folder(ran, tmp_path):
     plan = Plan(("rule",), ("dense",), (10,))
-    with hold(tmp_path), pytest.raises(RunError, match="another process"):
+    with lock_run(tmp_path), pytest.raises(RunError, match="another process"):
         run_plan(plan, Design(), tmp_path, processes=1)
     assert not ran
     run_plan(plan, Design(), tmp_path, processes=1)
-    with hold(tmp_path):
+    with lock_run(tmp_path):
         assert ran
 
 

@@ -43,10 +43,11 @@ from reference_models.recipes.networks import TransUNetSettings, UNetSettings
 from reference_models.recipes.presets import PRESETS
 from reference_models.recipes.recipe import Recipe, learning_rate, resolve
 from reference_models.recipes.serial import from_json, to_json
+from reference_models.study.candidates import CandidateSettings
 from reference_models.training import checkpoints
 from reference_models.training import loop as training
 from reference_models.training.loop import NonFiniteLossError, train
-from reference_models.training.runs import Task, build_model, hold
+from reference_models.training.runs import Task, build_model, lock_run
 from reference_models.training.validation import share_of, validate
 
 # 18 training cases: 4 steps an epoch; 2 validation cases.
@@ -135,7 +136,7 @@ def test_a_recipe_becomes_flags():
             {"model": UNetSettings(), "framing": ImageFramingSettings(36, "whole")},
             "size: got 36, expected a multiple of 8",
         ),
-        ({"model": UNetSettings(block="film", aware=False)}, "block: film, modulate=False: has"),
+        ({"model": UNetSettings(block="film", aware=False)}, "block: film has"),
         ({"model": UNetSettings(gradient_checkpointing=True)}, "gradient_checkpointing"),
         ({"model": UNetSettings(k=5, hidden=2)}, "hidden: got 2"),
     ],
@@ -372,7 +373,7 @@ def test_the_balance_loss_is_the_one_that_was_chosen(tmp_path, aware):
     (batch,) = train_batches(frames, batch_size=18, epoch=0)
     torch.manual_seed(training.step_seed(recipe.seed, 0, 0))
     with routing(batch.attributes_BN) as r:
-        model(batch.image_BCS, batch.attributes_BN)
+        model(batch.image_BCS)
     (routed,) = r.routings
     assert found == pytest.approx(
         {
@@ -502,7 +503,7 @@ def test_samples_are_told_to_be_unknown_as_often_as_asked_for_and_groups_stay(
     "model",
     [
         UNetSettings(widths=(4,), block="film", unknown="learned"),
-        UNetSettings(widths=(4,), router="shared", unknown="learned"),
+        CandidateSettings(widths=(4,), router="shared", unknown="learned"),
     ],
     ids=["film", "shared"],
 )
@@ -567,7 +568,7 @@ def test_other_settings_are_no_resumption_and_the_differing_ones_are_named(finis
         devices=2,
     )
     with pytest.raises(RunError, match="other settings") as caught:
-        training.require_same(finished, other, Task.of(open_dataset(other.data)))
+        training.require_same_run(finished, other, Task.of(open_dataset(other.data)))
     assert "model.moe: the run has 'shared', now 'none'" in str(caught.value)
     assert "epochs: the run has 2, now 3" in str(caught.value)
     assert not any(name in str(caught.value) for name in ("workers", "devices:", "out:"))
@@ -582,7 +583,7 @@ def test_another_presets_network_is_no_resumption(finished):
 def test_other_data_are_no_resumption(finished):
     task = Task(3, ("background", "organ"), ())
     with pytest.raises(RunError, match="data: the run was made for"):
-        training.require_same(finished, dataclasses.replace(TINY, out=finished), task)
+        training.require_same_run(finished, dataclasses.replace(TINY, out=finished), task)
 
 
 def test_a_folder_with_a_run_is_left_alone(finished):
@@ -606,7 +607,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
         os.dup2(os.open(says, os.O_WRONLY | os.O_CREAT), 1)
         try:
             if not resume:  # as if it had looked before the first one wrote
-                training.refuse_taken = lambda run: None
+                training.require_new_run = lambda run: None
             train(recipe, resume=resume)
         except RunError as error:
             os.write(1, str(error).encode())
@@ -645,10 +646,10 @@ def test_a_training_lets_go_of_its_folder_however_it_ends(tmp_path, monkeypatch)
         patched.setattr(training, "validate", fails)
         with pytest.raises(RunError, match="no room") as ended:  # holds the traceback's frames
             train(recipe)
-    with hold(recipe.out), pytest.raises(RunError, match="another process is training in it"):
+    with lock_run(recipe.out), pytest.raises(RunError, match="another process is training in it"):
         train(recipe, resume=True)
     train(recipe, resume=True)
-    with hold(recipe.out):
+    with lock_run(recipe.out):
         assert ended
 
 
@@ -656,7 +657,7 @@ def test_a_training_lets_go_of_its_folder_however_it_ends(tmp_path, monkeypatch)
 def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")  # filelock follows none
-    with pytest.raises(RunError, match="cannot be written to"), hold(tmp_path / "run"):
+    with pytest.raises(RunError, match="cannot be written to"), lock_run(tmp_path / "run"):
         pass
 
 
@@ -668,9 +669,9 @@ def test_a_file_system_without_locks_stops_no_training(tmp_path, monkeypatch, re
         raise OSError(reason, os.strerror(reason))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with hold(tmp_path / "run"), hold(tmp_path / "run"):
+    with lock_run(tmp_path / "run"), lock_run(tmp_path / "run"):
         (tmp_path / "run" / "history.csv").touch()
-    with hold(tmp_path / "run"):  # nothing was left that would keep it
+    with lock_run(tmp_path / "run"):  # nothing was left that would keep it
         pass
 
 
