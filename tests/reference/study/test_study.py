@@ -34,8 +34,8 @@ from reference_models.study.jobs import (
 from reference_models.study.methods import METHODS
 from reference_models.study.plan import GRID, Plan
 from reference_models.study.runner import chosen_rate, run_plan
-from reference_models.study.scenes import SCENES, Sizes
-from reference_models.study.trial import Design, run, stored
+from reference_models.study.scenes import SCENES, Design, Sizes
+from reference_models.study.trial import run, stored
 from reference_models.training import loop as training
 from reference_models.training.loop import train
 from reference_models.training.runs import lock_run
