@@ -30,6 +30,7 @@ SITES = (
 )  # fmt: skip
 RARE_SITES = ("acral", "ear", "genital", "hand", "unknown")  # unknown here, as they are there
 VALUES = {"age": AGES, "sex": ("female", "male"), "localization": SITES}
+ATTRIBUTES = tuple(VALUES)
 MISSING = ("", "nan", "none", "null")
 
 

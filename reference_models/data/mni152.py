@@ -17,7 +17,6 @@ import functools
 from typing import Literal
 
 import numpy as np
-from nilearn import datasets
 
 from .cases import Attribute, Case, Dataset, Sample
 
@@ -100,6 +99,8 @@ class Mni152(Dataset):
 @functools.cache  # decoding takes seconds, and a study opens the data set many times
 def _axial_slices() -> tuple[np.ndarray, np.ndarray]:
     """Normalised images and tissues (0 rest, 1 grey, 2 white), `SIZE` x `SIZE` a slice."""
+    from nilearn import datasets  # takes seconds to import
+
     maps = [
         load(resolution=1).get_fdata(dtype=np.float32)
         for load in (
