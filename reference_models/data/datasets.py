@@ -70,13 +70,13 @@ class Source:
     """A row of `DATASETS`.
 
     Args:
-        open: makes the data set.
+        create: opens the data set that a request describes.
         needs_root: whether it is read from a folder; if not, it is made and takes none.
         attributes: names to choose from, the default one first. Empty where they are known only
             once the data set is open: as columns of its files, or by what it is made of.
     """
 
-    open: Callable[[Request], Dataset]
+    create: Callable[[Request], Dataset]
     needs_root: bool
     attributes: tuple[str, ...] = ()
 
@@ -154,7 +154,7 @@ def open_dataset(
     if not names:
         names = source.attributes[:1] if damaged is None else None
     request = Request(settings, settings.root or Path(), names, damaged, known)
-    dataset = source.open(request)
+    dataset = source.create(request)
     own = tuple(attribute.name for attribute in dataset.attributes)
     if not source.needs_root and settings.attributes not in ((), own):
         raise DataError(

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..data import open_dataset
 from ..data.phantom import Rule
 from ..errors import RunError
-from ..files import refuse_others, write_results
+from ..files import require_replaceable, write_results
 from ..recipes.recipe import settle
 from ..recipes.serial import to_json
 from .cost import step_milliseconds
@@ -75,7 +75,7 @@ def study(settings: StudySettings) -> Path:
     plan, design = _plan(settings), _design(settings)
     folder = settings.folder
     results = settings.results or folder / "results"
-    refuse_others(results, CONTENTS)
+    require_replaceable(results, CONTENTS)
     population = {}
     for scene in plan.scenes:
         for method in plan.methods_of(scene):
