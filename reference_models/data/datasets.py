@@ -53,8 +53,8 @@ class Request:
     Args:
         settings: what the user gave.
         root: the folder of its files; of a data set that is made, nothing is read from it.
-        names: of the attributes to read. Empty: the data set's default. None: all that its files
-            hold.
+        names: of the attributes to read. None: all that its files hold. Empty, where `Source` has
+            no names to choose from: the default one.
         damaged, known: as of `open_dataset`.
     """
 
@@ -81,38 +81,29 @@ class Source:
     attributes: tuple[str, ...] = ()
 
 
-def _fairseg(request: Request) -> Dataset:
-    return fairseg.FairSeg(request.root, request.names, request.damaged)
-
-
-def _ham10000(request: Request) -> Dataset:
-    return ham10000.Ham10000(request.root, request.names, request.damaged)
-
-
-def _nifti(request: Request) -> Dataset:
-    return Nifti(
-        request.root,
-        request.names,
-        request.damaged,
-        ct_window=request.settings.ct_window,
-        known=request.known,
-    )
-
-
-def _phantom(request: Request) -> Dataset:
-    return Phantom(request.settings.phantom)
-
-
-def _mni152(request: Request) -> Dataset:
-    return Mni152(request.settings.mni152)
-
-
 DATASETS = {
-    "fairseg": Source(_fairseg, needs_root=True, attributes=fairseg.ATTRIBUTES),
-    "ham10000": Source(_ham10000, needs_root=True, attributes=ham10000.ATTRIBUTES),
-    "mni152": Source(_mni152, needs_root=False),
-    "phantom": Source(_phantom, needs_root=False),
-    "nifti": Source(_nifti, needs_root=True),
+    "fairseg": Source(
+        lambda request: fairseg.FairSeg(request.root, request.names, request.damaged),
+        needs_root=True,
+        attributes=fairseg.ATTRIBUTES,
+    ),
+    "ham10000": Source(
+        lambda request: ham10000.Ham10000(request.root, request.names, request.damaged),
+        needs_root=True,
+        attributes=ham10000.ATTRIBUTES,
+    ),
+    "mni152": Source(lambda request: Mni152(request.settings.mni152), needs_root=False),
+    "phantom": Source(lambda request: Phantom(request.settings.phantom), needs_root=False),
+    "nifti": Source(
+        lambda request: Nifti(
+            request.root,
+            request.names,
+            request.damaged,
+            ct_window=request.settings.ct_window,
+            known=request.known,
+        ),
+        needs_root=True,
+    ),
 }
 
 
