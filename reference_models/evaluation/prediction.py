@@ -23,15 +23,14 @@ from torch.utils.data import Dataset as TorchDataset
 from ..data import open_dataset
 from ..data.cases import UNKNOWN, Case, Dataset, Sample
 from ..data.framing import Frame, Framing
+from ..data.patches import Windows
 from ..data.splits import read_splits
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.loads import Loads
-from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..models.inference import infer
 from ..report.pictures import Picture, overlay
 from ..training.checkpoints import Which, load_model
-from ..training.cohort import framing_of
-from ..training.inference import infer
 from ..training.runs import Task
 from .masks import write_mask
 
@@ -83,8 +82,8 @@ class TrainedRun:
         model: in eval mode on `device`.
         device: where it computes.
         dataset: the run's.
-        frame: what the network sees of an image.
-        framing: from native resolution to that and back.
+        framing: from native resolution to what the network sees, and back.
+        windows: in which it answers volumes; None of images.
         trained: ids of the cases that it was trained on, and of those then left out; of the split
             "all" none, since other data than the run's may be meant.
         cases: to be predicted.
@@ -97,8 +96,8 @@ class TrainedRun:
     model: nn.Module
     device: torch.device
     dataset: Dataset
-    frame: SquareSettings | VolumeSettings
     framing: Framing
+    windows: Windows | None
     trained: frozenset[str]
     cases: tuple[Case, ...]
     left_out: tuple[Case, ...]
@@ -114,7 +113,7 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     """
     if settings.batch_size is not None and settings.batch_size < 1:
         raise DataError(f"batch_size: got {settings.batch_size}, expected 1 or more.")
-    recipe, task, model = load_model(settings.run, settings.which)
+    recipe, task, model = load_model(settings.run, settings.which, refuse_unknown=False)
     data = recipe.data
     if settings.root is not None:
         data = dataclasses.replace(data, root=settings.root)
@@ -132,12 +131,7 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
         cases, left_out = [case for case in cases if case not in unknown], unknown
-    told: list[Any] = [  # routers, and whatever else has a policy for unknown attributes
-        module
-        for module in model.modules()
-        if getattr(module, "attribute_sizes", None) and hasattr(module, "unknown")
-    ]
-    policy = told[0].unknown if told else None
+    policy = recipe.model.unknown if recipe.model.told else None
     if unknown and policy == "error" and not left_out:
         raise DataError(
             f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
@@ -145,18 +139,16 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
             "unknown='error', so that there is no route for them. Leave them out with "
             "--leave-out-unknown, or train with --unknown learned."
         )
-    for module in told:
-        if policy == "error":  # no case is unknown to it, but an evaluation may tell it so
-            module.unknown = "average"
+    batch_size = settings.batch_size or recipe.batch_size
     run = TrainedRun(
         settings=settings,
-        batch_size=settings.batch_size or recipe.batch_size,
+        batch_size=batch_size,
         unknown=policy,
         model=model,
         device=device,
         dataset=dataset,
-        frame=recipe.frame,
-        framing=framing_of(recipe),
+        framing=recipe.framing.build(),
+        windows=recipe.framing.windows(batch_size),
         trained=trained,
         cases=tuple(cases),
         left_out=left_out,
@@ -185,7 +177,7 @@ def predictions(
     """
     loader = DataLoader(
         _Framed(run),
-        batch_size=run.batch_size if isinstance(run.frame, SquareSettings) else 1,
+        batch_size=run.batch_size if run.framing.one_size else 1,
         num_workers=run.settings.workers,
         collate_fn=_unbroken,
     )
@@ -222,10 +214,9 @@ def _answered(
                 run.model,
                 inputs,
                 torch.from_numpy(told_NA[start : start + len(samples)]),
-                frame=run.frame,
-                windows=run.batch_size,
+                windows=run.windows,
                 device=run.device,
-                loads=None if loads is None else loads[condition],
+                observe=None if loads is None else loads[condition].add,
             )
         for logits_KS, (sample, masks) in zip(logits_BKS, answers, strict=True):
             # By the extremes, as asking every number takes a copy of a volume's logits.

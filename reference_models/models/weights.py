@@ -91,7 +91,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
         WeightsError: there are no such files for this network; or as of `load_google_npz`,
             `load_released_2d`, `load_released_3d`, `load_dense`.
     """
-    loaders = LOADERS.get(type(model), {})
+    loaders = next((of for kind, of in LOADERS.items() if isinstance(model, kind)), {})
     if path.suffix not in loaders:
         kinds = " or ".join(loaders)
         raise WeightsError(
@@ -222,7 +222,7 @@ def load_dense(model: UNet, path: Path) -> None:
     if not all(isinstance(layer, DMoE) for layer in layers):
         raise WeightsError(
             f"{path}: cannot start this network, which has no experts in place of its MLPs; make "
-            "it with block='moe' and placement='mlp'."
+            "it with block='moe'."
         )
     try:
         file = Entries(path, load_file(path), pytorch)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..metrics.loads import LoadTables
 
-# The conditions under which a trained network is tested, by what it is told.
-RIGHT, SHUFFLED, WRONG, UNKNOWN = "right", "shuffled", "wrong", "unknown"
+# The conditions under which a trained network is tested: told each case's own attributes, those of
+# another case, always wrong ones, or that they are unknown.
+TOLD_RIGHT, TOLD_SHUFFLED, TOLD_WRONG, TOLD_UNKNOWN = "right", "shuffled", "wrong", "unknown"
 
 
 @dataclass(frozen=True, order=True)
@@ -52,7 +53,7 @@ class Trial:
         seen: of the test cases, whether their combination of attribute values occurs in training;
             of one attribute all do.
         dice: by condition, a number a test case, of the scene's region. Networks that are told no
-            attribute have RIGHT alone.
+            attribute have TOLD_RIGHT alone.
         told_right: by condition, the share of the cases that were told the truth all the same.
         loads: by condition, the experts' loads; empty without experts.
     """

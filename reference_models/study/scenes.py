@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..data import DataSettings, PhantomSettings
 from ..data.phantom import Effect, Rule
+from ..recipes.framings import ImageFramingSettings
 from ..recipes.presets import PRESETS
-from ..recipes.recipe import Recipe, SquareSettings
+from ..recipes.recipe import Recipe
 from .jobs import Job
 from .methods import METHODS
 
@@ -81,11 +82,11 @@ def recipe_of(
     recipe = PRESETS["study"]
     if scene.effect is None:
         # One head in one pose: without shifts its slices are learned by heart.
-        frame = SquareSettings(sizes.image_size, "whole", "shift")
+        framing = ImageFramingSettings(sizes.image_size, "whole", "shift")
         # What might be a better layer was first tried on the middle block.
         data = DataSettings("mni152", cache=cache, mni152="upper")
     else:
-        frame = SquareSettings(sizes.image_size, "whole", "none")
+        framing = ImageFramingSettings(sizes.image_size, "whole", "none")
         part = 2 if scene.effect == "two" else 1
         data = DataSettings(
             "phantom",
@@ -104,7 +105,7 @@ def recipe_of(
     return dataclasses.replace(
         method.of(recipe),
         data=data,
-        frame=frame,
+        framing=framing,
         out=out,
         seed=job.init_seed,
         batch_size=sizes.batch_size,

@@ -40,11 +40,12 @@ from ..evaluation.prediction import (
 from ..files import write_whole
 from ..metrics.loads import Loads
 from ..metrics.region import batch_dice
-from ..recipes.recipe import Recipe, UNetSettings
+from ..recipes.networks import UNetSettings
+from ..recipes.recipe import Recipe
 from ..recipes.serial import flat, from_json, to_json
 from ..training.loop import NonFiniteLossError, train
 from .cost import multiply_adds
-from .jobs import RIGHT, Job, Trial
+from .jobs import TOLD_RIGHT, Job, Trial
 from .methods import METHODS
 from .scenes import FULL, SCENES, SHARES, Sizes, recipe_of
 
@@ -190,7 +191,7 @@ def _tested(job: Job, recipe: Recipe, size: int) -> Trial:
     image = tested.dataset.channels, size, size
     given_NA = given_attributes(tested.cases)
     told, _ = attributes_told(tested, job.data_seed)
-    told = {RIGHT if name == AS_GIVEN else name: told_NA for name, told_NA in told.items()}
+    told = {TOLD_RIGHT if name == AS_GIVEN else name: told_NA for name, told_NA in told.items()}
     loads = {condition: Loads(tested.dataset) for condition in told}
     trained = {c.attributes for c in tested.dataset.cases if c.case_id in tested.trained}
     return Trial(

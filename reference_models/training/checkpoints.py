@@ -2,7 +2,7 @@
 
 A run's folder holds
 
-    recipe.json       the settled recipe and what the data make of the network; it makes it a run
+    recipe.json       the resolved recipe and what the data make of the network; it makes it a run
     splits.json       who is trained, validated and tested on
     last-00000120/    weights (model.safetensors) and all else that going on needs (state.pt)
     best-00000100/    weights with the best validation score so far
@@ -15,6 +15,7 @@ on the disk; the one before it goes only then, so that at any moment a whole one
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -95,8 +96,17 @@ def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return _read_weights(folder / WEIGHTS), state
 
 
-def load_model(run: Path, which: Which = "best") -> tuple[Recipe, Task, nn.Module]:
+def load_model(
+    run: Path, which: Which = "best", *, refuse_unknown: bool = True
+) -> tuple[Recipe, Task, nn.Module]:
     """A trained network in eval mode on the CPU, with its recipe and task; needs no data.
+
+    Args:
+        run: its folder.
+        which: of its checkpoints.
+        refuse_unknown: no: a network that was trained with unknown="error" takes the average over
+            an attribute's values where it is told an unknown one, so that an evaluation can tell
+            it so. The recipe stays as it was trained.
 
     Raises:
         RunError: there is no run or no such checkpoint, or a file is damaged or of another network.
@@ -107,7 +117,11 @@ def load_model(run: Path, which: Which = "best") -> tuple[Recipe, Task, nn.Modul
         other = "last" if which == "best" else "best"
         hint = f"; there is a {other} one" if _newest(run, other) else ""  # type: ignore[arg-type]
         raise RunError(f"{run}: has no {which} checkpoint yet{hint}.")
-    model = build_model(recipe, task)
+    built = recipe
+    if recipe.model.unknown == "error" and not refuse_unknown:  # which have the same parameters
+        settings = dataclasses.replace(recipe.model, unknown="average")
+        built = dataclasses.replace(recipe, model=settings)
+    model = build_model(built, task)
     load_weights(model, _read_weights(folder / WEIGHTS), folder)
     return recipe, task, model.eval()
 

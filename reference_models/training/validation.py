@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..data.cases import Dataset
 from ..data.loading import Batch
+from ..data.patches import Windows
 from ..metrics import fairness, region
 from ..metrics.loads import Loads, LoadTables
-from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..models.inference import infer
 from ..report.pictures import Picture
-from .inference import infer
 
 
 @dataclass(frozen=True)
@@ -63,33 +63,36 @@ def validate(
     dataset: Dataset,
     device: torch.device,
     *,
-    frame: SquareSettings | VolumeSettings,
-    windows: int,
+    windows: Windows | None = None,
+    affine: np.ndarray | None = None,
 ) -> Validation:
     """Runs the network in eval mode over a rank's share, and gathers all ranks' scores.
 
-    Every rank has as many batches; `frame` and `windows` are as of `infer`. A case that two ranks
-    have seen counts once in the scores, twice in the load.
+    A case that two ranks have seen counts once in the scores, twice in the load.
+
+    Args:
+        model: on `device`.
+        batches: a rank's share; every rank has as many.
+        dataset: whose cases they are.
+        device: where the network computes.
+        windows: as of `infer`.
+        affine: of the frames, as of `Framing.affine`.
     """
     was_training = model.training
     model.eval()
     scored: dict[str, tuple[tuple[int, ...], float]] = {}
     examples: dict[int, Picture] = {}
     loads = Loads(dataset)
-    affine = None
-    if isinstance(frame, VolumeSettings) and frame.spacing != "median":
-        affine = np.diag([*frame.spacing, 1.0])  # of a volume's frame, which is RAS+
     for batch in batches:
         # Volumes stay on the CPU, where their logits are put together.
-        moved = batch.to(device if affine is None else torch.device("cpu"))
+        moved = batch.to(device if windows is None else torch.device("cpu"))
         predicted_BS = infer(
             model,
             moved.inputs,
             moved.attributes_BN,
-            frame=frame,
             windows=windows,
             device=device,
-            loads=loads,
+            observe=loads.add,
         ).argmax(1)
         dice_B = case_dice(predicted_BS, moved.mask_BS, dataset)
         attributes = batch.attributes_BN.tolist()

@@ -17,7 +17,7 @@ from reference_models import demo
 from reference_models.__main__ import main
 from reference_models.data import DataSettings, example
 from reference_models.data.phantom import PhantomSettings
-from reference_models.recipes.recipe import SquareSettings
+from reference_models.recipes.framings import ImageFramingSettings
 
 ROOT = Path(__file__).parents[2]
 # As small as still has every group in every split.
@@ -162,7 +162,7 @@ def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monke
     small = dataclasses.replace(
         demo.SMALL,
         data=DataSettings("phantom", phantom=phantom),
-        frame=SquareSettings(32, "whole", "shift"),
+        framing=ImageFramingSettings(32, "whole", "shift"),
     )
     monkeypatch.setattr(demo, "SMALL", small)
     summaries = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))

@@ -34,13 +34,15 @@ from reference_models.evaluation.evaluate import (
 from reference_models.evaluation.masks import find_masks, read_mask, write_mask
 from reference_models.evaluation.prediction import PredictSettings, predict
 from reference_models.metrics.loads import Loads
-from reference_models.recipes.recipe import Recipe, ResUNet3DSettings, VolumeSettings
+from reference_models.models.inference import infer
+from reference_models.recipes.framings import VolumeFramingSettings
+from reference_models.recipes.networks import ResUNet3DSettings
+from reference_models.recipes.recipe import Recipe
 from reference_models.report.pictures import GAP, Picture
-from reference_models.training.inference import infer
 from reference_models.training.runs import Task
 from reference_models.training.validation import validate
 
-FRAME = VolumeSettings(spacing=(1.0, 1.0, 1.0), patch=(32, 32, 32))
+FRAME = VolumeFramingSettings(spacing=(1.0, 1.0, 1.0), patch=(32, 32, 32))
 CPU = torch.device("cpu")
 FEW = Scoring(resamples=100, tolerance=1.0)
 STAGED = SimpleNamespace(
@@ -94,10 +96,9 @@ def answered(model, *inputs, told=((0,), (2,)), frame=FRAME, windows=3, loads=No
             model,
             inputs,
             torch.tensor(told),
-            frame=frame,
-            windows=windows,
+            windows=frame.windows(windows),
             device=CPU,
-            loads=loads,
+            observe=None if loads is None else loads.add,
         )
 
 
@@ -464,7 +465,9 @@ class Threshold(nn.Module):
 
     def __init__(self, sizes):
         super().__init__()
-        self.layer = DMoE(1, n_experts=2, k=1, channel_dim=1, attribute_sizes=sizes).eval()
+        self.layer = DMoE(
+            1, n_experts=2, k=1, channel_dim=1, attribute_sizes=sizes, unknown="average"
+        ).eval()
         self.batches = []
 
     def forward(self, image_BCS):
@@ -514,12 +517,12 @@ def run_of(folder, tmp_path, monkeypatch):
         recipe = Recipe(
             data=DataSettings("nifti", root=folder),
             model=ResUNet3DSettings(),
-            frame=VolumeSettings(spacing=SPACING, patch=(32, 32, 32)),
+            framing=VolumeFramingSettings(spacing=SPACING, patch=(32, 32, 32)),
             batch_size=2,
         )
         model = model or Threshold(3)
         loaded = (recipe, Task.of(dataset), model)
-        monkeypatch.setattr(prediction, "load_model", lambda run, which: loaded)
+        monkeypatch.setattr(prediction, "load_model", lambda run, which, **_: loaded)
         splits = Splits("nifti", 0, (), (), test)
         monkeypatch.setattr(prediction, "read_splits", lambda path, dataset: splits)
         monkeypatch.setattr(evaluation, "choose_splits", lambda dataset, path, seed: splits)
@@ -671,8 +674,8 @@ def test_validation_scores_volumes_window_by_window():
         ].float()  # half of it missed, but for T1
         batches.append(Batch(image, mask, torch.tensor([[number]]), (f"case{number}",)))
     model = Threshold(3)
-    frame = dataclasses.replace(FRAME, spacing=(1.0, 2.0, 1.0))
-    found = validate(model, batches, STAGED, CPU, frame=frame, windows=4)
+    affine = np.diag([1.0, 2.0, 1.0, 1.0])
+    found = validate(model, batches, STAGED, CPU, windows=FRAME.windows(4), affine=affine)
     assert found.dice == pytest.approx({"stage=T1": 1, "stage=T2": 0.5, "stage=T3": 0.5})
     assert found.score == pytest.approx(2 / 3)
     assert np.sum(found.load["stage"], 1) == pytest.approx([1, 1, 1])
