@@ -8,8 +8,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 import tyro
+from harness.checks import checked
+from harness.image_folders import fairseg_folder
 
-from reference_models.data import DataSettings, open_dataset
+from reference_models.data import DataSettings, PhantomSettings, open_dataset
 from reference_models.data.datasets import DATASETS
 from reference_models.errors import DataError
 
@@ -54,3 +56,22 @@ def test_what_takes_seconds_to_import_waits_until_it_is_needed():
         [sys.executable, "-c", code], capture_output=True, check=True, cwd=root, encoding="utf-8"
     )
     assert done.stdout.strip() == "False"
+
+
+def test_settings_that_fit_no_data_set_are_refused(tmp_path):
+    for settings, words in (
+        (DataSettings("fairseg"), "root"),
+        (DataSettings("fairseg", tmp_path / "nowhere"), "nowhere"),
+        (DataSettings("fairseg", tmp_path), "no .npz file"),
+        (DataSettings("ham10000", tmp_path), "expected a train.csv"),
+        (DataSettings("phantom", tmp_path), "leave root"),
+        (DataSettings("mni152", attributes=("race",)), "protocol"),
+        (DataSettings("fairseg", tmp_path, ("rase",)), "race, gender"),
+        (DataSettings("phantom", phantom=PhantomSettings(shares=(0.5, 0.4))), "add up to 1"),
+    ):
+        with pytest.raises(DataError, match=words):
+            open_dataset(settings)
+        assert checked(settings)[0] == 1
+    fairseg_folder(tmp_path, race=None)
+    with pytest.raises(DataError, match="no file has the attribute race"):
+        open_dataset(DataSettings("fairseg", tmp_path))
