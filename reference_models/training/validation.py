@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.cases import Dataset
 from ..data.loading import Batch
 from ..data.patches import Windows
-from ..metrics import fairness
+from ..metrics import fairness, region
 from ..metrics.loads import Loads, LoadTables
 from ..models.inference import infer
 from ..report.pictures import Picture
@@ -151,6 +151,6 @@ def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[
     for labels in dataset.regions.values():
         wanted = torch.tensor(labels, device=truth_BS.device)
         by_region.append(
-            fairness.dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
+            region.batch_dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
         )
     return [math.fsum(scores) / len(scores) for scores in zip(*by_region, strict=True)]
