@@ -20,8 +20,8 @@ from reference_models.data.framing import ImageFraming
 from reference_models.errors import DataError
 from reference_models.study.cost import step_milliseconds
 from reference_models.study.jobs import Job
-from reference_models.study.scenes import Sizes
-from reference_models.study.trial import Design, run
+from reference_models.study.scenes import Design, Sizes
+from reference_models.study.trial import run
 from reference_models.training import loop as training
 
 ROOT = Path(__file__).parent.parent

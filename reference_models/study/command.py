@@ -22,9 +22,9 @@ from .page import write_page
 from .plan import GRID, Plan
 from .results import write_tables
 from .runner import run_plan
-from .scenes import FULL, QUICK, SCENES, SHARES
+from .scenes import FULL, QUICK, SCENES, SHARES, Design
 from .tables import CONTENTS as OF_TABLES
-from .trial import Design, seconds_of
+from .trial import seconds_of
 
 # What lies in a results folder: tables, figures, and a page of both.
 PAGE = "README.md"

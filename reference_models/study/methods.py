@@ -21,20 +21,20 @@ Kind = Literal["baseline", "robust", "dmoe", "candidate", "ablation"]
 
 @dataclass(frozen=True)
 class Method:
-    """One of them.
+    """A network and a way to train it.
 
     Args:
-        title: in words.
+        title: in words, for figures and tables.
         kind: "baseline": another way to spend the same multiply-adds (dense: half in the MLPs);
             "robust": the blind wide MLP, trained for its worst groups; "dmoe": the layer;
             "candidate": what might be a better layer; "ablation": the layer with one setting
             changed.
-        settings: of the network.
-        recipe: changes of the study's recipe besides.
-        scenes: that it is trained on; empty: all.
+        settings: those of the network.
+        recipe: what else is changed of the study's recipe, by name.
+        scenes: the scenes that it is trained on; empty: all.
         rate_of: the method whose learning rate it takes; "": its own is chosen.
-        upcycled: trains the first half of the epochs dense, with the hidden units of one expert,
-            and goes on from there.
+        upcycled: whether the first half of the epochs trains a dense network, with the hidden units
+            of one expert, as which all experts start the second half.
     """
 
     title: str

@@ -19,9 +19,9 @@ class Plan:
     """Which jobs there are.
 
     Args:
-        scenes, methods: names of `SCENES` and `METHODS`; where one takes its learning rate of
-            another, that one is among them.
-        seeds: of the data. Learning rates are chosen on the first.
+        scenes, methods: names of `SCENES` and `METHODS`; a method whose learning rate another one
+            takes is among them.
+        seeds: the seeds of the data; learning rates are chosen on the first.
     """
 
     scenes: tuple[str, ...]
@@ -29,7 +29,7 @@ class Plan:
     seeds: tuple[int, ...]
 
     def methods_of(self, scene: str) -> tuple[str, ...]:
-        """Those that are trained on a scene."""
+        """The methods that are trained on a scene."""
         return tuple(
             method
             for method in self.methods
@@ -54,11 +54,11 @@ class Plan:
         return [m for m in self.methods_of(scene) if method in (m, METHODS[m].rate_of)]
 
     def main(self, scene: str, method: str, rate: float) -> list[Job]:
-        """One a seed."""
+        """The jobs that the study is about, one a seed."""
         return [_job(scene, method, seed, rate) for seed in self.seeds]
 
     def spread(self, scene: str, method: str, rate: float) -> list[Job]:
-        """The first seed's data, the other seeds' initial weights."""
+        """The jobs with the first seed's data and the other seeds' initial weights."""
         if scene != SPREAD_SCENE or method not in SPREAD_METHODS:
             return []
         return [Job(scene, method, self.seeds[0], INIT_SEED + s, rate) for s in self.seeds[1:]]
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def count(self) -> int:
-        """Of all jobs, which is known before any learning rate is."""
+        """The number of all jobs, which is known before any learning rate is."""
         rate = GRID[0]
         jobs = {
             job

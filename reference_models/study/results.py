@@ -13,11 +13,11 @@ from typing import Any
 import dmoe_layer
 
 from . import tables
+from .csv_table import read_text
 from .jobs import TOLD_RIGHT, Trial
 from .methods import METHODS
 from .rows import StudyRows
 from .scenes import SCENES
-from .table import read_text
 from .tables import Difference, ScoreSummary
 
 

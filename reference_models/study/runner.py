@@ -16,7 +16,8 @@ from ..workers import workers
 from .job_progress import JobProgress
 from .jobs import Job, Trial
 from .plan import Plan
-from .trial import Design, run, stored
+from .scenes import Design
+from .trial import run, stored
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from .table import Table
+from .csv_table import Table
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from helpers import HANG
 from reference_models.__main__ import main
 from reference_models.errors import RunError
 from reference_models.evaluation.evaluate import EvaluateRun, Scoring, evaluate_run
-from reference_models.models.unet import UNet
 from reference_models.study import command, cost, runner, trial
+from reference_models.study.candidates import CandidateUNet
 from reference_models.study.command import StudySettings, study
 from reference_models.study.cost import multiply_adds, step_milliseconds
 from reference_models.study.jobs import (
@@ -34,8 +34,8 @@ from reference_models.study.jobs import (
 from reference_models.study.methods import METHODS
 from reference_models.study.plan import GRID, Plan
 from reference_models.study.runner import chosen_rate, run_plan
-from reference_models.study.scenes import SCENES, Sizes
-from reference_models.study.trial import Design, run, stored
+from reference_models.study.scenes import SCENES, Design, Sizes
+from reference_models.study.trial import run, stored
 from reference_models.training import loop as training
 from reference_models.training.loop import train
 from reference_models.training.runs import lock_run
@@ -298,7 +298,7 @@ def test_upcycling_trains_one_experts_width_for_half_the_epochs_and_goes_on_from
 
 def test_multiply_adds_are_those_counted_by_hand():
     def counted(**options):
-        network = UNet((4, 8), in_channels=1, n_classes=2, hidden=2, **options).eval()
+        network = CandidateUNet((4, 8), in_channels=1, n_classes=2, hidden=2, **options).eval()
         return multiply_adds(network, (1, 8, 8), 1)
 
     first = 16 * 9 * (1 * 4 + 4 * 4) + 16 * 2 * 4 * 8  # 16 tokens: convolutions, MLP 4 -> 8 -> 4
