@@ -1,5 +1,8 @@
 """From a volume as its file stores it to one grid of voxels for all volumes, and back.
 
+By hand, since MONAI's Spacing does not antialias where an image shrinks, gives a mask the nearest
+voxel's label, and on the way back holds the logits of all classes at native size at once.
+
 Shapes: C channels, K classes, S spatial axes: of a frame left to right, back to front and below to
 above (RAS+), of a sample as stored.
 """

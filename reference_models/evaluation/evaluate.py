@@ -119,7 +119,7 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
                 scored[condition].append(_score(run.dataset, sample, mask, settings.scoring))
             paths[sample.case_id] = write_mask(folder / "masks", sample, masks[AS_GIVEN])
         tables = {condition: loads[condition].tables() for condition in told}
-        result = _Scored(run.dataset, run.cases, scored, notes, tables)
+        result = _Evaluation(run.dataset, run.cases, scored, notes, tables)
         return _write(folder, result, settings, settings.run, paths)
 
     return write_results(settings.folder, write, (*CONTENTS, "masks"))
@@ -160,7 +160,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
             )
         told = ("masks read from files; what wrote them was not run", left_out_note(left_out))
         notes = {AS_GIVEN: "; ".join(filter(None, told))}
-        result = _Scored(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
+        result = _Evaluation(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
         return _write(folder, result, settings, settings.folder, paths)
 
     return write_results(settings.out, write, CONTENTS)
@@ -211,7 +211,7 @@ def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], 
 
 
 @dataclass(frozen=True)
-class _Scored:
+class _Evaluation:
     """All that an evaluation's files are written from.
 
     Args:
@@ -273,7 +273,7 @@ def _score_files(
 
 def _write(
     folder: Path,
-    result: _Scored,
+    result: _Evaluation,
     settings: EvaluateRun | EvaluatePredictions,
     source: Path,
     masks: Mapping[str, Path],

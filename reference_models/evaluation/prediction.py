@@ -120,43 +120,47 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     dataset = open_dataset(data, known=task.attributes)
     if (found := Task.of(dataset)) != task:
         raise DataError(f"{settings.run}: was trained for {task}, but the data are {found}.")
-    cases = list(dataset.cases)
+    cases = tuple(dataset.cases)
     trained: frozenset[str] = frozenset()
     if split != "all":
         splits = read_splits(settings.run / "splits.json", dataset)
         trained, chosen = frozenset(splits.train), set(getattr(splits, split))
-        cases = [case for case in cases if case.case_id in chosen]
+        cases = tuple(case for case in cases if case.case_id in chosen)
     device = _device(settings.device)
-    unknown = tuple(case for case in cases if UNKNOWN in case.attributes)
+    policy = recipe.model.unknown if recipe.model.told else None
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
-        cases, left_out = [case for case in cases if case not in unknown], unknown
-    policy = recipe.model.unknown if recipe.model.told else None
-    if unknown and policy == "error" and not left_out:
-        raise DataError(
-            f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
-            f"({shown([case.case_id for case in unknown])}), and the run was trained with "
-            "unknown='error', so that there is no route for them. Leave them out with "
-            "--leave-out-unknown, or train with --unknown learned."
-        )
+        left_out = tuple(case for case in cases if UNKNOWN in case.attributes)
+        cases = tuple(case for case in cases if case not in left_out)
+    elif policy == "error":
+        _require_known(cases, split)
+    if not cases:
+        raise DataError(f"{settings.run}: no {split} case is left to predict.")
     batch_size = settings.batch_size or recipe.batch_size
-    run = TrainedRun(
+    return TrainedRun(
         settings=settings,
         batch_size=batch_size,
         unknown=policy,
-        model=model,
+        model=model.to(device),
         device=device,
         dataset=dataset,
         framing=recipe.framing.build(),
         windows=recipe.framing.windows(batch_size),
         trained=trained,
-        cases=tuple(cases),
+        cases=cases,
         left_out=left_out,
     )
-    if not run.cases:
-        raise DataError(f"{settings.run}: no {split} case is left to predict.")
-    run.model.to(run.device)
-    return run
+
+
+def _require_known(cases: Sequence[Case], split: str) -> None:
+    """Raises for cases whose attribute is not known."""
+    if unknown := [case.case_id for case in cases if UNKNOWN in case.attributes]:
+        raise DataError(
+            f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
+            f"({shown(unknown)}), and the run was trained with unknown='error', so that there is "
+            "no route for them. Leave them out with --leave-out-unknown, or train with --unknown "
+            "learned."
+        )
 
 
 def predictions(
@@ -250,7 +254,6 @@ def predict(settings: PredictSettings) -> Path:
         DataError, RunError: as of `open_run`; or `out` holds something else.
     """
     out = settings.out or settings.run / f"predictions-{settings.split}"
-
     run = open_run(settings, settings.split)
     if run.left_out:
         Console(stderr=True, soft_wrap=True).print(left_out_note(run.left_out), markup=False)
@@ -306,4 +309,8 @@ def _stacked(arrays: list[np.ndarray]) -> Tensor:
 
 
 def _unbroken(items: list[Any]) -> list[Any] | DataError:
-    return next((item for item in items if isinstance(item, DataError)), items)
+    """A batch as it is, or the first error that stands in it."""
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+    return items

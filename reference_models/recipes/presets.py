@@ -1,4 +1,4 @@
-"""Recipes to start from."""
+"""Recipes to start from: each is a line in `PRESETS` and one in `DESCRIPTIONS`."""
 
 from __future__ import annotations
 
@@ -82,4 +82,15 @@ PRESETS: dict[str, Recipe] = {
         lambda_dice=1.0,
         patience=None,
     ),
+}
+
+# What `train --help` says of each.
+DESCRIPTIONS: dict[str, str] = {
+    "paper": "as the paper's appendix has it",
+    "released": "as the paper's released code has it",
+    "small": "for a CPU, on the MNI152 brain",
+    "study": "one training of the study, on the phantom",
+    "paper3d": "volumes, as the paper's appendix has it",
+    "paper3d-24gb": "the same in half the bits, for a card of 24 GB",
+    "small3d": "volumes, for a CPU, on the folder that `example` writes",
 }

@@ -113,46 +113,8 @@ def resolve(recipe: Recipe) -> Recipe:
         recipe = dataclasses.replace(recipe, epochs=_PAPER_EPOCHS[data])
     recipe = dataclasses.replace(recipe, framing=recipe.framing.resolve(data))
     _check_axes(recipe)
-    require(recipe, "epochs", int(recipe.epochs) >= 0, "0 or more")
-    require(recipe, "seed", 0 <= recipe.seed < 2**64, "0 or more and less than 2**64")
-    for setting in ("batch_size", "devices", "nodes"):
-        require(recipe, setting, getattr(recipe, setting) >= 1, "1 or more")
-    for setting in ("learning_rate", "fair_dro_temperature"):
-        require(recipe, setting, 0 < getattr(recipe, setting) < math.inf, "more than 0 and finite")
-    require(recipe, "decay", 0 < recipe.decay <= 1, "more than 0 and at most 1")
-    weights = ("lambda_dice", "lambda_ce", "balance_weight", "z_weight", "weight_decay", "workers")
-    for setting in (*weights, "checkpoint_every", "group_dro_rate", "febs_gamma"):
-        require(recipe, setting, 0 <= getattr(recipe, setting) < math.inf, "0 or more and finite")
-    require(recipe, "warmup", 0 <= recipe.warmup < 1, "0 or more and less than 1")
-    dropout = recipe.attribute_dropout
-    require(recipe, "attribute_dropout", 0 <= dropout < 1, "0 or more and less than 1")
-    if dropout and recipe.model.unknown == "error":
-        raise RunError(
-            f"attribute_dropout: got {dropout}, but unknown attributes are an error; choose "
-            "--unknown learned or average."
-        )
-    if dropout and not recipe.model.told:
-        raise RunError(f"attribute_dropout: got {dropout}, but this network is told no attributes.")
-    require(recipe, "momentum", 0 <= recipe.momentum < 1, "0 or more and less than 1")
-    require(recipe, "patience", recipe.patience is None or recipe.patience >= 1, "1 or more")
-    processes = recipe.devices * recipe.nodes
-    require(recipe, "batch_size", not recipe.batch_size % processes, f"a multiple of {processes}")
-    if not recipe.lambda_dice + recipe.lambda_ce:
-        raise RunError("lambda_dice, lambda_ce: both are 0, so there is nothing to train by.")
-    if recipe.fairness == "febs" and not recipe.lambda_dice:
-        raise RunError(
-            "fairness: febs scales the Dice loss, but lambda_dice is 0; set --lambda-dice above 0."
-        )
-    if recipe.leave_out_unknown and recipe.model.unknown != "error":
-        raise RunError(
-            f"unknown: got {recipe.model.unknown}, but the cases that it is for are left out; add "
-            "--no-leave-out-unknown to train on them."
-        )
-    if recipe.strategy == "fsdp" and recipe.precision == "16-mixed":
-        raise RunError("precision: fsdp does not go with 16-mixed; choose bf16-mixed or 32.")
-    if recipe.strategy == "fsdp" and recipe.model.axes == 3:
-        # Its forward passes are collective, and volumes have different numbers of windows.
-        raise RunError("strategy: fsdp is not for volumes, whose network is small; choose ddp.")
+    _check_ranges(recipe)
+    _check_together(recipe)
     return recipe
 
 
@@ -192,3 +154,50 @@ def _check_axes(recipe: Recipe) -> None:
             f"data: {recipe.data.data} has {kinds[0]}, but the preset is for {kinds[1]}; those for "
             "volumes have 3d in their names."
         )
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    """Each setting by itself."""
+    require(recipe, "epochs", int(recipe.epochs) >= 0, "0 or more")
+    require(recipe, "seed", 0 <= recipe.seed < 2**64, "0 or more and less than 2**64")
+    for setting in ("batch_size", "devices", "nodes"):
+        require(recipe, setting, getattr(recipe, setting) >= 1, "1 or more")
+    for setting in ("learning_rate", "fair_dro_temperature"):
+        require(recipe, setting, 0 < getattr(recipe, setting) < math.inf, "more than 0 and finite")
+    require(recipe, "decay", 0 < recipe.decay <= 1, "more than 0 and at most 1")
+    weights = ("lambda_dice", "lambda_ce", "balance_weight", "z_weight", "weight_decay", "workers")
+    for setting in (*weights, "checkpoint_every", "group_dro_rate", "febs_gamma"):
+        require(recipe, setting, 0 <= getattr(recipe, setting) < math.inf, "0 or more and finite")
+    for setting in ("warmup", "attribute_dropout", "momentum"):
+        require(recipe, setting, 0 <= getattr(recipe, setting) < 1, "0 or more and less than 1")
+    require(recipe, "patience", recipe.patience is None or recipe.patience >= 1, "1 or more")
+
+
+def _check_together(recipe: Recipe) -> None:
+    """Settings that do not go with each other."""
+    dropout = recipe.attribute_dropout
+    if dropout and recipe.model.unknown == "error":
+        raise RunError(
+            f"attribute_dropout: got {dropout}, but unknown attributes are an error; choose "
+            "--unknown learned or average."
+        )
+    if dropout and not recipe.model.told:
+        raise RunError(f"attribute_dropout: got {dropout}, but this network is told no attributes.")
+    processes = recipe.devices * recipe.nodes
+    require(recipe, "batch_size", not recipe.batch_size % processes, f"a multiple of {processes}")
+    if not recipe.lambda_dice + recipe.lambda_ce:
+        raise RunError("lambda_dice, lambda_ce: both are 0, so there is nothing to train by.")
+    if recipe.fairness == "febs" and not recipe.lambda_dice:
+        raise RunError(
+            "fairness: febs scales the Dice loss, but lambda_dice is 0; set --lambda-dice above 0."
+        )
+    if recipe.leave_out_unknown and recipe.model.unknown != "error":
+        raise RunError(
+            f"unknown: got {recipe.model.unknown}, but the cases that it is for are left out; add "
+            "--no-leave-out-unknown to train on them."
+        )
+    if recipe.strategy == "fsdp" and recipe.precision == "16-mixed":
+        raise RunError("precision: fsdp does not go with 16-mixed; choose bf16-mixed or 32.")
+    if recipe.strategy == "fsdp" and recipe.model.axes == 3:
+        # Its forward passes are collective, and volumes have different numbers of windows.
+        raise RunError("strategy: fsdp is not for volumes, whose network is small; choose ddp.")

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..data import open_dataset
 from ..data.phantom import Rule
 from ..errors import RunError
-from ..files import refuse_others, write_results
+from ..files import require_replaceable, write_results
 from ..recipes.recipe import resolve
 from ..recipes.serial import to_json
 from .cost import step_milliseconds
@@ -76,7 +76,7 @@ def study(settings: StudySettings) -> Path:
     plan, design = _plan(settings), _design(settings)
     folder = settings.folder
     results = settings.results or folder / "results"
-    refuse_others(results, CONTENTS)
+    require_replaceable(results, CONTENTS)
     population = _population(plan, design, folder)
     outcome = run_plan(plan, design, folder, processes=settings.processes)
     firsts = {trial.job.method: trial.job for trial in outcome.main[::-1]}

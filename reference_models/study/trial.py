@@ -36,8 +36,8 @@ from ..evaluation.prediction import (
     predictions,
 )
 from ..files import write_whole
-from ..metrics import fairness
 from ..metrics.loads import Loads
+from ..metrics.region import batch_dice
 from ..recipes.recipe import Recipe
 from ..recipes.serial import flat, from_json, to_json
 from ..training.loop import NonFiniteLossError, train
@@ -199,7 +199,7 @@ def _dice(
         truth_1S = torch.from_numpy(np.isin(sample.truth_S, labels))[None]
         for condition, mask_S in masks.items():
             mask_1S = torch.from_numpy(np.isin(mask_S, labels))[None]
-            dice[condition] += fairness.dice(mask_1S, truth_1S)
+            dice[condition] += batch_dice(mask_1S, truth_1S)
     return {condition: tuple(scores) for condition, scores in dice.items()}
 
 

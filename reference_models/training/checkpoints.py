@@ -38,7 +38,7 @@ WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
 def name_of(which: Which, step: int) -> str:
-    """A checkpoint's; names sort as steps do."""
+    """The name of a checkpoint's folder; names sort as steps do."""
     return f"{which}-{step:08d}"
 
 
@@ -62,7 +62,7 @@ def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> None:
 
 
 def tidy(run: Path, step: int, best: str) -> None:
-    """Lets go of all checkpoints but the last, of `step`, and the best, and of half done files.
+    """Removes all checkpoints but the last, of `step`, and the best, and what is half written.
 
     To be called when the last checkpoint names `best`: until then a resumed run may need an older.
     """
@@ -127,7 +127,12 @@ def load_model(
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: Path) -> None:
-    """Strictly.
+    """Copies weights into a network, every one of its parameters and buffers.
+
+    Args:
+        model: the network.
+        weights: by name.
+        origin: where they were read, for errors.
 
     Raises:
         RunError: names or shapes differ.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from ..data.cases import Dataset
 from ..data.loading import Batch
 from ..data.patches import Windows
-from ..metrics import fairness
+from ..metrics import fairness, region
 from ..metrics.loads import Loads, LoadTables
 from ..models.inference import infer
 from ..report.pictures import Picture
+
+# A case's attribute values and its mean Dice.
+_CaseScore: TypeAlias = tuple[tuple[int, ...], float]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    scored: dict[str, tuple[tuple[int, ...], float]] = {}
+    scored: dict[str, _CaseScore] = {}
     examples: dict[int, Picture] = {}
     loads = Loads(dataset)
     for batch in batches:
@@ -110,22 +114,35 @@ def validate(
                     affine,
                 )
     model.train(was_training)
-    if dist.is_initialized():
-        shares: list[tuple[dict[str, tuple[tuple[int, ...], float]], Loads]]
-        shares = [(scored, loads)] * dist.get_world_size()
-        dist.all_gather_object(shares, (scored, loads))  # from this run's own processes
-        scored = {case: result for share, _ in shares for case, result in share.items()}
-        loads = Loads.together(dataset, [share for _, share in shares])
+    scored, loads = _gathered(scored, loads, dataset)
+    score, dice = _by_group(scored, dataset)
+    return Validation(score, dice, loads.tables(), tuple(examples.values()))
+
+
+def _gathered(
+    scored: dict[str, _CaseScore], loads: Loads, dataset: Dataset
+) -> tuple[dict[str, _CaseScore], Loads]:
+    """The scores by case and the loads of all ranks."""
+    if not dist.is_initialized():
+        return scored, loads
+    shares: list[tuple[dict[str, _CaseScore], Loads]] = [(scored, loads)] * dist.get_world_size()
+    dist.all_gather_object(shares, (scored, loads))  # from this run's own processes
+    everybody = {case: result for share, _ in shares for case, result in share.items()}
+    return everybody, Loads.together(dataset, [share for _, share in shares])
+
+
+def _by_group(scored: dict[str, _CaseScore], dataset: Dataset) -> tuple[float, dict[str, float]]:
+    """The score, and the groups' mean Dice by attribute and value, as of `Validation`."""
+    # In one order, whatever the number of ranks, so that sums agree to the last bit.
+    results = [scored[case] for case in sorted(scored)]
     dice: dict[str, float] = {}
     score = 0.0
     for n, attribute in enumerate(dataset.attributes):
-        # In one order, whatever the number of ranks, so that sums agree to the last bit.
-        results = [scored[case] for case in sorted(scored)]
         means = fairness.group_means([d for _, d in results], [values[n] for values, _ in results])
         dice |= {f"{attribute.name}={attribute.label(g)}": mean for g, mean in means.items()}
         if n == 0:
             score = math.fsum(means.values()) / len(means)
-    return Validation(score, dice, loads.tables(), tuple(examples.values()))
+    return score, dice
 
 
 def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[float]:
@@ -134,6 +151,6 @@ def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[
     for labels in dataset.regions.values():
         wanted = torch.tensor(labels, device=truth_BS.device)
         by_region.append(
-            fairness.dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
+            region.batch_dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
         )
     return [math.fsum(scores) / len(scores) for scores in zip(*by_region, strict=True)]

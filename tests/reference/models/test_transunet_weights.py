@@ -29,7 +29,7 @@ from reference_models.data.phantom import PhantomSettings
 from reference_models.models import transunet
 from reference_models.models.transunet import MOE
 from reference_models.models.weight_files import WeightsError
-from reference_models.models.weights import load_google_npz, load_released_2d
+from reference_models.models.weights2d import load_google_npz, load_released_2d
 from reference_models.recipes.framings import ImageFramingSettings
 from reference_models.recipes.presets import PRESETS
 from reference_models.training.checkpoints import load_model

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from harness.volumes import CPU, FRAME, STAGED, Threshold
 
 from reference_models.data import open_dataset
 from reference_models.data.cases import Attribute
 from reference_models.data.framing import ImageFraming
 from reference_models.data.loading import Batch, Frames, eval_batches
 from reference_models.data.splits import read_splits
+from reference_models.report.pictures import GAP
 from reference_models.training import checkpoints
 from reference_models.training.validation import share_of, validate
 
@@ -75,3 +77,26 @@ def test_every_rank_validates_as_many_cases_and_all_are_validated(cases, ranks):
     shares = [share_of(ids, rank, ranks) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert {case for share in shares for case in share} == {*ids}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_validation_scores_volumes_window_by_window():
+    batches = []
+    for number in range(3):
+        mask = torch.zeros(1, 48, 40, 32, dtype=torch.int64)
+        mask[0, 10:12, 10:12, 10:12] = 1
+        image = mask.roll(int(number > 0), 1 + number)[
+            :, None
+        ].float()  # half of it missed, but for T1
+        batches.append(Batch(image, mask, torch.tensor([[number]]), (f"case{number}",)))
+    model = Threshold(3)
+    affine = np.diag([1.0, 2.0, 1.0, 1.0])
+    found = validate(model, batches, STAGED, CPU, windows=FRAME.windows(4), affine=affine)
+    assert found.dice == pytest.approx({"stage=T1": 1, "stage=T2": 0.5, "stage=T3": 0.5})
+    assert found.score == pytest.approx(2 / 3)
+    assert np.sum(found.load["stage"], 1) == pytest.approx([1, 1, 1])
+    # Spacing of the frame: axial is 48 x 80 pixels, coronal 48 x 32, sagittal 80 x 32.
+    assert [picture.truth_HW.shape for picture in found.examples] == [
+        (80, 48 + GAP + 48 + GAP + 80)
+    ] * 3
+    assert model.batches == [4] * 3
