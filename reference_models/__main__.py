@@ -1,4 +1,7 @@
-"""The command line: `python -m reference_models check|train|evaluate|predict|demo|...`."""
+"""The command line: `python -m reference_models check|train|evaluate|predict|demo|...`.
+
+A command is a function here, whose arguments become its flags, and a line in `main`.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,12 @@ from .evaluation.evaluate import (
     evaluate_run,
 )
 from .evaluation.prediction import PredictSettings, predict
-from .recipes.presets import PRESETS
+from .recipes.presets import DESCRIPTIONS, PRESETS
 from .study.command import StudySettings, study
 from .terminal import print_anything
 from .training.loop import train
 
-_Preset: Any = tyro.extras.subcommand_type_from_defaults(
-    PRESETS,
-    {
-        "paper": "as the paper's appendix has it",
-        "released": "as the paper's released code has it",
-        "small": "for a CPU, on the MNI152 brain",
-        "study": "one training of the study, on the phantom",
-        "paper3d": "volumes, as the paper's appendix has it",
-        "paper3d-24gb": "the same in half the bits, for a card of 24 GB",
-        "small3d": "volumes, for a CPU, on the folder that `example` writes",
-    },
-    prefix_names=False,
-)
+_Preset: Any = tyro.extras.subcommand_type_from_defaults(PRESETS, DESCRIPTIONS, prefix_names=False)
 _Evaluated = (
     Annotated[EvaluateRun, tyro.conf.subcommand("run")]
     | Annotated[EvaluatePredictions, tyro.conf.subcommand("predictions")]

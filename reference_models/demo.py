@@ -20,8 +20,9 @@ from rich.table import Table
 
 from .evaluation.evaluate import AS_GIVEN, EvaluateRun, evaluate_run
 from .metrics.scores import RegionScores, Summary
+from .recipes.networks import TransUNetSettings
 from .recipes.presets import PRESETS
-from .recipes.recipe import Recipe, TransUNetSettings
+from .recipes.recipe import Recipe
 from .terminal import print_anything
 from .training.loop import train
 from .workers import workers

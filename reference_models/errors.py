@@ -1,4 +1,4 @@
-"""Two kinds of error that are shown without a traceback, and how they name what is wrong."""
+"""The two errors that a user sees without a traceback, and how their texts name many things."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 class DataError(Exception):
-    """What is wrong with a file or a folder, which one, and what to do; shown without traceback."""
+    """Says what is wrong with the user's data, with which file, and what to do."""
 
 
 class RunError(Exception):
-    """What is wrong with a recipe or a run, and what to do; shown without traceback."""
+    """Says what is wrong with a recipe or a run, and what to do."""
 
 
 def shown(names: Sequence[str], most: int = 100) -> str:
-    """The first of a list of names, and how many more there are.
+    """Writes out the first `most` of the names, and how many more there are.
 
     Example:
         >>> shown(["a", "b", "c"], most=2)
@@ -24,15 +24,15 @@ def shown(names: Sequence[str], most: int = 100) -> str:
 
 
 def report_faults(faults: Sequence[DataError], damaged: list[DataError] | None) -> None:
-    """Adds to `damaged`, where somebody collects; elsewhere raises the faults as one error.
+    """Adds the faults to the list `damaged`; without a list, raises them as one error.
 
     Raises:
-        DataError: there are faults and `damaged` is None.
+        DataError: there are faults and `damaged` is None. It quotes the first ten.
     """
     if damaged is not None:
         damaged.extend(faults)
     elif faults:
-        shown = [str(fault) for fault in faults[:10]]
-        if len(faults) > len(shown):
-            shown.append(f"and {len(faults) - len(shown)} more; `check` names them all")
-        raise DataError("\n".join(shown))
+        lines = [str(fault) for fault in faults[:10]]
+        if len(faults) > len(lines):
+            lines.append(f"and {len(faults) - len(lines)} more; `check` names them all")
+        raise DataError("\n".join(lines))

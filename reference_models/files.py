@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Writes files and folders whole or not at all, so that nobody finds half of one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ Result = TypeVar("Result")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a name beside `path`, then renames it to `path`.
+    """Writes the file `path`: a reader finds the old file, the new one or none, never half of one.
 
-    A reader finds the old file, the new one or none, never half of one; so does whoever comes
-    after a power cut, since the content reaches the disk before the name does.
+    `write` is called with a temporary name beside `path`, which is then renamed to `path`. The
+    content reaches the disk before the rename does, so that a power cut leaves no half file either.
+
+    Raises:
+        OSError: it cannot be written; whatever `write` raises. `path` then stays as it was.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_whole(Path(folder, "a"), lambda target: target.write_bytes(b"all of it"))
+        ...     Path(folder, "a").read_bytes()
+        b'all of it'
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -34,24 +43,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], Result], contents: Collection[str]) -> Result:
-    """Calls `write` with an empty folder beside `path`, then puts that in `path`'s place.
+    """Writes the folder `path`: `write` fills a new one beside it, which then takes its place.
 
     Args:
-        path: the folder; it may be there already if it is empty, or holds `contents` and nothing
-            else, which are then replaced. Of a link, what it points to is written.
-        write: fills a folder. If it raises, `path` stays as it was.
-        contents: the names that `write` makes, all of them. Where some are missing, what is there
-            is not an earlier result but somebody's own.
+        path: the folder. It may exist if `require_replaceable` lets it pass; where it is a link,
+            the folder that it points to is replaced.
+        write: fills the empty folder that it is called with. If it raises, `path` stays as it was.
+        contents: the names of all files and folders that `write` makes in it.
 
     Returns:
         What `write` returned.
 
     Raises:
-        DataError: `path` is no folder, holds something else or is the working directory, before
-            `write` is called.
+        DataError: as of `require_replaceable`, before `write` is called.
         OSError: it cannot be written.
     """
-    refuse_others(path, contents)
+    require_replaceable(path, contents)
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -63,7 +70,7 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
             # mkdtemp's folders and safetensors' files are the owner's alone
             written.chmod(0o755 if written.is_dir() else 0o644)
             _reach_disk(written)
-        refuse_others(path, contents)  # something may have come meanwhile
+        require_replaceable(path, contents)  # something may have come meanwhile
         if path.is_dir():
             os.rename(path, old)
         os.rename(new, path)
@@ -80,11 +87,14 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
     return result
 
 
-def refuse_others(path: Path, contents: Collection[str]) -> None:
-    """Whether `write_folder` would take this folder, for whoever wants to know before a long work.
+def require_replaceable(path: Path, contents: Collection[str]) -> None:
+    """Lets a folder pass that a result may replace: a new, an empty, or an earlier result's one.
+
+    An earlier result holds `contents`, all of them and nothing else. A folder that holds only some
+    of these names is somebody's own. Whoever works long before writing asks this first.
 
     Raises:
-        DataError: as of `write_folder`.
+        DataError: `path` is a file, the working directory, or holds something else.
     """
     given, path = path, path.resolve()
     if path.exists() and not path.is_dir():
@@ -95,19 +105,20 @@ def refuse_others(path: Path, contents: Collection[str]) -> None:
         )
     held = {item.name for item in path.iterdir()} if path.is_dir() else set()
     if held and held != {*contents}:
-        shown = sorted(held - {*contents}) or sorted(held)
+        lost = sorted(held - {*contents}) or sorted(held)
         raise DataError(
-            f"{given}: holds {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}, which "
+            f"{given}: holds {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}, which "
             f"would be lost; choose another folder, or one with nothing but an earlier result "
             f"({', '.join(contents)})."
         )
 
 
 def write_results(path: Path, write: Callable[[Path], Result], contents: Collection[str]) -> Result:
-    """As `write_folder`, for a folder that the user named: all errors are sentences.
+    """Does what `write_folder` does, for a folder that the user named on the command line.
 
     Raises:
-        DataError: as of `write_folder`, or the folder cannot be written.
+        DataError: as of `require_replaceable`, or the folder cannot be written: a full disk, say,
+            is told of in a sentence and not by a traceback.
     """
     try:
         return write_folder(path, write, contents)
@@ -118,6 +129,10 @@ def write_results(path: Path, write: Callable[[Path], Result], contents: Collect
 
 
 def _reach_disk(path: Path) -> None:
+    """Returns when what was written to a file, or the names in a folder, would survive a power cut.
+
+    On Windows, names may take longer.
+    """
     # Windows opens no folder, and flushes only what is open to be written.
     if not path.is_dir():
         with path.open("r+b") as file:

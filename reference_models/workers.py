@@ -1,4 +1,7 @@
-"""Processes that the study's jobs run in: they end with the one that asked, however that ends."""
+"""Processes that the study's jobs run in: they end with the one that asked, however that ends.
+
+Not those of loky: they go on with their job where their parent is killed (tried with loky 3.7).
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from .errors import RunError
 
 
 class Pool:
-    """What `workers` gives."""
+    """Processes that take calls, as an executor; those of `workers`."""
 
     def __init__(self, executor: ProcessPoolExecutor) -> None:
         self._executor = executor
 
     def submit(self, act: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """As of an executor. The first calls start the processes."""
+        """Calls a function in one of the processes, which the first calls start."""
         # They are born deaf to Ctrl-C, which is this process's to answer.
         answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -35,7 +38,7 @@ class Pool:
 
 @contextmanager
 def workers(processes: int) -> Iterator[Pool]:
-    """So many processes of one thread each.
+    """A pool of so many processes, of one thread each.
 
     Where the block ends by an exception, Ctrl-C among them, what they were at is broken off.
 

@@ -16,12 +16,12 @@ from reference_models import files
 from reference_models.__main__ import main
 from reference_models.data.cache import FrameCache
 from reference_models.data.cases import Case
-from reference_models.data.framing import Square
+from reference_models.data.framing import ImageFraming
 from reference_models.errors import DataError
 from reference_models.study.cost import step_milliseconds
 from reference_models.study.jobs import Job
-from reference_models.study.scenes import Sizes
-from reference_models.study.trial import Design, run
+from reference_models.study.scenes import Design, Sizes
+from reference_models.study.trial import run
 from reference_models.training import loop as training
 
 ROOT = Path(__file__).parent.parent
@@ -209,7 +209,7 @@ def test_the_study_does_with_files_what_windows_lets_it(tmp_path, windows_files)
 
 def test_a_frame_that_another_process_stored_and_reads_is_no_error(tmp_path, windows_files):
     dataset, mapped = SimpleNamespace(name="made", made_with=()), []
-    cache, case = FrameCache(tmp_path, dataset, Square(8)), Case("a", "a", ())
+    cache, case = FrameCache(tmp_path, dataset, ImageFraming(8)), Case("a", "a", ())
 
     def made(case):
         return {"image": torch.ones(3)}

@@ -1,4 +1,4 @@
-"""The `attributes.csv` beside an nnU-Net folder: a row a case, a column an attribute.
+"""Reads the `attributes.csv` beside an nnU-Net folder: a row a case, a column an attribute.
 
     case,T-stage,subject,split
     patient1,T3,,train
@@ -25,11 +25,12 @@ RESERVED = ("case", "subject", "split")
 MOST_VALUES = 20  # each gets a router of its own, to be learned from its share of the cases
 
 _Cells = dict[str, str]  # of a row, by column
+_NumberedRow = tuple[int, _Cells]  # with its line in the file
 
 
 @dataclass(frozen=True)
-class Row:
-    """What the csv says of a case, as in `Case`, and in which line."""
+class CaseRecord:
+    """What the csv says of one case: its line, and the fields of a `Case` that stand there."""
 
     line: int
     subject: str
@@ -45,65 +46,76 @@ def read_attributes(
     known: Sequence[Attribute],
     faults: list[DataError],
     notes: list[str],
-) -> tuple[tuple[Attribute, ...], dict[str, Row]]:
-    """Attributes, and the rows by case.
+) -> tuple[tuple[Attribute, ...], dict[str, CaseRecord]]:
+    """Reads the chosen attributes, and what each case's row says.
 
     Args:
         path: of the csv.
-        case_ids: that the folder has.
-        names: of the attributes; none: the first, None: all that have few values.
-        known: those of a trained run, whose values the data's have to be among.
-        faults, notes: what is wrong with single rows, and remarks, are added there.
+        case_ids: the folder's cases.
+        names: the attributes to read. Empty: the first column. None: all columns of few values.
+        known: attributes of a trained run, whose values the csv's have to be among.
+        faults: what is wrong with single rows is added there, and such rows are left out.
+        notes: remarks are added there.
+
+    Returns:
+        The attributes, and the records by case id.
 
     Raises:
         DataError: the file cannot be read, or a column is missing or not of groups.
     """
-    columns, table = _table(path)
-    own = [column for column in columns if column not in ("", *RESERVED)]
-    if not own or "case" not in columns:
-        raise DataError(
-            f"{path}: must have a column case and one for each attribute, such as case,T-stage; "
-            f"got {', '.join(columns)}"
-        )
+    columns, numbered_rows = _columns_and_rows(path)
+    own = _attribute_columns(path, columns)
     if "" in columns:
         notes.append(f"{path}: a column without a name is left out")
     default = own[0]
     chosen = own if names is None else [*names] or [default]
     if missing := [name for name in chosen if name not in own]:
         raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(own)}")
-    rows = _by_case(path, table, case_ids, faults)
+    rows = _rows_by_case(path, numbered_rows, case_ids, faults)
     values = {attribute.name: attribute.values for attribute in known}
     for name in dict.fromkeys((*chosen, default)):
         if name not in values:
-            values[name] = _values(path, name, rows, faults)
-        if len(values[name]) > MOST_VALUES or (name in chosen and not values[name]):
-            if name in chosen and (names is not None or name == default):
+            values[name] = _distinct_values(path, name, rows, faults)
+        count = len(values[name])
+        if name in chosen and not 1 <= count <= MOST_VALUES:
+            if names is not None or name == default:
                 raise DataError(
-                    f"{path}: {name} has {len(values[name]) or 'no'} values, and each gets a "
-                    f"router of its own; make groups of them, 1 to {MOST_VALUES}, or name another "
-                    f"attribute (of {', '.join(own)})"
+                    f"{path}: {name} has {count or 'no'} values, and each gets a router of its "
+                    f"own; make groups of them, 1 to {MOST_VALUES}, or name another attribute (of "
+                    f"{', '.join(own)})"
                 )
-            if name in chosen:
-                notes.append(f"{name}: {len(values[name])} values, which is no group; left out")
-                chosen.remove(name)
-            values[name] = ()
-    read: dict[str, Row] = {}
+            notes.append(f"{name}: {count} values, which is no group; left out")
+            chosen.remove(name)
+    # A default that is not asked for may have any number of values; many make no strata.
+    strata = values[default] if len(values[default]) <= MOST_VALUES else ()
+    records: dict[str, CaseRecord] = {}
     for case_id, (line, cells) in rows.items():
         try:
-            read[case_id] = Row(
+            records[case_id] = CaseRecord(
                 line,
                 _entry(cells.get("subject", "")) or case_id,
                 _split(cells.get("split", "")),
-                tuple(_index(name, values[name], cells) for name in chosen),
-                _index(default, values[default], cells) if values[default] else UNKNOWN,
+                tuple(_value_index(name, values[name], cells) for name in chosen),
+                _value_index(default, strata, cells) if strata else UNKNOWN,
             )
         except ValueError as error:
             faults.append(DataError(f"{path}:{line}: {case_id}: {error}"))
-    return tuple(Attribute(name, values[name]) for name in chosen), read
+    return tuple(Attribute(name, values[name]) for name in chosen), records
 
 
-def _table(path: Path) -> tuple[list[str], list[tuple[int, _Cells]]]:
-    """The columns, and line and cells of each row that is not blank."""
+def _attribute_columns(path: Path, columns: Sequence[str]) -> list[str]:
+    """Names the columns that are attributes; there has to be one, and a column of cases."""
+    own = [column for column in columns if column not in ("", *RESERVED)]
+    if not own or "case" not in columns:
+        raise DataError(
+            f"{path}: must have a column case and one for each attribute, such as case,T-stage; "
+            f"got {', '.join(columns)}"
+        )
+    return own
+
+
+def _columns_and_rows(path: Path) -> tuple[list[str], list[_NumberedRow]]:
+    """Reads the file: its columns, and each row that is not blank."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             first = file.readline()
@@ -133,14 +145,15 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, _Cells]]]:
     return columns, [(line, dict(zip(columns, cells, strict=False))) for line, cells in lines]
 
 
-def _by_case(
+def _rows_by_case(
     path: Path,
-    table: Sequence[tuple[int, _Cells]],
+    numbered_rows: Sequence[_NumberedRow],
     case_ids: Collection[str],
     faults: list[DataError],
-) -> dict[str, tuple[int, _Cells]]:
-    rows: dict[str, tuple[int, _Cells]] = {}
-    for line, cells in table:
+) -> dict[str, _NumberedRow]:
+    """Finds each row's case; rows of no case, second rows and cases without one are faults."""
+    rows: dict[str, _NumberedRow] = {}
+    for line, cells in numbered_rows:
         cells["case"] = unicodedata.normalize("NFC", cells["case"])  # as file names are
         # The case as it is called, or by the name of one of its files.
         name = PureWindowsPath(cells["case"]).name
@@ -168,10 +181,10 @@ def _by_case(
     return rows
 
 
-def _values(
-    path: Path, name: str, rows: dict[str, tuple[int, _Cells]], faults: list[DataError]
+def _distinct_values(
+    path: Path, name: str, rows: dict[str, _NumberedRow], faults: list[DataError]
 ) -> tuple[str, ...]:
-    """The distinct entries in natural order: T1, T2, T10."""
+    """Lists a column's distinct entries in natural order: T1, T2, T10."""
     alike: dict[str, dict[str, int]] = {}
     for line, cells in rows.values():
         if (text := _entry(cells[name])) is not None:
@@ -190,7 +203,7 @@ def _values(
 
 
 def _natural(text: str) -> tuple[tuple[bool, float, str], ...]:
-    """Numbers by size and before all else, also those within a text."""
+    """A key to sort by: numbers go by size and before all else, also those within a text."""
     if _NUMBER.fullmatch(text):
         return ((False, float(text), ""),)
     return tuple(
@@ -212,7 +225,12 @@ def _entry(cell: str) -> str | None:
     return cell
 
 
-def _index(name: str, values: tuple[str, ...], cells: _Cells) -> int:
+def _value_index(name: str, values: tuple[str, ...], cells: _Cells) -> int:
+    """Finds which of its values an attribute has in a row; `UNKNOWN` where the cell says nothing.
+
+    Raises:
+        ValueError: the cell says something else.
+    """
     entry = _entry(cells[name])
     if entry is None:
         return UNKNOWN
@@ -222,6 +240,11 @@ def _index(name: str, values: tuple[str, ...], cells: _Cells) -> int:
 
 
 def _split(cell: str) -> str | None:
+    """Reads the split that a cell names, None where it is empty.
+
+    Raises:
+        ValueError: there is no such split.
+    """
     split = {"": None, "val": "validation"}.get(cell.lower(), cell.lower())
     if split is not None and split not in SPLITS:
         raise ValueError(f"split must be {', '.join(SPLITS)} or nothing, got {cell!r}")

@@ -11,35 +11,18 @@ from monai import transforms
 from monai.data import get_track_meta, set_track_meta
 from torch import Tensor
 
-from .framing import Framing, Square
-
 Augment = Literal["paper", "shift", "none"]
 
 
 class Augmentation:
-    """Changes an image and its mask together.
+    """Changes an image and its mask together; made by `augment_images` or `augment_volumes`.
 
     Args:
-        kind: "paper", of images: half of them turned by a multiple of 90° and then flipped, a
-            quarter rotated by up to 20°, a quarter left alone; of volumes: flipped along each axis
-            or not, their intensities scaled by up to a tenth and shifted by up to 0.1. "shift", of
-            images in one pose: moved by up to a twelfth of the size along each axis, the border
-            repeated. "none": left alone.
-        framing: of the frames.
-
-    Raises:
-        ValueError: volumes are to be moved by "shift".
+        transform: of a dictionary of tensors; None leaves them alone.
     """
 
-    def __init__(self, kind: Augment, framing: Framing) -> None:
-        self._transform: transforms.Compose | None = None
-        if kind != "none":
-            if isinstance(framing, Square):
-                self._transform = _of_images(kind, framing.size)
-            elif kind == "paper":
-                self._transform = _of_volumes()
-            else:
-                raise ValueError(f"augment must be paper or none for volumes, got {kind}")
+    def __init__(self, transform: transforms.Compose | None) -> None:
+        self._transform = transform
 
     def __call__(self, parts: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         """The image (C, S), mask (1, S) and, where there is one, body (1, S), changed alike."""
@@ -51,17 +34,27 @@ class Augmentation:
         return changed
 
 
-def _of_images(kind: Augment, size: int) -> transforms.Compose:
-    """Acts on the frame, where the paper's code acts on the crop, and rotates images bilinearly."""
+def augment_images(kind: Augment, size: int) -> Augmentation:
+    """How square images of `size` pixels a side are changed.
+
+    It acts on the frame, where the paper's code acts on the crop, and rotates images bilinearly.
+
+    Args:
+        kind: "paper": half of them turned by a multiple of 90° and then flipped, a quarter rotated
+            by up to 20°, a quarter left alone. "shift", of images in one pose: moved by up to a
+            twelfth of the size along each axis, the border repeated. "none": left alone.
+        size: rows and columns.
+    """
     keys = ("image", "mask")
+    if kind == "none":
+        return Augmentation(None)
     if kind == "shift":
-        return transforms.Compose(
-            [
-                transforms.BorderPadd(keys, size // 12, mode="edge"),
-                transforms.RandSpatialCropd(keys, (size, size), random_size=False),
-            ]
-        )
-    return transforms.OneOf(
+        shifts = [
+            transforms.BorderPadd(keys, size // 12, mode="edge"),
+            transforms.RandSpatialCropd(keys, (size, size), random_size=False),
+        ]
+        return Augmentation(transforms.Compose(shifts))
+    turns = transforms.OneOf(
         [
             transforms.Compose(
                 [
@@ -80,22 +73,36 @@ def _of_images(kind: Augment, size: int) -> transforms.Compose:
         ],
         weights=(0.5, 0.25, 0.25),
     )
+    return Augmentation(turns)
 
 
-def _of_volumes() -> transforms.Compose:
-    """The paper names none; these, with these numbers, are what MONAI's own 3D tutorials use."""
+def augment_volumes(kind: Augment) -> Augmentation:
+    """How patches of volumes are changed.
+
+    The paper names no augmentation; this one, with these numbers, is what MONAI's own 3D tutorials
+    use.
+
+    Args:
+        kind: "paper": flipped along each axis or not, intensities scaled by up to a tenth and
+            shifted by up to 0.1. "none": left alone.
+
+    Raises:
+        ValueError: `kind` is "shift".
+    """
+    if kind == "none":
+        return Augmentation(None)
+    if kind != "paper":
+        raise ValueError(f"augment must be paper or none for volumes, got {kind}")
     keys = ("image", "mask", "body")
     flips = [
         transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis, allow_missing_keys=True)
         for axis in range(3)
     ]
-    return transforms.Compose(
-        [
-            *flips,
-            transforms.RandScaleIntensityd("image", factors=0.1, prob=1),
-            transforms.RandShiftIntensityd("image", offsets=0.1, prob=1),
-        ]
-    )
+    intensities = [
+        transforms.RandScaleIntensityd("image", factors=0.1, prob=1),
+        transforms.RandShiftIntensityd("image", offsets=0.1, prob=1),
+    ]
+    return Augmentation(transforms.Compose([*flips, *intensities]))
 
 
 @contextmanager

@@ -1,7 +1,11 @@
-"""Framed cases on disk, so that later epochs, workers and runs decode nothing.
+"""Keeps framed cases on disk, so that later epochs, workers and runs decode nothing.
 
 A case is one file of safetensors, which is mapped and not read: a patch of a volume costs what it
 holds. Its name is a hash of what it was made from, so that a file that changes is framed anew.
+
+MONAI's PersistentDataset was tried and is not used: it names a case by what its transforms are
+given, so that a file that changes under its name gives the old frame; it reads frames whole; and a
+frame that is cut off ends the run, where here it is made anew.
 
 For a made file of FairSeg's kind, 512 x 664 pixels framed to 224², one core of a small machine took
 3.0 ms to decode, 2.0 ms to frame, 0.6 ms to load the frame, and 1.8 ms to augment it as the paper

@@ -13,8 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 from ..errors import DataError, shown
-from . import DataSettings, open_dataset
 from .cases import SPLITS, UNKNOWN, Case, Dataset
+from .datasets import DataSettings, open_dataset
 from .splits import absent_values, choose_splits, leaked_subjects
 
 # Threads; decoding leaves Python's lock alone. Each may hold a volume, of up to a gigabyte or two.

@@ -1,4 +1,4 @@
-"""A folder as a radiotherapy group would have it, made of the MNI152 head: to try everything on.
+"""Writes a folder as a radiotherapy group would have it, made of the MNI152 head, to try all on.
 
 The attribute is the acquisition: three that are simulated from the 1 mm template that the `nilearn`
 wheel holds, so that nothing is downloaded. The labels are grey and white matter, outlined on the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,22 +138,21 @@ def _scan(
     block: tuple[int, int],
     rng: np.random.Generator,
 ) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    """One scan of a block and its label."""
+    """Makes one scan of a block, and its label.
+
+    Args:
+        maps: the template, its grey and its white matter, in voxels of 1 mm.
+        acquisition: how it is scanned.
+        block: where it starts and ends, mm from the back.
+        rng: draws where the scan lies, its shading and its noise.
+    """
     length = block[1] - block[0]
     span = length if length <= SPANS[1] else int(rng.integers(*SPANS, endpoint=True))
     start = int(rng.integers(block[0], block[1] - span, endpoint=True))
     box = (ACROSS, (start, start + span), UPWARDS)
-    origin = np.array([low for low, _ in box])
     template = [volume.slicer[tuple(slice(*side) for side in box)] for volume in maps]
     size = np.array(acquisition.voxel, float)
-    shape = tuple(int((high - low) // step) for (low, high), step in zip(box, size, strict=True))
-    # The grid has the middle of the box as its own.
-    sine, cosine = np.sin(np.radians(acquisition.roll)), np.cos(np.radians(acquisition.roll))
-    turn = np.array([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]])
-    middle = np.array([(high - low - 1) / 2 for low, high in box])
-    to_box = nib.affines.from_matvec(
-        turn * size, middle - turn * size @ ((np.array(shape) - 1) / 2)
-    )
+    shape, to_box = _grid(acquisition, box)
     # A voxel is a mean over its box, whose variance is that of a uniform distribution.
     own = np.sqrt((size**2 - 1) / 12)
     t1_S, grey_S, white_S = (
@@ -168,25 +168,51 @@ def _scan(
         for volume in template
     )
     label_S = np.stack([1 - grey_S - white_S, grey_S, white_S]).argmax(0).astype(np.uint8)
-    ramp_S = sum(
-        np.expand_dims(np.linspace(-1, 1, side), [a for a in range(3) if a != axis]) * weight
-        for axis, (side, weight) in enumerate(zip(shape, rng.dirichlet([1, 1, 1]), strict=True))
-    )
-    signal_S = t1_S * (1 + acquisition.shading * ramp_S)
+    signal_S = t1_S * (1 + acquisition.shading * _ramp(shape, rng))
     # The magnitude of a complex signal whose two parts are noisy, as magnetic resonance has it.
     real_S, imaginary_S = rng.normal(0, acquisition.noise, (2, *shape))
     image_S = WHITE * np.hypot(signal_S + real_S, imaginary_S)
+    origin = np.array([low for low, _ in box])
     affine = maps[0].affine @ nib.affines.from_matvec(np.eye(3), origin) @ to_box
-    stored = ornt_transform(io_orientation(affine), axcodes2ornt(acquisition.axes))
+    image = _stored(image_S, affine, acquisition.axes, acquisition.dtype, acquisition.slope)
+    return image, _stored(label_S, affine, acquisition.axes, "<u1", 1)
 
-    def volume(voxels_S: np.ndarray, dtype: str, slope: float) -> nib.Nifti1Image:
-        header = nib.Nifti1Header(endianness=dtype[0])
-        header.set_data_dtype(dtype)
-        header.set_xyzt_units("mm")
-        image = nib.Nifti1Image(voxels_S / slope, affine, header).as_reoriented(stored)
-        image.set_qform(image.affine, code="aligned")
-        image.set_sform(image.affine, code="aligned")
-        image.header.set_slope_inter(slope, 0)
-        return image
 
-    return volume(image_S, acquisition.dtype, acquisition.slope), volume(label_S, "<u1", 1)
+def _grid(
+    acquisition: Acquisition, box: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """The shape of a scan's voxels, and the affine from their indices to the box's millimetres.
+
+    The grid lies turned in the box, with the box's middle as its own.
+    """
+    size = np.array(acquisition.voxel, float)
+    shape = tuple(int((high - low) // step) for (low, high), step in zip(box, size, strict=True))
+    sine, cosine = np.sin(np.radians(acquisition.roll)), np.cos(np.radians(acquisition.roll))
+    turn = np.array([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]])
+    middle = np.array([(high - low - 1) / 2 for low, high in box])
+    origin = middle - turn * size @ ((np.array(shape) - 1) / 2)
+    return shape, nib.affines.from_matvec(turn * size, origin)
+
+
+def _ramp(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A slope from -1 in one corner to 1 in the opposite one, steeper along one axis or another."""
+    ramp_S = np.zeros(shape)
+    for axis, weight in enumerate(rng.dirichlet([1, 1, 1])):
+        others = [other for other in range(3) if other != axis]
+        ramp_S += np.expand_dims(np.linspace(-1, 1, shape[axis]), others) * weight
+    return ramp_S
+
+
+def _stored(
+    voxels_S: np.ndarray, affine: np.ndarray, axes: str, dtype: str, slope: float
+) -> nib.Nifti1Image:
+    """The NIfTI image of some voxels, with the axes, numbers and slope that a scan is stored in."""
+    header = nib.Nifti1Header(endianness=dtype[0])
+    header.set_data_dtype(dtype)
+    header.set_xyzt_units("mm")
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt(axes))
+    image = nib.Nifti1Image(voxels_S / slope, affine, header).as_reoriented(turn)
+    image.set_qform(image.affine, code="aligned")
+    image.set_sform(image.affine, code="aligned")
+    image.header.set_slope_inter(slope, 0)
+    return image

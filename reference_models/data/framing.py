@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .augmentation import Augment, Augmentation, augment_images
 from .cases import Sample
 
 
@@ -35,6 +37,22 @@ class Framing(ABC):
     """How samples become frames; a frozen dataclass, whose fields are part of a cached frame's
     name."""
 
+    one_size: ClassVar[bool]
+    """Whether all frames have one size, so that whole ones go into a batch together."""
+
+    @property
+    @abstractmethod
+    def affine(self) -> np.ndarray | None:
+        """From a frame's voxels to mm (4, 4); None of images."""
+
+    @abstractmethod
+    def augmentation(self, kind: Augment) -> Augmentation:
+        """How such frames, or patches of them, are changed in training.
+
+        Raises:
+            ValueError: such frames cannot be changed so.
+        """
+
     @abstractmethod
     def apply(self, sample: Sample) -> Frame:
         """What the network sees of a sample."""
@@ -49,7 +67,7 @@ class Framing(ABC):
 
 
 @dataclass(frozen=True)
-class Square(Framing):
+class ImageFraming(Framing):
     """A central crop, padded with zeros to a square and resized.
 
     Args:
@@ -63,10 +81,12 @@ class Square(Framing):
     Example:
         >>> image_CS, mask_S = np.zeros((3, 512, 664), np.float32), np.zeros((512, 664), np.uint8)
         >>> sample = Sample("a", image_CS, mask_S, (0,), (1.0, 1.0))
-        >>> frame = Square(224, crop=512).apply(sample)
+        >>> frame = ImageFraming(224, crop=512).apply(sample)
         >>> frame.image_CS.shape, frame.mask_S.shape
         ((3, 224, 224), (224, 224))
     """
+
+    one_size: ClassVar[bool] = True
 
     size: int
     crop: int | None = None
@@ -76,6 +96,13 @@ class Square(Framing):
             raise ValueError(
                 f"size and crop must be 1 or more, got size={self.size}, crop={self.crop}"
             )
+
+    @property
+    def affine(self) -> None:
+        return None
+
+    def augmentation(self, kind: Augment) -> Augmentation:
+        return augment_images(kind, self.size)
 
     def apply(self, sample: Sample) -> Frame:
         """The image as float32 (C, size, size) and the mask as uint8 (size, size).

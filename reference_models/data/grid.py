@@ -1,5 +1,8 @@
 """From a volume as its file stores it to one grid of voxels for all volumes, and back.
 
+By hand, since MONAI's Spacing does not antialias where an image shrinks, gives a mask the nearest
+voxel's label, and on the way back holds the logits of all classes at native size at once.
+
 Shapes: C channels, K classes, S spatial axes: of a frame left to right, back to front and below to
 above (RAS+), of a sample as stored.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import nibabel
 import numpy as np
@@ -18,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
+from .augmentation import Augment, Augmentation, augment_volumes
 from .cases import Sample
 from .framing import Frame, Framing, resampled_labels
 
@@ -26,7 +31,7 @@ _SLAB = 2**22  # logits at a time on the way back: 16 MiB of them
 
 
 @dataclass(frozen=True)
-class Grid(Framing):
+class VolumeFraming(Framing):
     """A volume turned to RAS+, resampled and padded; of an oblique one, to the closest axes.
 
     Resampling keeps the volume's extent, outer face to outer face, so that an axis of n voxels of
@@ -44,10 +49,12 @@ class Grid(Framing):
         >>> header = nibabel.Nifti1Image(np.zeros((20, 30, 5)), np.diag([-2, -2, 6, 1])).header
         >>> image_CS, mask_S = np.zeros((1, 20, 30, 5), np.float32), np.zeros((20, 30, 5), np.uint8)
         >>> sample = Sample("a", image_CS, mask_S, (0,), (2.0, 2.0, 6.0), header)
-        >>> frame = Grid((2.0, 2.0, 3.0), least=(32, 16, 8)).apply(sample)
+        >>> frame = VolumeFraming((2.0, 2.0, 3.0), least=(32, 16, 8)).apply(sample)
         >>> frame.image_CS.shape, frame.mask_S.shape
         ((1, 32, 30, 10), (32, 30, 10))
     """
+
+    one_size: ClassVar[bool] = False
 
     spacing: tuple[float, float, float]
     least: tuple[int, int, int] = (1, 1, 1)
@@ -60,6 +67,14 @@ class Grid(Framing):
                 "spacing must be three sizes above 0 and least three counts of 1 or more, got "
                 f"spacing={self.spacing}, least={self.least}"
             )
+
+    @property
+    def affine(self) -> np.ndarray:
+        """Without the volume's place, which differs from one to the next."""
+        return np.diag([*self.spacing, 1.0])
+
+    def augmentation(self, kind: Augment) -> Augmentation:
+        return augment_volumes(kind)
 
     def apply(self, sample: Sample) -> Frame:
         """As of `Framing`: image float32, mask uint8, body bool, each channel padded with its

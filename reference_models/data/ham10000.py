@@ -30,6 +30,7 @@ SITES = (
 )  # fmt: skip
 RARE_SITES = ("acral", "ear", "genital", "hand", "unknown")  # unknown here, as they are there
 VALUES = {"age": AGES, "sex": ("female", "male"), "localization": SITES}
+ATTRIBUTES = tuple(VALUES)
 MISSING = ("", "nan", "none", "null")
 
 
@@ -65,7 +66,7 @@ class Ham10000(Dataset):
         self.notes = ["unknown ages, sexes and rare sites are kept, as unknown"]
         rows = [
             (f"{path}:{line}", split, row)
-            for split, path in _tables(root)
+            for split, path in _csv_files(root)
             for line, row in _rows(path)
         ]
         columns = set.intersection(*(set(row) for _, _, row in rows))
@@ -125,27 +126,27 @@ class Ham10000(Dataset):
         )
 
 
-def _tables(root: Path) -> list[tuple[str | None, Path]]:
-    """The csv files and their splits, from the first folder that has a train.csv."""
+def _csv_files(root: Path) -> list[tuple[str | None, Path]]:
+    """Finds the csv files and their splits, in the first folder that has a train.csv."""
     for folder in (root, root / "split"):
         found: list[tuple[str | None, Path]] = []
         for split in SPLITS:
             names = ("validation", "val") if split == "validation" else (split,)
             paths = [folder / f"{prefix}{name}.csv" for name in names for prefix in ("", "new_")]
             found += [(split, path) for path in paths if path.is_file()][:1]
-        if ("train") in [split for split, _ in found]:
+        if "train" in [split for split, _ in found]:
             return found
-    tables = sorted(root.glob("*.csv"))
-    if len(tables) != 1:
+    alone = sorted(root.glob("*.csv"))
+    if len(alone) != 1:
         raise DataError(
             f"{root}: expected a train.csv in it or in {root / 'split'}, or a single csv; got "
-            f"{', '.join(table.name for table in tables) or 'none'}"
+            f"{', '.join(path.name for path in alone) or 'none'}"
         )
-    return [(None, tables[0])]
+    return [(None, alone[0])]
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line and content of each row, by column, names of columns in lower case."""
+    """Reads each row: its line in the file, and its cells by column in lower case."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
@@ -162,6 +163,11 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _case(root: Path, row: dict[str, str], split: str | None, names: tuple[str, ...]) -> Case:
+    """Makes a case of a row of the csv and the attributes' names.
+
+    Raises:
+        DataError: a cell cannot be read, or the image or its mask is missing.
+    """
     image_id, lesion = row["image_id"], row["lesion_id"]
     if not image_id or not lesion or image_id[0] == "." or Path(image_id).name != image_id:
         raise DataError(f"image_id and lesion_id must be names, got {image_id!r} and {lesion!r}")
@@ -180,6 +186,7 @@ def _case(root: Path, row: dict[str, str], split: str | None, names: tuple[str, 
 
 
 def _age(row: dict[str, str]) -> int:
+    """Reads an index of `AGES` from the column of groups or, where there is none, of years."""
     grouped = "age_multi" in row
     text = row["age_multi" if grouped else "age"]
     if text.lower() in (*MISSING, "unknown", str(UNKNOWN), f"{UNKNOWN}.0"):
@@ -196,6 +203,7 @@ def _age(row: dict[str, str]) -> int:
 
 
 def _sex(row: dict[str, str]) -> int:
+    """Reads 0 for female, 1 for male."""
     text = row["sex"].lower()
     if text in MISSING:
         return UNKNOWN
@@ -205,6 +213,7 @@ def _sex(row: dict[str, str]) -> int:
 
 
 def _site(row: dict[str, str]) -> int:
+    """Reads an index of `SITES`."""
     text = row["localization"].lower()
     if text in (*MISSING, *RARE_SITES):
         return UNKNOWN
@@ -216,7 +225,11 @@ def _site(row: dict[str, str]) -> int:
 
 
 def _pixels(path: str) -> np.ndarray:
-    """Rows x columns x RGB, uint8, upright as the file's EXIF says."""
+    """Reads an image as rows x columns x RGB, uint8, upright as its EXIF says.
+
+    Raises:
+        DataError: it is damaged, or not of 8 opaque bits a channel.
+    """
     try:
         with Image.open(path) as image:
             image.verify()  # a PNG's checksums, which decoding alone does not look at to the end

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils import data
 
 from ..errors import DataError, shown
-from .augmentation import Augment, Augmentation
+from .augmentation import Augment
 from .cache import FrameCache, default_cache
 from .cases import Case, Dataset
-from .framing import Framing, Square
+from .framing import Framing
 from .patches import Patches, find_voxels
 
 # What a seed is drawn for: order, samples and patches get numbers of their own from one seed.
@@ -71,7 +71,7 @@ class Frames(data.Dataset[Batch | DataError]):
         case_ids: which, in this order.
         framing: to what the network sees.
         patches: which parts of volumes training sees; None: all of each.
-        augment: as of `Augmentation`. Only training batches are augmented.
+        augment: as of `Framing.augmentation`. Only training batches are augmented.
         seed: of order, patches and augmentation.
         cache: folder of framed cases; None: `~/.cache/dmoe-frames`.
 
@@ -82,9 +82,10 @@ class Frames(data.Dataset[Batch | DataError]):
 
     Example:
         >>> from reference_models.data import PhantomSettings
+        >>> from reference_models.data.framing import ImageFraming
         >>> from reference_models.data.phantom import Phantom
         >>> phantom = Phantom(PhantomSettings())
-        >>> frames = Frames(phantom, [case.case_id for case in phantom.cases], Square(32))
+        >>> frames = Frames(phantom, [case.case_id for case in phantom.cases], ImageFraming(32))
         >>> batch = next(iter(train_batches(frames, batch_size=4, epoch=0)))
         >>> batch.image_BCS.shape, batch.mask_BS.shape, batch.attributes_BN.shape
         (torch.Size([4, 1, 32, 32]), torch.Size([4, 32, 32]), torch.Size([4, 1]))
@@ -113,7 +114,7 @@ class Frames(data.Dataset[Batch | DataError]):
         self.framing = framing
         self.patches = patches
         self.seed = seed
-        self._augmentation = Augmentation(augment, framing)
+        self._augmentation = framing.augmentation(augment)
         stored = any(case.files for case in self.cases)
         self._cache = FrameCache(cache or default_cache(), dataset, framing) if stored else None
         self._made: dict[str, dict[str, Tensor]] = {}
@@ -139,7 +140,7 @@ class Frames(data.Dataset[Batch | DataError]):
         if patches and epoch is not None:
             voxels = {name: part for name, part in stored.items() if name not in parts}
             random = np.random.default_rng(self._drawn(_PATCH, epoch, index))
-            x, y, z = patches.window(tuple(parts["mask"].shape[1:]), voxels, random)
+            x, y, z = patches.draw(tuple(parts["mask"].shape[1:]), voxels, random)
             parts = {name: part[:, x, y, z] for name, part in parts.items()}
         parts["image"] = parts["image"].float()
         if epoch is not None:
@@ -250,7 +251,7 @@ def eval_batches(frames: Frames, *, batch_size: int, workers: int = 0) -> Iterat
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    if not isinstance(frames.framing, Square):
+    if not frames.framing.one_size:
         batch_size = 1
     cases = range(len(frames.cases))
     keys: list[list[_Key]] = [

@@ -1,4 +1,4 @@
-"""Real brain slices whose outline depends on a contouring protocol that the image does not show.
+"""The MNI152 slices: a real brain, outlined by a contouring protocol that no image shows.
 
 The images are axial slices of the MNI152 T1 template, and the labels come from its grey- and
 white-matter maps; all three lie in the `nilearn` wheel, so nothing is downloaded. Every slice is
@@ -17,7 +17,6 @@ import functools
 from typing import Literal
 
 import numpy as np
-from nilearn import datasets
 
 from .cases import Attribute, Case, Dataset, Sample
 
@@ -99,7 +98,9 @@ class Mni152(Dataset):
 
 @functools.cache  # decoding takes seconds, and a study opens the data set many times
 def _axial_slices() -> tuple[np.ndarray, np.ndarray]:
-    """Normalised images and tissues (0 rest, 1 grey, 2 white), `SIZE` x `SIZE` a slice."""
+    """Reads normalised images and tissues (0 rest, 1 grey, 2 white), `SIZE` x `SIZE` a slice."""
+    from nilearn import datasets  # takes seconds to import
+
     maps = [
         load(resolution=1).get_fdata(dtype=np.float32)
         for load in (

@@ -1,7 +1,7 @@
-"""Volumes in nnU-Net's folders: NIfTI images and labels, `dataset.json`, and `attributes.csv`.
+"""The data set of volumes in nnU-Net's folders: NIfTI images and labels, and `attributes.csv`.
 
-Shapes: C channels, S the three axes as stored. Headers are read when the data set is opened, voxels
-when a case is loaded.
+Headers are read when the data set is opened, voxels when a case is loaded.
+Shapes: C channels, S the three axes as stored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from ..errors import DataError, report_faults, shown
-from .attributes_csv import Row, read_attributes
+from .attributes_csv import CaseRecord, read_attributes
 from .cases import Attribute, Case, Dataset, Sample
 from .nnunet import CaseFiles, list_cases, read_layout
 from .volumes import canonical_grid, oddities, open_volume, read_voxels, require_one_grid
@@ -34,7 +34,7 @@ class Nifti(Dataset):
 
     Args:
         root: the folder.
-        attributes: columns of `attributes.csv`; none: the first, None: all that are groups.
+        attributes: columns of `attributes.csv`. Empty: the first. None: all that are groups.
         damaged: as in `open_dataset`.
         ct_window: in Hounsfield units.
         known: as in `open_dataset`.
@@ -70,19 +70,20 @@ class Nifti(Dataset):
         self.classes, self.regions = layout.classes, layout.regions
         self.made_with = (*layout.channels, *ct_window)
         files = list_cases(root, layout, faults, notes)
-        table = root / "attributes.csv"
+        path = root / "attributes.csv"
         try:
-            self.attributes, rows = read_attributes(
-                table, [*files], attributes, known, faults, notes
+            self.attributes, records = read_attributes(
+                path, [*files], attributes, known, faults, notes
             )
         except DataError as error:  # the volumes can be looked at all the same
             faults.insert(0, error)
-            self.attributes, rows = (), {case_id: Row(0, case_id, None, ()) for case_id in files}
+            self.attributes = ()
+            records = {case_id: CaseRecord(0, case_id, None, ()) for case_id in files}
         cases: list[Case] = []
         grids: list[tuple[np.ndarray, np.ndarray]] = []
-        for case_id in sorted(rows):
+        for case_id in sorted(records):
             try:
-                case = _case(case_id, files[case_id], rows[case_id], table)
+                case = _case(case_id, files[case_id], records[case_id], path)
                 images = [open_volume(path) for path in case.files]
                 require_one_grid(case.files, images)
             except DataError as error:
@@ -92,27 +93,8 @@ class Nifti(Dataset):
             grids.append(canonical_grid(images[0]))
         report_faults(faults, damaged)
         self.cases = tuple(cases)
-        # Test cases decide nothing, not even the grid, where there are others.
-        own = [grid for grid, case in zip(grids, cases, strict=True) if case.split != "test"]
-        if grids:
-            sizes, counts = np.median(own or grids, axis=0).tolist()
-            across, along, up = sizes
-            self.spacing = (across, along, up)
-            notes.append(
-                f"volumes: in the median {' x '.join(f'{n:.0f}' for n in counts)} voxels of "
-                f"{' x '.join(f'{size:.3g}' for size in sizes)} mm, from left to right, back to "
-                "front and below to above"
-            )
-            unlike = [
-                case.case_id
-                for case, (spacing, _) in zip(cases, grids, strict=True)
-                if not 1 / UNLIKE < np.prod(spacing) / np.prod(self.spacing) < UNLIKE
-            ]
-            if unlike:
-                notes.append(
-                    f"warning: voxels {UNLIKE} times as large as the median's or as small, as if "
-                    f"not in mm: {len(unlike)} cases: {shown(unlike, 10)}"
-                )
+        if cases:
+            self.spacing = _median_spacing(cases, grids, notes)
 
     def load(self, case: Case) -> Sample:
         images = [open_volume(path) for path in case.files]
@@ -160,6 +142,11 @@ class Nifti(Dataset):
         return voxels_S
 
     def _labels(self, path: str, voxels_S: np.ndarray) -> np.ndarray:
+        """A mask's voxels as uint8 labels; changes `voxels_S`.
+
+        Raises:
+            DataError: a voxel is no whole number, or no label of `dataset.json`.
+        """
         labels_S = np.rint(voxels_S)
         voxels_S -= labels_S
         expected = f"0 to {len(self.classes) - 1} ({', '.join(self.classes)})"
@@ -177,30 +164,67 @@ class Nifti(Dataset):
         return labels_S.astype(np.uint8)
 
 
+def _median_spacing(
+    cases: Sequence[Case], grids: Sequence[tuple[np.ndarray, np.ndarray]], notes: list[str]
+) -> tuple[float, float, float]:
+    """The median voxel in mm, which is added to the notes, as are cases of quite other voxels.
+
+    Args:
+        cases: one or more.
+        grids: of each, what `canonical_grid` gives.
+        notes: added to.
+    """
+    # Test cases decide nothing, not even the grid, where there are others.
+    own = [grid for grid, case in zip(grids, cases, strict=True) if case.split != "test"]
+    sizes, counts = np.median(own or grids, axis=0).tolist()
+    notes.append(
+        f"volumes: in the median {' x '.join(f'{n:.0f}' for n in counts)} voxels of "
+        f"{' x '.join(f'{size:.3g}' for size in sizes)} mm, from left to right, back to "
+        "front and below to above"
+    )
+    unlike = [
+        case.case_id
+        for case, (spacing, _) in zip(cases, grids, strict=True)
+        if not 1 / UNLIKE < np.prod(spacing) / np.prod(sizes) < UNLIKE
+    ]
+    if unlike:
+        notes.append(
+            f"warning: voxels {UNLIKE} times as large as the median's or as small, as if "
+            f"not in mm: {len(unlike)} cases: {shown(unlike, 10)}"
+        )
+    across, along, up = sizes
+    return across, along, up
+
+
 def _few(numbers: np.ndarray) -> str:
-    """Some of their distinct values."""
+    """Writes out some of the distinct numbers."""
     return shown([f"{number:g}" for number in np.unique(numbers)], 8)
 
 
-def _case(case_id: str, files: CaseFiles, row: Row, table: Path) -> Case:
-    if files.split and row.split not in (None, files.split):
+def _case(case_id: str, files: CaseFiles, record: CaseRecord, path: Path) -> Case:
+    """Puts together what the folders and the csv at `path` say of a case.
+
+    Raises:
+        DataError: they contradict each other in its split.
+    """
+    if files.split and record.split not in (None, files.split):
         raise DataError(
-            f"{table}:{row.line}: {case_id}: split is {row.split}, but its image is in "
+            f"{path}:{record.line}: {case_id}: split is {record.split}, but its image is in "
             f"{files.folder}; move it to imagesTr, or leave split empty"
         )
     labelled = files.label is not None
-    if row.split and not labelled:
+    if record.split and not labelled:
         raise DataError(
-            f"{table}:{row.line}: {case_id}: split is {row.split}, but it has no label; add "
+            f"{path}:{record.line}: {case_id}: split is {record.split}, but it has no label; add "
             "one to labelsTs, or leave split empty"
         )
     paths = [files.channels[channel] for channel in sorted(files.channels)]
     return Case(
         case_id,
-        row.subject,
-        row.attributes,
-        (row.split or files.split) if labelled else None,
+        record.subject,
+        record.attributes,
+        (record.split or files.split) if labelled else None,
         tuple(str(path) for path in (*paths, *([files.label] if files.label else []))),
-        row.stratum,
+        record.stratum,
         labelled,
     )

@@ -1,4 +1,4 @@
-"""nnU-Net's folders: what `dataset.json` says, and which files make up which case.
+"""Reads nnU-Net's folders: what `dataset.json` says, and which files make up which case.
 
 Read from nnU-Net's pages: `imagesTr/<case>_0000.nii.gz`, `_0001` and so on, one file a channel,
 `labelsTr/<case>.nii.gz`, the same for test cases in `imagesTs` and `labelsTs`, and beside them
@@ -35,7 +35,7 @@ class Layout:
         classes: names by label.
         regions: what is scored: a name, and the labels that make it up.
         ending: of the files, one of `ENDINGS`.
-        n_training: of training cases, where the file says so.
+        n_training: how many training cases there are, where the file says so.
     """
 
     path: Path
@@ -48,13 +48,13 @@ class Layout:
 
 @dataclass
 class CaseFiles:
-    """Of a case.
+    """The files of one case.
 
     Args:
-        folder: of the images.
-        split: that the folder stands for, None where that is open.
-        channels: the image of each.
-        label: the mask's file, where there is one.
+        folder: where its images are.
+        split: the one that the folder stands for, None where that is open.
+        channels: the image of each channel.
+        label: the mask, where there is one.
     """
 
     folder: Path
@@ -116,7 +116,12 @@ def read_layout(root: Path) -> Layout:
 def list_cases(
     root: Path, layout: Layout, faults: list[DataError], notes: list[str]
 ) -> dict[str, CaseFiles]:
-    """By case id, its files; cases whose files are not as they should be are left out.
+    """Lists each case's files by its id; cases whose files are not as they should be are left out.
+
+    Args:
+        root: the folder that holds `imagesTr`, `labelsTr` and the like.
+        layout: what its `dataset.json` says.
+        faults, notes: what is wrong with files, and remarks, are added there.
 
     Raises:
         DataError: there is no image.
@@ -128,7 +133,7 @@ def list_cases(
         broken.add(case_id)
         faults.append(DataError(text))
 
-    for images, labels, needed, split in FOLDERS:
+    for images, labels, needs_label, split in FOLDERS:
         here: dict[str, CaseFiles] = {}
         for stem, path in _files(root / images, layout, faults, notes):
             case_id, channel = _channel(stem)
@@ -136,24 +141,10 @@ def list_cases(
                 refuse(case_id, f"{path}: case {case_id} is in {found[case_id].folder} already")
                 continue
             case = here.setdefault(case_id, CaseFiles(root / images, split))
-            if channel is None and len(layout.channels) > 1:
-                refuse(
-                    case_id,
-                    f"{path}: expected a file for each of the {len(layout.channels)} channels "
-                    f"({case_id}_0000{layout.ending} and so on); split a 4D image up, and name "
-                    "the parts so",
-                )
-            elif (channel or 0) >= len(layout.channels):
-                refuse(
-                    case_id,
-                    f"{path}: channel {channel:04}, but {layout.path} names "
-                    f"{len(layout.channels)} (0000 on); where {channel:04} is part of the case's "
-                    f"name, call it {stem}_0000{layout.ending}",
-                )
-            elif (channel or 0) in case.channels:
-                refuse(case_id, f"{path}: the same channel as {case.channels[channel or 0]}")
-            else:
-                case.channels[channel or 0] = path
+            try:
+                _add_image(case, case_id, channel, path, layout)
+            except ValueError as error:
+                refuse(case_id, f"{path}: {error}")
         for case_id, path in _files(root / labels, layout, faults, notes):
             if case_id in here:
                 here[case_id].label = path
@@ -165,11 +156,11 @@ def list_cases(
                     )
                 )
         for case_id, case in here.items():
-            for channel in sorted({*range(len(layout.channels))} - {*case.channels}):
-                if case_id not in broken:
-                    missing = case.folder / f"{case_id}_{channel:04}{layout.ending}"
-                    refuse(case_id, f"{missing}: no such file (channel {layout.channels[channel]})")
-            if needed and case.label is None:
+            missing = sorted({*range(len(layout.channels))} - {*case.channels})
+            if missing and case_id not in broken:
+                path = case.folder / f"{case_id}_{missing[0]:04}{layout.ending}"
+                refuse(case_id, f"{path}: no such file (channel {layout.channels[missing[0]]})")
+            if needs_label and case.label is None:
                 refuse(
                     case_id,
                     f"{root / labels / case_id}{layout.ending}: no such file; an image without a "
@@ -190,8 +181,33 @@ def list_cases(
     return {case_id: found[case_id] for case_id in sorted(found) if case_id not in broken}
 
 
+def _add_image(
+    case: CaseFiles, case_id: str, channel: int | None, path: Path, layout: Layout
+) -> None:
+    """Takes an image for a channel of its case; an image without a number is channel 0.
+
+    Raises:
+        ValueError: it has no number and needs one, or there is no such channel, or it is taken.
+    """
+    count = len(layout.channels)
+    if channel is None and count > 1:
+        raise ValueError(
+            f"expected a file for each of the {count} channels ({case_id}_0000{layout.ending} and "
+            "so on); split a 4D image up, and name the parts so"
+        )
+    channel = channel or 0
+    if channel >= count:
+        raise ValueError(
+            f"channel {channel:04}, but {layout.path} names {count} (0000 on); where {channel:04} "
+            f"is part of the case's name, call it {case_id}_{channel:04}_0000{layout.ending}"
+        )
+    if channel in case.channels:
+        raise ValueError(f"the same channel as {case.channels[channel]}")
+    case.channels[channel] = path
+
+
 def _channel(stem: str) -> tuple[str, int | None]:
-    """Case id and channel of an image's name without its ending."""
+    """Takes an image's name without its ending apart, into the case's id and the channel."""
     parts = re.fullmatch(r"(.+)_(\d{4})", stem)
     return (parts[1], int(parts[2])) if parts else (stem, None)
 
@@ -199,7 +215,10 @@ def _channel(stem: str) -> tuple[str, int | None]:
 def _files(
     folder: Path, layout: Layout, faults: list[DataError], notes: list[str]
 ) -> list[tuple[str, Path]]:
-    """Names without ending, and paths, of a folder's NIfTI files; hidden ones are macOS's."""
+    """Lists a folder's NIfTI files: the name without its ending, and the path.
+
+    Hidden files, such as macOS's, are passed over; what else does not fit is a fault or a note.
+    """
     if not folder.is_dir():
         return []
     files: dict[str, Path] = {}
@@ -230,7 +249,11 @@ def _files(
 
 
 def _labels(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
-    """Class names, and regions, of `labels` in either direction."""
+    """Reads `labels`, whether by name or by number: the classes' names, and the regions.
+
+    Raises:
+        DataError: they are not what can be trained on here.
+    """
     if not isinstance(labels, dict) or not labels:
         raise DataError(
             f'{path}: labels must be an object such as {{"background": 0, "tumour": 1}}; got '

@@ -1,4 +1,4 @@
-"""Which patches of a volume training sees, foreground more often than it comes by chance.
+"""Which parts of a volume a network sees at once: patches in training, windows in inference.
 
 Shapes: S spatial axes (three), V voxels.
 """
@@ -37,7 +37,7 @@ class Patches:
         if min(*self.size, self.count) < 1 or not 0 <= self.foreground <= 1:
             raise ValueError(f"sizes and counts start at 1, shares lie in 0..1, got {self}")
 
-    def window(
+    def draw(
         self,
         volume: tuple[int, ...],
         voxels: Mapping[str, Tensor],
@@ -66,6 +66,21 @@ class Patches:
         return tuple(
             slice(start, start + side) for start, side in zip(starts, self.size, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a whole volume is answered: window by window, blended where they overlap.
+
+    Args:
+        size: voxels of a window.
+        overlap: of neighbouring windows, as a share of their size.
+        at_once: how many the network is given at a time.
+    """
+
+    size: tuple[int, int, int]
+    overlap: float
+    at_once: int
 
 
 def find_voxels(mask_S: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Made-up scans of an organ with a lesion; an attribute changes its outline, its looks or nothing.
+"""The phantom: made-up scans of an organ with a lesion, which an attribute may change.
 
 With `effect="rule"` the attribute says how the lesion is outlined, and no image shows it: only a
 model that is told the attribute can be right for every group. With `effect="appearance"` the
@@ -55,7 +55,7 @@ class PhantomSettings:
     shares: tuple[float, ...] = (0.7, 0.2, 0.1)
     """Each site's share of the training cases; as many sites as shares."""
     cases: int = 400
-    """Training cases."""
+    """Number of training cases."""
     validation_cases_per_group: int = 0
     """Validation cases of each site (of two attributes, of each combination in training); 0: some
     of the training cases become validation cases."""
@@ -64,7 +64,7 @@ class PhantomSettings:
     image_size: int = 64
     """Rows and columns."""
     seed: int = 0
-    """Of the images; independent of the seeds of splits and of training."""
+    """Seed of the images; independent of the seeds of splits and of training."""
 
 
 class Phantom(Dataset):
@@ -95,27 +95,9 @@ class Phantom(Dataset):
     channels = 1
 
     def __init__(self, settings: PhantomSettings) -> None:
+        _require_possible(settings)
         self._settings = settings
         sites = len(settings.shares)
-        for name, value, known in (
-            ("effect", settings.effect, get_args(Effect)),
-            ("rule", settings.rule, get_args(Rule)),
-        ):
-            if value not in known:
-                raise DataError(
-                    f"the phantom's {name} must be one of {', '.join(known)}, got {value}"
-                )
-        if settings.seed < 0:
-            raise DataError(f"the phantom's seed must be 0 or more, got {settings.seed}")
-        if sites < 1 or min(settings.shares) <= 0 or abs(sum(settings.shares) - 1) > 1e-6:
-            raise DataError(
-                f"phantom shares must be positive and add up to 1, got {settings.shares}"
-            )
-        if settings.effect == "two" and sites < 2:
-            raise DataError(
-                "a phantom of two attributes needs two sites or more, so that a combination can "
-                f"stay unseen in training, got shares {settings.shares}"
-            )
         seen: dict[tuple[int, ...], float] = {
             (s,): share for s, share in enumerate(settings.shares)
         }
@@ -202,6 +184,30 @@ class Phantom(Dataset):
         if settings.effect == "two":
             generous, most = site + most * values[1], 2 * most
         return lesion_HW <= TIGHTEST + (WIDEST - TIGHTEST) * generous / most
+
+
+def _require_possible(settings: PhantomSettings) -> None:
+    """Checks each setting by itself.
+
+    Raises:
+        DataError: one cannot be.
+    """
+    for name, value, known in (
+        ("effect", settings.effect, get_args(Effect)),
+        ("rule", settings.rule, get_args(Rule)),
+    ):
+        if value not in known:
+            raise DataError(f"the phantom's {name} must be one of {', '.join(known)}, got {value}")
+    if settings.seed < 0:
+        raise DataError(f"the phantom's seed must be 0 or more, got {settings.seed}")
+    sites = len(settings.shares)
+    if sites < 1 or min(settings.shares) <= 0 or abs(sum(settings.shares) - 1) > 1e-6:
+        raise DataError(f"phantom shares must be positive and add up to 1, got {settings.shares}")
+    if settings.effect == "two" and sites < 2:
+        raise DataError(
+            "a phantom of two attributes needs two sites or more, so that a combination can "
+            f"stay unseen in training, got shares {settings.shares}"
+        )
 
 
 def _seen_in_training(shares: tuple[float, ...]) -> dict[tuple[int, ...], float]:

@@ -26,7 +26,7 @@ from ..data.splits import absent_values, choose_splits
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.fairness import SMALL_GROUP
-from ..metrics.loads import Loads
+from ..metrics.loads import Loads, LoadTables
 from ..metrics.region import POLICY, RegionScore, score_region
 from ..metrics.scores import Condition, RegionScores, Summary
 from ..report.page import write_report
@@ -119,8 +119,8 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
                 scored[condition].append(_score(run.dataset, sample, mask, settings.scoring))
             paths[sample.case_id] = write_mask(folder / "masks", sample, masks[AS_GIVEN])
         tables = {condition: loads[condition].tables() for condition in told}
-        found = _Found(run.dataset, run.cases, scored, notes, tables)
-        return _write(folder, found, settings, settings.run, paths)
+        result = _Evaluation(run.dataset, run.cases, scored, notes, tables)
+        return _write(folder, result, settings, settings.run, paths)
 
     return write_results(settings.folder, write, (*CONTENTS, "masks"))
 
@@ -149,28 +149,19 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
         [c.case_id for c in left_out],
         axes=dataset.axes,
     )
-    scored = []
 
     def write(folder: Path) -> Summary:
-        for case in track(cases, "scoring", console=Console(stderr=True), transient=True):
-            if case.case_id not in paths:
-                continue
-            sample = dataset.load(case)
-            try:
-                mask = read_mask(paths[case.case_id], sample, dataset.classes)
-            except DataError as error:
-                faults.append(str(error))
-            if not faults:
-                scored.append(_score(dataset, sample, mask, settings.scoring))
-        if faults:
+        found = [case for case in cases if case.case_id in paths]
+        scored, damaged = _score_files(dataset, found, paths, settings.scoring, sound=not faults)
+        if faults + damaged:
             raise DataError(
                 f"{settings.folder}: cannot be scored as masks of the {settings.split} split of "
-                f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults)
+                f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults + damaged)
             )
         told = ("masks read from files; what wrote them was not run", left_out_note(left_out))
         notes = {AS_GIVEN: "; ".join(filter(None, told))}
-        found = _Found(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
-        return _write(folder, found, settings, settings.folder, paths)
+        result = _Evaluation(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
+        return _write(folder, result, settings, settings.folder, paths)
 
     return write_results(settings.out, write, CONTENTS)
 
@@ -220,14 +211,22 @@ def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], 
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Scores [case][region] and load tables by condition; a note on every condition."""
+class _Evaluation:
+    """All that an evaluation's files are written from.
+
+    Args:
+        dataset: whose cases they are.
+        cases: that were scored.
+        scored: by condition, the scores [case][region].
+        notes: a note on every condition; one without scores was not run.
+        loads: by condition, the experts' loads; empty without experts.
+    """
 
     dataset: Dataset
     cases: tuple[Case, ...]
     scored: Mapping[str, list[list[RegionScore]]]
     notes: Mapping[str, str]
-    loads: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
+    loads: Mapping[str, LoadTables]
 
 
 def _score(
@@ -245,45 +244,72 @@ def _score(
     ]
 
 
+def _score_files(
+    dataset: Dataset,
+    cases: Sequence[Case],
+    paths: Mapping[str, Path],
+    scoring: Scoring,
+    *,
+    sound: bool,
+) -> tuple[list[list[RegionScore]], list[str]]:
+    """The scores [case][region] of masks in files, and a sentence for each that is damaged.
+
+    Every file is read, so that all faults are told at once; once there is one, or where the folder
+    is not `sound` anyway, none is scored.
+    """
+    scored: list[list[RegionScore]] = []
+    damaged: list[str] = []
+    for case in track(cases, "scoring", console=Console(stderr=True), transient=True):
+        sample = dataset.load(case)
+        try:
+            mask_S = read_mask(paths[case.case_id], sample, dataset.classes)
+        except DataError as error:
+            damaged.append(str(error))
+            continue
+        if sound and not damaged:
+            scored.append(_score(dataset, sample, mask_S, scoring))
+    return scored, damaged
+
+
 def _write(
     folder: Path,
-    found: _Found,
+    result: _Evaluation,
     settings: EvaluateRun | EvaluatePredictions,
     source: Path,
     masks: Mapping[str, Path],
 ) -> Summary:
-    """Writes csv, json and page; a condition without scores was not run."""
-    dataset, scoring = found.dataset, settings.scoring
+    """Writes csv, json and page."""
+    dataset, scoring = result.dataset, settings.scoring
     conditions = []
-    for name, note in found.notes.items():
+    for name, note in result.notes.items():
         scores: dict[str, tuple[RegionScores, ...]] = {}
-        if name in found.scored:
+        if name in result.scored:
             scores = region_scores(
                 dataset,
-                found.cases,
-                found.scored[name],
+                result.cases,
+                result.scored[name],
                 resamples=scoring.resamples,
                 seed=scoring.seed,
             )
-        conditions.append(Condition(name, note, scores, found.loads.get(name, {})))
+        conditions.append(Condition(name, note, scores, result.loads.get(name, {})))
     summary = Summary(
         dataset=dataset.name,
         split=settings.split,
         source=str(source),
-        n_cases=len(found.cases),
+        n_cases=len(result.cases),
         unit=dataset.unit,
         tolerance=scoring.tolerance,
         small_group=SMALL_GROUP,
         resamples=scoring.resamples,
         attributes={attribute.name: attribute.values for attribute in dataset.attributes},
-        population=population_shares(dataset, found.cases),
+        population=population_shares(dataset, result.cases),
         policy=POLICY,
         conditions=tuple(conditions),
     )
-    rows = case_scores(dataset, found.cases, found.scored[AS_GIVEN])
+    rows = case_scores(dataset, result.cases, result.scored[AS_GIVEN])
     write_cases(folder / "cases.csv", rows, dataset.unit)
     write_summary(folder / "summary.json", summary)
-    by_id = {case.case_id: case for case in found.cases}
+    by_id = {case.case_id: case for case in result.cases}
     pictures = {}
     for case_id in pictures_wanted(rows, summary.attributes):
         sample = dataset.load(by_id[case_id])
@@ -296,7 +322,7 @@ def _write(
 
 
 def _require_masks(cases: Sequence[Case], split: str) -> None:
-    """Before anything is predicted or read, whether all cases can be scored."""
+    """Raises, before anything is predicted or read, unless all cases can be scored."""
     if lacking := [case.case_id for case in cases if not case.labelled]:
         raise DataError(
             f"{split}: {len(lacking)} cases have no mask to be scored by ({shown(lacking)}); take "

@@ -23,15 +23,14 @@ from torch.utils.data import Dataset as TorchDataset
 from ..data import open_dataset
 from ..data.cases import UNKNOWN, Case, Dataset, Sample
 from ..data.framing import Frame, Framing
+from ..data.patches import Windows
 from ..data.splits import read_splits
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.loads import Loads
-from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..models.inference import infer
 from ..report.pictures import Picture, overlay
 from ..training.checkpoints import Which, load_model
-from ..training.cohort import framing_of
-from ..training.inference import infer
 from ..training.runs import Task
 from .masks import write_mask
 
@@ -83,8 +82,8 @@ class TrainedRun:
         model: in eval mode on `device`.
         device: where it computes.
         dataset: the run's.
-        frame: what the network sees of an image.
-        framing: from native resolution to that and back.
+        framing: from native resolution to what the network sees, and back.
+        windows: in which it answers volumes; None of images.
         trained: ids of the cases that it was trained on, and of those then left out; of the split
             "all" none, since other data than the run's may be meant.
         cases: to be predicted.
@@ -97,8 +96,8 @@ class TrainedRun:
     model: nn.Module
     device: torch.device
     dataset: Dataset
-    frame: SquareSettings | VolumeSettings
     framing: Framing
+    windows: Windows | None
     trained: frozenset[str]
     cases: tuple[Case, ...]
     left_out: tuple[Case, ...]
@@ -114,57 +113,54 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     """
     if settings.batch_size is not None and settings.batch_size < 1:
         raise DataError(f"batch_size: got {settings.batch_size}, expected 1 or more.")
-    recipe, task, model = load_model(settings.run, settings.which)
+    recipe, task, model = load_model(settings.run, settings.which, refuse_unknown=False)
     data = recipe.data
     if settings.root is not None:
         data = dataclasses.replace(data, root=settings.root)
     dataset = open_dataset(data, known=task.attributes)
     if (found := Task.of(dataset)) != task:
         raise DataError(f"{settings.run}: was trained for {task}, but the data are {found}.")
-    cases = list(dataset.cases)
+    cases = tuple(dataset.cases)
     trained: frozenset[str] = frozenset()
     if split != "all":
         splits = read_splits(settings.run / "splits.json", dataset)
         trained, chosen = frozenset(splits.train), set(getattr(splits, split))
-        cases = [case for case in cases if case.case_id in chosen]
+        cases = tuple(case for case in cases if case.case_id in chosen)
     device = _device(settings.device)
-    unknown = tuple(case for case in cases if UNKNOWN in case.attributes)
+    policy = recipe.model.unknown if recipe.model.told else None
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
-        cases, left_out = [case for case in cases if case not in unknown], unknown
-    told: list[Any] = [  # routers, and whatever else has a policy for unknown attributes
-        module
-        for module in model.modules()
-        if getattr(module, "attribute_sizes", None) and hasattr(module, "unknown")
-    ]
-    policy = told[0].unknown if told else None
-    if unknown and policy == "error" and not left_out:
-        raise DataError(
-            f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
-            f"({shown([case.case_id for case in unknown])}), and the run was trained with "
-            "unknown='error', so that there is no route for them. Leave them out with "
-            "--leave-out-unknown, or train with --unknown learned."
-        )
-    for module in told:
-        if policy == "error":  # no case is unknown to it, but an evaluation may tell it so
-            module.unknown = "average"
-    run = TrainedRun(
+        left_out = tuple(case for case in cases if UNKNOWN in case.attributes)
+        cases = tuple(case for case in cases if case not in left_out)
+    elif policy == "error":
+        _require_known(cases, split)
+    if not cases:
+        raise DataError(f"{settings.run}: no {split} case is left to predict.")
+    batch_size = settings.batch_size or recipe.batch_size
+    return TrainedRun(
         settings=settings,
-        batch_size=settings.batch_size or recipe.batch_size,
+        batch_size=batch_size,
         unknown=policy,
-        model=model,
+        model=model.to(device),
         device=device,
         dataset=dataset,
-        frame=recipe.frame,
-        framing=framing_of(recipe),
+        framing=recipe.framing.build(),
+        windows=recipe.framing.windows(batch_size),
         trained=trained,
-        cases=tuple(cases),
+        cases=cases,
         left_out=left_out,
     )
-    if not run.cases:
-        raise DataError(f"{settings.run}: no {split} case is left to predict.")
-    run.model.to(run.device)
-    return run
+
+
+def _require_known(cases: Sequence[Case], split: str) -> None:
+    """Raises for cases whose attribute is not known."""
+    if unknown := [case.case_id for case in cases if UNKNOWN in case.attributes]:
+        raise DataError(
+            f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
+            f"({shown(unknown)}), and the run was trained with unknown='error', so that there is "
+            "no route for them. Leave them out with --leave-out-unknown, or train with --unknown "
+            "learned."
+        )
 
 
 def predictions(
@@ -185,7 +181,7 @@ def predictions(
     """
     loader = DataLoader(
         _Framed(run),
-        batch_size=run.batch_size if isinstance(run.frame, SquareSettings) else 1,
+        batch_size=run.batch_size if run.framing.one_size else 1,
         num_workers=run.settings.workers,
         collate_fn=_unbroken,
     )
@@ -222,10 +218,9 @@ def _answered(
                 run.model,
                 inputs,
                 torch.from_numpy(told_NA[start : start + len(samples)]),
-                frame=run.frame,
-                windows=run.batch_size,
+                windows=run.windows,
                 device=run.device,
-                loads=None if loads is None else loads[condition],
+                observe=None if loads is None else loads[condition].add,
             )
         for logits_KS, (sample, masks) in zip(logits_BKS, answers, strict=True):
             # By the extremes, as asking every number takes a copy of a volume's logits.
@@ -259,7 +254,6 @@ def predict(settings: PredictSettings) -> Path:
         DataError, RunError: as of `open_run`; or `out` holds something else.
     """
     out = settings.out or settings.run / f"predictions-{settings.split}"
-
     run = open_run(settings, settings.split)
     if run.left_out:
         Console(stderr=True, soft_wrap=True).print(left_out_note(run.left_out), markup=False)
@@ -315,4 +309,8 @@ def _stacked(arrays: list[np.ndarray]) -> Tensor:
 
 
 def _unbroken(items: list[Any]) -> list[Any] | DataError:
-    return next((item for item in items if isinstance(item, DataError)), items)
+    """A batch as it is, or the first error that stands in it."""
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+    return items

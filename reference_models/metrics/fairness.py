@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 # Below it a group is marked as too small to judge by. In simulations with scores like those of a
 # segmentation (beta(8, 2)) the 95 % interval of a mean held the truth in 90 % of the samples of 10
@@ -24,43 +22,6 @@ from torch import Tensor
 SMALL_GROUP = 10
 
 Score = TypeVar("Score", float, np.ndarray)
-
-
-def dice(prediction: Tensor, truth: Tensor) -> list[float]:
-    """Dice of each case: 2 |P ∩ T| / (|P| + |T|)  (Dice, Ecology 26(3), 1945).
-
-    Both empty is agreement and scores 1. One of the two empty scores 0, a false alarm as well as
-    a miss. No case is left out.
-
-    Args:
-        prediction: bool, (cases, ...).
-        truth: bool, the same shape.
-
-    Returns:
-        One number a case.
-
-    Raises:
-        TypeError: one of them is not bool.
-        ValueError: the shapes differ.
-
-    Example:
-        >>> import torch
-        >>> truth = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.bool)
-        >>> prediction = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 0]], dtype=torch.bool)
-        >>> [round(score, 3) for score in dice(prediction, truth)]
-        [0.667, 1.0, 0.0]
-    """
-    for name, mask in (("prediction", prediction), ("truth", truth)):
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{name}: got {mask.dtype}, expected torch.bool; compare first (> 0).")
-    if prediction.shape != truth.shape:
-        raise ValueError(
-            f"prediction: got shape {tuple(prediction.shape)}, expected that of truth, "
-            f"{tuple(truth.shape)}."
-        )
-    shared = (prediction & truth).flatten(1).sum(1).tolist()
-    sizes = (prediction.flatten(1).sum(1) + truth.flatten(1).sum(1)).tolist()
-    return [2 * s / size if size else 1.0 for s, size in zip(shared, sizes, strict=True)]
 
 
 def group_means(scores: Sequence[float], groups: Sequence[int]) -> dict[int, float]:

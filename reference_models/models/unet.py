@@ -1,11 +1,10 @@
 """A small U-Net with an MLP in every encoder stage, and the ways to tell that MLP the attribute.
 
-The study's network: the 3D Residual U-Net's plan in 2D and small. In each stage is one place where
-a dense MLP, experts or a simpler way to use the attribute can stand, all with the same
-multiply-adds a token, but for what scores experts and what reads the attribute.
+The 3D Residual U-Net's plan in 2D and small. In each stage is one place where a dense MLP, experts
+or a simpler way to use the attribute can stand, all with the same multiply-adds a token, but for
+what scores experts and what reads the attribute.
 
-Shapes: B samples, C channels, D a stage's channels, H and W rows and columns, M an MLP's hidden
-units, A attributes, V values of all attributes together.
+Shapes: B samples, C channels, K classes, D a stage's channels, H and W rows and columns.
 """
 
 from __future__ import annotations
@@ -18,25 +17,20 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from dmoe_layer import DMoE
 
-from .blocks import FiLM, Membership, Merged, OneForAll, PerValue, Sharp, Sum, make_mlp
+from .blocks import FiLM, Membership, PerValue, Planes, make_mlp
 
 BLOCKS = ("mlp", "channels", "film", "per_value", "moe")
-TOLD = ("channels", "film", "per_value")  # by the network itself; experts are by the scope
-PLACEMENTS = ("mlp", "after", "beside")
-ROUTERS = ("own", "shared", "sharp", "blind")
-UNKNOWN = ("error", "average", "learned")
+TOLD = ("channels", "film", "per_value")  # blocks without experts that need attributes
 GROUPS = 4  # of the group norms
 
 
 class UNet(nn.Module):
     """Stages of two convolutions and an MLP, each of half the sides; and up again.
 
-    The attributes are an argument of `forward`, since FiLM and its like need them too; experts take
-    them from the open ``dmoe_layer.routing(attributes)`` scope, as everywhere.
+    What needs the attributes takes them from the open ``dmoe_layer.routing(attributes)`` scope.
 
     Args:
         widths: channels D of the stages, each of which halves the image.
@@ -50,18 +44,6 @@ class UNet(nn.Module):
         hidden: units that a token passes through, of all its experts together, as a multiple of
             D, so that equal numbers are equal multiply-adds: 2 · hidden · D² a token. Beside them
             stand the router's, FiLM's and those of the first convolution's further channels.
-        placement: of experts. "mlp": in place of the MLP. "after": half of the hidden units stay in
-            an MLP, and a residual layer of experts follows it, the paper's placement. "beside":
-            half of them stay in an MLP, to whose output that of the experts is added: an expert
-            that is always on.
-        modulate: scales and shifts what router and experts see by the attribute, as "film" does.
-        film_identity: scales and shifts start as 1 and 0, instead of as `nn.Linear` does.
-        merge: of experts: a sample's k are merged into one MLP of all the hidden units, chosen by
-            the sample's mean token.
-        router: "own": each attribute value's; "sharp": the same with scores four times as large, a
-            lower temperature; "shared": all values have the same weights, and only
-            the bias on the scores is a value's own; "blind": one that is told nothing, where
-            `modulate` tells the experts.
         attribute_sizes: number of values of each attribute; None: no block is told any.
         n_experts, k, noise, unknown: of DMoE; `unknown` holds for the other blocks as well.
         dropout: of MLPs and experts.
@@ -74,13 +56,10 @@ class UNet(nn.Module):
         >>> from dmoe_layer import routing
         >>> from reference_models.models.unet import UNet
         >>> model = UNet(in_channels=1, n_classes=2, attribute_sizes=(3,))
-        >>> sites = torch.tensor([[0], [2]])
-        >>> with routing(sites):
-        ...     model(torch.randn(2, 1, 64, 64), sites).shape
+        >>> with routing(torch.tensor([0, 2])):
+        ...     model(torch.randn(2, 1, 64, 64)).shape
         torch.Size([2, 2, 64, 64])
     """
-
-    takes_attributes = True
 
     def __init__(
         self,
@@ -90,11 +69,6 @@ class UNet(nn.Module):
         n_classes: int,
         block: str = "moe",
         hidden: int = 8,
-        placement: str = "mlp",
-        modulate: bool = False,
-        film_identity: bool = False,
-        merge: bool = False,
-        router: str = "own",
         attribute_sizes: tuple[int, ...] | None = None,
         n_experts: int = 8,
         k: int = 2,
@@ -103,87 +77,87 @@ class UNet(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ("block", block, BLOCKS),
-            ("placement", placement, PLACEMENTS),
-            ("router", router, ROUTERS),
-            ("unknown", unknown, UNKNOWN),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}.")
+        if block not in BLOCKS:
+            raise ValueError(f"block: got {block!r}, expected one of {', '.join(BLOCKS)}.")
         if not widths or any(width < GROUPS or width % GROUPS for width in widths):
             raise ValueError(f"widths: got {tuple(widths)}, expected multiples of {GROUPS}.")
-        if (block in TOLD or modulate) and not attribute_sizes:
-            raise ValueError(
-                f"block: {block}, {modulate=}: has to be told attributes; mlp is not told any."
-            )
+        if block in TOLD and not attribute_sizes:
+            raise ValueError(f"block: {block} has to be told attributes; mlp is not told any.")
+        self.block, self.in_channels, self.hidden = block, in_channels, hidden
+        self.expert_options: dict[str, Any] = {
+            "attribute_sizes": attribute_sizes,
+            "n_experts": n_experts,
+            "k": k,
+            "noise": noise,
+            "unknown": unknown,
+            "dropout": dropout,
+        }
         # Units that do not divide would be fewer than the other blocks', and nothing would tell.
-        parts = (1 if merge else max(k, 1)) * (1 if placement == "mlp" else 2)
+        parts = self.parts
         if hidden < 1 or (block == "moe" and any(hidden * w % parts for w in widths)):
             raise ValueError(
                 f"hidden: got {hidden}, expected 1 or more that divide among the experts of a "
                 f"token: hidden times each of the widths {tuple(widths)} by {parts}."
             )
-        self.block, self.in_channels = block, in_channels
-        # None where there is none, since a module that stands here tells the network's policy.
-        reads = block in TOLD or (modulate and block == "moe")
-        self.membership = Membership(attribute_sizes or (), unknown) if reads else None
-        experts: dict[str, Any] = {
-            "n_experts": n_experts,
-            "k": k,
-            "noise": noise,
-            "unknown": unknown,
-            "attribute_sizes": None if router == "blind" else attribute_sizes,
-            "dropout": dropout,
-        }
-        values = 0 if self.membership is None else self.membership.values
-        inputs = in_channels + (values if block == "channels" else 0)
-        stages = []
-        for cin, width in pairwise([inputs, *widths]):
-            film = after = None
-            units = hidden * width
-            mlp: nn.Module
-            if block == "moe":
-                moe = DMoE(
-                    width, hidden_dim=units // parts, **experts,
-                    residual=placement == "after",
-                )  # fmt: skip
-                if router == "shared":
-                    one = OneForAll(len(moe.router.w_A2ED))
-                    parametrize.register_parametrization(moe.router, "w_A2ED", one)
-                if router == "sharp":
-                    for name in ("w_A2ED", "b_A2E"):
-                        parametrize.register_parametrization(moe.router, name, Sharp())
-                mlp = Merged(moe) if merge else moe
-                if placement != "mlp":
-                    mlp = make_mlp(width, units // 2, dropout)
-                if placement == "after":
-                    after = moe
-                elif placement == "beside":
-                    mlp = Sum([mlp, moe])
-                film = FiLM(width, values, film_identity) if modulate else None
-            elif block == "per_value":
-                mlp = PerValue(width, units, values, dropout)
-            else:
-                mlp = make_mlp(width, units, dropout)
-                film = FiLM(width, values, film_identity) if block == "film" else None
-            stages.append(Stage(cin, width, mlp, film, after))
-        self.stages = nn.ModuleList(stages)
+        self.planes: nn.Module = nn.Identity()
+        inputs = in_channels
+        if block == "channels":
+            membership = self.make_membership()
+            self.planes, inputs = Planes(membership), in_channels + membership.values
+        self.stages = nn.ModuleList(
+            self.make_stage(cin, width) for cin, width in pairwise([inputs, *widths])
+        )
         self.decoder = nn.ModuleList(
             nn.Sequential(*_convolution(cin + cout, cout)) for cin, cout in pairwise(widths[::-1])
         )
         self.head = nn.ConvTranspose2d(widths[0], n_classes, 2, stride=2)
 
-    def forward(self, image_BCHW: Tensor, attributes_BA: Tensor) -> Tensor:
+    @property
+    def parts(self) -> int:
+        """Among how many MLPs or experts, all alike, the hidden units of a token are divided."""
+        return max(self.expert_options["k"], 1)
+
+    def make_stage(self, cin: int, width: int) -> Stage:
+        """A stage with the block that was asked for; its weights are drawn in this order."""
+        dropout = self.expert_options["dropout"]
+        mlp: nn.Module
+        if self.block == "moe":
+            mlp = self.make_experts(width)
+        elif self.block == "per_value":
+            mlp = PerValue(width, self.hidden * width, self.make_membership(), dropout)
+        else:
+            mlp = make_mlp(width, self.hidden * width, dropout)
+        film = self.make_film(width) if self.block == "film" else None
+        return Stage(cin, width, mlp, film)
+
+    def make_experts(self, width: int, **changes: Any) -> DMoE:
+        """The experts of a stage.
+
+        Args:
+            width: channels D of the stage.
+            changes: of the options that the network's experts have in common.
+        """
+        options = self.expert_options | changes
+        return DMoE(width, hidden_dim=self.hidden * width // self.parts, **options)
+
+    def make_film(self, width: int) -> FiLM:
+        """What scales and shifts a stage's D channels, the width."""
+        return FiLM(width, self.make_membership())
+
+    def make_membership(self) -> Membership:
+        """What reads the attributes for a block without experts."""
+        options = self.expert_options
+        return Membership(options["attribute_sizes"], options["unknown"])
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits (B, K, H, W).
 
         Args:
             image_BCHW: sides multiples of two to the number of stages.
-            attributes_BA: int64, -1 where unknown.
 
         Raises:
-            ValueError: an image or attributes of another kind, an attribute value that there is
-                not, or an unknown one where `unknown` is "error".
+            ValueError: an image of another kind; or attributes that do not fit, as of
+                `routing.attribute_values`, where the network is told any.
         """
         stride = 2 ** len(self.stages)
         shape = tuple(image_BCHW.shape)
@@ -197,16 +171,10 @@ class UNet(nn.Module):
                 f"image: got shape {shape}, expected (batch, {self.in_channels}, rows, columns), "
                 f"the latter two multiples of {stride}."
             )
-        member_BV = None
-        if self.membership is not None:
-            member_BV = self.membership(attributes_BA, len(image_BCHW)).to(image_BCHW)
-        x_BCHW = image_BCHW
-        if self.block == "channels" and member_BV is not None:
-            planes_BVHW = member_BV[:, :, None, None].expand(-1, -1, *shape[2:])
-            x_BCHW = torch.cat([x_BCHW, planes_BVHW], dim=1)
+        x_BCHW = self.planes(image_BCHW)
         skips = []
         for stage in self.stages:
-            x_BCHW = stage(x_BCHW, member_BV, attributes_BA)
+            x_BCHW = stage(x_BCHW)
             skips.append(x_BCHW)
         skips.pop()
         for block in self.decoder:
@@ -219,27 +187,22 @@ class UNet(nn.Module):
 class Stage(nn.Module):
     """Two convolutions, the first of stride 2, then the residual MLP and what modulates it."""
 
-    def __init__(
-        self, cin: int, width: int, mlp: nn.Module, film: nn.Module | None, after: nn.Module | None
-    ) -> None:
+    def __init__(self, cin: int, width: int, mlp: nn.Module, film: FiLM | None) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
             *_convolution(cin, width, stride=2), *_convolution(width, width)
         )
-        self.mlp, self.film, self.after = mlp, film, after
+        self.mlp, self.film = mlp, film
 
-    def forward(self, x_BCHW: Tensor, member_BV: Tensor | None, attributes_BA: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BHWD = rearrange(self.convolutions(x_BCHW), "b d h w -> b h w d")
-        inner_BHWD = x_BHWD if self.film is None else self.film(x_BHWD, member_BV)
-        if isinstance(self.mlp, Merged):
-            x_BHWD = x_BHWD + self.mlp(inner_BHWD, attributes_BA)
-        elif isinstance(self.mlp, PerValue):
-            x_BHWD = x_BHWD + self.mlp(inner_BHWD, member_BV)
-        else:
-            x_BHWD = x_BHWD + self.mlp(inner_BHWD)
-        if self.after is not None:
-            x_BHWD = self.after(x_BHWD)
+        x_BHWD = self.residual(x_BHWD)
         return rearrange(x_BHWD, "b h w d -> b d h w").contiguous()
+
+    def residual(self, x_BHWD: Tensor) -> Tensor:
+        """What follows the convolutions, token by token."""
+        inner_BHWD: Tensor = x_BHWD if self.film is None else self.film(x_BHWD)
+        return x_BHWD + self.mlp(inner_BHWD)
 
 
 def _convolution(cin: int, cout: int, stride: int = 1) -> tuple[nn.Module, ...]:

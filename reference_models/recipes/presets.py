@@ -1,18 +1,13 @@
-"""Recipes to start from."""
+"""Recipes to start from: each is a line in `PRESETS` and one in `DESCRIPTIONS`."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from ..data import DataSettings
-from .recipe import (
-    Recipe,
-    ResUNet3DSettings,
-    SquareSettings,
-    TransUNetSettings,
-    UNetSettings,
-    VolumeSettings,
-)
+from .framings import ImageFramingSettings, VolumeFramingSettings
+from .networks import ResUNet3DSettings, TransUNetSettings, UNetSettings
+from .recipe import Recipe
 
 # The paper's card leaves open: the rate of the exponential decay (ours leaves 1 % in the last
 # epoch), AdamW's weight decay and betas (PyTorch's here), warm-up (none), augmentation (the
@@ -26,7 +21,7 @@ _PAPER = Recipe(data=DataSettings("fairseg"), leave_out_unknown=True, lambda_dic
 _PAPER_3D = Recipe(
     data=DataSettings("nifti"),
     model=ResUNet3DSettings(),
-    frame=VolumeSettings(),
+    framing=VolumeFramingSettings(),
     batch_size=4,
     epochs=100,
     leave_out_unknown=True,
@@ -52,7 +47,7 @@ PRESETS: dict[str, Recipe] = {
         data=DataSettings("mni152"),
         model=TransUNetSettings(variant="small"),
         # One head in one pose: without shifts the slices are learned by heart.
-        frame=SquareSettings(size=80, crop="whole", augment="shift"),
+        framing=ImageFramingSettings(size=80, crop="whole", augment="shift"),
         batch_size=8,
         epochs=7,
         learning_rate=4e-3,
@@ -64,7 +59,7 @@ PRESETS: dict[str, Recipe] = {
     "study": Recipe(
         data=DataSettings("phantom"),
         model=UNetSettings(),
-        frame=SquareSettings(size=64, crop="whole", augment="none"),
+        framing=ImageFramingSettings(size=64, crop="whole", augment="none"),
         batch_size=8,
         epochs=5,
         learning_rate=6e-3,
@@ -79,7 +74,7 @@ PRESETS: dict[str, Recipe] = {
     "small3d": dataclasses.replace(
         _PAPER_3D,
         model=ResUNet3DSettings(features=8),
-        frame=VolumeSettings(spacing=(2.0, 2.0, 2.0), patch=(64, 32, 64), patches=8),
+        framing=VolumeFramingSettings(spacing=(2.0, 2.0, 2.0), patch=(64, 32, 64), patches=8),
         epochs=10,
         learning_rate=4e-3,
         schedule="cosine",
@@ -87,4 +82,15 @@ PRESETS: dict[str, Recipe] = {
         lambda_dice=1.0,
         patience=None,
     ),
+}
+
+# What `train --help` says of each.
+DESCRIPTIONS: dict[str, str] = {
+    "paper": "as the paper's appendix has it",
+    "released": "as the paper's released code has it",
+    "small": "for a CPU, on the MNI152 brain",
+    "study": "one training of the study, on the phantom",
+    "paper3d": "volumes, as the paper's appendix has it",
+    "paper3d-24gb": "the same in half the bits, for a card of 24 GB",
+    "small3d": "volumes, for a CPU, on the folder that `example` writes",
 }

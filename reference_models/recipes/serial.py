@@ -1,26 +1,39 @@
-"""Settings as json and back, field by field."""
+"""Settings as json and back, field by field.
+
+By hand, since cattrs turns "3" into 3 and "abc" into three letters, fills in what is missing and
+knows no `int | Literal`: with a hook of our own for each of these it was longer than this.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import RunError
+
+# Beside the fields of settings that stand where one of several classes may: which of them it is.
+KIND = "kind"
+_ANOTHER_VERSION = "it was written by another version, which can read it, or by hand."
 
 
 def to_json(value: Any) -> Any:
     """A settings dataclass as what json can hold.
 
     Example:
-        >>> from reference_models.recipes.recipe import ModelSettings
-        >>> to_json(ModelSettings(weights=Path("a.npz")))["weights"]
+        >>> from reference_models.recipes.networks import UNetSettings
+        >>> to_json(UNetSettings(weights=Path("a.npz")))["weights"]
         'a.npz'
     """
     if dataclasses.is_dataclass(value):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        content = {}
+        for name, kind in _fields(type(value)).items():
+            part = getattr(value, name)
+            chosen = {KIND: type(part).__name__} if _classes(kind) else {}
+            content[name] = chosen | to_json(part) if chosen else to_json(part)
+        return content
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     if isinstance(value, Mapping):
@@ -37,53 +50,50 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= (
-            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
     return found
 
 
 def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
-    """The inverse of `to_json`, for a settings dataclass `kind`.
+    """The inverse of `to_json`.
+
+    Args:
+        kind: a dataclass, or the type of a field of one.
+        value: what json holds.
+        name: of the value, for errors.
 
     Raises:
         RunError: a setting is missing, not known here, or not of its type.
     """
+    origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        if not isinstance(value, Mapping) or value.keys() != hints.keys():
-            given = set(value) if isinstance(value, Mapping) else {str(value)}
+        return _settings_from_json(kind, value, name)
+    if (classes := _classes(kind)) and isinstance(value, Mapping):
+        if value.get(KIND) not in classes:
             raise RunError(
-                f"{name}: got {sorted(given - set(hints)) or 'nothing'} besides, and lacks "
-                f"{sorted(set(hints) - given) or 'nothing'}, of what this version knows; it was "
-                "written by another version, which can read it, or by hand."
+                f"{name}.{KIND}: got {value.get(KIND)!r}, expected one of "
+                f"{', '.join(sorted(classes))}; {_ANOTHER_VERSION}"
             )
-        return kind(**{key: from_json(hints[key], value[key], f"{name}.{key}") for key in hints})  # type: ignore[operator]
-    if get_origin(kind) in (Union, types.UnionType):
-        choices = get_args(kind)
-        if isinstance(value, Mapping):  # of settings, those that it is, or comes nearest to
-            return from_json(
-                min(choices, key=lambda c: len(get_type_hints(c).keys() ^ value.keys())),
-                value,
-                name,
-            )
-        for choice in choices:
+        rest = {key: item for key, item in value.items() if key != KIND}
+        return _settings_from_json(classes[value[KIND]], rest, name)
+    if origin in (Union, types.UnionType):
+        for choice in arguments:
             try:
                 return from_json(choice, value, name)
             except RunError:
                 continue
-    elif get_origin(kind) in (dict, Mapping):
-        if isinstance(value, Mapping):
-            _, of_values = get_args(kind)
-            return {key: from_json(of_values, item, f"{name}.{key}") for key, item in value.items()}
-    elif get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-    elif get_origin(kind) is tuple and isinstance(value, list):
-        kinds = get_args(kind)
-        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
+    elif origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {key: from_json(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    elif origin is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
         if len(kinds) == len(value):
             return tuple(from_json(k, v, name) for k, v in zip(kinds, value, strict=True))
+    elif origin is Literal:
+        if value in arguments:
+            return value
     elif kind is Path and isinstance(value, str):
         return Path(value)
     elif kind is float and type(value) in (int, float):
@@ -91,3 +101,41 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
     elif type(value) is kind:
         return value
     raise RunError(f"{name}: got {value!r}, expected {kind}.")
+
+
+def _settings_from_json(kind: Any, value: Any, name: str) -> Any:
+    """All fields of a dataclass, and no others."""
+    fields = _fields(kind)
+    given = set(value) if isinstance(value, Mapping) else {str(value)}
+    if not isinstance(value, Mapping) or given != set(fields):
+        raise RunError(
+            f"{name}: got {sorted(given - set(fields)) or 'nothing'} besides, and lacks "
+            f"{sorted(set(fields) - given) or 'nothing'}, of what this version knows; "
+            + _ANOTHER_VERSION
+        )
+    return kind(
+        **{field: from_json(fields[field], value[field], f"{name}.{field}") for field in fields}
+    )
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _classes(kind: Any) -> dict[str, type]:
+    """The dataclasses among a union's members, and all that are derived from them, by name.
+
+    The latter may be of a room above this one, such as the study's networks.
+    """
+    if get_origin(kind) not in (Union, types.UnionType):
+        return {}
+    members = [member for member in get_args(kind) if dataclasses.is_dataclass(member)]
+    return {found.__name__: found for member in members for found in _with_subclasses(member)}
+
+
+def _with_subclasses(kind: Any) -> Iterator[type]:
+    yield kind
+    for derived in kind.__subclasses__():
+        yield from _with_subclasses(derived)

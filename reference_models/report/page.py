@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs nothing but a browser.
+"""Writes the report of an evaluation: one HTML page that needs nothing but a browser.
 
 Words and layout are in `page.html.j2`, drawing in `charts.py` and `pictures.py`; here is what
 the page needs besides.
@@ -6,7 +6,6 @@ the page needs besides.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..files import write_whole
 from ..metrics.scores import CaseScore, Estimate, GroupScores, RegionScores, Summary
 from .charts import MOST_DOTS, chart, heat
-from .pictures import LONGEST, Picture, colour_of, data_uri, examples
+from .pictures import LONGEST, Picture, colour_of, data_uri, examples, pictures_wanted
 
 
 def write_report(
@@ -29,7 +28,7 @@ def write_report(
     """Writes the page, whole or not at all.
 
     Args:
-        path: of the HTML file.
+        path: the HTML file.
         summary: what is reported.
         cases: the cases under the first condition, a row a region: the points of the charts.
         pictures: by case id, those of `pictures_wanted` as far as there are any.
@@ -38,10 +37,7 @@ def write_report(
     Raises:
         ValueError: a picture has a label that is no class.
     """
-    shown = examples(cases, summary.attributes)
-    wanted = {
-        example.case_id for groups in shown.values() for few in groups.values() for example in few
-    }
+    wanted = pictures_wanted(cases, summary.attributes)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -53,7 +49,7 @@ def write_report(
         summary=summary,
         given=summary.conditions[0],
         run=[condition for condition in summary.conditions if condition.scores],
-        examples=shown,
+        examples=examples(cases, summary.attributes),
         pictures={i: data_uri(pictures[i], classes) for i in pictures if i in wanted},
         volumes=any(picture.planes > 1 for picture in pictures.values()),
         legend=[(name, colour_of(label)) for label, name in enumerate(classes) if label],
@@ -67,12 +63,12 @@ def write_report(
     )
     # A file name that is no UTF-8 does not cost the report.
     content = page.encode("utf-8", errors="replace")
-    write_whole(path, lambda target: target.write_bytes(content) and None)
+    write_whole(path, lambda target: target.write_bytes(content))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The lowest and the highest of some groups by Dice."""
+    """Two of some groups: the one of the lowest and the one of the highest Dice."""
 
     low: GroupScores
     high: GroupScores
@@ -85,22 +81,26 @@ class Pair:
 
 
 def _finding(scores: RegionScores) -> tuple[Pair | None, Pair | None]:
-    """The pair that makes the gap, and the pair among the groups that are large enough to judge."""
+    """Finds the pair that makes the gap, and the pair among the groups large enough to judge."""
+    known = [
+        group
+        for group in scores.groups
+        if group.value != "unknown" and group.metrics["dice"].value is not None
+    ]
+    return _pair(known), _pair([group for group in known if group.judged])
+
+
+def _pair(groups: Sequence[GroupScores]) -> Pair | None:
+    """Picks the lowest and the highest of groups that have a Dice; None of fewer than two."""
 
     def dice(group: GroupScores) -> float:
-        value = group.metrics["dice"].value
-        return math.nan if value is None else value
+        return group.metrics["dice"].value or 0.0
 
-    known = [g for g in scores.groups if g.value != "unknown" and not math.isnan(dice(g))]
-    all_of_them, judged = (
-        Pair(min(groups, key=dice), max(groups, key=dice)) if len(groups) > 1 else None
-        for groups in (known, [group for group in known if group.judged])
-    )
-    return all_of_them, judged
+    return Pair(min(groups, key=dice), max(groups, key=dice)) if len(groups) > 1 else None
 
 
 def _rows(scores: RegionScores) -> list[tuple[str, str, Estimate]]:
-    """What a condition changes: (name, remark, number), in the same order for each condition."""
+    """Lists what a condition changes: (name, remark, number), in one order for all conditions."""
     return [
         ("Overall Dice", "", scores.overall["dice"]),
         ("Worst group, Dice", scores.worst_group, scores.worst),

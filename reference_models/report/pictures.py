@@ -1,4 +1,4 @@
-"""Cases to be looked at: which ones, and how truth and prediction are drawn on them."""
+"""Picks cases to be looked at, and draws their truth and prediction on them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ GAP = 8  # pixels between the planes of a volume, more than a halo is wide
 
 @dataclass(frozen=True)
 class Picture:
-    """A case to be looked at, at native resolution.
+    """A case to be looked at, at native resolution, with its truth and its prediction.
 
     Args:
         case_id: the case's.
         image_HW3: uint8, RGB.
         truth_HW, predicted_HW: uint8, indices into the classes.
-        planes: how many stand side by side: 3 of a volume.
+        planes: how many of them stand side by side: 3 of a volume.
 
     Raises:
         ValueError: the image is not uint8 RGB, or a mask does not have its size.
@@ -54,7 +54,7 @@ class Picture:
         predicted_S: np.ndarray,
         affine: np.ndarray | None = None,
     ) -> Picture:
-        """From an image of any intensities: its darkest becomes black, its brightest white.
+        """Makes a picture of any intensities: the darkest becomes black, the brightest white.
 
         Of a volume, the first channel's axial, coronal and sagittal planes, in pixels as wide as
         they are high, each through the slice with the largest truth or, where there is none, the
@@ -152,7 +152,7 @@ def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Example:
-    """A case picked to be looked at: as what, and its Dice by region."""
+    """A case picked to be looked at: its role, such as "worst", and its Dice by region."""
 
     role: str
     case_id: str
@@ -162,7 +162,7 @@ class Example:
 def examples(
     cases: Sequence[CaseScore], attributes: Mapping[str, tuple[str, ...]]
 ) -> dict[str, dict[str, list[Example]]]:
-    """Best, median and worst case of each subgroup; fewer where it has fewer cases.
+    """Picks the best, median and worst case of each subgroup; fewer where it has fewer cases.
 
     A case's score is its mean Dice over the regions. Among equal ones the order is that of their
     ids; the median of an even number is the lower of the two in the middle.
@@ -198,7 +198,7 @@ def examples(
 
 
 def _picks(ordered: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Roles with their places among at least one case, the worst first."""
+    """Lists roles, each with its place in `ordered`, which has a case or more, the worst first."""
     if len(ordered) == 1:
         return (("only case", 0),)
     median = (("median", (len(ordered) - 1) // 2),) if len(ordered) > 2 else ()
@@ -208,18 +208,18 @@ def _picks(ordered: Sequence[str]) -> tuple[tuple[str, int], ...]:
 def pictures_wanted(
     cases: Sequence[CaseScore], attributes: Mapping[str, tuple[str, ...]]
 ) -> tuple[str, ...]:
-    """Ids of the `examples`, each once, in the order of the cases."""
+    """Lists the ids of the `examples`, each once, in the order of the cases."""
     wanted = {
         example.case_id
         for groups in examples(cases, attributes).values()
-        for shown in groups.values()
-        for example in shown
+        for chosen in groups.values()
+        for example in chosen
     }
     return tuple(i for i in dict.fromkeys(case.case_id for case in cases) if i in wanted)
 
 
 def data_uri(picture: Picture, classes: Sequence[str]) -> str:
-    """The overlay at a size for the page: as PNG, or as JPEG where that is smaller.
+    """Encodes the overlay at a size for the page: as PNG, or as JPEG where that is smaller.
 
     Masks are brought to that size before they are drawn, so that outlines keep their width.
     """
@@ -249,7 +249,7 @@ def data_uri(picture: Picture, classes: Sequence[str]) -> str:
 
 
 def _grey(intensities: np.ndarray) -> np.ndarray:
-    """From the darkest to the brightest as 8 bits."""
+    """Scales intensities to 8 bits, from the darkest to the brightest."""
     low, high = float(intensities.min()), float(intensities.max())
     return ((intensities - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
 
@@ -257,37 +257,42 @@ def _grey(intensities: np.ndarray) -> np.ndarray:
 def _planes(
     image_S: np.ndarray, truth_S: np.ndarray, predicted_S: np.ndarray, affine: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Axial, coronal and sagittal plane side by side: (H, W) of image, truth and prediction."""
+    """Puts axial, coronal and sagittal plane side by side: (H, W) of image, truth, prediction."""
     # To the patient's left, back and feet: rows and columns then run as a radiologist expects.
     stored = orientations.io_orientation(affine)
     turn = orientations.ornt_transform(stored, orientations.axcodes2ornt("LPI"))
     image_S, truth_S, predicted_S = (
         orientations.apply_orientation(array_S, turn) for array_S in (image_S, truth_S, predicted_S)
     )
+    # Pixels are as wide as they are high: as the smallest side of a voxel.
     lengths = image_S.shape * voxel_sizes(affine)[np.argsort(turn[:, 0])]
+    sides = [max(1, round(length / voxel_sizes(affine).min())) for length in lengths]
     marked_S = truth_S if truth_S.any() else predicted_S
     cuts = []
     for axis in (2, 1, 0):
         columns, rows = sorted({0, 1, 2} - {axis})
         areas = np.count_nonzero(marked_S, (columns, rows))
         at = int(areas.argmax()) if areas.any() else len(areas) // 2
-        cuts.append((axis, at, (lengths[columns], lengths[rows])))
-    pixel = voxel_sizes(affine).min()
+        cuts.append((axis, at, (sides[columns], sides[rows])))
 
-    def beside(array_S: np.ndarray, how: Image.Resampling) -> np.ndarray:
+    def cut(array_S: np.ndarray, how: Image.Resampling) -> np.ndarray:
         planes = []
         for axis, at, size in cuts:
             plane = Image.fromarray(np.ascontiguousarray(array_S.take(at, axis).T))
-            fitted = plane.resize([max(1, round(length / pixel)) for length in size], how)
-            planes.append(np.asarray(fitted))
-        height, low = max(map(len, planes)), min(plane.min() for plane in planes)
-        above = [(height - len(plane)) // 2 for plane in planes]
-        padded = [
-            np.pad(plane, ((top, height - len(plane) - top), (0, GAP)), constant_values=low)
-            for plane, top in zip(planes, above, strict=True)
-        ]
-        return np.concatenate(padded, 1)[:, :-GAP]
+            planes.append(np.asarray(plane.resize(size, how)))
+        return _beside(planes)
 
     nearest = Image.Resampling.NEAREST
-    image_HW = _grey(beside(image_S, Image.Resampling.BILINEAR))
-    return image_HW, beside(truth_S, nearest), beside(predicted_S, nearest)
+    image_HW = _grey(cut(image_S, Image.Resampling.BILINEAR))
+    return image_HW, cut(truth_S, nearest), cut(predicted_S, nearest)
+
+
+def _beside(planes: Sequence[np.ndarray]) -> np.ndarray:
+    """Puts planes in a row, each at middle height and `GAP` pixels from the next."""
+    height, low = max(map(len, planes)), min(plane.min() for plane in planes)
+    above = [(height - len(plane)) // 2 for plane in planes]
+    padded = [
+        np.pad(plane, ((top, height - len(plane) - top), (0, GAP)), constant_values=low)
+        for plane, top in zip(planes, above, strict=True)
+    ]
+    return np.concatenate(padded, 1)[:, :-GAP]

@@ -12,22 +12,23 @@ from rich.console import Console
 from ..data import open_dataset
 from ..data.phantom import Rule
 from ..errors import RunError
-from ..files import refuse_others, write_results
-from ..recipes.recipe import settle
+from ..files import require_replaceable, write_results
+from ..recipes.recipe import resolve
 from ..recipes.serial import to_json
 from .cost import step_milliseconds
 from .figures import FOLDER, write_figures
 from .methods import METHODS
 from .page import write_page
-from .runner import GRID, Plan, run_plan
-from .scenes import FULL, QUICK, SCENES, SHARES
-from .tables import CONTENTS as TABLES
-from .tables import write_tables
-from .trial import Design, seconds_of
+from .plan import GRID, Plan
+from .results import write_tables
+from .runner import run_plan
+from .scenes import FULL, QUICK, SCENES, SHARES, Design
+from .tables import CONTENTS as OF_TABLES
+from .trial import seconds_of
 
 # What lies in a results folder: tables, figures, and a page of both.
 PAGE = "README.md"
-CONTENTS = (*TABLES, FOLDER, PAGE)
+CONTENTS = (*OF_TABLES, FOLDER, PAGE)
 
 # None that anything was tried on before: merged experts were found, and all settled, on 0 to 3.
 _SEEDS = (10, 11, 12, 13, 14)
@@ -75,14 +76,8 @@ def study(settings: StudySettings) -> Path:
     plan, design = _plan(settings), _design(settings)
     folder = settings.folder
     results = settings.results or folder / "results"
-    refuse_others(results, CONTENTS)
-    population = {}
-    for scene in plan.scenes:
-        for method in plan.methods_of(scene):
-            (job, *_) = plan.main(scene, method, GRID[0])
-            recipe = settle(design.recipe(job, folder))
-        dataset = open_dataset(recipe.data)
-        population[scene] = tuple(dataset.population[dataset.attributes[0].name])
+    require_replaceable(results, CONTENTS)
+    population = _population(plan, design, folder)
     outcome = run_plan(plan, design, folder, processes=settings.processes)
     firsts = {trial.job.method: trial.job for trial in outcome.main[::-1]}
     milliseconds = step_milliseconds(
@@ -116,6 +111,22 @@ def study(settings: StudySettings) -> Path:
         console.print("A smoke run: its numbers mean nothing.")
     console.print(f"results: {results / PAGE}", markup=False)
     return results
+
+
+def _population(plan: Plan, design: Design, folder: Path) -> dict[str, tuple[float, ...]]:
+    """By scene, each group's share of the population that its data set stands for.
+
+    Raises:
+        RunError, DataError: the recipe of a job does not hold together, or its data cannot be made.
+    """
+    population = {}
+    for scene in plan.scenes:
+        for method in plan.methods_of(scene):
+            (job, *_) = plan.main(scene, method, GRID[0])
+            recipe = resolve(design.recipe(job, folder))
+        dataset = open_dataset(recipe.data)
+        population[scene] = tuple(dataset.population[dataset.attributes[0].name])
+    return population
 
 
 def _plan(settings: StudySettings) -> Plan:

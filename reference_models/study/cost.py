@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmoe_layer import DMoE
 
 from ..data.loading import train_batches
-from ..models.blocks import Merged
+from ..models.inference import forward_with_attributes
 from ..recipes.recipe import Recipe
-from ..training.inference import call
 from ..training.loop import Run
 from ..training.parallel import launch
+from .candidates import Merged
 
 # Steps of each method that are timed, and those before, in which memory is laid out.
 _ROUNDS, _WARM_UP = 20, 2
@@ -63,7 +63,7 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
     try:
         # With gradients: without them the counter stumbles over parametrized weights.
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            call(model, [image_1CHW], told_1A)
+            forward_with_attributes(model, [image_1CHW], told_1A)
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,7 +73,8 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
 def step_milliseconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     """Milliseconds of a training step of each recipe, the median over rounds.
 
-    A round is one step of each, so that whatever else the machine does meets all of them alike.
+    A round is one step of each, so that whatever else the machine does meets all of them alike;
+    torch.utils.benchmark times one statement to its end before it comes to the next.
     A step is that of training: forward and backward pass, losses and optimizer; no data are made.
 
     Args:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_whole
-from .jobs import RIGHT, SHUFFLED, UNKNOWN, WRONG
+from .jobs import TOLD_RIGHT, TOLD_SHUFFLED, TOLD_UNKNOWN, TOLD_WRONG
 from .methods import METHODS
-from .results import Results, Row
+from .results import Results
 from .scenes import SCENES
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _ES_DICE = ("es_dice", "ES-Dice", _BLUE)
 _WORST = ("worst", "Dice of the worst group", _ORANGE)
 _CONDITIONS = (
-    (RIGHT, "the right value (or a blind network)", _BLUE),
-    (SHUFFLED, "shuffled", _GREEN),
-    (WRONG, "always a wrong one", _ORANGE),
-    (UNKNOWN, "unknown", _PURPLE),
+    (TOLD_RIGHT, "the right value (or a blind network)", _BLUE),
+    (TOLD_SHUFFLED, "shuffled", _GREEN),
+    (TOLD_WRONG, "always a wrong one", _ORANGE),
+    (TOLD_UNKNOWN, "unknown", _PURPLE),
 )
 FOLDER = "figures"
 _WIDTH = 11  # inches, of 100 pixels each
@@ -63,7 +63,7 @@ def _scene(name: str, results: Results) -> Figure | None:
         return None
     methods = [m for m in results.methods[name] if METHODS[m].kind != "ablation"]
     panels: list[tuple[str, list[tuple[str, str, str, str]]]] = [
-        ("Told the right value", [(*_ES_DICE, RIGHT), (*_WORST, RIGHT)]),
+        ("Told the right value", [(*_ES_DICE, TOLD_RIGHT), (*_WORST, TOLD_RIGHT)]),
         ("ES-Dice, told", [("es_dice", label, colour, c) for c, label, colour in _CONDITIONS]),
     ]
     if any(results.seeds(name, method, "unseen") for method in methods):
@@ -71,8 +71,8 @@ def _scene(name: str, results: Results) -> Figure | None:
             (
                 "Dice by combination of values",
                 [
-                    ("seen", "seen in training", _BLUE, RIGHT),
-                    ("unseen", "not seen in training", _ORANGE, RIGHT),
+                    ("seen", "seen in training", _BLUE, TOLD_RIGHT),
+                    ("unseen", "not seen in training", _ORANGE, TOLD_RIGHT),
                 ],
             )
         )
@@ -85,7 +85,7 @@ def _scene(name: str, results: Results) -> Figure | None:
                 seeds = results.seeds(name, method, metric, condition)
                 mean = results.mean(name, method, metric, condition)
                 if mean is not None:
-                    _estimate(axes, y, seeds, mean, "mean", colour)
+                    _draw_mean(axes, y, seeds, mean.mean, mean.low, mean.high, colour)
         _finish(axes, title, [(label, colour) for _, label, colour, _ in series])
     _title(figure, SCENES[name].title)
     return figure
@@ -105,8 +105,7 @@ def _ablations(results: Results) -> Figure | None:
         for place, method in enumerate(methods):
             row = results.difference("rule", method, "dmoe", metric)
             if row is not None:
-                seeds = [float(seed) for seed in row["by_seed"].split(";")]
-                _estimate(axes, place, seeds, row, "difference", colour)
+                _draw_mean(axes, place, row.by_seed, row.difference, row.low, row.high, colour)
         _finish(axes, f"{label}: difference to dMoE", [])
     _title(figure, "The layer with one setting changed, scene (a)")
     return figure
@@ -114,44 +113,31 @@ def _ablations(results: Results) -> Figure | None:
 
 def _loads(results: Results) -> Figure | None:
     """Where dMoE's routers send the tokens: without an effect of the attribute, and with one."""
-    rows = [
-        row
-        for row in results.loads
-        if (row["method"], row["condition"]) == ("dmoe", RIGHT) and row["scene"] in _LOADED
-    ]
-    scenes = [name for name in _LOADED if any(row["scene"] == name for row in rows)]
+    tables: dict[str, dict[int, list[Sequence[float]]]] = {scene: {} for scene in _LOADED}
+    for row in results.loads:
+        if (row.method, row.condition) == ("dmoe", TOLD_RIGHT) and row.scene in tables:
+            tables[row.scene].setdefault(row.data_seed, []).append(row.shares)
+    scenes = [scene for scene in _LOADED if tables[scene]]
     if not scenes:
         return None
     from matplotlib.figure import Figure
 
-    seeds = list(dict.fromkeys(row["data_seed"] for row in rows))
-    tables: dict[tuple[str, str], list[list[float]]] = {}
-    for row in rows:
-        shares = [float(share) for share in row["shares"].split(";")]
-        tables.setdefault((row["scene"], row["data_seed"]), []).append(shares)
-    most = max(share for table in tables.values() for shares in table for share in shares)
+    seeds = [*tables[scenes[0]]]
+    most = max(max(shares) for by_seed in tables.values() for t in by_seed.values() for shares in t)
     figure = Figure(figsize=(_WIDTH, 1.5 + 1.8 * len(scenes)), layout="constrained")
     ratios = [*[1] * len(seeds), max(1, len(seeds) / 5)]
     grid = figure.subplots(len(scenes), len(ratios), squeeze=False, width_ratios=ratios)
-    for scene, line in zip(scenes, grid, strict=True):
-        for seed, axes in zip(seeds, line[:-1], strict=True):
-            table = tables[scene, seed]
-            image = axes.imshow(table, vmin=0, vmax=most, cmap="Blues", aspect="auto")
-            axes.set_xticks([0, len(table[0]) - 1], [1, len(table[0])], fontsize=8)
-            axes.set_yticks(range(len(table)), range(1, len(table) + 1), fontsize=8)
+    for scene, (*of_seeds, of_distances) in zip(scenes, grid, strict=True):
+        for seed, axes in zip(seeds, of_seeds, strict=True):
+            image = _draw_table(axes, tables[scene][seed], most)
             axes.set_title(f"seed {seed}", fontsize=9)
-        line[0].set_ylabel(f"scene {SCENES[scene].title[:3]}, attribute value", fontsize=9)
+        of_seeds[0].set_ylabel(f"scene {SCENES[scene].title[:3]}, attribute value", fontsize=9)
         distances = [
-            float(row["distance"])
+            row.distance
             for row in results.load_distances
-            if (row["scene"], row["method"]) == (scene, "dmoe")
+            if (row.scene, row.method) == (scene, "dmoe") and row.distance is not None
         ]
-        line[-1].plot(distances, [0] * len(distances), "o", color=_BLUE, alpha=0.5)
-        line[-1].set(xlim=(0, 1), yticks=[])
-        line[-1].set_xticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=8)
-        line[-1].set_title("distance of values", fontsize=9)
-        line[-1].set_xlabel("0 same, 1 apart", fontsize=9)
-        line[-1].spines[["top", "right", "left"]].set_visible(False)
+        _draw_distances(of_distances, distances)
     grid[-1, 0].set_xlabel("expert", fontsize=9)
     figure.colorbar(
         image, ax=grid[:, :-1], label="share of tokens", location="bottom", fraction=0.04, aspect=50
@@ -159,6 +145,25 @@ def _loads(results: Results) -> Figure | None:
     titles = "; ".join(SCENES[scene].title for scene in scenes)
     figure.suptitle(f"dMoE's loads: {titles}", fontsize=11, x=0.01, ha="left")
     return figure
+
+
+def _draw_table(axes: Any, table_VE: Sequence[Sequence[float]], most: float) -> Any:
+    """A load table as an image; `most` is the share with the darkest blue."""
+    image = axes.imshow(table_VE, vmin=0, vmax=most, cmap="Blues", aspect="auto")
+    experts = len(table_VE[0])
+    axes.set_xticks([0, experts - 1], [1, experts], fontsize=8)
+    axes.set_yticks(range(len(table_VE)), range(1, len(table_VE) + 1), fontsize=8)
+    return image
+
+
+def _draw_distances(axes: Any, distances: Sequence[float]) -> None:
+    """How far the loads of the attribute's values lie apart, a dot a seed."""
+    axes.plot(distances, [0] * len(distances), "o", color=_BLUE, alpha=0.5)
+    axes.set(xlim=(0, 1), yticks=[])
+    axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=8)
+    axes.set_title("distance of values", fontsize=9)
+    axes.set_xlabel("0 same, 1 apart", fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {
@@ -202,17 +207,22 @@ def _places(place: int, series: int) -> list[float]:
     return [place + 0.8 * ((i + 0.5) / series - 0.5) for i in range(series)]
 
 
-def _estimate(
-    axes: Any, y: float, seeds: Sequence[float], row: Row, value: str, colour: str
+def _draw_mean(
+    axes: Any,
+    y: float,
+    seeds: Sequence[float],
+    mean: float,
+    low: float | None,
+    high: float | None,
+    colour: str,
 ) -> None:
     """The interval as a line, the mean as a bar on it, and a dot a seed.
 
-    `value` is the column of the mean. Of a single seed there is no interval.
+    Of a single seed there is no interval.
     """
-    if row["low"]:
-        interval = float(row["low"]), float(row["high"])
-        axes.plot(interval, [y, y], color=colour, linewidth=1.6, alpha=0.8)
-    axes.plot([float(row[value])], [y], "|", color=colour, markersize=9, markeredgewidth=2.2)
+    if low is not None:
+        axes.plot([low, high], [y, y], color=colour, linewidth=1.6, alpha=0.8)
+    axes.plot([mean], [y], "|", color=colour, markersize=9, markeredgewidth=2.2)
     axes.plot(seeds, [y] * len(seeds), "o", color=colour, markersize=4.2, alpha=0.5, mew=0)
 
 

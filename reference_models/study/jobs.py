@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..metrics.loads import LoadTables
 
-# The conditions under which a trained network is tested, by what it is told.
-RIGHT, SHUFFLED, WRONG, UNKNOWN = "right", "shuffled", "wrong", "unknown"
+# The conditions under which a trained network is tested: told each case's own attributes, those of
+# another case, always wrong ones, or that they are unknown.
+TOLD_RIGHT, TOLD_SHUFFLED, TOLD_WRONG, TOLD_UNKNOWN = "right", "shuffled", "wrong", "unknown"
 
 
 @dataclass(frozen=True, order=True)
@@ -18,9 +19,10 @@ class Job:
     Args:
         scene: a name of `scenes.SCENES`.
         method: a name of `methods.METHODS`.
-        data_seed: of the phantom's images; real MRI has none.
-        init_seed: of initial weights, order of batches, augmentation, routing noise and dropout.
-        learning_rate: of the grid.
+        data_seed: seed of the phantom's images; real MRI has none.
+        init_seed: seed of initial weights, order of batches, augmentation, routing noise and
+            dropout.
+        learning_rate: one of `plan.GRID`.
     """
 
     scene: str
@@ -31,28 +33,28 @@ class Job:
 
     @property
     def name(self) -> str:
-        """That of its files."""
+        """The name of its files."""
         seeds = f"data{self.data_seed}-init{self.init_seed}"
         return f"{self.scene}-{self.method}-{seeds}-lr{self.learning_rate:g}"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a job leaves; as json in the study's folder.
+    """What a job leaves, kept as json in the study's folder.
 
     Args:
-        job: whose.
-        parameters: of the network.
+        job: the job.
+        parameters: number of the network's parameters.
         multiply_adds: of a forward pass over one image, of all that is active for it.
         validation: the last epoch's validation score, the mean over groups of their mean Dice, all
             regions; what chooses the learning rate.
-        cases: ids of the test cases.
-        subjects: of the test cases: cases of one subject are drawn together by the bootstrap.
-        attributes: of the test cases, one tuple each; the groups are those of the first.
-        seen: of the test cases, whether their combination of attribute values occurs in training;
-            of one attribute all do.
-        dice: by condition, a number a test case, of the scene's region. Networks that are told no
-            attribute have RIGHT alone.
+        cases: the ids of the test cases.
+        subjects: the subject of each test case; the bootstrap draws a subject's cases together.
+        attributes: the attribute values of each test case; its group is the first of them.
+        seen: whether each test case's combination of values occurs in training; with one attribute
+            all do.
+        dice: by condition, each test case's Dice of the scene's region. A network that is told no
+            attribute has TOLD_RIGHT alone.
         told_right: by condition, the share of the cases that were told the truth all the same.
         loads: by condition, the experts' loads; empty without experts.
     """

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..recipes.recipe import Recipe, UNetSettings
+from ..recipes.networks import UNetSettings
+from ..recipes.recipe import Recipe
+from .candidates import CandidateSettings
 
 # Weights of the auxiliary losses where a method has one, and group-DRO's step size: its authors'
 # 0.01 is for runs of many more steps.
@@ -19,73 +21,63 @@ Kind = Literal["baseline", "robust", "dmoe", "candidate", "ablation"]
 
 @dataclass(frozen=True)
 class Method:
-    """One of them.
+    """A network and a way to train it.
 
     Args:
-        title: in words.
+        title: in words, for figures and tables.
         kind: "baseline": another way to spend the same multiply-adds (dense: half in the MLPs);
             "robust": the blind wide MLP, trained for its worst groups; "dmoe": the layer;
             "candidate": what might be a better layer; "ablation": the layer with one setting
             changed.
-        model: changes of `UNetSettings`.
-        recipe: changes of `Recipe`.
-        scenes: that it is trained on; empty: all.
+        settings: those of the network.
+        recipe: what else is changed of the study's recipe, by name.
+        scenes: the scenes that it is trained on; empty: all.
         rate_of: the method whose learning rate it takes; "": its own is chosen.
-        upcycled: trains the first half of the epochs dense, with the hidden units of one expert,
-            and goes on from there.
+        upcycled: whether the first half of the epochs trains a dense network, with the hidden units
+            of one expert, as which all experts start the second half.
     """
 
     title: str
     kind: Kind
-    model: Mapping[str, Any] = field(default_factory=dict)
+    settings: UNetSettings
     recipe: Mapping[str, Any] = field(default_factory=dict)
     scenes: tuple[str, ...] = ()
     rate_of: str = ""
     upcycled: bool = False
-
-    @property
-    def settings(self) -> UNetSettings:
-        return dataclasses.replace(UNetSettings(), **self.model)
 
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe with this method's changes."""
         return dataclasses.replace(recipe, model=self.settings, **self.recipe)
 
 
-_BLIND = {"block": "mlp"}
-
-
-def _ablation(title: str, upcycled: bool = False, **changes: Any) -> Method:
-    """Of dMoE; `changes` are those of the network or, where it has no such setting, the recipe."""
-    of_model = {f.name for f in dataclasses.fields(UNetSettings)}
-    return Method(
-        title,
-        "ablation",
-        {name: value for name, value in changes.items() if name in of_model},
-        {name: value for name, value in changes.items() if name not in of_model},
-        scenes=("rule",),
-        rate_of="dmoe",
-        upcycled=upcycled,
-    )
+_DMOE, _BLIND = UNetSettings(), UNetSettings(block="mlp")
 
 
 def _candidate(title: str, **changes: Any) -> Method:
-    return Method(title, "candidate", changes, scenes=("rule", "mri"))
+    """dMoE changed to what might be better, by settings of the candidates."""
+    return Method(title, "candidate", CandidateSettings(**changes), scenes=("rule", "mri"))
+
+
+def _ablation(title: str, settings: UNetSettings, upcycled: bool = False, **recipe: Any) -> Method:
+    """dMoE with one setting changed, of the network or of the recipe."""
+    return Method(title, "ablation", settings, recipe, ("rule",), "dmoe", upcycled)
 
 
 METHODS: dict[str, Method] = {
-    "dense": Method("dense, half the hidden units", "baseline", {"block": "mlp", "hidden": 4}),
+    "dense": Method(
+        "dense, half the hidden units", "baseline", UNetSettings(block="mlp", hidden=4)
+    ),
     "wide": Method("wider MLP", "baseline", _BLIND),
-    "channels": Method("attribute as input channels", "baseline", {"block": "channels"}),
-    "film": Method("FiLM + MLP", "baseline", {"block": "film"}),
+    "channels": Method("attribute as input channels", "baseline", UNetSettings(block="channels")),
+    "film": Method("FiLM + MLP", "baseline", UNetSettings(block="film")),
     "film-identity": Method(
         "FiLM + MLP, scales from 1, shifts from 0",
         "baseline",
-        {"block": "film", "film_identity": True},
+        CandidateSettings(block="film", film_identity=True),
         scenes=("rule", "mri"),
     ),
-    "per_value": Method("one MLP per attribute value", "baseline", {"block": "per_value"}),
-    "plain": Method("plain MoE", "baseline", {"aware": False}),
+    "per_value": Method("one MLP per attribute value", "baseline", UNetSettings(block="per_value")),
+    "plain": Method("plain MoE", "baseline", UNetSettings(aware=False)),
     "reweight": Method("wider MLP, reweighted", "robust", _BLIND, {"fairness": "reweight"}),
     "group-dro": Method(
         "wider MLP, GroupDRO",
@@ -100,37 +92,41 @@ METHODS: dict[str, Method] = {
         _BLIND,
         {"fairness": "fair-dro"},
     ),
-    "dmoe": Method("dMoE", "dmoe"),
+    "dmoe": Method("dMoE", "dmoe", _DMOE),
     "dmoe-within": Method(
         "dMoE, balance loss within attributes",
         "dmoe",
-        {},
+        _DMOE,
         {"balance": "within", "balance_weight": BALANCE},
     ),
     "dmoe-learned": Method(
         "dMoE, learned unknown",
         "dmoe",
-        {"unknown": "learned"},
+        UNetSettings(unknown="learned"),
         {"attribute_dropout": ATTRIBUTE_DROPOUT},
         rate_of="dmoe",
     ),
-    "merged": Method("dMoE, experts merged for each sample", "dmoe", {"merge": True, "k": 8}),
+    "merged": Method(
+        "dMoE, experts merged for each sample", "dmoe", CandidateSettings(merge=True, k=8)
+    ),
     "merged-k2": _candidate("two experts merged for each sample", merge=True),
     "modulated": _candidate("experts' input scaled and shifted by the attribute", modulate=True),
     "film-plain": _candidate("so modulated, with a blind router", modulate=True, router="blind"),
     "beside": _candidate("a shared expert that is always on", placement="beside"),
     "sharp": _candidate("a router of a quarter of the temperature", router="sharp"),
-    "noise-never": _ablation("no routing noise", noise="never"),
-    "noise-always": _ablation("routing noise in testing too", noise="always"),
-    "k1": _ablation("1 expert a token, twice as wide", k=1),
-    "k8": _ablation("all 8 experts a token, a quarter as wide", k=8),
-    "experts2": _ablation("2 experts", n_experts=2),
-    "experts4": _ablation("4 experts", n_experts=4),
-    "experts16": _ablation("16 experts", n_experts=16),
-    "shared-router": _ablation("one router, a bias by attribute", router="shared"),
-    "after": _ablation("experts after half of the MLP", placement="after"),
-    "balance": _ablation("load-balancing loss", balance_weight=BALANCE),
-    "importance": _ablation("importance loss", balance="importance", balance_weight=BALANCE),
-    "z-loss": _ablation("router z-loss", z_weight=Z),
-    "upcycled": _ablation("upcycled from a dense model at half time", upcycled=True),
+    "noise-never": _ablation("no routing noise", UNetSettings(noise="never")),
+    "noise-always": _ablation("routing noise in testing too", UNetSettings(noise="always")),
+    "k1": _ablation("1 expert a token, twice as wide", UNetSettings(k=1)),
+    "k8": _ablation("all 8 experts a token, a quarter as wide", UNetSettings(k=8)),
+    "experts2": _ablation("2 experts", UNetSettings(n_experts=2)),
+    "experts4": _ablation("4 experts", UNetSettings(n_experts=4)),
+    "experts16": _ablation("16 experts", UNetSettings(n_experts=16)),
+    "shared-router": _ablation(
+        "one router, a bias by attribute", CandidateSettings(router="shared")
+    ),
+    "after": _ablation("experts after half of the MLP", CandidateSettings(placement="after")),
+    "balance": _ablation("load-balancing loss", _DMOE, balance_weight=BALANCE),
+    "importance": _ablation("importance loss", _DMOE, balance="importance", balance_weight=BALANCE),
+    "z-loss": _ablation("router z-loss", _DMOE, z_weight=Z),
+    "upcycled": _ablation("upcycled from a dense model at half time", _DMOE, upcycled=True),
 }

@@ -1,81 +1,136 @@
-"""Reads the study's csv again: the figures and the page are made of nothing else."""
+"""The folder of the study's results: its tables, written from trials and read again."""
 
 from __future__ import annotations
 
-import csv
+import importlib.metadata
 import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from ..errors import DataError
-from .jobs import RIGHT
+import dmoe_layer
+
+from . import tables
+from .csv_table import read_result
+from .jobs import TOLD_RIGHT, Trial
 from .methods import METHODS
+from .rows import StudyRows
 from .scenes import SCENES
+from .tables import Difference, ScoreSummary
 
-Row: TypeAlias = dict[str, str]
+
+def write_tables(
+    folder: Path,
+    *,
+    tuning: Sequence[Trial],
+    main: Sequence[Trial],
+    spread: Sequence[Trial],
+    population: Mapping[str, Sequence[float]],
+    milliseconds: Mapping[str, float],
+    settings: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Writes all of `tables.CONTENTS`, whatever part of the study there is.
+
+    Args:
+        folder: there and empty: the one that `files.write_results` hands over, so that a reader
+            finds the old tables or the new.
+        tuning: one a learning rate that was tried, for every scene and method that chose its own;
+            of one that diverged the validation score alone counts.
+        main: one a seed, for every scene and method, at the learning rate chosen.
+        spread: on one seed's data, from the other seeds' initialisations.
+        population: by scene, each group's share in "overall".
+        milliseconds: by method, the median of a training step; it may be empty.
+        settings: the command's, with whether it was a smoke run; without paths.
+        seconds: of work of one core that its jobs took together.
+
+    Raises:
+        ValueError: of one scene and seed, two methods were tested on different cases.
+    """
+    rows = StudyRows(tuning, main, spread, population)
+    tables.TRIALS.write(folder, rows.trials(), rows.groups)
+    tables.DIFFERENCES.write(folder, rows.differences())
+    tables.SUMMARY.write(folder, rows.summary())
+    tables.RATES.write(folder, rows.rates())
+    tables.LOADS.write(folder, rows.loads())
+    tables.LOAD_DISTANCES.write(folder, rows.load_distances())
+    tables.SPREAD.write(folder, rows.spread())
+    tables.COSTS.write(folder, rows.costs(milliseconds))
+    tables.CASES.write(folder, rows.cases(), rows.methods)
+    made_with = {**_machine(), "settings": {**settings}, "seconds": round(seconds)}
+    text = json.dumps(made_with, indent=1, ensure_ascii=False) + "\n"
+    (folder / tables.MACHINE).write_text(text, encoding="utf-8")
 
 
 class Results:
-    """The files of a results folder.
+    """The tables of a results folder.
 
     Args:
-        folder: that `tables.write_tables` has filled.
+        folder: that `write_tables` has filled.
 
     Raises:
-        DataError: a file is not there, or says nothing.
+        DataError: a file is not there, or holds something else.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.machine: dict[str, Any] = json.loads(_text(folder / "machine.json"))
-        self.smoke: bool = self.machine["settings"]["quick"]
-        self.trials = _rows(folder / "trials.csv")
-        self.differences = _rows(folder / "differences.csv")
-        self.summary = _rows(folder / "summary.csv")
-        self.rates = _rows(folder / "rates.csv")
-        self.loads = _rows(folder / "loads.csv")
-        self.load_distances = _rows(folder / "load_distances.csv")
-        self.spread = _rows(folder / "spread.csv")
-        self.costs = {row["method"]: row for row in _rows(folder / "costs.csv")}
-        there = {(row["scene"], row["method"]) for row in self.summary}
+        self.made_with: dict[str, Any] = json.loads(read_result(folder / tables.MACHINE))
+        self.smoke: bool = self.made_with["settings"]["quick"]
+        self.trials = tables.TRIALS.read(folder)
+        self.differences = tables.DIFFERENCES.read(folder)
+        self.summary = tables.SUMMARY.read(folder)
+        self.rates = tables.RATES.read(folder)
+        self.loads = tables.LOADS.read(folder)
+        self.load_distances = tables.LOAD_DISTANCES.read(folder)
+        self.spread = tables.SPREAD.read(folder)
+        self.costs = {cost.method: cost for cost in tables.COSTS.read(folder)}
+        there = {(row.scene, row.method) for row in self.summary}
         self.scenes = [name for name in SCENES if any(name == scene for scene, _ in there)]
         self.methods = {
             scene: [name for name in METHODS if (scene, name) in there] for scene in self.scenes
         }
 
-    def mean(self, scene: str, method: str, metric: str, condition: str = RIGHT) -> Row | None:
-        """Of summary.csv; None where there is no such row."""
-        return _find(self.summary, scene=scene, method=method, condition=condition, metric=metric)
+    def mean(
+        self, scene: str, method: str, metric: str, condition: str = TOLD_RIGHT
+    ) -> ScoreSummary | None:
+        """A score over the seeds; None where there is no such row."""
+        wanted = (scene, method, condition, metric)
+        return next(
+            (r for r in self.summary if (r.scene, r.method, r.condition, r.metric) == wanted), None
+        )
 
-    def seeds(self, scene: str, method: str, metric: str, condition: str = RIGHT) -> list[float]:
-        """Of trials.csv, a number a seed of the study; none where the scene has no such metric."""
+    def seeds(
+        self, scene: str, method: str, metric: str, condition: str = TOLD_RIGHT
+    ) -> list[float]:
+        """A score of every seed of the study; none where the scene has no such metric."""
         wanted = (scene, method, condition)
         return [
-            float(row[metric])
+            score
             for row in self.trials
-            if (row["scene"], row["method"], row["condition"]) == wanted
-            and row[metric]
-            and row["spread"] == "no"
+            if (row.scene, row.method, row.condition) == wanted and not row.spread
+            if (score := getattr(row, metric)) is not None
         ]
 
-    def difference(self, scene: str, a: str, b: str, metric: str = "es_dice") -> Row | None:
-        """Of differences.csv; None where there is no such row."""
-        return _find(self.differences, scene=scene, a=a, b=b, metric=metric)
+    def difference(self, scene: str, a: str, b: str, metric: str = "es_dice") -> Difference | None:
+        """How two methods differ; None where there is no such row."""
+        wanted = (scene, a, b, metric)
+        return next((r for r in self.differences if (r.scene, r.a, r.b, r.metric) == wanted), None)
 
 
-def _find(rows: list[Row], **wanted: str) -> Row | None:
-    return next((row for row in rows if wanted.items() <= row.items()), None)
-
-
-def _rows(path: Path) -> list[Row]:
-    return list(csv.DictReader(_text(path).splitlines()))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected a file that the command `study` "
-            f"writes into its results: run it, or name another folder."
-        ) from error
+def _machine() -> dict[str, Any]:
+    """The processor and the versions that the study was made with."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    return {
+        "machine": name,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in ("torch", "numpy")},
+        "dmoe_layer": dmoe_layer.__version__,
+    }

@@ -1,4 +1,4 @@
-"""From trials to the rows of the study's tables."""
+"""From the study's trials to the rows of its tables."""
 
 from __future__ import annotations
 
@@ -9,18 +9,34 @@ from typing import Any
 import numpy as np
 
 from ..metrics.fairness import group_means, worst_group
-from .jobs import RIGHT, Trial
+from .jobs import TOLD_RIGHT, Trial
 from .methods import METHODS
 from .scenes import SCENES
 from .statistics import METRICS, Resampled, groups_of, load_distance, scores
+from .tables import (
+    CaseDice,
+    Difference,
+    LoadDistance,
+    MethodCost,
+    ScoreSummary,
+    SeedSpread,
+    TrialScores,
+    TriedRate,
+    ValueLoads,
+)
 
-DIFFERENCES = ("overall", "es_dice", "worst", "unseen")
-
-Row = dict[str, Any]
+COMPARED = ("overall", "es_dice", "worst", "unseen")  # of `METRICS`, in differences.csv
 
 
-class Found:
-    """The trials by what they are for, in the order of scenes, methods and seeds; rows of them."""
+class StudyRows:
+    """The trials of a study by what they are for; each method gives the rows of one table.
+
+    Rows are in the order of scenes, methods and seeds.
+
+    Args:
+        tuning, main, spread: the trials, as of `runner.Outcome`.
+        population: by scene, each group's share in "overall".
+    """
 
     def __init__(
         self,
@@ -42,6 +58,8 @@ class Found:
             )
             for scene, by_method in self._main.items()
         }
+        # What the columns of `TrialScores.dice` and `CaseDice.dice` are called.
+        self.groups = tuple(_group(place) for place in range(max(map(len, population.values()))))
         self.methods = tuple(m for m in METHODS if any(m in of for of in self._main.values()))
 
     def _main_trials(self) -> Iterator[Trial]:
@@ -50,13 +68,13 @@ class Found:
                 yield from by_seed.values()
 
     def _series(self) -> Iterator[tuple[str, str, str]]:
-        """Scene, method and condition."""
+        """Every scene, method and condition of the main trials."""
         for scene, by_method in self._main.items():
             for method, by_seed in by_method.items():
                 for condition in next(iter(by_seed.values())).dice:
                     yield scene, method, condition
 
-    def trials(self) -> Iterator[Row]:
+    def trials(self) -> Iterator[TrialScores]:
         for trial, spread in (
             *((trial, False) for trial in self._main_trials()),
             *((trial, True) for trial in self._spread),
@@ -64,66 +82,79 @@ class Found:
             for condition, dice in trial.dice.items():
                 means = group_means(dice, groups_of(trial))
                 found = scores(trial, condition, self._population[trial.job.scene])
-                yield {
-                    **_whose(trial),
-                    "learning_rate": f"{trial.job.learning_rate:g}",
-                    "condition": condition,
-                    "told_right": trial.told_right.get(condition),
-                    **{metric: value.item() for metric, value in found.items()},
-                    "worst_group": worst_group(means),
-                    "validation": trial.validation,
-                    "parameters": trial.parameters,
-                    "multiply_adds": trial.multiply_adds,
-                    "spread": spread,
-                    **{f"dice_{group}": mean for group, mean in means.items()},
-                }
+                score = {metric: value.item() for metric, value in found.items()}
+                yield TrialScores(
+                    **_job_of(trial),
+                    learning_rate=trial.job.learning_rate,
+                    condition=condition,
+                    told_right=trial.told_right.get(condition),
+                    overall=score["overall"],
+                    es_dice=score["es_dice"],
+                    worst=score["worst"],
+                    worst_group=worst_group(means),
+                    gap=score["gap"],
+                    seen=score.get("seen"),
+                    unseen=score.get("unseen"),
+                    validation=trial.validation,
+                    parameters=trial.parameters,
+                    multiply_adds=trial.multiply_adds,
+                    spread=spread,
+                    dice={_group(group): mean for group, mean in means.items()},
+                )
 
-    def differences(self) -> Iterator[Row]:
+    def differences(self) -> Iterator[Difference]:
         for scene, resampled in self._resampled.items():
-            methods = [*self._main[scene]][::-1]
-            whole = [m for m in methods if METHODS[m].kind != "ablation"]
-            pairs = [((a, RIGHT), (b, RIGHT)) for a, b in itertools.combinations(whole, 2)]
-            if "dmoe" in methods:
-                changed = [m for m in methods[::-1] if m not in whole]
-                pairs += [((method, RIGHT), ("dmoe", RIGHT)) for method in changed]
-            pairs += [
-                ((method, condition), (method, RIGHT))
-                for of_scene, method, condition in self._series()
-                if of_scene == scene and condition != RIGHT
-            ]
-            for (a, b), metric in itertools.product(pairs, DIFFERENCES):
+            for (a, b), metric in itertools.product(self._pairs(scene), COMPARED):
                 if (found := resampled.difference(metric, a, b)) is not None:
-                    yield {
-                        "scene": scene,
-                        "a": _shown(*a),
-                        "b": _shown(*b),
-                        "metric": metric,
-                        "difference": found.value,
-                        "low": found.low,
-                        "high": found.high,
-                        "ahead": sum(round(value, 4) > 0 for value in found.by_seed),  # as it shows
-                        "seeds": len(found.by_seed),
-                        "by_seed": found.by_seed,
-                    }
+                    yield Difference(
+                        scene=scene,
+                        a=_told(*a),
+                        b=_told(*b),
+                        metric=metric,
+                        difference=found.value,
+                        low=found.low,
+                        high=found.high,
+                        ahead=sum(round(value, 4) > 0 for value in found.by_seed),  # as it shows
+                        seeds=len(found.by_seed),
+                        by_seed=found.by_seed,
+                    )
 
-    def summary(self) -> Iterator[Row]:
+    def _pairs(self, scene: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+        """What is compared in a scene: two pairs of a method and a condition.
+
+        All methods with each other, but for the ablations, which are compared with dMoE alone; and
+        every method that is told something wrong with itself.
+        """
+        methods = [*self._main[scene]][::-1]
+        whole = [m for m in methods if METHODS[m].kind != "ablation"]
+        pairs = [((a, TOLD_RIGHT), (b, TOLD_RIGHT)) for a, b in itertools.combinations(whole, 2)]
+        if "dmoe" in methods:
+            changed = [m for m in methods[::-1] if m not in whole]
+            pairs += [((method, TOLD_RIGHT), ("dmoe", TOLD_RIGHT)) for method in changed]
+        return pairs + [
+            ((method, condition), (method, TOLD_RIGHT))
+            for of_scene, method, condition in self._series()
+            if of_scene == scene and condition != TOLD_RIGHT
+        ]
+
+    def summary(self) -> Iterator[ScoreSummary]:
         for (scene, method, condition), metric in itertools.product(self._series(), METRICS):
             found = self._resampled[scene].score(metric, method, condition)
             if found is not None:
-                yield {
-                    "scene": scene,
-                    "method": method,
-                    "condition": condition,
-                    "metric": metric,
-                    "mean": found.value,
-                    "low": found.low,
-                    "high": found.high,
-                    "lowest": min(found.by_seed),
-                    "highest": max(found.by_seed),
-                    "seeds": len(found.by_seed),
-                }
+                yield ScoreSummary(
+                    scene=scene,
+                    method=method,
+                    condition=condition,
+                    metric=metric,
+                    mean=found.value,
+                    low=found.low,
+                    high=found.high,
+                    lowest=min(found.by_seed),
+                    highest=max(found.by_seed),
+                    seeds=len(found.by_seed),
+                )
 
-    def rates(self) -> Iterator[Row]:
+    def rates(self) -> Iterator[TriedRate]:
         tried: dict[tuple[str, str], list[Trial]] = {}
         for trial in self._tuning:
             tried.setdefault((trial.job.scene, trial.job.method), []).append(trial)
@@ -131,14 +162,14 @@ class Found:
             (taken,) = {t.job.learning_rate for t in self._main[scene][method].values()}
             rates = [trial.job.learning_rate for trial in trials]
             for rate, trial in zip(rates, trials, strict=True):
-                yield {
-                    "scene": scene,
-                    "method": method,
-                    "learning_rate": f"{rate:g}",
-                    "validation": trial.validation,
-                    "chosen": rate == taken,
-                    "edge": rate == taken and rate in (min(rates), max(rates)),
-                }
+                yield TriedRate(
+                    scene=scene,
+                    method=method,
+                    learning_rate=rate,
+                    validation=trial.validation,
+                    chosen=rate == taken,
+                    edge=rate == taken and rate in (min(rates), max(rates)),
+                )
 
     def _routed(self) -> Iterator[Trial]:
         """Those whose tokens can go elsewhere than to all experts alike."""
@@ -147,27 +178,27 @@ class Found:
             if settings.k < settings.n_experts:
                 yield trial
 
-    def loads(self) -> Iterator[Row]:
+    def loads(self) -> Iterator[ValueLoads]:
         for trial in self._routed():
             for condition, tables in trial.loads.items():
                 for attribute, table_VE in tables.items():
                     for value, shares in enumerate(table_VE):
-                        yield {
-                            **_whose(trial),
-                            "condition": condition,
-                            "attribute": attribute,
-                            "value": value,
-                            "shares": tuple(shares),
-                        }
+                        yield ValueLoads(
+                            **_job_of(trial),
+                            condition=condition,
+                            attribute=attribute,
+                            value=value,
+                            shares=tuple(shares),
+                        )
 
-    def load_distances(self) -> Iterator[Row]:
+    def load_distances(self) -> Iterator[LoadDistance]:
         for trial in self._routed():
-            for attribute, table_VE in trial.loads.get(RIGHT, {}).items():
-                distance = load_distance(table_VE)
-                yield {**_whose(trial), "attribute": attribute, "distance": distance}
+            for attribute, table_VE in trial.loads.get(TOLD_RIGHT, {}).items():
+                yield LoadDistance(
+                    **_job_of(trial), attribute=attribute, distance=load_distance(table_VE)
+                )
 
-    def spread(self) -> Iterator[Row]:
-        """Standard deviations of ES-Dice, each over all that a method has."""
+    def spread(self) -> Iterator[SeedSpread]:
         by_method: dict[tuple[str, str, int], list[Trial]] = {}
         for trial in self._spread:
             key = trial.job.scene, trial.job.method, trial.job.data_seed
@@ -175,40 +206,45 @@ class Found:
         for (scene, method, data_seed), trials in by_method.items():
             main = [*self._main[scene][method].values()]
             inits = [*trials, *(trial for trial in main if trial.job.data_seed == data_seed)]
-            yield {
-                "scene": scene,
-                "method": method,
-                "data_seed": data_seed,
-                "inits": len(inits),
-                "over_inits": self._deviation(inits),
-                "seeds": len(main),
-                "over_seeds": self._deviation(main),
-            }
+            yield SeedSpread(
+                scene=scene,
+                method=method,
+                data_seed=data_seed,
+                inits=len(inits),
+                over_inits=self._deviation(inits),
+                seeds=len(main),
+                over_seeds=self._deviation(main),
+            )
 
     def _deviation(self, trials: Sequence[Trial]) -> float | None:
+        """The standard deviation of ES-Dice; None of a single trial."""
         found = [
-            scores(trial, RIGHT, self._population[trial.job.scene])["es_dice"].item()
+            scores(trial, TOLD_RIGHT, self._population[trial.job.scene])["es_dice"].item()
             for trial in trials
         ]
         return float(np.std(found, ddof=1)) if len(found) > 1 else None
 
-    def costs(self, milliseconds: Mapping[str, float]) -> Iterator[Row]:
-        """Of the first scene: what a network has of attributes is the scene's."""
+    def costs(self, milliseconds: Mapping[str, float]) -> Iterator[MethodCost]:
+        """Of the first scene: how many attribute values a network reads is the scene's.
+
+        Args:
+            milliseconds: by method, of a training step; it may be empty.
+        """
         scene, by_method = next(iter(self._main.items()))
         networks = {method: next(iter(by_seed.values())) for method, by_seed in by_method.items()}
         adds = {method: trial.multiply_adds for method, trial in networks.items()}
         for method, trial in networks.items():
-            yield {
-                "scene": scene,
-                "method": method,
-                "parameters": trial.parameters,
-                "multiply_adds": adds[method],
-                "multiply_adds_of_dense": _ratio(adds, method),
-                "milliseconds": milliseconds.get(method),
-                "milliseconds_of_dense": _ratio(milliseconds, method),
-            }
+            yield MethodCost(
+                scene=scene,
+                method=method,
+                parameters=trial.parameters,
+                multiply_adds=adds[method],
+                multiply_adds_of_dense=_ratio(adds, method),
+                milliseconds=milliseconds.get(method),
+                milliseconds_of_dense=_ratio(milliseconds, method),
+            )
 
-    def cases(self) -> Iterator[Row]:
+    def cases(self) -> Iterator[CaseDice]:
         tests: dict[tuple[str, int, int], list[Trial]] = {}
         for trial in (*self._main_trials(), *self._spread):
             job = trial.job
@@ -216,16 +252,16 @@ class Found:
         for (scene, data_seed, init_seed), trials in tests.items():
             first = trials[0]
             for place, case in enumerate(first.cases):
-                yield {
-                    "scene": scene,
-                    "data_seed": data_seed,
-                    "init_seed": init_seed,
-                    "case": case,
-                    "group": first.attributes[place][0],
-                    "attributes": first.attributes[place],
-                    "seen": first.seen[place],
-                    **{trial.job.method: trial.dice[RIGHT][place] for trial in trials},
-                }
+                yield CaseDice(
+                    scene=scene,
+                    data_seed=data_seed,
+                    init_seed=init_seed,
+                    case=case,
+                    group=first.attributes[place][0],
+                    attributes=first.attributes[place],
+                    seen=first.seen[place],
+                    dice={trial.job.method: trial.dice[TOLD_RIGHT][place] for trial in trials},
+                )
 
 
 def _in_order(trials: Sequence[Trial]) -> list[Trial]:
@@ -237,11 +273,11 @@ def _in_order(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _ratio(values: Mapping[str, float], method: str) -> float | None:
-    """To that of dense, where both are there."""
+    """A method's value as a multiple of that of dense, where both are there."""
     return values[method] / values["dense"] if {method, "dense"} <= {*values} else None
 
 
-def _whose(trial: Trial) -> Row:
+def _job_of(trial: Trial) -> dict[str, Any]:
     job = trial.job
     return {
         "scene": job.scene,
@@ -251,5 +287,9 @@ def _whose(trial: Trial) -> Row:
     }
 
 
-def _shown(method: str, condition: str) -> str:
-    return method if condition == RIGHT else f"{method}@{condition}"
+def _group(place: int) -> str:
+    return f"dice_{place}"
+
+
+def _told(method: str, condition: str) -> str:
+    return method if condition == TOLD_RIGHT else f"{method}@{condition}"

@@ -98,12 +98,12 @@ def case_counts(trial: Trial, draws: int, rng: np.random.Generator) -> np.ndarra
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds.
+class SeedMean:
+    """A score or a difference of scores, as its mean over the seeds.
 
     Args:
-        value: it.
-        low, high: its 95 % interval; None of one seed.
+        value: the mean.
+        low, high: the ends of its 95 % interval; None where there is one seed.
         by_seed: what it is the mean of, in the order of the seeds.
     """
 
@@ -119,7 +119,8 @@ class Resampled:
     A resample draws as many seeds as there are, with replacement, and for each of them the
     subjects of its test set, within their groups; what is drawn is the same for every method, so
     that a difference of two is paired. Where all seeds share one test set, its subjects are drawn
-    once a resample. The interval is the 95 % percentile one (Efron 1979).
+    once a resample. The interval is the 95 % percentile one (Efron 1979). It is written by hand,
+    since scipy.stats.bootstrap draws on one level: not seeds, and for each of them its cases.
 
     What such an interval can do was simulated, with normal errors and a known difference, 600 to
     1,000 times each. Where seeds differ by far more than their test cases leave to chance, that of
@@ -163,16 +164,16 @@ class Resampled:
                         "the two cannot be compared; run both with the same settings."
                     )
 
-    def score(self, metric: str, method: str, condition: str) -> Estimate | None:
+    def score(self, metric: str, method: str, condition: str) -> SeedMean | None:
         """A method's score; None where the test set does not define it."""
-        return self._estimate(metric, (1, method, condition))
+        return self._mean(metric, (1, method, condition))
 
-    def difference(self, metric: str, a: tuple[str, str], b: tuple[str, str]) -> Estimate | None:
+    def difference(self, metric: str, a: tuple[str, str], b: tuple[str, str]) -> SeedMean | None:
         """The score of `a` minus that of `b`, each a method and a condition, over the seeds that
         both have; None where there are none or the test set does not define it."""
-        return self._estimate(metric, (1, *a), (-1, *b))
+        return self._mean(metric, (1, *a), (-1, *b))
 
-    def _estimate(self, metric: str, *terms: tuple[int, str, str]) -> Estimate | None:
+    def _mean(self, metric: str, *terms: tuple[int, str, str]) -> SeedMean | None:
         """Of a sum of signed scores: sign, method and condition each."""
         seeds = tuple(sorted(set.intersection(*({*self._trials[m]} for _, m, _ in terms))))
         values = np.zeros(len(seeds) + self._resamples)
@@ -184,7 +185,7 @@ class Resampled:
         by_seed, means_D = values[: len(seeds)], values[len(seeds) :]
         limits = fairness.interval(means_D) if len(seeds) > 1 else None
         low, high = limits or (None, None)
-        return Estimate(float(by_seed.mean()), low, high, tuple(by_seed.tolist()))
+        return SeedMean(float(by_seed.mean()), low, high, tuple(by_seed.tolist()))
 
     def _scored(self, method: str, condition: str, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
         """By metric, the score of every seed, then the mean over the seeds of every draw (S + D,).

@@ -1,152 +1,241 @@
-"""What the study found, as csv: every number of its pages and figures is one of these.
+"""The tables that the study leaves, and what a row of each holds.
 
-    trials.csv          a row a trial and condition: scores, cost, what the network was told
-    differences.csv     of two methods, or of a method told something else and itself
-    summary.csv         each score over the seeds
-    rates.csv           the learning rates that were tried, and which was chosen
-    loads.csv           which experts each attribute value's tokens went to
-    load_distances.csv  how far the attribute values' loads lie apart
-    spread.csv          how much the score varies with the initialisation, and with all of the seed
-    costs.csv           parameters, multiply-adds and time
-    cases.csv           the Dice of every test case
-    machine.json        what it was made with
-
-What is not defined is empty, intervals over a single seed among it. `ahead` counts the seeds whose
-difference is above 0 at the four decimals shown; `by_seed` is in the order of the seeds.
+Every number of the study's pages and figures is in one of them. Numbers are written with four
+decimals; what is not defined is empty, such as an interval over a single seed.
 """
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import json
-import os
-import platform
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
-import dmoe_layer
-
-from .jobs import Trial
-from .rows import Found, Row
-from .statistics import METRICS
-
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "trials.csv": (
-        "scene", "method", "data_seed", "init_seed", "learning_rate", "condition", "told_right",
-        *METRICS[:3], "worst_group", *METRICS[3:], "validation", "parameters", "multiply_adds",
-        "spread",
-    ),
-    "differences.csv": (
-        "scene", "a", "b", "metric", "difference", "low", "high", "ahead", "seeds", "by_seed",
-    ),
-    "summary.csv": (
-        "scene", "method", "condition", "metric", "mean", "low", "high", "lowest", "highest",
-        "seeds",
-    ),
-    "rates.csv": ("scene", "method", "learning_rate", "validation", "chosen", "edge"),
-    "loads.csv": (
-        "scene", "method", "data_seed", "init_seed", "condition", "attribute", "value", "shares",
-    ),
-    "load_distances.csv": (
-        "scene", "method", "data_seed", "init_seed", "attribute", "distance",
-    ),
-    "spread.csv": (
-        "scene", "method", "data_seed", "inits", "over_inits", "seeds", "over_seeds",
-    ),
-    "costs.csv": (
-        "scene", "method", "parameters", "multiply_adds", "multiply_adds_of_dense", "milliseconds",
-        "milliseconds_of_dense",
-    ),
-    "cases.csv": ("scene", "data_seed", "init_seed", "case", "group", "attributes", "seen"),
-}  # fmt: skip
-CONTENTS = (*COLUMNS, "machine.json")
+from .csv_table import Table
 
 
-def write_tables(
-    folder: Path,
-    *,
-    tuning: Sequence[Trial],
-    main: Sequence[Trial],
-    spread: Sequence[Trial],
-    population: Mapping[str, Sequence[float]],
-    milliseconds: Mapping[str, float],
-    settings: Mapping[str, Any],
-    seconds: float,
-) -> None:
-    """Writes all of `CONTENTS`, whatever part of the study there is.
+@dataclass(frozen=True)
+class _OfJob:
+    """A row about one training.
 
     Args:
-        folder: there and empty: the one that `files.write_results` hands over, so that a reader
-            finds the old tables or the new.
-        tuning: one a learning rate that was tried, for every scene and method that chose its own;
-            of one that diverged the validation score alone counts.
-        main: one a seed, for every scene and method, at the learning rate chosen.
-        spread: on one seed's data, from the other seeds' initialisations.
-        population: by scene, each group's share in "overall".
-        milliseconds: by method, the median of a training step; it may be empty.
-        settings: the command's, with whether it was a smoke run; without paths.
-        seconds: of work of one core that its jobs took together.
-
-    Raises:
-        ValueError: of one scene and seed, two methods were tested on different cases.
+        scene, method, data_seed, init_seed: those of its `Job`.
     """
-    found = Found(tuning, main, spread, population)
-    rows: dict[str, Iterable[Row]] = {
-        "trials.csv": found.trials(),
-        "differences.csv": found.differences(),
-        "summary.csv": found.summary(),
-        "rates.csv": found.rates(),
-        "loads.csv": found.loads(),
-        "load_distances.csv": found.load_distances(),
-        "spread.csv": found.spread(),
-        "costs.csv": found.costs(milliseconds),
-        "cases.csv": found.cases(),
-    }
-    further = {
-        "trials.csv": [f"dice_{group}" for group in range(max(map(len, population.values())))],
-        "cases.csv": found.methods,
-    }
-    for name, fixed in COLUMNS.items():
-        columns = (*fixed, *further.get(name, ()))
-        with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(
-                {key: _cell(value) for key, value in row.items()} for row in rows[name]
-            )
-    text = json.dumps(_machine(settings, seconds), indent=1, ensure_ascii=False) + "\n"
-    (folder / "machine.json").write_text(text, encoding="utf-8")
+
+    scene: str
+    method: str
+    data_seed: int
+    init_seed: int
 
 
-def _cell(value: Any) -> str:
-    """As it stands in a csv: four decimals, yes or no, ";" between, empty of nothing."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, tuple):
-        return ";".join(map(_cell, value))
-    if isinstance(value, float):
-        return f"{round(value, 4) + 0.0:.4f}"  # + 0.0: no minus before a zero
-    return str(value)
+@dataclass(frozen=True)
+class TrialScores(_OfJob):
+    """What one trained network scored under one condition, and what it cost.
+
+    Args:
+        learning_rate: that it was trained with.
+        condition: what the network was told, a condition of `jobs`.
+        told_right: share of the test cases that were told the truth all the same; None for a
+            network that is told nothing.
+        overall, es_dice, worst, gap, seen, unseen: its scores, `statistics.METRICS`.
+        worst_group: the group with the lowest mean Dice.
+        validation: the validation score that learning rates are chosen by.
+        parameters: of the network.
+        multiply_adds: of a forward pass over one image.
+        spread: whether the training is one of those that show how much initialisations differ.
+        dice: by group ("dice_0", ...), the mean Dice.
+    """
+
+    learning_rate: Annotated[float, "g"]
+    condition: str
+    told_right: float | None
+    overall: float
+    es_dice: float
+    worst: float
+    worst_group: int
+    gap: float
+    seen: float | None
+    unseen: float | None
+    validation: float
+    parameters: int
+    multiply_adds: int
+    spread: bool
+    dice: Mapping[str, float]
 
 
-def _machine(settings: Mapping[str, Any], seconds: float) -> Row:
-    """What the study was made with."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
-    return {
-        "machine": name,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in ("torch", "numpy")},
-        "dmoe_layer": dmoe_layer.__version__,
-        "settings": {**settings},
-        "seconds": round(seconds),
-    }
+@dataclass(frozen=True)
+class Difference:
+    """How two methods differ, or a method that is told something wrong and itself told right.
+
+    Args:
+        scene: where.
+        a, b: the methods; "film@wrong" is film, told wrong values.
+        metric: of `statistics.METRICS`.
+        difference: the mean over seeds of a's score minus b's.
+        low, high: its 95 % interval.
+        ahead: number of seeds whose difference is above 0 at the four decimals shown.
+        seeds: number of seeds.
+        by_seed: the difference of every seed, in the order of the seeds.
+    """
+
+    scene: str
+    a: str
+    b: str
+    metric: str
+    difference: float
+    low: float | None
+    high: float | None
+    ahead: int
+    seeds: int
+    by_seed: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """A score of a method under a condition, over the seeds.
+
+    Args:
+        scene, method, condition, metric: which.
+        mean: over the seeds.
+        low, high: its 95 % interval.
+        lowest, highest: of the seeds.
+        seeds: number of seeds.
+    """
+
+    scene: str
+    method: str
+    condition: str
+    metric: str
+    mean: float
+    low: float | None
+    high: float | None
+    lowest: float
+    highest: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class TriedRate:
+    """A learning rate that was tried.
+
+    Args:
+        scene, method: for which.
+        learning_rate: that was tried.
+        validation: the validation score with it; -inf where the loss did not stay finite.
+        chosen: whether this one was chosen.
+        edge: whether it was, and lies at an end of the grid.
+    """
+
+    scene: str
+    method: str
+    learning_rate: Annotated[float, "g"]
+    validation: float
+    chosen: bool
+    edge: bool
+
+
+@dataclass(frozen=True)
+class ValueLoads(_OfJob):
+    """Which experts the tokens of one attribute value went to.
+
+    Args:
+        condition: what the network was told.
+        attribute, value: the attribute's name and the number of its value.
+        shares: of the tokens, one for each expert.
+    """
+
+    condition: str
+    attribute: str
+    value: int
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LoadDistance(_OfJob):
+    """How far the loads of an attribute's values lie apart.
+
+    Args:
+        attribute: its name.
+        distance: `statistics.load_distance`.
+    """
+
+    attribute: str
+    distance: float | None
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """How much ES-Dice varies with the initialisation alone, and with all of the seed.
+
+    Args:
+        scene, method, data_seed: which; the initialisations share the data of `data_seed`.
+        inits, seeds: how many there are of either.
+        over_inits, over_seeds: standard deviations.
+    """
+
+    scene: str
+    method: str
+    data_seed: int
+    inits: int
+    over_inits: float | None
+    seeds: int
+    over_seeds: float | None
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """What a method's network costs.
+
+    Args:
+        scene: whose attributes the network reads.
+        method: which.
+        parameters: of the network.
+        multiply_adds: of a forward pass over one image.
+        milliseconds: of a training step.
+        multiply_adds_of_dense, milliseconds_of_dense: the same as multiples of the dense network's.
+    """
+
+    scene: str
+    method: str
+    parameters: int
+    multiply_adds: int
+    multiply_adds_of_dense: float | None
+    milliseconds: float | None
+    milliseconds_of_dense: float | None
+
+
+@dataclass(frozen=True)
+class CaseDice:
+    """A test case, and its Dice by every method.
+
+    Args:
+        scene, data_seed, init_seed: of the trainings that were tested on it.
+        case: its id.
+        group: the value of its first attribute.
+        attributes: the values of all of them.
+        seen: whether this combination of values occurs in training.
+        dice: by method.
+    """
+
+    scene: str
+    data_seed: int
+    init_seed: int
+    case: str
+    group: int
+    attributes: tuple[int, ...]
+    seen: bool
+    dice: Mapping[str, float]
+
+
+TRIALS = Table("trials.csv", TrialScores)
+DIFFERENCES = Table("differences.csv", Difference)
+SUMMARY = Table("summary.csv", ScoreSummary)
+RATES = Table("rates.csv", TriedRate)
+LOADS = Table("loads.csv", ValueLoads)
+LOAD_DISTANCES = Table("load_distances.csv", LoadDistance)
+SPREAD = Table("spread.csv", SeedSpread)
+COSTS = Table("costs.csv", MethodCost)
+CASES = Table("cases.csv", CaseDice)
+# What the study was made with.
+MACHINE = "machine.json"
+TABLES = (TRIALS, DIFFERENCES, SUMMARY, RATES, LOADS, LOAD_DISTANCES, SPREAD, COSTS, CASES)
+CONTENTS = (*(table.name for table in TABLES), MACHINE)

@@ -17,7 +17,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ import torch
 
 import dmoe_layer
 
-from ..data.phantom import Rule
 from ..errors import RunError
 from ..evaluation.evaluate import AS_GIVEN, attributes_told
 from ..evaluation.prediction import (
@@ -38,41 +36,20 @@ from ..evaluation.prediction import (
     predictions,
 )
 from ..files import write_whole
-from ..metrics import fairness
 from ..metrics.loads import Loads
-from ..recipes.recipe import Recipe, UNetSettings
+from ..metrics.region import batch_dice
+from ..recipes.recipe import Recipe
 from ..recipes.serial import flat, from_json, to_json
 from ..training.loop import NonFiniteLossError, train
 from .cost import multiply_adds
-from .jobs import RIGHT, Job, Trial
-from .methods import METHODS
-from .scenes import FULL, SCENES, SHARES, Sizes, recipe_of
+from .jobs import TOLD_RIGHT, Job, Trial
+from .methods import METHODS, Method
+from .scenes import SCENES, Design
 
 # What a trial's recipe is written without: where things lie.
 _PLACES = ("out", "data.root", "data.cache")
 # Images at a time in testing.
 _BATCH = 50
-
-
-@dataclass(frozen=True)
-class Design:
-    """What all jobs of a study have in common.
-
-    Args:
-        sizes: how much of everything.
-        shares: of the attribute's values in the phantom's training cases.
-        rule: what the phantom's attribute means for the outline, where it means anything.
-    """
-
-    sizes: Sizes = FULL
-    shares: tuple[float, ...] = SHARES
-    rule: Rule = "margin"
-
-    def recipe(self, job: Job, folder: Path) -> Recipe:
-        """What a job trains by, in a study's folder."""
-        out = folder / "runs" / job.name
-        cache = folder / "frames"
-        return recipe_of(job, self.sizes, out, shares=self.shares, rule=self.rule, cache=cache)
 
 
 def run(job: Job, design: Design, folder: Path) -> Trial:
@@ -90,7 +67,7 @@ def run(job: Job, design: Design, folder: Path) -> Trial:
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         try:
-            _train(recipe, upcycled=METHODS[job.method].upcycled)
+            _train(recipe, METHODS[job.method])
             trial = _tested(job, recipe, design.sizes.image_size)
         except (NonFiniteLossError, NonFiniteOutputError):
             trial = Trial(job, 0, 0, -math.inf, (), (), (), (), {}, {}, {})
@@ -160,26 +137,24 @@ def _made_by(job: Job, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _train(recipe: Recipe, *, upcycled: bool) -> None:
+def _train(recipe: Recipe, method: Method) -> None:
     """The job's network into `recipe.out`; an upcycled one is dense for half of the epochs."""
-    if not upcycled:
+    if not method.upcycled:
         train(recipe)
         return
-    model = recipe.model
-    if not isinstance(model, UNetSettings):
-        raise TypeError(f"recipe.model: got {type(model).__name__}, expected UNetSettings.")
-    dense_epochs = max(int(recipe.epochs) // 2, 1)
+    settings, epochs = method.settings, int(recipe.epochs)
+    dense_epochs = max(epochs // 2, 1)
     dense = dataclasses.replace(
         recipe,
-        model=dataclasses.replace(model, block="mlp", hidden=model.hidden // model.k),
+        model=dataclasses.replace(settings, block="mlp", hidden=settings.hidden // settings.k),
         out=recipe.out / "dense",
         epochs=dense_epochs,
     )
     (weights,) = train(dense).glob("last-*/model.safetensors")
     experts = dataclasses.replace(
         recipe,
-        model=dataclasses.replace(model, weights=weights),
-        epochs=max(int(recipe.epochs) - dense_epochs, 1),
+        model=dataclasses.replace(settings, weights=weights),
+        epochs=max(epochs - dense_epochs, 1),
     )
     train(experts)
 
@@ -190,7 +165,7 @@ def _tested(job: Job, recipe: Recipe, size: int) -> Trial:
     image = tested.dataset.channels, size, size
     given_NA = given_attributes(tested.cases)
     told, _ = attributes_told(tested, job.data_seed)
-    told = {RIGHT if name == AS_GIVEN else name: told_NA for name, told_NA in told.items()}
+    told = {TOLD_RIGHT if name == AS_GIVEN else name: told_NA for name, told_NA in told.items()}
     loads = {condition: Loads(tested.dataset) for condition in told}
     trained = {c.attributes for c in tested.dataset.cases if c.case_id in tested.trained}
     return Trial(
@@ -224,7 +199,7 @@ def _dice(
         truth_1S = torch.from_numpy(np.isin(sample.truth_S, labels))[None]
         for condition, mask_S in masks.items():
             mask_1S = torch.from_numpy(np.isin(mask_S, labels))[None]
-            dice[condition] += fairness.dice(mask_1S, truth_1S)
+            dice[condition] += batch_dice(mask_1S, truth_1S)
     return {condition: tuple(scores) for condition, scores in dice.items()}
 
 

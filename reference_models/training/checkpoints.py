@@ -2,7 +2,7 @@
 
 A run's folder holds
 
-    recipe.json       the settled recipe and what the data make of the network; it makes it a run
+    recipe.json       the resolved recipe and what the data make of the network; it makes it a run
     splits.json       who is trained, validated and tested on
     last-00000120/    weights (model.safetensors) and all else that going on needs (state.pt)
     best-00000100/    weights with the best validation score so far
@@ -15,6 +15,7 @@ on the disk; the one before it goes only then, so that at any moment a whole one
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -37,7 +38,7 @@ WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
 def name_of(which: Which, step: int) -> str:
-    """A checkpoint's; names sort as steps do."""
+    """The name of a checkpoint's folder; names sort as steps do."""
     return f"{which}-{step:08d}"
 
 
@@ -61,7 +62,7 @@ def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> None:
 
 
 def tidy(run: Path, step: int, best: str) -> None:
-    """Lets go of all checkpoints but the last, of `step`, and the best, and of half done files.
+    """Removes all checkpoints but the last, of `step`, and the best, and what is half written.
 
     To be called when the last checkpoint names `best`: until then a resumed run may need an older.
     """
@@ -95,8 +96,17 @@ def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return _read_weights(folder / WEIGHTS), state
 
 
-def load_model(run: Path, which: Which = "best") -> tuple[Recipe, Task, nn.Module]:
+def load_model(
+    run: Path, which: Which = "best", *, refuse_unknown: bool = True
+) -> tuple[Recipe, Task, nn.Module]:
     """A trained network in eval mode on the CPU, with its recipe and task; needs no data.
+
+    Args:
+        run: its folder.
+        which: of its checkpoints.
+        refuse_unknown: no: a network that was trained with unknown="error" takes the average over
+            an attribute's values where it is told an unknown one, so that an evaluation can tell
+            it so. The recipe stays as it was trained.
 
     Raises:
         RunError: there is no run or no such checkpoint, or a file is damaged or of another network.
@@ -107,13 +117,22 @@ def load_model(run: Path, which: Which = "best") -> tuple[Recipe, Task, nn.Modul
         other = "last" if which == "best" else "best"
         hint = f"; there is a {other} one" if _newest(run, other) else ""  # type: ignore[arg-type]
         raise RunError(f"{run}: has no {which} checkpoint yet{hint}.")
-    model = build_model(recipe, task)
+    built = recipe
+    if recipe.model.unknown == "error" and not refuse_unknown:  # which have the same parameters
+        settings = dataclasses.replace(recipe.model, unknown="average")
+        built = dataclasses.replace(recipe, model=settings)
+    model = build_model(built, task)
     load_weights(model, _read_weights(folder / WEIGHTS), folder)
     return recipe, task, model.eval()
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: Path) -> None:
-    """Strictly.
+    """Copies weights into a network, every one of its parameters and buffers.
+
+    Args:
+        model: the network.
+        weights: by name.
+        origin: where they were read, for errors.
 
     Raises:
         RunError: names or shapes differ.

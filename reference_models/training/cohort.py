@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from ..data.cases import UNKNOWN, Dataset
-from ..data.framing import Framing, Square
-from ..data.grid import Grid
 from ..data.loading import Frames
-from ..data.patches import Patches
 from ..data.splits import Splits, absent_values, choose_splits, read_splits
 from ..errors import RunError, shown
-from ..recipes.recipe import Recipe, SquareSettings
+from ..recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Cohort:
     """The cases of a run.
 
     Args:
-        recipe: settled.
+        recipe: resolved.
         dataset: the recipe's.
         splits: the run's; the cases left out stand in them too.
         left_out: ids of training and validation cases whose attribute is not known, where those
@@ -61,7 +58,7 @@ class Cohort:
                 "--unknown learned has a route for them."
             )
         cohort = cls(recipe, dataset, splits, left_out)
-        patches = _patches_of(recipe)
+        patches = recipe.framing.training_patches()
         each = patches.count if patches else 1
         if len(cohort.train) * each < recipe.batch_size:
             of_each = f", of {each} patches each" if patches else ""
@@ -91,9 +88,9 @@ class Cohort:
         return Frames(
             self.dataset,
             case_ids,
-            framing_of(recipe),
-            patches=_patches_of(recipe) if training else None,
-            augment=recipe.frame.augment if training else "none",
+            recipe.framing.build(),
+            patches=recipe.framing.training_patches() if training else None,
+            augment=recipe.framing.augment if training else "none",
             seed=recipe.seed,
             cache=recipe.data.cache,
         )
@@ -119,23 +116,3 @@ class Cohort:
             )
             if names
         ]
-
-
-def framing_of(recipe: Recipe) -> Framing:
-    """From native resolution to the network's and back."""
-    frame = recipe.frame
-    if isinstance(frame, SquareSettings):
-        return Square(frame.size, None if frame.crop == "whole" else int(frame.crop))
-    if frame.spacing == "median":
-        raise ValueError(
-            "spacing: got median, expected sizes in mm, to be taken from the data first"
-        )
-    return Grid(frame.spacing, frame.patch, frame.body)
-
-
-def _patches_of(recipe: Recipe) -> Patches | None:
-    """What training sees of volumes."""
-    frame = recipe.frame
-    if isinstance(frame, SquareSettings):
-        return None
-    return Patches(frame.patch, frame.patches, frame.foreground)

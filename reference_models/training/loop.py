@@ -30,16 +30,16 @@ from ..data import open_dataset
 from ..data.cases import UNKNOWN
 from ..data.loading import Batch, eval_batches, train_batches
 from ..errors import RunError
+from ..models.inference import forward_with_attributes
 from ..models.weights import load_pretrained
-from ..recipes.recipe import Recipe, learning_rate, on_grid, settle
+from ..recipes.recipe import Recipe, learning_rate, resolve, resolve_spacing
 from ..recipes.serial import flat, to_json
 from . import checkpoints
 from .cohort import Cohort
-from .inference import call
 from .objectives import Objective
 from .parallel import global_sum, launch, on_rank_0, setup
 from .progress import Reporter
-from .runs import Task, build_model, hold, refuse_taken, require_same, write_run
+from .runs import Task, build_model, lock_run, require_new_run, require_same_run, write_run
 from .state import State
 from .validation import Validation, share_of, validate
 
@@ -63,7 +63,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             has none or another one), or a loss is not finite.
         DataError: the data cannot be read.
     """
-    recipe = settle(recipe)
+    recipe = resolve(recipe)
     fabric = launch(recipe)
     try:
         with ExitStack() as held:
@@ -79,7 +79,7 @@ class Run:
 
     Args:
         fabric: of `launch`.
-        recipe: settled.
+        recipe: resolved.
         resume: as of `train`.
         held: takes the lock of the run's folder, and lets go of it when it is closed.
 
@@ -90,7 +90,7 @@ class Run:
     def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool, held: ExitStack) -> None:
         self.fabric, self.folder, self.held = fabric, recipe.out, held
         self.dataset = open_dataset(recipe.data)
-        self.recipe = recipe = on_grid(recipe, self.dataset.spacing)
+        self.recipe = recipe = resolve_spacing(recipe, self.dataset.spacing)
         self.task = Task.of(self.dataset)
         on_rank_0(fabric, self._admit, resume)
         self.cohort = Cohort.of(recipe, self.dataset, resume=resume)
@@ -146,8 +146,8 @@ class Run:
                     eval_batches(validation, batch_size=batch_size, workers=recipe.workers),
                     self.dataset,
                     self.fabric.device,
-                    frame=recipe.frame,
-                    windows=batch_size,
+                    windows=recipe.framing.windows(batch_size),
+                    affine=validation.framing.affine,
                 )
                 reporter.flush()
                 row = self._close_epoch(scored)
@@ -197,7 +197,7 @@ class Run:
                 torch.rand(len(told_BN), 1, device=told_BN.device) < recipe.attribute_dropout
             )
             told_BN = told_BN.masked_fill(dropped_B1, UNKNOWN)
-        logits_BKS, r = call(self.model, batch.inputs, told_BN)
+        logits_BKS, r = forward_with_attributes(self.model, batch.inputs, told_BN)
         segmentation, loss_B = self.objective(
             logits_BKS.float(), batch.mask_BS, batch.attributes_BN[:, 0]
         )
@@ -252,14 +252,14 @@ class Run:
 
     def _admit(self, resume: bool) -> None:
         if resume:
-            require_same(self.folder, self.recipe, self.task)
-            self.held.enter_context(hold(self.folder))
+            require_same_run(self.folder, self.recipe, self.task)
+            self.held.enter_context(lock_run(self.folder))
         else:
-            refuse_taken(self.folder)
+            require_new_run(self.folder)
 
     def _begin(self) -> None:
-        self.held.enter_context(hold(self.folder))
-        refuse_taken(self.folder)  # another process may have come first
+        self.held.enter_context(lock_run(self.folder))
+        require_new_run(self.folder)  # another process may have come first
         write_run(self.folder, self.recipe, self.task, self.cohort.splits)
 
 

@@ -8,7 +8,6 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -17,17 +16,7 @@ from ..data.cases import Attribute, Dataset
 from ..data.splits import Splits, write_splits
 from ..errors import RunError
 from ..files import write_whole
-from ..models.resunet3d import ResUNet3D
-from ..models.transunet import TransUNet
-from ..models.unet import UNet
-from ..recipes.recipe import (
-    Recipe,
-    ResUNet3DSettings,
-    SquareSettings,
-    TransUNetSettings,
-    UNetSettings,
-    VolumeSettings,
-)
+from ..recipes.recipe import Recipe
 from ..recipes.serial import flat, from_json, to_json
 
 # What may differ between a run and its resumption: where things lie and what computes them.
@@ -75,47 +64,12 @@ def build_model(recipe: Recipe, task: Task) -> nn.Module:
     Raises:
         RunError: the network cannot be built so.
     """
-    model, frame = recipe.model, recipe.frame
-    sizes = tuple(len(attribute.values) for attribute in task.attributes)
-    options: dict[str, Any] = {
-        "in_channels": task.channels,
-        "n_classes": len(task.classes),
-        "attribute_sizes": sizes if model.told else None,
-        "noise": model.noise,
-        "unknown": model.unknown,
-    }
-    try:
-        if isinstance(model, UNetSettings) and isinstance(frame, SquareSettings):
-            if model.gradient_checkpointing:
-                raise ValueError("gradient_checkpointing is not for the study's small U-Net.")
-            stride = 2 ** len(model.widths)
-            if frame.size % stride:
-                raise ValueError(f"size: got {frame.size}, expected a multiple of {stride}.")
-            return UNet(
-                model.widths,
-                block=model.block,
-                hidden=model.hidden,
-                placement=model.placement,
-                modulate=model.modulate,
-                film_identity=model.film_identity,
-                merge=model.merge,
-                router=model.router,
-                n_experts=model.n_experts,
-                k=model.k,
-                **options,
-            )
-        if isinstance(model, TransUNetSettings | ResUNet3DSettings):
-            options |= {
-                "moe": model.moe,
-                "gradient_checkpointing": model.gradient_checkpointing,
-            }
-        if isinstance(model, TransUNetSettings) and isinstance(frame, SquareSettings):
-            return TransUNet(model.variant, image_size=frame.size, **options)
-        if isinstance(model, ResUNet3DSettings) and isinstance(frame, VolumeSettings):
-            return ResUNet3D(model.features, stages=model.stages, **options)
-    except ValueError as error:
-        raise RunError(f"model: {error}") from error
-    raise RunError("model, frame: one is for 2D images and the other for volumes.")
+    return recipe.model.build(
+        in_channels=task.channels,
+        n_classes=len(task.classes),
+        attribute_sizes=tuple(len(attribute.values) for attribute in task.attributes),
+        shape=recipe.framing.shape,
+    )
 
 
 def read_run(run: Path) -> tuple[Recipe, Task]:
@@ -138,8 +92,8 @@ def read_run(run: Path) -> tuple[Recipe, Task]:
     return from_json(Recipe, recipe, f"{path}: recipe"), from_json(Task, task, f"{path}: task")
 
 
-def refuse_taken(run: Path) -> None:
-    """Whether a folder is free for a new run.
+def require_new_run(run: Path) -> None:
+    """Raises unless a folder is free for a new run.
 
     Raises:
         RunError: it holds a run, or is no folder.
@@ -153,7 +107,7 @@ def refuse_taken(run: Path) -> None:
         )
 
 
-def hold(run: Path) -> AbstractContextManager[object]:
+def lock_run(run: Path) -> AbstractContextManager[object]:
     """Keeps every other training out of a run's folder from now on, until the `with` block ends.
 
     Two trainings in one folder would clear away each other's checkpoints. The system lets go of
@@ -206,8 +160,8 @@ def _unwritable(run: Path, error: OSError) -> RunError:
     return RunError(f"{run}: cannot be written to ({why}); choose another --out.")
 
 
-def require_same(run: Path, recipe: Recipe, task: Task) -> None:
-    """Whether a run can go on by this recipe and these data.
+def require_same_run(run: Path, recipe: Recipe, task: Task) -> None:
+    """Raises unless a run can go on by this recipe and these data.
 
     Raises:
         RunError: naming the settings that differ.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from ..data.cases import Dataset
 from ..data.loading import Batch
-from ..metrics import fairness
+from ..data.patches import Windows
+from ..metrics import fairness, region
 from ..metrics.loads import Loads, LoadTables
-from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..models.inference import infer
 from ..report.pictures import Picture
-from .inference import infer
+
+# A case's attribute values and its mean Dice.
+_CaseScore: TypeAlias = tuple[tuple[int, ...], float]
 
 
 @dataclass(frozen=True)
@@ -63,33 +67,36 @@ def validate(
     dataset: Dataset,
     device: torch.device,
     *,
-    frame: SquareSettings | VolumeSettings,
-    windows: int,
+    windows: Windows | None = None,
+    affine: np.ndarray | None = None,
 ) -> Validation:
     """Runs the network in eval mode over a rank's share, and gathers all ranks' scores.
 
-    Every rank has as many batches; `frame` and `windows` are as of `infer`. A case that two ranks
-    have seen counts once in the scores, twice in the load.
+    A case that two ranks have seen counts once in the scores, twice in the load.
+
+    Args:
+        model: on `device`.
+        batches: a rank's share; every rank has as many.
+        dataset: whose cases they are.
+        device: where the network computes.
+        windows: as of `infer`.
+        affine: of the frames, as of `Framing.affine`.
     """
     was_training = model.training
     model.eval()
-    scored: dict[str, tuple[tuple[int, ...], float]] = {}
+    scored: dict[str, _CaseScore] = {}
     examples: dict[int, Picture] = {}
     loads = Loads(dataset)
-    affine = None
-    if isinstance(frame, VolumeSettings) and frame.spacing != "median":
-        affine = np.diag([*frame.spacing, 1.0])  # of a volume's frame, which is RAS+
     for batch in batches:
         # Volumes stay on the CPU, where their logits are put together.
-        moved = batch.to(device if affine is None else torch.device("cpu"))
+        moved = batch.to(device if windows is None else torch.device("cpu"))
         predicted_BS = infer(
             model,
             moved.inputs,
             moved.attributes_BN,
-            frame=frame,
             windows=windows,
             device=device,
-            loads=loads,
+            observe=loads.add,
         ).argmax(1)
         dice_B = case_dice(predicted_BS, moved.mask_BS, dataset)
         attributes = batch.attributes_BN.tolist()
@@ -107,22 +114,35 @@ def validate(
                     affine,
                 )
     model.train(was_training)
-    if dist.is_initialized():
-        shares: list[tuple[dict[str, tuple[tuple[int, ...], float]], Loads]]
-        shares = [(scored, loads)] * dist.get_world_size()
-        dist.all_gather_object(shares, (scored, loads))  # from this run's own processes
-        scored = {case: result for share, _ in shares for case, result in share.items()}
-        loads = Loads.together(dataset, [share for _, share in shares])
+    scored, loads = _gathered(scored, loads, dataset)
+    score, dice = _by_group(scored, dataset)
+    return Validation(score, dice, loads.tables(), tuple(examples.values()))
+
+
+def _gathered(
+    scored: dict[str, _CaseScore], loads: Loads, dataset: Dataset
+) -> tuple[dict[str, _CaseScore], Loads]:
+    """The scores by case and the loads of all ranks."""
+    if not dist.is_initialized():
+        return scored, loads
+    shares: list[tuple[dict[str, _CaseScore], Loads]] = [(scored, loads)] * dist.get_world_size()
+    dist.all_gather_object(shares, (scored, loads))  # from this run's own processes
+    everybody = {case: result for share, _ in shares for case, result in share.items()}
+    return everybody, Loads.together(dataset, [share for _, share in shares])
+
+
+def _by_group(scored: dict[str, _CaseScore], dataset: Dataset) -> tuple[float, dict[str, float]]:
+    """The score, and the groups' mean Dice by attribute and value, as of `Validation`."""
+    # In one order, whatever the number of ranks, so that sums agree to the last bit.
+    results = [scored[case] for case in sorted(scored)]
     dice: dict[str, float] = {}
     score = 0.0
     for n, attribute in enumerate(dataset.attributes):
-        # In one order, whatever the number of ranks, so that sums agree to the last bit.
-        results = [scored[case] for case in sorted(scored)]
         means = fairness.group_means([d for _, d in results], [values[n] for values, _ in results])
         dice |= {f"{attribute.name}={attribute.label(g)}": mean for g, mean in means.items()}
         if n == 0:
             score = math.fsum(means.values()) / len(means)
-    return Validation(score, dice, loads.tables(), tuple(examples.values()))
+    return score, dice
 
 
 def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[float]:
@@ -131,6 +151,6 @@ def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[
     for labels in dataset.regions.values():
         wanted = torch.tensor(labels, device=truth_BS.device)
         by_region.append(
-            fairness.dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
+            region.batch_dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
         )
     return [math.fsum(scores) / len(scores) for scores in zip(*by_region, strict=True)]

@@ -1,15 +1,12 @@
 """Small folders of NIfTI volumes, as nnU-Net lays them out, for the tests of their reading."""
 
-import io
 import json
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from rich.console import Console
 
 from reference_models.data import DataSettings, open_dataset
-from reference_models.data.check import check
 
 NIBABEL = Path(nib.__file__).parent / "tests" / "data"
 SHAPE = (6, 5, 4)
@@ -46,6 +43,17 @@ def nnunet_folder(root, n=10, rows=None, **changes):
     return DataSettings("nifti", root)
 
 
+def set_voxel(index, value):
+    """What sets one voxel, or some, of an array and saves it at a path."""
+
+    def damage(path, array):
+        array = array.astype(np.float32)
+        array[index] = value
+        save(path, array)
+
+    return damage
+
+
 def write_layout(root, **changes):
     content = {
         "channel_names": {"0": "CT"},
@@ -56,19 +64,9 @@ def write_layout(root, **changes):
     (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def checked(settings):
-    """(exit code, what `check` printed)"""
-    text = io.StringIO()
-    return check(settings, Console(file=text, width=80)), text.getvalue()
-
-
 def read(settings, place):
     dataset = open_dataset(settings)
     return dataset.load(dataset.cases[place])
-
-
-def errors(text):
-    return [line for line in text.splitlines() if line.startswith("error:")]
 
 
 ROTATION = nib.eulerangles.euler2mat(0.3, -0.2, 0.5)

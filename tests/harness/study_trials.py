@@ -6,10 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from reference_models.study.jobs import RIGHT, SHUFFLED, UNKNOWN, WRONG, Job, Trial
+from reference_models.study.jobs import (
+    TOLD_RIGHT,
+    TOLD_SHUFFLED,
+    TOLD_UNKNOWN,
+    TOLD_WRONG,
+    Job,
+    Trial,
+)
 from reference_models.study.methods import METHODS
+from reference_models.study.results import write_tables
 from reference_models.study.scenes import SCENES
-from reference_models.study.tables import write_tables
 
 SEEDS = (10, 11, 12, 13, 14)
 SHARES = (0.7, 0.2, 0.1)
@@ -104,9 +111,9 @@ def made_trial(job: Job, shares: tuple[float, ...], cases_per_group: int) -> Tri
     group_N = np.array([values[0] for values in attributes])
     blind_N = level - 0.03 * group_N + hard_N + rng.normal(0, 0.02) + rng.normal(0, 0.02, len(seen))
     told = METHODS[job.method].settings.told
-    gains = {RIGHT: 1.0}
+    gains = {TOLD_RIGHT: 1.0}
     if told:
-        gains |= {SHUFFLED: -0.5, WRONG: -1.0, UNKNOWN: -0.3}
+        gains |= {TOLD_SHUFFLED: -0.5, TOLD_WRONG: -1.0, TOLD_UNKNOWN: -0.3}
     dice = {
         condition: blind_N
         + told * gain * worth * np.where(seen, 1, 0.4)
@@ -118,13 +125,13 @@ def made_trial(job: Job, shares: tuple[float, ...], cases_per_group: int) -> Tri
         names = {"two": ("site", "protocol"), "mri": ("protocol",)}.get(job.scene, ("site",))
         n_values = len(set(group_N.tolist()))
         # Of cases that are told nothing, none has a value.
-        loads = {c: {} if c == UNKNOWN else _loads(rng, names, n_values) for c in gains}
+        loads = {c: {} if c == TOLD_UNKNOWN else _loads(rng, names, n_values) for c in gains}
     return Trial(
         job=job,
         parameters=30_000 + 100 * place,
         multiply_adds=5_000_000 + 1000 * place,
         validation=float(
-            dice[RIGHT].mean()
+            dice[TOLD_RIGHT].mean()
             - 0.1 * (job.learning_rate != GRID[2 if job.method == "dense" else 1])
         ),
         cases=tuple(
@@ -134,7 +141,9 @@ def made_trial(job: Job, shares: tuple[float, ...], cases_per_group: int) -> Tri
         attributes=attributes,
         seen=seen,
         dice={condition: tuple(np.clip(d, 0, 1).tolist()) for condition, d in dice.items()},
-        told_right={c: {RIGHT: 1.0, SHUFFLED: 0.35}.get(c, 0.0) for c in gains} if told else {},
+        told_right={c: {TOLD_RIGHT: 1.0, TOLD_SHUFFLED: 0.35}.get(c, 0.0) for c in gains}
+        if told
+        else {},
         loads=loads,
     )
 

@@ -1,9 +1,12 @@
-"""What the tests of training share: runs' files read, processes started, killed and waited for."""
+"""What the tests of training share: a small recipe, a run's files, processes started and killed."""
 
 import csv
+import dataclasses
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +14,27 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from reference_models.data import DataSettings, PhantomSettings
 from reference_models.errors import RunError
+from reference_models.recipes.framings import ImageFramingSettings
+from reference_models.recipes.presets import PRESETS
 from reference_models.training import loop as training
 from reference_models.training.loop import train
+
+# 18 training cases: 4 steps an epoch; 2 validation cases.
+TINY = dataclasses.replace(
+    PRESETS["small"],
+    data=DataSettings(
+        "phantom", phantom=PhantomSettings(cases=20, test_cases_per_group=1, image_size=32)
+    ),
+    framing=ImageFramingSettings(32, "whole", "paper"),
+    batch_size=4,
+    epochs=2,
+)
+
+
+def copied(run, to):
+    return Path(shutil.copytree(run, to / "copy"))
 
 
 def weights_of(run, which="last"):

@@ -17,7 +17,7 @@ from reference_models import demo
 from reference_models.__main__ import main
 from reference_models.data import DataSettings, example
 from reference_models.data.phantom import PhantomSettings
-from reference_models.recipes.recipe import SquareSettings
+from reference_models.recipes.framings import ImageFramingSettings
 
 ROOT = Path(__file__).parents[2]
 # As small as still has every group in every split.
@@ -48,7 +48,7 @@ def test_the_studys_preset_trains_and_is_scored(tmp_path, capsys):
     assert main(["predict", "--run", str(out)]) == 0
 
 
-@pytest.mark.parametrize("flag", ["--block", "--hidden", "--widths", "--router", "--placement"])
+@pytest.mark.parametrize("flag", ["--block", "--hidden", "--widths", "--n-experts"])
 def test_the_studys_flags_are_those_of_its_preset_alone(flag, capsys):
     for preset in ("paper", "small", "small3d"):
         with pytest.raises(SystemExit):
@@ -59,6 +59,9 @@ def test_the_studys_flags_are_those_of_its_preset_alone(flag, capsys):
     offered = re.findall(r"--[\w-]+", capsys.readouterr().out)
     assert flag in offered
     assert not {"--moe", "--variant", "--stages"} & {*offered}
+    # What the study tried and no user needs.
+    tried = {"--merge", "--modulate", "--film-identity", "--router", "--placement"}
+    assert not tried & {*offered}
 
 
 def test_check_counts_the_cases_of_each_group_and_split(capsys):
@@ -162,7 +165,7 @@ def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monke
     small = dataclasses.replace(
         demo.SMALL,
         data=DataSettings("phantom", phantom=phantom),
-        frame=SquareSettings(32, "whole", "shift"),
+        framing=ImageFramingSettings(32, "whole", "shift"),
     )
     monkeypatch.setattr(demo, "SMALL", small)
     summaries = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))

@@ -5,7 +5,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-from harness.nifti_folders import checked
+from harness.checks import checked
 from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
 from reference_models.data import DataSettings, open_dataset

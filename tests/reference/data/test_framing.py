@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from reference_models.data.cases import Sample
-from reference_models.data.framing import Square
+from reference_models.data.framing import ImageFraming
 
 
 def sample(image_CS, mask_S):
@@ -23,7 +23,7 @@ def ellipses(height, width):
 @pytest.mark.parametrize("crop", [None, 50, 1000])
 @pytest.mark.parametrize("size", [48, 96, 300])
 def test_a_frame_goes_back_to_the_native_mask(native, crop, size):
-    framing = Square(size, crop)
+    framing = ImageFraming(size, crop)
     mask = ellipses(*native)
     given = sample(np.stack([mask, mask]).astype(np.float32), mask)
     frame = framing.apply(given)
@@ -58,24 +58,24 @@ def test_frames_keep_the_aspect_ratio_and_crop_the_middle():
     image = np.zeros((1, 40, 60), np.float32)
     image[0, 10:30, 20:40] = 1  # a square in the middle stays one
     given = sample(image, image[0].astype(np.uint8))
-    frame = Square(30).apply(given)
+    frame = ImageFraming(30).apply(given)
     framed, labels = frame.image_CS, frame.mask_S
     rows, columns = np.nonzero(labels)
     assert (np.ptp(rows), np.ptp(columns)) == (9, 9)
     assert framed[0, :5].max() == 0  # padded with zeros
-    cropped = Square(20, crop=20).apply(given)
+    cropped = ImageFraming(20, crop=20).apply(given)
     assert cropped.image_CS.min() == 1
     assert cropped.mask_S.min() == 1
     with pytest.raises(ValueError, match=r"\(3, 30, 30\)|must be"):
-        Square(30).restore(torch.zeros(3, 20, 30), given)
+        ImageFraming(30).restore(torch.zeros(3, 20, 30), given)
     with pytest.raises(ValueError, match="size"):
-        Square(0)
+        ImageFraming(0)
 
 
 def test_shrinking_averages_instead_of_picking_pixels():
     rows, columns = np.indices((64, 64))
     board_CS = ((rows + columns) % 2)[None].astype(np.float32)
-    frame = Square(16).apply(sample(board_CS, np.zeros((64, 64), np.uint8)))
+    frame = ImageFraming(16).apply(sample(board_CS, np.zeros((64, 64), np.uint8)))
     np.testing.assert_allclose(frame.image_CS, 0.5, atol=0.02)
 
 
@@ -83,6 +83,6 @@ def test_shrinking_averages_instead_of_picking_pixels():
 def test_shrinking_does_not_shift_a_mask(factor):
     rows, columns = np.indices((96, 96))
     disc_S = (np.hypot(rows - 40.3, columns - 51.7) < 25).astype(np.uint8)
-    frame = Square(96 // factor).apply(sample(disc_S[None].astype(np.float32), disc_S))
+    frame = ImageFraming(96 // factor).apply(sample(disc_S[None].astype(np.float32), disc_S))
     centre = (np.argwhere(frame.mask_S).mean(0) + 0.5) * factor - 0.5
     np.testing.assert_allclose(centre, (40.3, 51.7), atol=0.3)

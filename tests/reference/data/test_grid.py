@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference_models.data import grid
 from reference_models.data.cases import Sample
-from reference_models.data.grid import Grid, find_body
+from reference_models.data.grid import VolumeFraming, find_body
 
 SPACING = (1.0, 1.5, 3.0)
 STORED = [
@@ -63,10 +63,10 @@ def one_hot(mask_S, classes=3):
 @pytest.mark.parametrize(
     "framing",
     [
-        Grid(SPACING),
-        Grid(SPACING, (16, 4, 9)),
-        Grid((1.3, 1.3, 1.3), (4, 4, 20), body=True),
-        Grid((2.5, 4.0, 1.0)),
+        VolumeFraming(SPACING),
+        VolumeFraming(SPACING, (16, 4, 9)),
+        VolumeFraming((1.3, 1.3, 1.3), (4, 4, 20), body=True),
+        VolumeFraming((2.5, 4.0, 1.0)),
     ],
 )
 def test_a_frame_is_the_same_however_the_volume_is_stored(framing):
@@ -85,7 +85,7 @@ def test_a_frame_is_the_same_however_the_volume_is_stored(framing):
 def test_a_frame_at_native_spacing_is_the_volume_in_its_closest_canonical_axes(stored):
     image_CS, mask_S = noise(6, 5, 7)
     given = volume(image_CS, mask_S, stored=stored)
-    frame = Grid(SPACING).apply(given)
+    frame = VolumeFraming(SPACING).apply(given)
     for channel, framed in zip(given.image_CS, frame.image_CS, strict=True):
         image = nibabel.Nifti1Image(channel, given.header.get_best_affine())
         expected = nibabel.as_closest_canonical(image)
@@ -98,7 +98,7 @@ def test_a_frame_at_native_spacing_is_the_volume_in_its_closest_canonical_axes(s
 def test_at_native_spacing_a_mask_comes_back_exactly(stored, least):
     image_CS, mask_S = noise(9, 6, 13)
     given = volume(image_CS, mask_S, stored=stored)
-    framing = Grid(SPACING, least)
+    framing = VolumeFraming(SPACING, least)
     restored = framing.restore(one_hot(framing.apply(given).mask_S), given)
     assert restored.dtype == np.uint8
     np.testing.assert_array_equal(restored, given.mask_S)
@@ -111,7 +111,7 @@ def test_at_native_spacing_a_mask_comes_back_exactly(stored, least):
 def test_elsewhere_a_mask_comes_back_but_for_voxels_at_borders(shape, wanted, least, stored):
     mask_S = ellipsoids(*shape)
     given = volume(mask_S[None], mask_S, stored=stored)
-    framing = Grid(wanted, least)
+    framing = VolumeFraming(wanted, least)
     restored = framing.restore(one_hot(framing.apply(given).mask_S), given)
     assert restored.shape == given.native_size
     wrong = orientations.apply_orientation(restored != given.mask_S, grid._turn(given))
@@ -128,7 +128,7 @@ def test_elsewhere_a_mask_comes_back_but_for_voxels_at_borders(shape, wanted, le
 def test_tiny_volumes_keep_at_least_a_voxel(shape, wanted):
     image_CS, mask_S = noise(*shape)
     given = volume(image_CS, mask_S)
-    for framing in (Grid(wanted, body=True), Grid(wanted, (8, 8, 8), body=True)):
+    for framing in (VolumeFraming(wanted, body=True), VolumeFraming(wanted, (8, 8, 8), body=True)):
         frame = framing.apply(given)
         size = [
             max(least, 1, round(n * s / w))
@@ -147,7 +147,7 @@ def test_a_voxel_of_a_frame_lies_where_its_share_of_the_extent_does():
     places = [(np.arange(n) + 0.5) * s for n, s in zip(shape, SPACING, strict=True)]
     image_CS = np.stack(np.meshgrid(*places, indexing="ij"))
     for wanted, close in (((0.7, 0.6, 1.1), 1e-5), ((2.1, 3.7, 6.2), 0.02)):
-        frame = Grid(wanted).apply(volume(image_CS, None, affine, STORED[29]))
+        frame = VolumeFraming(wanted).apply(volume(image_CS, None, affine, STORED[29]))
         assert frame.mask_S is None
         for axis, (n, s, w) in enumerate(zip(shape, SPACING, wanted, strict=True)):
             m = frame.image_CS.shape[axis + 1]
@@ -167,7 +167,7 @@ def test_a_spacing_that_a_header_rounds_is_the_native_one():
     affine = np.diag([-0.9765625, 0.7, 1.2, 1])
     given = volume(image_CS, mask_S, affine)
     assert given.spacing[1] != 0.7  # as float32 it is 0.699999988
-    framing = Grid((0.976562, 0.7, 1.2))
+    framing = VolumeFraming((0.976562, 0.7, 1.2))
     frame = framing.apply(given)
     np.testing.assert_array_equal(frame.image_CS, given.image_CS[:, ::-1])
     np.testing.assert_array_equal(framing.restore(one_hot(frame.mask_S), given), given.mask_S)
@@ -176,7 +176,7 @@ def test_a_spacing_that_a_header_rounds_is_the_native_one():
 def test_padding_is_each_channels_minimum_shared_out_to_both_ends():
     image_CS, mask_S = noise(4, 6, 7)
     mask_S += 1
-    frame = Grid(SPACING, (9, 6, 8), body=True).apply(volume(image_CS, mask_S))
+    frame = VolumeFraming(SPACING, (9, 6, 8), body=True).apply(volume(image_CS, mask_S))
     assert frame.image_CS.shape == (2, 9, 6, 8)
     inside = (slice(2, 6), slice(0, 6), slice(0, 7))
     np.testing.assert_array_equal(frame.image_CS[(slice(None), *inside)], np.float32(image_CS))
@@ -192,7 +192,7 @@ def test_padding_is_each_channels_minimum_shared_out_to_both_ends():
 @pytest.mark.parametrize("factor", [2, 3, 4, 0.5])
 def test_resampling_moves_a_mask_to_no_side(factor):
     mask_S = np.pad(ellipsoids(24, 36, 12), 6)
-    grid_ = Grid(tuple(factor * size for size in SPACING))
+    grid_ = VolumeFraming(tuple(factor * size for size in SPACING))
     frame_S = grid_.apply(volume(np.zeros((1, *mask_S.shape)), mask_S)).mask_S
     assert {*np.unique(frame_S)} == {0, 1, 2}
     flipped = volume(np.zeros((1, *mask_S.shape)), np.ascontiguousarray(mask_S[::-1, ::-1, ::-1]))
@@ -205,7 +205,7 @@ def test_shrinking_a_volume_averages_instead_of_picking_voxels(axis):
     stripes_S = np.indices(shape)[axis] % 2
     wanted = np.array(SPACING)
     wanted[axis] *= 3  # every third voxel's middle is a voxel's, which is 0 or 1
-    frame = Grid(tuple(wanted)).apply(volume(stripes_S[None], None))
+    frame = VolumeFraming(tuple(wanted)).apply(volume(stripes_S[None], None))
     assert frame.image_CS.shape[axis + 1] == shape[axis] // 3
     np.testing.assert_allclose(frame.image_CS, 0.5, atol=0.08)
 
@@ -229,7 +229,7 @@ def test_restoring_goes_by_slabs_that_bound_its_memory_and_change_nothing(monkey
     mask_S = ellipsoids(40, 30, 20)
     given = volume(mask_S[None], mask_S, stored=STORED[29])
     for wanted in ((0.4, 2.0, 2.0), (2.3, 1.5, 3.0), (1.0, 0.8, 5.0)):
-        framing = Grid(wanted, (32, 32, 32))
+        framing = VolumeFraming(wanted, (32, 32, 32))
         logits_KS = torch.randn(3, *framing.apply(given).mask_S.shape)
         whole = framing.restore(logits_KS, given)
         monkeypatch.setattr(grid, "_SLAB", 6000)
@@ -243,9 +243,9 @@ def test_what_cannot_be_framed_or_restored_is_refused():
     image_CS, mask_S = noise(6, 5, 7)
     given = volume(image_CS, mask_S)
     with pytest.raises(ValueError, match=r"\(8, 5, 7\).*got \(3, 6, 5, 7\)"):
-        Grid(SPACING, (8, 1, 1)).restore(torch.zeros(3, 6, 5, 7), given)
+        VolumeFraming(SPACING, (8, 1, 1)).restore(torch.zeros(3, 6, 5, 7), given)
     with pytest.raises(ValueError, match="case: expected a volume with a NIfTI header"):
-        Grid(SPACING).apply(Sample("case", image_CS, mask_S, (0,), SPACING))
+        VolumeFraming(SPACING).apply(Sample("case", image_CS, mask_S, (0,), SPACING))
     for options in (
         {"spacing": (1.0, 0.0, 1.0)},
         {"spacing": (1.0, np.inf, 1.0)},
@@ -253,7 +253,7 @@ def test_what_cannot_be_framed_or_restored_is_refused():
         {"spacing": SPACING, "least": (1, 0, 1)},
     ):
         with pytest.raises(ValueError, match="three sizes above 0"):
-            Grid(**options)
+            VolumeFraming(**options)
 
 
 def torso():

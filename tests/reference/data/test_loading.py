@@ -17,7 +17,7 @@ from monai.data import get_track_meta
 from reference_models.data import PhantomSettings
 from reference_models.data.cache import FrameCache
 from reference_models.data.cases import Attribute, Case, Dataset, Sample
-from reference_models.data.framing import Square
+from reference_models.data.framing import ImageFraming
 from reference_models.data.loading import Frames, batches_an_epoch, eval_batches, train_batches
 from reference_models.data.phantom import Phantom
 from reference_models.data.splits import absent_values, make_splits, read_splits, write_splits
@@ -150,7 +150,7 @@ def test_a_splits_file_comes_back_and_a_wrong_one_says_why(tmp_path):
 def phantom_frames(**options):
     phantom = Phantom(PhantomSettings(cases=22, test_cases_per_group=1, image_size=32))
     ids = [case.case_id for case in phantom.cases if case.split == "train"]
-    return Frames(phantom, ids, Square(32), augment="paper", **options)
+    return Frames(phantom, ids, ImageFraming(32), augment="paper", **options)
 
 
 def same(first, second):
@@ -191,7 +191,7 @@ def test_ranks_see_together_what_one_process_sees():
 
 def test_an_epoch_goes_on_in_the_middle_without_reading_what_came_before():
     ids = [f"case{i:03}" for i in range(20)]
-    whole, frames = (Frames(Lesions(20), ids, Square(8), augment="paper") for _ in range(2))
+    whole, frames = (Frames(Lesions(20), ids, ImageFraming(8), augment="paper") for _ in range(2))
     whole = list(train_batches(whole, batch_size=3, epoch=1))
     assert same(whole[4:], train_batches(frames, batch_size=3, epoch=1, first_batch=4))
     assert frames.dataset.loads == 6
@@ -208,7 +208,7 @@ def test_made_cases_are_made_once_and_give_the_same_batches_ever_after(augment):
         dataset.load = lambda case: dataclasses.replace(
             made(case), image_CS=made(case).image_CS ** (4 if case.case_id > "case006" else 1)
         )
-        return Frames(dataset, ids, Square(24), augment=augment)
+        return Frames(dataset, ids, ImageFraming(24), augment=augment)
 
     kept = frames()
     for epoch in range(3):
@@ -233,7 +233,7 @@ def test_evaluation_sees_every_case_once_in_order_and_untouched():
 
 
 def test_augmentation_is_the_papers_and_moves_image_and_mask_together():
-    frames = Frames(Lesions(2), ["case001"], Square(24), augment="paper")
+    frames = Frames(Lesions(2), ["case001"], ImageFraming(24), augment="paper")
     # An image that is its own mask, without symmetry, in the third class: half of it, as mixing
     # neighbours would make at the edges, is the second, and must never be there.
     mark = np.zeros((24, 24), np.uint8)
@@ -277,7 +277,7 @@ def test_wrong_numbers_are_refused_before_anything_is_read():
         with pytest.raises(ValueError, match=words):
             train_batches(frames, epoch=0, **options)
     with pytest.raises(DataError, match="no case nobody"):
-        Frames(frames.dataset, ["nobody"], Square(8))
+        Frames(frames.dataset, ["nobody"], ImageFraming(8))
 
 
 def lesion_files(tmp_path, n=6):
@@ -292,8 +292,8 @@ def test_what_was_read_once_is_cached_for_workers_and_later_runs(tmp_path):
     cache = tmp_path / "cache"
 
     def frames(size=8):
-        return Frames(Lesions(6, files=files), [f"case{i:03}" for i in range(6)], Square(size),
-                      cache=cache)  # fmt: skip
+        ids = [f"case{i:03}" for i in range(6)]
+        return Frames(Lesions(6, files=files), ids, ImageFraming(size), cache=cache)
 
     first = list(eval_batches(frames(), batch_size=6, workers=2))
     assert len(list(cache.iterdir())) == 6
@@ -326,13 +326,15 @@ def test_what_was_read_once_is_cached_for_workers_and_later_runs(tmp_path):
 def test_a_cache_folder_that_cannot_be_made_is_an_error_of_the_settings(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="choose another"):
-        FrameCache(tmp_path / "file" / "cache", Lesions(1), Square(8))
+        FrameCache(tmp_path / "file" / "cache", Lesions(1), ImageFraming(8))
 
 
 def test_a_full_cache_is_an_error_that_says_so(tmp_path):
     resource = pytest.importorskip("resource", reason="no limit to the size of files here")
     files = lesion_files(tmp_path, n=1)
-    frames = Frames(Lesions(1, files=files), ["case000"], Square(99), cache=tmp_path / "cache")
+    frames = Frames(
+        Lesions(1, files=files), ["case000"], ImageFraming(99), cache=tmp_path / "cache"
+    )
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -350,7 +352,7 @@ def test_a_damaged_file_is_named_by_workers_too(tmp_path, workers):
     files = lesion_files(tmp_path)
     Path(files[4]).write_text("x", encoding="utf-8")
     frames = Frames(
-        Lesions(6, files=files), ["case003", "case004"], Square(8), cache=tmp_path / "cache"
+        Lesions(6, files=files), ["case003", "case004"], ImageFraming(8), cache=tmp_path / "cache"
     )
     with pytest.raises(DataError) as raised:
         list(eval_batches(frames, batch_size=1, workers=workers))

@@ -8,12 +8,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from harness.checks import checked
 from harness.nifti_folders import (
     AFFINE,
     GRIDS,
     NIBABEL,
     SHAPE,
-    checked,
     mask,
     nnunet_folder,
     read,

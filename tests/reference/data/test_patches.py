@@ -14,13 +14,13 @@ from helpers import rewrite
 
 from reference_models.data import DataSettings
 from reference_models.data.cases import Attribute, Case, Dataset, Sample
-from reference_models.data.grid import Grid
+from reference_models.data.grid import VolumeFraming
 from reference_models.data.loading import Frames, batches_an_epoch, eval_batches, train_batches
 from reference_models.data.patches import Patches, find_voxels
 from reference_models.data.splits import Splits
 from reference_models.errors import DataError, RunError
 from reference_models.recipes.presets import PRESETS
-from reference_models.training.cohort import Cohort, framing_of
+from reference_models.training.cohort import Cohort
 
 
 class Volumes(Dataset):
@@ -53,7 +53,7 @@ class Volumes(Dataset):
         return Sample(case.case_id, image_CS, mask_S, case.attributes, (1, 1, 1), header)
 
 
-GRID = Grid((1.0, 1.0, 1.0), (8, 8, 8), body=True)
+GRID = VolumeFraming((1.0, 1.0, 1.0), (8, 8, 8), body=True)
 
 
 def patches_of(dataset=None, framing=GRID, augment="paper", **options):
@@ -82,16 +82,16 @@ def start_of(window):
 def test_patches_lie_everywhere_and_none_beyond_the_volume():
     patches, random = Patches((3, 2, 4), foreground=0.5), np.random.default_rng(0)
     voxels = {"1": torch.tensor([[1, 1, 1]])}
-    windows = [patches.window((5, 4, 6), voxels, random) for _ in range(3000)]
+    windows = [patches.draw((5, 4, 6), voxels, random) for _ in range(3000)]
     assert {start_of(window) for window in windows} == {*itertools.product(*map(range, (3, 3, 3)))}
     assert {tuple(side.stop - side.start for side in window) for window in windows} == {(3, 2, 4)}
     covered = np.zeros((5, 4, 6), bool)
     for window in windows:
         covered[window] = True
     assert covered.all()
-    assert patches.window((3, 2, 4), {}, random) == (slice(0, 3), slice(0, 2), slice(0, 4))
+    assert patches.draw((3, 2, 4), {}, random) == (slice(0, 3), slice(0, 2), slice(0, 4))
     with pytest.raises(ValueError, match=r"volume of \(3, 1, 4\) holds no patch of \(3, 2, 4\)"):
-        patches.window((3, 1, 4), {}, random)
+        patches.draw((3, 1, 4), {}, random)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -102,7 +102,7 @@ def test_as_many_patches_as_asked_for_are_laid_around_the_foreground(share):
     draws = 3000
     held = Counter()
     for _ in range(draws):
-        window = patches.window((11, 11, 11), voxels, random)
+        window = patches.draw((11, 11, 11), voxels, random)
         inside = [s.start <= v < s.stop for s, v in zip(window, (4, 0, 10), strict=True)]
         held[start_of(window) if all(inside) else None] += 1
     expected = share + (1 - share) * 2 / 1000
@@ -112,7 +112,7 @@ def test_as_many_patches_as_asked_for_are_laid_around_the_foreground(share):
         assert {*held} == {(3, 0, 9), (4, 0, 9)}
         assert min(held.values()) > 0.4 * sum(held.values())
     # Without any foreground they lie anywhere.
-    assert len({start_of(patches.window((11, 11, 11), {}, random)) for _ in range(200)}) > 150
+    assert len({start_of(patches.draw((11, 11, 11), {}, random)) for _ in range(200)}) > 150
 
 
 def test_a_small_label_is_looked_at_as_often_as_a_large_one():
@@ -120,7 +120,7 @@ def test_a_small_label_is_looked_at_as_often_as_a_large_one():
     mask_S[:8], mask_S[19, 19, 19] = 1, 7
     found = {name: torch.from_numpy(voxels) for name, voxels in find_voxels(mask_S).items()}
     patches, random = Patches((2, 2, 2), foreground=1), np.random.default_rng(0)
-    small = sum(patches.window((20, 20, 20), found, random)[0].stop == 20 for _ in range(1000))
+    small = sum(patches.draw((20, 20, 20), found, random)[0].stop == 20 for _ in range(1000))
     assert abs(small - 500) < 4 * np.sqrt(250)
 
 
@@ -274,9 +274,9 @@ def test_a_cached_volume_is_made_anew_when_it_is_damaged_or_made_from_something_
     assert loads()[0] == 0
     assert loads(made_with=(-175.0, 250.0))[0] == 4
     assert loads(made_with=(-160.0, 240.0))[0] == 4
-    assert loads(Grid((1.0, 1.0, 1.1), (8, 8, 8), body=True))[0] == 4
-    assert loads(Grid((1.0, 1.0, 1.0), (8, 8, 10), body=True))[0] == 4
-    assert loads(Grid((1.0, 1.0, 1.0), (8, 8, 8)))[0] == 4
+    assert loads(VolumeFraming((1.0, 1.0, 1.1), (8, 8, 8), body=True))[0] == 4
+    assert loads(VolumeFraming((1.0, 1.0, 1.0), (8, 8, 10), body=True))[0] == 4
+    assert loads(VolumeFraming((1.0, 1.0, 1.0), (8, 8, 8)))[0] == 4
     rewrite(files[2], "3")
     changed, moved = loads()
     assert changed == 1
@@ -330,16 +330,16 @@ def test_a_volume_without_a_mask_is_in_no_training_or_validation():
 
 def test_a_run_trains_on_patches_and_validates_on_volumes(tmp_path):
     recipe = PRESETS["small3d"]
-    frame = dataclasses.replace(
-        recipe.frame, spacing=(1.0, 1.5, 2.0), patch=(32, 64, 32), patches=2, foreground=0.5
+    framing = dataclasses.replace(
+        recipe.framing, spacing=(1.0, 1.5, 2.0), patch=(32, 64, 32), patches=2, foreground=0.5
     )
     recipe = dataclasses.replace(
-        recipe, frame=frame, batch_size=4, seed=3, data=DataSettings("nifti", cache=tmp_path)
+        recipe, framing=framing, batch_size=4, seed=3, data=DataSettings("nifti", cache=tmp_path)
     )
     dataset = Volumes()
     splits = Splits("nifti", 0, ("case0", "case1"), ("case2",), ("case3",))
     cohort = Cohort(recipe, dataset, splits, frozenset())
-    assert framing_of(recipe) == Grid((1.0, 1.5, 2.0), (32, 64, 32), body=False)
+    assert recipe.framing.build() == VolumeFraming((1.0, 1.5, 2.0), (32, 64, 32), body=False)
     training = cohort.frames(cohort.train, training=True)
     assert training.patches == Patches((32, 64, 32), 2, 0.5)
     assert len(training) == 4
@@ -356,8 +356,8 @@ def test_a_batch_may_hold_as_many_patches_as_an_epoch_has(tmp_path, monkeypatch)
     monkeypatch.setattr("reference_models.training.cohort.choose_splits", lambda *_: splits)
     recipe = PRESETS["small3d"]
     for count, fits in ((2, True), (1, False)):
-        frame = dataclasses.replace(recipe.frame, patches=count)
-        chosen = dataclasses.replace(recipe, frame=frame, batch_size=4)
+        framing = dataclasses.replace(recipe.framing, patches=count)
+        chosen = dataclasses.replace(recipe, framing=framing, batch_size=4)
         if fits:
             assert Cohort.of(chosen, dataset, resume=False).train == ("case0", "case1")
         else:

@@ -11,7 +11,8 @@ from harness.resunets3d import SIZE, make, released_entries, released_logits, ru
 from harness.transunets import make as make_2d
 
 from reference_models.models.weight_files import WeightsError
-from reference_models.models.weights import load_pretrained, load_released_2d
+from reference_models.models.weights import load_pretrained
+from reference_models.models.weights2d import load_released_2d
 from reference_models.models.weights3d import load_released_3d
 
 ATTRIBUTES = torch.tensor([4, 0, 2])

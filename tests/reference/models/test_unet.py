@@ -1,247 +1,28 @@
-"""The study's U-Net computes what it says, whatever stands in the place of its MLPs."""
+"""The small U-Net computes what it says, whatever stands in the place of its MLPs."""
 
 import copy
 import math
 
-import naive
 import pytest
 import torch
-import torch.nn.functional as F
+from harness.unets import KNOWN, SIZES, WIDTHS, UNetTests, images, make, run, stirred
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmoe_layer import DMoE, routing
+from dmoe_layer import MissingAttributesError, routing
 from reference_models.models.unet import BLOCKS, TOLD, UNet
 from reference_models.models.weight_files import WeightsError
 from reference_models.models.weights import load_pretrained
 
-WIDTHS = (4, 8)
-SIZES = (3, 2)
-ATTRIBUTES = torch.tensor([[2, 0], [0, 1], [1, -1]])
-KNOWN = torch.tensor([[2, 0], [0, 1], [1, 1]])
-KINDS = {
-    **{block: {"block": block} for block in BLOCKS},
-    "after": {"placement": "after"},
-    "beside": {"placement": "beside"},
-    "modulated": {"modulate": True},
-    "merged": {"merge": True},
-    "shared": {"router": "shared"},
-    "sharp": {"router": "sharp"},
-    "blind": {"router": "blind", "modulate": True},
-    "plain": {"attribute_sizes": None},
-}
+KINDS = {**{block: {"block": block} for block in BLOCKS}, "plain": {"attribute_sizes": None}}
 
 
-def make(**options):
-    return UNet(
-        WIDTHS,
-        **{
-            "in_channels": 2, "n_classes": 3, "attribute_sizes": SIZES, "unknown": "average",
-            "n_experts": 4, "hidden": 4, **options,
-        },
-    )  # fmt: skip
+class TestUNet(UNetTests):
+    kinds = KINDS
 
-
-def images(batch=3, size=(8, 16)):
-    return torch.randn(batch, 2, *size)
-
-
-def run(model, image, attributes_BA=ATTRIBUTES):
-    with routing(attributes_BA):
-        return model(image, attributes_BA)
-
-
-def stirred(model):
-    """No two parameters alike, and all of them seen in the logits."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.copy_(0.5 * torch.randn(value.shape, generator=generator))
-    return model
-
-
-# What it computes, once more
-
-
-def members(values, unknown):
-    """Which of the values of all attributes a sample belongs to, and how much."""
-    found, start = [], 0
-    for value, size in zip(values, SIZES, strict=True):
-        if value >= 0:
-            found.append((start + value, 1.0))
-        elif unknown == "learned":
-            found.append((start + size, 1.0))
-        else:
-            found += [(start + v, 1 / size) for v in range(size)]
-        start += size + (unknown == "learned")
-    return found
-
-
-def naive_logits(model, image_BCHW, attributes_BA, kind, unknown):
-    """Sample by sample and, between the convolutions, token by token."""
-    state = model.state_dict()
-
-    def convolution(name, place, x, stride=1):
-        x = F.conv2d(x, state[f"{name}.{place}.weight"], None, stride, 1)
-        grouped = x.reshape(4, -1)
-        grouped = grouped - grouped.mean(1, keepdim=True)
-        x = (grouped / (grouped.square().mean(1, keepdim=True) + 1e-5).sqrt()).reshape(x.shape)
-        scale, shift = (state[f"{name}.{place + 1}.{p}"] for p in ("weight", "bias"))
-        x = x * scale[:, None, None] + shift[:, None, None]
-        return torch.where(x > 0, x, 0.1 * x)
-
-    def dense(name, x):
-        hidden = state[f"{name}.0.weight"] @ x + state[f"{name}.0.bias"]
-        return state[f"{name}.2.weight"] @ hidden.clamp(min=0) + state[f"{name}.2.bias"]
-
-    def experts(name, x_TD, values):
-        params = {
-            key.removeprefix(f"{name}."): value
-            for key, value in state.items()
-            if key.startswith(f"{name}.")
-        }
-        if kind == "shared":
-            one = params.pop("router.parametrizations.w_A2ED.original")
-            params["router.w_A2ED"] = one.expand(len(params["router.b_A2E"]), -1, -1, -1)
-        if kind == "sharp":
-            for weight in ("w_A2ED", "b_A2E"):
-                own = params.pop(f"router.parametrizations.{weight}.original")
-                params[f"router.{weight}"] = 4 * own
-        sizes = None if kind in ("plain", "blind") else SIZES
-        return naive.dmoe(
-            x_TD[None], [values], params, sizes=sizes, unknown=unknown, k=2, activation="relu",
-        )[0][0]  # fmt: skip
-
-    def merged(name, x_TD, values):
-        w1, b1, w2, b2, w_A2ED, b_A2E = (
-            state[f"{name}.{p}"]
-            for p in ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED", "router.w_A2ED", "router.b_A2E")
-        )
-        w_2ED, b_2E = naive.router_weights(w_A2ED, b_A2E, SIZES, unknown, values)
-        scores = w_2ED[0] @ x_TD.mean(0) + b_2E[0]
-        best = scores.topk(2).indices
-        gates = scores[best].softmax(0)
-        w1, b1, w2, b2 = (
-            sum(gate * p[expert] for gate, expert in zip(gates, best, strict=True))
-            for p in (w1, b1, w2, b2)
-        )
-        return torch.stack([w2 @ (w1 @ x + b1).clamp(min=0) + b2 for x in x_TD])
-
-    def answer(stage, x_TD, values, member):
-        name = f"stages.{stage}.mlp"
-        if kind == "merged":
-            return x_TD + merged(f"{name}.experts", x_TD, values)
-        if kind in ("moe", "shared", "sharp", "plain"):
-            return x_TD + experts(name, x_TD, values)
-        if kind in ("modulated", "blind"):
-            table = state[f"stages.{stage}.film.scale_shift.weight"]
-            scale, shift = sum(share * table[:, v] for v, share in member).chunk(2)
-            return x_TD + experts(name, x_TD * (1 + scale) + shift, values)
-        if kind == "beside":
-            always = torch.stack([dense(f"{name}.0", x) for x in x_TD])
-            return x_TD + always + experts(f"{name}.1", x_TD, values)
-        if kind == "after":
-            x_TD = x_TD + torch.stack([dense(name, x) for x in x_TD])
-            return x_TD + experts(f"stages.{stage}.after", x_TD, values)
-        answers = []
-        for x in x_TD:
-            if kind == "film":
-                table = state[f"stages.{stage}.film.scale_shift.weight"]
-                scale, shift = sum(share * table[:, v] for v, share in member).chunk(2)
-                answers.append(x + dense(name, x * (1 + scale) + shift))
-            elif kind == "per_value":
-                w1, b1, w2, b2 = (
-                    sum(share * state[f"{name}.{p}"][v] for v, share in member) / len(SIZES)
-                    for p in ("w1_VMD", "b1_VM", "w2_VDM", "b2_VD")
-                )
-                answers.append(x + w2 @ (w1 @ x + b1).clamp(min=0) + b2)
-            else:
-                answers.append(x + dense(name, x))
-        return torch.stack(answers)
-
-    logits = []
-    for image_CHW, values in zip(image_BCHW, attributes_BA.tolist(), strict=True):
-        x, maps = image_CHW[None], []
-        member = members(values, unknown)
-        if kind == "channels":
-            n_values = sum(SIZES) + len(SIZES) * (unknown == "learned")
-            planes = torch.zeros(1, n_values, *x.shape[2:], dtype=x.dtype)
-            for value, share in member:
-                planes[:, value] = share
-            x = torch.cat([x, planes], 1)
-        for stage in range(len(WIDTHS)):
-            x = convolution(f"stages.{stage}.convolutions", 0, x, stride=2)
-            x = convolution(f"stages.{stage}.convolutions", 3, x)
-            x = answer(stage, x[0].flatten(1).T, values, member).T.reshape(x.shape)
-            maps.append(x)
-        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        x = convolution("decoder.0", 0, torch.cat([x, maps[0]], 1))
-        logits.append(F.conv_transpose2d(x, state["head.weight"], state["head.bias"], stride=2))
-    return torch.cat(logits)
-
-
-@pytest.mark.parametrize("unknown", ["average", "learned"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_computes_what_a_loop_over_its_tokens_does(kind, unknown):
-    model = stirred(make(**KINDS[kind], unknown=unknown)).double().eval()
-    image = images().double()
-    expected = naive_logits(model, image, ATTRIBUTES, kind, unknown)
-    torch.testing.assert_close(run(model, image), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("size", [(4, 4), (12, 8)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_have_the_images_size(kind, size):
-    assert run(make(**KINDS[kind]), images(size=size)).shape == (3, 3, *size)
-
-
-@pytest.mark.parametrize("unknown", ["average", "learned"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_gets_a_gradient(kind, unknown):
-    model = make(**KINDS[kind], unknown=unknown)
-    told = torch.tensor([[2, 0], [0, -1], [1, 1], [-1, 0]])
-    run(model, images(4), told).square().mean().backward()
-    assert not [n for n, p in model.named_parameters() if p.grad is None]
-    for name, parameter in model.named_parameters():
-        rows = parameter.grad.flatten(1) if "_V" in name or "_A2E" in name else parameter.grad
-        seen = rows.any(1).all() if "_V" in name or "_A2E" in name else rows.any()
-        assert seen, name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_repeats_itself_and_leaves_batch_mates_alone(kind):
-    model, image = stirred(make(**KINDS[kind])).eval(), images()
-    first = run(model, image)
-    assert torch.equal(first, run(model, image))
-    alone = [run(model, image[[i]], ATTRIBUTES[[i]]) for i in range(3)]
-    torch.testing.assert_close(first, torch.cat(alone), rtol=1e-4, atol=1e-4)
-    other = ATTRIBUTES.clone()
-    other[1] = torch.tensor([1, 0])
-    changed = (run(model, image, other) - first).flatten(1).abs().amax(1) > 1e-3
-    assert changed.tolist() == [False, kind not in ("mlp", "plain"), False]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_under_autocast_is_finite(kind):
-    model = make(**KINDS[kind])
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = run(model, images())
-    assert logits.dtype == torch.bfloat16
-    logits.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropout_is_the_last_thing_that_an_mlp_does(kind):
-    """Drawn away entirely, each MLP adds nothing, and each token is what the convolutions made."""
-    model, image = stirred(make(**KINDS[kind], dropout=1.0)), images()
-    maps = {}
-    for n, stage in enumerate(model.stages):
-        stage.convolutions.register_forward_hook(lambda *c, n=n: maps.update({n: c[-1]}))
-        stage.register_forward_hook(lambda *c, n=n: maps.update({(n, "out"): c[-1]}))
-    run(model, image)
-    for n in range(2):
-        torch.testing.assert_close(maps[n, "out"], maps[n])
+    @pytest.fixture(params=KINDS)
+    def kind(self, request):
+        return request.param
 
 
 # Equal multiply-adds
@@ -264,24 +45,18 @@ def test_blocks_have_the_mlps_multiply_adds_and_what_reading_the_attribute_takes
     assert multiply_adds(make(block="per_value")) - dense == mixing
 
 
-@pytest.mark.parametrize("placement", ["mlp", "after"])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_a_tokens_experts_have_the_mlps_hidden_units_together(k, placement):
-    model = make(k=k, placement=placement, hidden=8)
+def test_a_tokens_experts_have_the_mlps_hidden_units_together(k):
+    model = make(k=k, hidden=8)
     for width, stage in zip(WIDTHS, model.stages, strict=True):
-        layer = stage.mlp if placement == "mlp" else stage.after
-        units = layer.k * layer.w1_EHD.shape[1]
-        if placement == "after":
-            assert stage.mlp[0].out_features == units
-            units += stage.mlp[0].out_features
-        assert layer.k == k
-        assert units == 8 * width
+        assert stage.mlp.k == k
+        assert stage.mlp.k * stage.mlp.w1_EHD.shape[1] == 8 * width
 
 
 # Attributes
 
 
-@pytest.mark.parametrize("kind", ["channels", "film", "per_value", "moe", "after", "shared"])
+@pytest.mark.parametrize("kind", ["channels", "film", "per_value", "moe"])
 def test_what_is_not_known_is_an_error_unless_there_is_a_policy(kind):
     model, image = make(**KINDS[kind], unknown="error"), images()
     with pytest.raises(ValueError, match=r"attributes.*-1 .*unknown='error'.*unknown='average'"):
@@ -295,42 +70,33 @@ def test_a_network_that_is_told_nothing_does_not_look_at_what_is_not_known(kind)
     torch.testing.assert_close(run(model, image), run(model, image, KNOWN))
 
 
-@pytest.mark.parametrize("block", TOLD)
+@pytest.mark.parametrize("block", [*TOLD, "moe"])
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
-        ([[3, 0], [0, 0], [0, 0]], r"\[3, 0, 0\], expected 0 .. 2, or -1"),
-        ([[0, 0], [0, -2], [0, 0]], r"\[0, -2, 0\], expected 0 .. 1, or -1"),
-        ([[0], [0], [0]], r"shape \(3, 1\), expected int64 of shape \(3, 2\)"),
-        ([[0, 0]], r"shape \(1, 2\), expected int64 of shape \(3, 2\)"),
-        ([0, 0, 0], r"shape \(3,\)"),
-        ([[0.0, 1.0]] * 3, r"torch.float32"),
+        ([[0, 0], [3, 0], [0, 0]], r"\[:, 0\]: got 3 \(sample 1\), expected -1 .. 2"),
+        ([[0, 0], [0, -2], [0, 0]], r"\[:, 1\]: got -2 \(sample 1\), expected -1 .. 1"),
+        ([[0], [0], [0]], r"got shape \(3, 1\), .* expected \(3, 2\)"),
+        ([[0, 0], [0, 0]], r"got shape \(2, 2\) .* expected \(3, 2\)"),
+        ([0, 0, 0], r"got shape \(3,\), .* expected \(3, 2\)"),
+        ([[0.0, 1.0]] * 3, "torch.float32"),
     ],
 )
 def test_attributes_of_another_kind_are_errors(block, attributes, words):
-    with pytest.raises(ValueError, match=f"attributes: got .*{words}"):
-        make(block=block)(images(), torch.tensor(attributes))
+    with pytest.raises((ValueError, TypeError), match=f"attributes.*{words}"):
+        run(make(block=block), images(), torch.tensor(attributes))
 
 
-def test_a_shared_router_has_one_set_of_weights_and_biases_of_each_value():
-    model, own = make(router="shared"), make()
-    for width, stage, other in zip(WIDTHS, model.stages, own.stages, strict=True):
-        routers = stage.mlp.router
-        w_A2ED = routers.w_A2ED
-        assert w_A2ED.shape == other.mlp.router.w_A2ED.shape == (5, 2, 4, width)
-        assert all(torch.equal(w_A2ED[0], w) for w in w_A2ED)
-        assert not any(torch.equal(routers.b_A2E[0], b) for b in routers.b_A2E[1:])
-        counts = [sum(p.numel() for p in r.parameters()) for r in (other.mlp.router, routers)]
-        assert counts[0] - counts[1] == 4 * 2 * 4 * width
-    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
-    before = copy.deepcopy(model.state_dict())
-    run(model, images(), KNOWN).square().mean().backward()
-    optimizer.step()
-    routers = model.stages[1].mlp.router
-    assert all(torch.equal(routers.w_A2ED[0], w) for w in routers.w_A2ED)
-    names = [n for n in before if ".router." in n]
-    assert len(names) == 4
-    assert not any(torch.equal(before[n], model.state_dict()[n]) for n in names)
+@pytest.mark.parametrize("block", [*TOLD, "moe"])
+def test_the_open_scope_is_how_a_network_is_told(block):
+    model, image = stirred(make(block=block)).eval(), images()
+    with pytest.raises(MissingAttributesError):
+        model(image)
+    with pytest.raises(MissingAttributesError), routing():
+        model(image)
+    everybody = run(model, image, torch.tensor([[1, 0]] * 3))
+    assert torch.equal(run(model, image, torch.tensor([[1, 0]])), everybody)
+    assert not torch.allclose(run(model, image, torch.tensor([[2, 1]])), everybody)
 
 
 # What is not there
@@ -340,20 +106,14 @@ def test_a_shared_router_has_one_set_of_weights_and_biases_of_each_value():
     ("wrong", "words"),
     [
         ({"block": "moes"}, "block: got 'moes', expected one of mlp, channels"),
-        ({"placement": "before"}, "placement: got 'before'"),
-        ({"router": "none"}, "router: got 'none'"),
         ({"hidden": 0}, "hidden: got 0"),
         ({"hidden": 4, "k": 3}, "hidden: got 4, .* by 3"),
-        ({"hidden": 1, "k": 4, "placement": "after"}, "hidden: got 1, .* by 8"),
         ({"k": 0}, "k: got 0"),
         ({"k": 5, "hidden": 5}, "k: got 5"),
         ({"unknown": "guess"}, "unknown: got 'guess'"),
         ({"block": "film", "unknown": "guess"}, "unknown: got 'guess'"),
-        *(
-            ({"block": b, "attribute_sizes": None}, f"block: {b}, modulate=False: has to be told")
-            for b in TOLD
-        ),
-        ({"block": "film", "attribute_sizes": ()}, "block: film, modulate=False: has to be told"),
+        *(({"block": b, "attribute_sizes": None}, f"block: {b} has to be told") for b in TOLD),
+        ({"block": "film", "attribute_sizes": ()}, "block: film has to be told"),
     ],
 )
 def test_options_that_are_not_there_or_do_not_divide_are_errors(wrong, words):
@@ -383,7 +143,7 @@ def saved(model, path):
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"router": "shared"}, {"k": 1}, {"unknown": "learned"}])
+@pytest.mark.parametrize("options", [{}, {"k": 1}, {"unknown": "learned"}])
 def test_experts_that_start_as_a_dense_network_compute_what_it_does(tmp_path, options):
     model, image = stirred(make(hidden=8, **options)).eval(), images()
     dense = make(block="mlp", hidden=8 // options.get("k", 2)).eval()
@@ -402,7 +162,6 @@ def test_experts_that_start_as_a_dense_network_compute_what_it_does(tmp_path, op
         ({}, {"block": "film"}, r"left over: stages.0.film.scale_shift.weight"),
         ({}, {"block": "moe"}, "holds no MLP for experts to start as"),
         ({}, {"block": "per_value"}, "holds no MLP for experts to start as"),
-        ({"placement": "after"}, {}, "no experts in place of its MLPs"),
         ({"block": "mlp"}, {}, "no experts in place of its MLPs"),
         ({}, "nan", "NaN or infinity"),
         ({}, "cut", "no safetensors file, or damaged"),
@@ -443,10 +202,6 @@ def test_the_names_of_a_state_dict_stay():
     experts = {"w1_EHD", "b1_EH", "w2_EDH", "b2_ED", "router.w_A2ED", "router.b_A2E"}
     assert names(make(block="mlp"), "stages.1.mlp.") == mlp
     assert names(make(), "stages.1.mlp.") == experts
-    after = make(placement="after")
-    assert names(after, "stages.0.mlp.") == mlp
-    assert names(after, "stages.0.after.") == experts
-    assert isinstance(after.stages[0].after, DMoE)
     block = {f"convolutions.{n}.weight" for n in (0, 1, 3, 4)}
     block |= {"convolutions.1.bias", "convolutions.4.bias", *(f"mlp.{n}" for n in mlp)}
     assert {*make(block="film").state_dict()} == {

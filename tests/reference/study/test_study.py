@@ -19,18 +19,26 @@ from helpers import HANG
 from reference_models.__main__ import main
 from reference_models.errors import RunError
 from reference_models.evaluation.evaluate import EvaluateRun, Scoring, evaluate_run
-from reference_models.models.unet import UNet
 from reference_models.study import command, cost, runner, trial
+from reference_models.study.candidates import CandidateUNet
 from reference_models.study.command import StudySettings, study
 from reference_models.study.cost import multiply_adds, step_milliseconds
-from reference_models.study.jobs import RIGHT, SHUFFLED, UNKNOWN, WRONG, Job, Trial
+from reference_models.study.jobs import (
+    TOLD_RIGHT,
+    TOLD_SHUFFLED,
+    TOLD_UNKNOWN,
+    TOLD_WRONG,
+    Job,
+    Trial,
+)
 from reference_models.study.methods import METHODS
-from reference_models.study.runner import GRID, Plan, chosen_rate, run_plan
-from reference_models.study.scenes import SCENES, Sizes
-from reference_models.study.trial import Design, run, stored
+from reference_models.study.plan import GRID, Plan
+from reference_models.study.runner import chosen_rate, run_plan
+from reference_models.study.scenes import SCENES, Design, Sizes
+from reference_models.study.trial import run, stored
 from reference_models.training import loop as training
 from reference_models.training.loop import train
-from reference_models.training.runs import hold
+from reference_models.training.runs import lock_run
 from reference_models.training.validation import validate
 from reference_models.workers import workers
 
@@ -66,7 +74,7 @@ def inline(monkeypatch):
 
 def made(job, validation):
     """A trial with nothing in it but its score, or without one."""
-    dice = {} if validation == -math.inf else {RIGHT: (0.5,)}
+    dice = {} if validation == -math.inf else {TOLD_RIGHT: (0.5,)}
     return Trial(job, 1, 1, validation, ("a",), ("a",), ((0,),), (True,), dice, {}, {})
 
 
@@ -155,11 +163,11 @@ def test_a_job_that_fails_is_named_at_once(inline, monkeypatch, tmp_path):
 
 def test_two_studies_do_not_work_in_one_folder(ran, tmp_path):
     plan = Plan(("rule",), ("dense",), (10,))
-    with hold(tmp_path), pytest.raises(RunError, match="another process"):
+    with lock_run(tmp_path), pytest.raises(RunError, match="another process"):
         run_plan(plan, Design(), tmp_path, processes=1)
     assert not ran
     run_plan(plan, Design(), tmp_path, processes=1)
-    with hold(tmp_path):
+    with lock_run(tmp_path):
         assert ran
 
 
@@ -191,14 +199,14 @@ def test_a_trial_is_kept_whole_alone_and_silently_and_read_back_as_it_was(tmp_pa
     path = tmp_path / "trials" / f"{job.name}.json"
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
     assert str(tmp_path) not in path.read_text(encoding="utf-8")
-    assert [*found.dice] == [RIGHT, SHUFFLED, WRONG, UNKNOWN] == [*found.loads]
+    assert [*found.dice] == [TOLD_RIGHT, TOLD_SHUFFLED, TOLD_WRONG, TOLD_UNKNOWN] == [*found.loads]
     assert all(len(dice) == len(found.cases) == 2 * 2 for dice in found.dice.values())
-    assert found.told_right[RIGHT] == 1
-    assert found.told_right[WRONG] == found.told_right[UNKNOWN] == 0
+    assert found.told_right[TOLD_RIGHT] == 1
+    assert found.told_right[TOLD_WRONG] == found.told_right[TOLD_UNKNOWN] == 0
     # The first site's cases occur under both protocols in training, the second's under one.
     assert {a for a, seen in zip(found.attributes, found.seen, strict=True) if not seen} == {(1, 1)}
     blind = run(job_of("two", "plain"), TINY, tmp_path)
-    assert [*blind.dice] == [RIGHT] == [*blind.loads]
+    assert [*blind.dice] == [TOLD_RIGHT] == [*blind.loads]
     assert (blind.cases, blind.attributes, blind.seen) == (
         found.cases, found.attributes, found.seen,
     )  # fmt: skip
@@ -225,14 +233,14 @@ def test_the_last_checkpoint_is_scored_as_evaluate_scores_it(tmp_path, monkeypat
         recipe.out, which="last", batch_size=50, scoring=Scoring(resamples=100, seed=5)
     )
     summary = evaluate_run(settings)
-    names = {"as given": RIGHT}
+    names = {"as given": TOLD_RIGHT}
     for condition in summary.conditions:
         (of_organ,) = (s for s in condition.scores["site"] if s.region == "organ")
         dice = found.dice[names.get(condition.name, condition.name)]
         for group, scores in enumerate(of_organ.groups):
             of_group = [d for d, a in zip(dice, found.attributes, strict=True) if a == (group,)]
             assert scores.metrics["dice"].value == pytest.approx(sum(of_group) / len(of_group))
-    assert max(found.dice[RIGHT]) > 0
+    assert max(found.dice[TOLD_RIGHT]) > 0
     with (recipe.out / "history.csv").open(newline="", encoding="utf-8") as file:
         scores = [float(row["score"]) for row in csv.DictReader(file)]
     assert found.validation == 1 / 4
@@ -290,7 +298,7 @@ def test_upcycling_trains_one_experts_width_for_half_the_epochs_and_goes_on_from
 
 def test_multiply_adds_are_those_counted_by_hand():
     def counted(**options):
-        network = UNet((4, 8), in_channels=1, n_classes=2, hidden=2, **options).eval()
+        network = CandidateUNet((4, 8), in_channels=1, n_classes=2, hidden=2, **options).eval()
         return multiply_adds(network, (1, 8, 8), 1)
 
     first = 16 * 9 * (1 * 4 + 4 * 4) + 16 * 2 * 4 * 8  # 16 tokens: convolutions, MLP 4 -> 8 -> 4

@@ -1,6 +1,7 @@
 """The study's page and figures say what its csv say, and the READMEs quote nothing else."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,11 +13,15 @@ from matplotlib.colors import to_hex
 from reference_models.errors import DataError
 from reference_models.study import figures, page
 from reference_models.study.methods import METHODS
+from reference_models.study.quote import quotation, short
 from reference_models.study.results import Results
+from reference_models.study.sections import CAUTION
+from reference_models.study.tables import Difference
 
 ROOT = Path(__file__).parents[3]
-COMMITTED = ROOT / "reference_models" / "results"
+COMMITTED = ROOT / "reference_models" / "study" / "results"
 READMES = (ROOT / "README.md", ROOT / "reference_models" / "README.md")
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 WHOLE = [name for name, method in METHODS.items() if method.kind != "ablation"]
 QUOTATION = re.compile(r"[+-]\.\d{3}\s\((?:-?\.\d{3}\sto\s-?\.\d{3}|no\sinterval);\s\d+\sof\s\d+\)")
 
@@ -52,31 +57,34 @@ def numbers(cell):
 
 def test_a_committed_page_is_what_the_committed_csv_give():
     text = READMES[1].read_text(encoding="utf-8")
-    shown = text.partition(page.BEGIN)[2].partition(page.END)[0].strip("\n")
-    assert page.BEGIN in text
-    assert page.END in text
-    expected = page.block(COMMITTED, "results/figures", whole=False) if COMMITTED.is_dir() else ""
+    shown = text.partition(BEGIN)[2].partition(END)[0].strip("\n")
+    assert BEGIN in text
+    assert END in text
+    expected = page.block(COMMITTED, "study/results/figures", whole=False)
     assert shown == expected
 
 
 @pytest.mark.parametrize("readme", READMES, ids=["top", "recipes"])
 def test_every_difference_that_a_page_quotes_is_a_row_of_the_committed_csv(readme):
     text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(page.BEGIN)
-    prose = before + rest.partition(page.END)[2]
-    there = rows(COMMITTED, "differences.csv") if COMMITTED.is_dir() else []
+    before, _, rest = text.partition(BEGIN)
+    prose = before + rest.partition(END)[2]
+    there = Results(COMMITTED).differences
     quoted = {" ".join(found.split()) for found in QUOTATION.findall(prose)}
-    assert quoted <= {page.quotation(row) for row in there}
+    assert quoted <= {quotation(row) for row in there}
     # Nothing that looks like a difference goes without its interval.
     assert not re.findall(r"(?<![\w.])[+−-]\d?\.\d+", QUOTATION.sub("", prose))
 
 
 def test_a_quotation_is_found_across_a_line_and_as_the_page_writes_it():
-    row = {"difference": "-0.0206", "low": "-0.04", "high": "0.0004", "ahead": "1", "seeds": "5"}
-    assert page.quotation(row) == "-.021 (-.040 to .000; 1 of 5)"
-    assert QUOTATION.fullmatch(page.quotation(row).replace(" to ", "\nto "))
-    alone = {**row, "low": "", "high": ""}
-    assert QUOTATION.fullmatch(page.quotation(alone))
+    row = Difference(
+        "rule", "dmoe", "film", "es_dice", -0.0206, low=-0.04, high=0.0004, ahead=1, seeds=5,
+        by_seed=(),
+    )  # fmt: skip
+    assert quotation(row) == "-.021 (-.040 to .000; 1 of 5)"
+    assert QUOTATION.fullmatch(quotation(row).replace(" to ", "\nto "))
+    alone = dataclasses.replace(row, low=None, high=None)
+    assert QUOTATION.fullmatch(quotation(alone))
 
 
 def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
@@ -121,13 +129,10 @@ def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
 
 def test_every_difference_of_the_page_is_that_of_its_pair(made):
     _, against, told, ablations, *_ = tables(page.block(made, "figures", whole=True))
-    found = {
-        (row["scene"], row["a"], row["b"], row["metric"]): row
-        for row in rows(made, "differences.csv")
-    }
+    found = {(row.scene, row.a, row.b, row.metric): row for row in Results(made).differences}
 
     def quoted(*key):
-        return page.quotation(found[key]).replace(" (", "<br>(")
+        return quotation(found[key]).replace(" (", "<br>(")
 
     assert against["dMoE against FiLM + MLP", "(e) mri"] == quoted("mri", "dmoe", "film", "es_dice")
     variant = METHODS["dmoe-within"].title
@@ -148,7 +153,7 @@ def test_every_difference_of_the_page_is_that_of_its_pair(made):
                  "Dice of the worst group")]  # fmt: skip
         assert cells == [quoted("rule", method, "dmoe", metric) for metric in ("es_dice", "worst")]
     expected = [
-        float(found["two", f"film@{condition}", "film", "es_dice"]["difference"])
+        found["two", f"film@{condition}", "film", "es_dice"].difference
         for condition in ("shuffled", "wrong", "unknown")
     ]
     assert numbers(told["FiLM + MLP", "(d) two"]) == pytest.approx(expected, abs=0.00051)
@@ -168,7 +173,7 @@ def test_the_page_shows_the_rates_chosen_and_which_lie_at_the_grids_end(made):
     assert len([cell for cell in rates.values() if cell[0].isdigit()]) == len(chosen)
     assert rates["dMoE, learned unknown", "(a) rule"] == "as dMoE"
     assert [*spread.values()] == [
-        f"{page.short(row[key])} ({row[count]})"
+        f"{short(float(row[key]))} ({row[count]})"
         for row in rows(made, "spread.csv")
         for key, count in (("over_inits", "inits"), ("over_seeds", "seeds"))
     ]
@@ -176,25 +181,25 @@ def test_the_page_shows_the_rates_chosen_and_which_lie_at_the_grids_end(made):
 
 def test_a_page_is_renewed_between_its_marks_and_made_where_there_is_none(made, tmp_path):
     old = tmp_path / "README.md"
-    old.write_text(f"before\n{page.BEGIN}\nlast run's\n{page.END}\nafter\n", encoding="utf-8")
+    old.write_text(f"before\n{BEGIN}\nlast run's\n{END}\nafter\n", encoding="utf-8")
     page.write_page(made, old)
     page.write_page(made, old)
     text = old.read_text(encoding="utf-8")
     assert "dMoE against FiLM + MLP" not in text
-    assert text.startswith(f"before\n{page.BEGIN}\nMade with seeds 10, 11, 12, 13, 14;")
-    assert text.endswith(f"{page.END}\nafter\n")
+    assert text.startswith(f"before\n{BEGIN}\nMade with seeds 10, 11, 12, 13, 14;")
+    assert text.endswith(f"{END}\nafter\n")
     assert "last run" not in text
     page.write_page(made, tmp_path / "new.md")
-    assert page.END in (tmp_path / "new.md").read_text(encoding="utf-8")
+    assert END in (tmp_path / "new.md").read_text(encoding="utf-8")
     page.write_page(made, made / "README.md")
     whole = (made / "README.md").read_text(encoding="utf-8")
     assert whole.count("| dMoE against FiLM + MLP |") == 1
-    assert page.CAUTION in whole
+    assert CAUTION in whole
 
-    old.write_text(page.BEGIN, encoding="utf-8")
+    old.write_text(BEGIN, encoding="utf-8")
     with pytest.raises(DataError, match=r"README.md: got none of .*, expected both; add them"):
         page.write_page(made, old)
-    assert old.read_text(encoding="utf-8") == page.BEGIN
+    assert old.read_text(encoding="utf-8") == BEGIN
     with pytest.raises(DataError, match=r"machine.json: cannot be read .*run it, or name another"):
         page.write_page(tmp_path, tmp_path / "none.md")
     assert not (tmp_path / "none.md").exists()
@@ -276,14 +281,14 @@ def test_ablations_are_drawn_as_differences_by_seed(made):
 
 def test_loads_are_drawn_for_every_seed_of_the_control_and_of_the_rule(made):
     results = Results(made)
-    for row in results.loads:  # the made-up loads are the same in every scene
-        if row["scene"] == "none":
-            row["shares"] = ";".join(row["shares"].split(";")[::-1])
+    results.loads = [  # the made-up loads are the same in every scene
+        dataclasses.replace(row, shares=row.shares[::-1]) if row.scene == "none" else row
+        for row in results.loads
+    ]
     figure = figures.FIGURES["loads"](results)
     images = [axes.images[0].get_array().tolist() for axes in figure.axes if axes.images]
     expected = {}
     for row in results.loads:
-        if (row["method"], row["condition"]) == ("dmoe", "right"):
-            shares = [float(share) for share in row["shares"].split(";")]
-            expected.setdefault((row["scene"], row["data_seed"]), []).append(shares)
-    assert images == [expected[scene, str(seed)] for scene in ("none", "rule") for seed in SEEDS]
+        if (row.method, row.condition) == ("dmoe", "right"):
+            expected.setdefault((row.scene, row.data_seed), []).append([*row.shares])
+    assert images == [expected[scene, seed] for scene in ("none", "rule") for seed in SEEDS]

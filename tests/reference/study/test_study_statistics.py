@@ -16,8 +16,9 @@ import dmoe_layer
 from reference_models.metrics import fairness
 from reference_models.study.jobs import Job, Trial
 from reference_models.study.methods import METHODS
+from reference_models.study.results import write_tables
 from reference_models.study.statistics import METRICS, Resampled, case_counts, load_distance, scores
-from reference_models.study.tables import COLUMNS, CONTENTS, write_tables
+from reference_models.study.tables import CONTENTS, TABLES
 
 A, B = ("dmoe", "right"), ("film", "right")
 
@@ -398,9 +399,10 @@ def test_costs_stand_beside_those_of_dense(tables):
 def test_any_part_of_a_study_has_all_its_tables(tmp_path, scenes, methods, seeds, shares):
     write_made_tables(tmp_path, scenes, methods, seeds, shares=shares)
     assert sorted(item.name for item in tmp_path.iterdir()) == sorted(CONTENTS)
-    for name, columns in COLUMNS.items():
-        with (tmp_path / name).open(encoding="utf-8") as file:
-            assert tuple(file.readline().strip().split(","))[: len(columns)] == columns
+    for table in TABLES:
+        with (tmp_path / table.name).open(encoding="utf-8") as file:
+            columns = tuple(file.readline().strip().split(","))
+        assert columns[: len(table.columns)] == table.columns
     trials = rows_of(tmp_path / "trials.csv")
     assert {row["scene"] for row in trials} == {*scenes}
     summary = rows_of(tmp_path / "summary.csv") + rows_of(tmp_path / "differences.csv")

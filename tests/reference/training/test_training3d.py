@@ -26,13 +26,10 @@ from reference_models.__main__ import main
 from reference_models.data import DataSettings
 from reference_models.errors import RunError
 from reference_models.models import resunet3d
+from reference_models.recipes.framings import ImageFramingSettings, VolumeFramingSettings
+from reference_models.recipes.networks import ResUNet3DSettings
 from reference_models.recipes.presets import PRESETS
-from reference_models.recipes.recipe import (
-    ResUNet3DSettings,
-    SquareSettings,
-    VolumeSettings,
-    on_grid,
-)
+from reference_models.recipes.recipe import resolve_spacing
 from reference_models.training import checkpoints
 from reference_models.training.loop import train
 from reference_models.training.runs import Task, build_model
@@ -88,7 +85,7 @@ def recipe(folder, tmp_path):
         PRESETS["small3d"],
         data=DataSettings("nifti", root=folder, cache=tmp_path / "cache"),
         model=ResUNet3DSettings(features=2),
-        frame=VolumeSettings(spacing=(2.0, 2.0, 3.0), patch=(64, 32, 32), patches=2),
+        framing=VolumeFramingSettings(spacing=(2.0, 2.0, 3.0), patch=(64, 32, 32), patches=2),
         out=tmp_path / "run",
         batch_size=4,
         epochs=2,
@@ -146,9 +143,9 @@ def test_recomputing_in_backward_trains_to_the_same_weights(recipe, tmp_path):
 
 
 def test_the_median_spacing_becomes_numbers_of_the_run(recipe):
-    frame = dataclasses.replace(recipe.frame, spacing="median")
-    run = train(dataclasses.replace(recipe, frame=frame, epochs=0))
-    kept = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["recipe"]["frame"][
+    framing = dataclasses.replace(recipe.framing, spacing="median")
+    run = train(dataclasses.replace(recipe, framing=framing, epochs=0))
+    kept = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["recipe"]["framing"][
         "spacing"
     ]
     assert kept == [2.0, 2.0, 3.0]
@@ -158,13 +155,16 @@ def test_the_median_spacing_becomes_numbers_of_the_run(recipe):
     ("change", "words"),
     [
         ({"data": DataSettings("phantom")}, "phantom has 2D images, but the preset is for volumes"),
-        ({"frame": VolumeSettings(patch=(40, 32, 32))}, "patch: .*multiples of 32"),
-        ({"frame": VolumeSettings(patch=(32, 32, 32))}, "patch: .*not all of them 32"),
-        ({"frame": VolumeSettings(spacing=(0.0, 1.0, 1.0))}, "spacing: .*above 0"),
-        ({"frame": VolumeSettings(overlap=1.0)}, "overlap: got 1.0"),
-        ({"frame": VolumeSettings(foreground=1.5)}, "foreground: got 1.5"),
-        ({"frame": VolumeSettings(patches=0)}, "patches: got 0"),
-        ({"frame": SquareSettings(64, "whole")}, "one is for 2D images and the other for volumes"),
+        ({"framing": VolumeFramingSettings(patch=(40, 32, 32))}, "patch: .*multiples of 32"),
+        ({"framing": VolumeFramingSettings(patch=(32, 32, 32))}, "patch: .*not all of them 32"),
+        ({"framing": VolumeFramingSettings(spacing=(0.0, 1.0, 1.0))}, "spacing: .*above 0"),
+        ({"framing": VolumeFramingSettings(overlap=1.0)}, "overlap: got 1.0"),
+        ({"framing": VolumeFramingSettings(foreground=1.5)}, "foreground: got 1.5"),
+        ({"framing": VolumeFramingSettings(patches=0)}, "patches: got 0"),
+        (
+            {"framing": ImageFramingSettings(64, "whole")},
+            "one is for 2D images and the other for volumes",
+        ),
         ({"strategy": "fsdp"}, "fsdp is not for volumes"),
         ({"model": ResUNet3DSettings(stages=(6,))}, "stages"),
     ],
@@ -209,11 +209,11 @@ def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder
 
 def test_the_median_spacing_is_rounded_but_never_to_nothing():
     recipe = PRESETS["paper3d"]
-    spacing = on_grid(recipe, (0.97656251, 2.9999999, 2e-5)).frame.spacing
+    spacing = resolve_spacing(recipe, (0.97656251, 2.9999999, 2e-5)).framing.spacing
     assert spacing == (0.976563, 3.0, 2e-5)
 
 
 def test_a_recipe_edited_into_two_kinds_is_refused_when_its_run_is_read(recipe):
-    edited = dataclasses.replace(recipe, frame=SquareSettings(64, "whole"))
+    edited = dataclasses.replace(recipe, framing=ImageFramingSettings(64, "whole"))
     with pytest.raises(RunError, match="one is for 2D images and the other for volumes"):
         build_model(edited, Task(1, ("background", "tumour"), (), ("CT",)))

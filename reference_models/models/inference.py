@@ -5,7 +5,7 @@ Shapes: B samples, W windows at a time, C channels, K classes, S spatial axes, A
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from dmoe_layer import routing
 
-from ..metrics.loads import Loads
-from ..recipes.recipe import SquareSettings, VolumeSettings
+from ..data.patches import Windows
 
 
-def call(model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor) -> tuple[Tensor, routing]:
+def forward_with_attributes(
+    model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor
+) -> tuple[Tensor, routing]:
     """A network's logits (B, K, S), and the closed scope with what it routed.
 
-    Experts are told the attributes by the scope. A network whose other parts need them too says so
-    by ``takes_attributes``, and is given them after its inputs.
+    The scope is the one way in which a network is told the attributes: experts read it by
+    themselves, other modules by `routing.attribute_values`.
     """
     with routing(told_BA) as scope:
-        further = (told_BA,) if getattr(model, "takes_attributes", False) else ()
-        logits: Tensor = model(*inputs, *further)
+        logits: Tensor = model(*inputs)
     return logits, scope
 
 
@@ -35,18 +35,17 @@ def infer(
     inputs: Sequence[Tensor],
     told_BA: Tensor,
     *,
-    frame: SquareSettings | VolumeSettings,
-    windows: int,
+    windows: Windows | None,
     device: torch.device,
-    loads: Loads | None = None,
+    observe: Callable[[routing], object] | None = None,
 ) -> Tensor:
     """Logits (B, K, S) of framed samples; without gradients.
 
-    Images are answered in one call, on the device. A volume is answered in windows of the recipe's
-    patch, which overlap and are blended with Gaussian weights, highest in a window's middle, into
-    logits on the CPU: the device holds no more than `windows` windows at once, and the CPU, beside
-    the inputs, 4 bytes a voxel for each class and 4 for the weights. Every window is told its
-    sample's attributes, and its routings are let go of before the next one's.
+    Images are answered in one call, on the device. A volume is answered in windows, which overlap
+    and are blended with Gaussian weights, highest in a window's middle, into logits on the CPU: the
+    device holds no more than `windows.at_once` windows at once, and the CPU, beside the inputs, 4
+    bytes a voxel for each class and 4 for the weights. Every window is told its sample's
+    attributes, and its routings are let go of before the next one's.
 
     A network whose answer for a voxel depends on a neighbourhood alone gives, wherever no window
     cuts that off, what it gives for the whole volume. One with instance norm depends on all of a
@@ -57,19 +56,20 @@ def infer(
         inputs: `Batch.inputs`, image (B, C, S) and, where there is one, body (B, S); of volumes
             on the CPU.
         told_BA: the attributes that each sample's router is told.
-        frame: the recipe's.
-        windows: of a volume, how many at a time.
+        windows: of volumes; None of images.
         device: where the network computes.
-        loads: where to add the experts' loads. A voxel that lies in several windows counts in each.
+        observe: is handed each call's closed scope, such as `Loads.add`. A voxel that lies in
+            several windows is in the scopes of all of them.
 
     Raises:
-        ValueError: a volume is smaller than the patch.
+        ValueError: a volume is smaller than a window.
     """
 
     def answer(parts: Sequence[Tensor], told_WA: Tensor) -> Tensor:
-        logits, scope = call(model, [part.to(device) for part in parts], told_WA.to(device))
-        if loads is not None:
-            loads.add(scope)
+        moved = [part.to(device) for part in parts]
+        logits, scope = forward_with_attributes(model, moved, told_WA.to(device))
+        if observe is not None:
+            observe(scope)
         return logits
 
     def answer_windows(image_WCS: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
@@ -78,20 +78,20 @@ def infer(
         bodies = (torch.cat([body_BS[cut] for cut in cuts]) for body_BS in inputs[1:])
         return answer((image_WCS, *bodies), told_BA[samples])
 
-    if isinstance(frame, SquareSettings):
+    if windows is None:
         return answer(inputs, told_BA)
     size = tuple(inputs[0].shape[2:])
-    if any(length < side for length, side in zip(size, frame.patch, strict=True)):
+    if any(length < side for length, side in zip(size, windows.size, strict=True)):
         # They would be padded with zeros, which are no air in a CT.
         raise ValueError(
-            f"inputs: got volumes of {size}, expected at least the patch {frame.patch}."
+            f"inputs: got volumes of {size}, expected at least the patch {windows.size}."
         )
     answer_BKS = sliding_window_inference(
         inputs[0],
-        frame.patch,
-        windows,
+        windows.size,
+        windows.at_once,
         answer_windows,
-        overlap=frame.overlap,
+        overlap=windows.overlap,
         mode="gaussian",
         sw_device=device,
         device=torch.device("cpu"),

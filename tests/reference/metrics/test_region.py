@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
-from reference_models.metrics.region import POLICY, boundary_distances, score_region
+from reference_models.metrics.region import POLICY, batch_dice, boundary_distances, score_region
 
 
 def square(shape, *corners):
@@ -174,3 +174,17 @@ def test_what_cannot_be_scored_is_an_error(change, error, words):
     }
     with pytest.raises(error, match=words):
         score_region(**good | change)
+
+
+def test_a_batchs_dice_is_each_regions_to_the_bit():
+    pairs = [blobs(seed, (19, 23)) for seed in range(6)]
+    empty, full = np.zeros((19, 23), bool), np.ones((19, 23), bool)
+    pairs += [(empty, empty), (empty, full), (full, empty), (full, full)]
+    predicted, truth = (torch.from_numpy(np.stack(masks)) for masks in zip(*pairs, strict=True))
+    scored = [score_region(*pair, spacing=(1, 1), tolerance=1).dice for pair in pairs]
+    assert batch_dice(predicted, truth) == scored
+    assert scored[-4:] == [1, 0, 0, 1]
+    with pytest.raises(TypeError, match="prediction: got torch"):
+        batch_dice(predicted.byte(), truth)
+    with pytest.raises(ValueError, match="expected that of truth"):
+        batch_dice(predicted[:1], truth)

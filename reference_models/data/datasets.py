@@ -1,0 +1,168 @@
+"""The table of data sets: what each one needs, which attributes it has, and how it is opened.
+
+To add one: write its `Dataset` in a file of its own, and put its name into `DataSettings.data` and
+a row into `DATASETS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..errors import DataError
+from . import fairseg, ham10000
+from .cases import Attribute, Dataset
+from .mni152 import HeldOut, Mni152
+from .nifti import CT_WINDOW, Nifti
+from .phantom import Phantom, PhantomSettings
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which data, from where, by which attributes, and how split."""
+
+    data: Literal["fairseg", "ham10000", "mni152", "phantom", "nifti"]
+    """Which data set."""
+    root: Path | None = None
+    """Folder of its files; mni152 and phantom have none."""
+    attributes: tuple[str, ...] = ()
+    """What the router knows: fairseg has race (default), gender, ethnicity, language,
+    maritalstatus and age; ham10000 has age (default), sex and localization; nifti has the columns
+    of its attributes.csv, the first by default."""
+    splits: Path | None = None
+    """A splits file (json), such as every run leaves in its folder; without it, the data set's own
+    split, and the rest by seed."""
+    split_seed: int = 0
+    """Seed by which cases are split that the data set's own split leaves open."""
+    cache: Path | None = None
+    """Folder of decoded and resized cases, shared by runs; ~/.cache/dmoe-frames by default."""
+    ct_window: tuple[float, float] = CT_WINDOW
+    """Hounsfield units that CT (a channel of that name, of nifti) is clipped to."""
+    mni152: HeldOut = "middle"
+    """Which slices of mni152 are held out for test and validation."""
+    phantom: PhantomSettings = field(default_factory=PhantomSettings)
+    """What the phantom is made of."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a data set is asked for when it is opened.
+
+    Args:
+        settings: what the user gave.
+        root: the folder of its files; of a data set that is made, nothing is read from it.
+        names: of the attributes to read. None: all that its files hold. Empty, where `Source` has
+            no names to choose from: the default one.
+        damaged, known: as of `open_dataset`.
+    """
+
+    settings: DataSettings
+    root: Path
+    names: tuple[str, ...] | None
+    damaged: list[DataError] | None
+    known: tuple[Attribute, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A row of `DATASETS`.
+
+    Args:
+        create: opens the data set that a request describes.
+        needs_root: whether it is read from a folder; if not, it is made and takes none.
+        attributes: names to choose from, the default one first. Empty where they are known only
+            once the data set is open: as columns of its files, or by what it is made of.
+    """
+
+    create: Callable[[Request], Dataset]
+    needs_root: bool
+    attributes: tuple[str, ...] = ()
+
+
+DATASETS = {
+    "fairseg": Source(
+        lambda request: fairseg.FairSeg(request.root, request.names, request.damaged),
+        needs_root=True,
+        attributes=fairseg.ATTRIBUTES,
+    ),
+    "ham10000": Source(
+        lambda request: ham10000.Ham10000(request.root, request.names, request.damaged),
+        needs_root=True,
+        attributes=ham10000.ATTRIBUTES,
+    ),
+    "mni152": Source(lambda request: Mni152(request.settings.mni152), needs_root=False),
+    "phantom": Source(lambda request: Phantom(request.settings.phantom), needs_root=False),
+    "nifti": Source(
+        lambda request: Nifti(
+            request.root,
+            request.names,
+            request.damaged,
+            ct_window=request.settings.ct_window,
+            known=request.known,
+        ),
+        needs_root=True,
+    ),
+}
+
+
+def open_dataset(
+    settings: DataSettings,
+    *,
+    damaged: list[DataError] | None = None,
+    known: tuple[Attribute, ...] = (),
+) -> Dataset:
+    """Lists the cases and reads their attributes; images are read by `Dataset.load`.
+
+    Args:
+        settings: which data set, and which of its attributes.
+        damaged: a list that collects faults, or None. With None, the first faults are raised as an
+            error. With a list (as `check` has one), the faults of single cases are added to it,
+            those cases are left out, and all attributes that the files hold are read unless
+            `settings` names some.
+        known: the attributes of a trained run. They are read unless `settings` names others, and
+            where the files decide which values an attribute has (nifti), it has these, in this
+            order; a case with another value is a fault.
+
+    Raises:
+        DataError: no such data set, folder or attribute, or files are missing or damaged.
+
+    Example:
+        >>> open_dataset(DataSettings("phantom")).attributes[0].values
+        ('site 1', 'site 2', 'site 3')
+    """
+    if settings.data not in DATASETS:
+        raise DataError(f"data: got {settings.data!r}, expected one of {', '.join(DATASETS)}")
+    source = DATASETS[settings.data]
+    if source.needs_root and (settings.root is None or not settings.root.is_dir()):
+        raise DataError(f"root: {settings.data} needs the folder of its files, got {settings.root}")
+    if not source.needs_root and settings.root is not None:
+        raise DataError(f"{settings.data} is made, not read: leave root ({settings.root}) out")
+    if source.needs_root:
+        _require_choice(settings, source.attributes)
+    names: tuple[str, ...] | None = settings.attributes or tuple(a.name for a in known)
+    if not names:
+        names = source.attributes[:1] if damaged is None else None
+    request = Request(settings, settings.root or Path(), names, damaged, known)
+    dataset = source.create(request)
+    own = tuple(attribute.name for attribute in dataset.attributes)
+    if not source.needs_root and settings.attributes not in ((), own):
+        raise DataError(
+            f"attributes: {settings.data} has {', '.join(own)} alone, got "
+            f"{', '.join(settings.attributes)}"
+        )
+    return dataset
+
+
+def _require_choice(settings: DataSettings, own: tuple[str, ...]) -> None:
+    """Where `own` is empty, the data set itself looks whether its files have such attributes."""
+    names = settings.attributes
+    repeated = len(set(names)) < len(names)
+    if own and (repeated or not set(names) <= set(own)):
+        raise DataError(
+            f"attributes: {settings.data} has {', '.join(own)}, each to be named once, got "
+            f"{', '.join(names)}"
+        )
+    if repeated:
+        raise DataError(f"attributes: {', '.join(names)}: name each once")
