@@ -24,6 +24,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Fixtures of a folder are found all the same; as modules with doctests, two of them would clash.
+collect_ignore_glob = ["*/conftest.py"]
 # What cuBLAS needs to be deterministic, read when a GPU is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
