@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._torch_private import backward_pass
-from .attributes import Attributes, as_sizes, check_attributes, snapshot
+from .attributes import UNKNOWN_POLICIES, Attributes, as_sizes, check_attributes, snapshot
+from .checks import check_choice
 from .losses import count_assignments, importance_loss, load_balancing_loss, router_z_loss
 from .tensors import Routing
 
@@ -103,7 +104,7 @@ class routing:
         Args:
             x: (batch, ...), on the device where the values are wanted.
             attribute_sizes: how many values each attribute has, as of :class:`DMoE`.
-            unknown: "error" refuses -1; with any other word it comes out as -1.
+            unknown: as of :class:`DMoE`: "error" refuses -1, with the others it comes out as -1.
 
         Returns:
             (batch, n) int64 for n attributes.
@@ -120,6 +121,7 @@ class routing:
             tensor([[0],
                     [2]])
         """
+        check_choice("unknown", unknown, UNKNOWN_POLICIES)
         values, bounds = current_attributes() or (None, None)
         sizes = list(as_sizes(attribute_sizes) or ())
         return check_attributes(x, x.shape[0], values, bounds, sizes, unknown)

@@ -109,6 +109,8 @@ def test_a_module_reads_the_open_scopes_attributes_as_a_layer_does():
     for scope in (nullcontext(), routing()):
         with scope, pytest.raises(MissingAttributesError, match="attribute_sizes=3"):
             routing.attribute_values(x, 3)
+    with routing(1), pytest.raises(ValueError, match="unknown: got 'avarage', expected one of"):
+        routing.attribute_values(x, 3, unknown="avarage")
 
 
 def test_a_compiled_module_reads_the_scope_that_is_open_when_it_runs():
