@@ -61,7 +61,7 @@ def as_attributes(attributes: Any) -> Attributes:
     return Attributes(attributes)
 
 
-def snapshot(attributes: Any) -> Attributes:
+def checked_copy(attributes: Any) -> Attributes:
     """A checked copy with its bounds: the one look at the values that a scope takes.
 
     Copied, because a loader that reuses its buffers may write to the tensor while the scope is

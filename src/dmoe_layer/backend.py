@@ -49,7 +49,7 @@ class Backend(NamedTuple):
     """The two functions of a backend.
 
     Attributes:
-        route: (x, weights, rows_BN, tokens_per_sample, k, seed) -> (Routing, plan); see
+        route: (x, weights, router_rows_BN, tokens_per_sample, k, seed) -> (Routing, plan); see
             ``eager.router.route``.
         experts: (x_TD, plan, gates_TK, weights, options) -> y_TD; see ``eager.experts.experts``.
     """

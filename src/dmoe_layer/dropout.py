@@ -20,16 +20,15 @@ class Dropout:
 
     A random int64 holds four 16-bit numbers, each compared with a threshold: a tenth of the time
     of ``F.dropout``, which draws a float an entry. The price: p is rounded to 1/65536, and
-    ``scale`` makes up for the p that is really used.
+    ``scale`` makes up for the p that is really used. To scale what is kept is left to the caller,
+    who has a factor for each row anyway: the gate.
     """
 
-    def __init__(self, p: float, seed: Tensor | None, like: Tensor) -> None:
+    def __init__(self, p: float, seed: Tensor | None, device: torch.device) -> None:
         dropped, self.scale = in_steps(p, seed)
         self.all_dropped = dropped == 2**16
         self.threshold = dropped - 2**15
-        self.generator = (
-            seeded_generator(like.device, seed) if seed is not None and dropped else None
-        )
+        self.generator = seeded_generator(device, seed) if seed is not None and dropped else None
 
     def __call__(self, rows_RD: Tensor) -> Tensor:
         """Zeroes in place."""

@@ -1,7 +1,9 @@
 """DMoE, the layer: a mixture of expert MLPs whose router knows the sample's attribute.
 
 Shape letters, here and everywhere: B batch, T tokens, D features, H hidden, E experts, K experts
-a token, R rows (token, slot) sorted by expert, A attribute values, N attributes a sample.
+a token, R (token, slot) pairs sorted by expert, A attribute values and so routers, N attributes a
+sample. Where they are needed: C tokens of a chunk, X rows of a buffer, I and O what goes into a
+product and comes out.
 """
 
 from __future__ import annotations
@@ -232,7 +234,7 @@ class DMoE(LazyDim):
         """Learns ``dim`` from the first input, once nothing is wrong with it."""
         self._check_input(x, mask)
         given = current_attributes() if attributes is None else attributes
-        self.router.check_attributes(x, x.shape[0], given)
+        self.router.values_of(x, x.shape[0], given)
         self._learn_dim(x.shape[self.channel_dim])
         self.router._learn_dim(x.shape[self.channel_dim])
 
@@ -273,11 +275,12 @@ class DMoE(LazyDim):
         given = current_attributes() if attributes is None else attributes
         # One copy for router and experts, which keep it for backward.
         x_BTD = rearrange(x.movedim(self.channel_dim, -1), "b ... d -> b (...) d").contiguous()
-        tokens, tokens_per_sample, kept_T = x_BTD, None, None
+        # (B, T, D) or, of a mask, the tokens inside alone, sample after sample, (T, D).
+        tokens, tokens_per_sample, inside_T = x_BTD, None, None
         if mask is not None:
             mask_BT = mask.to(x.device).reshape(x_BTD.shape[:2])
-            tokens_per_sample, kept_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
-            tokens = x_BTD.flatten(0, 1).index_select(0, kept_T)
+            tokens_per_sample, inside_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
+            tokens = x_BTD.flatten(0, 1).index_select(0, inside_T)
 
         dtype = autocast_dtype(x) or x.dtype
         backend = load(choose(self, x_BTD, dtype).backend)
@@ -289,8 +292,8 @@ class DMoE(LazyDim):
         options = ExpertOptions(self.activation, self.dropout, seed, dtype)
         y_TD = backend.experts(tokens.flatten(0, -2), route.plan, routing.gates, weights, options)
 
-        if kept_T is not None:  # index_put, since index_copy and index_add keep y for backward
-            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((kept_T,), y_TD)
+        if inside_T is not None:  # index_put, since index_copy and index_add keep y for backward
+            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((inside_T,), y_TD)
         y = y_TD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
         y = _in_memory_format_of(x, y)
         y = x + y if self.residual else y

@@ -54,8 +54,8 @@ class Probe:
         self.others: list[list[str]] = [[]]
         for name, module in self._module.named_modules():
             if name in names or not any(module.children()):
-                see = functools.partial(self._see, name)
-                module.register_forward_hook(see, with_kwargs=True)
+                note = functools.partial(self._note, name)
+                module.register_forward_hook(note, with_kwargs=True)
         # From small to large, to meet an activation around 0 and where it saturates or is cut.
         size_T1 = torch.logspace(-3, 2, 16, dtype=torch.float64, device="cpu")[:, None]
         self.x = _random((8, 16, widths_of(self.linears[0])[0]), generator) * size_T1
@@ -95,7 +95,7 @@ class Probe:
         slope_BTH[place] = 0
         return not slope_BTH.any()
 
-    def _see(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    def _note(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """Notes what passes through a module; a forward hook."""
         if name in self.names:
             given = [*args, *kwargs.values()]
@@ -129,7 +129,7 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return values.uniform_(-1, 1, generator=generator)  # an eighth of the cost of normal
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def same_output(a: Tensor, b: Tensor) -> bool:
     """Whether two results of a probe are those of one formula."""
     # A block that casts to fp32 inside is off by 1e-7; GELU and its tanh form differ by 5e-4.
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-6)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .activations import ACTIVATIONS
-from .probe import Probe, apply_linear, is_linear, same, weight_of, widths_of
+from .probe import Probe, apply_linear, is_linear, same_output, weight_of, widths_of
 
 ADVICE = (
     "Where an MLP is no module of its own, as in torch.nn.TransformerEncoderLayer and BERT, move "
@@ -57,7 +57,7 @@ def find_linears(mlp: nn.Module) -> tuple[str, str]:
         first, second = found
         return first, second
     raise ValueError(
-        f"{kind}: expected a two-layer MLP D -> H -> D, {_instead(mlp, found, widths)}"
+        f"{kind}: expected a two-layer MLP D -> H -> D, {_found_instead(mlp, found, widths)}"
     )
 
 
@@ -133,7 +133,9 @@ def _require_parameters(label: str, name: str, linear: nn.Module) -> None:
         )
 
 
-def _instead(mlp: nn.Module, found: dict[str, nn.Module], widths: list[tuple[int, int]]) -> str:
+def _found_instead(
+    mlp: nn.Module, found: dict[str, nn.Module], widths: list[tuple[int, int]]
+) -> str:
     """What a block has in the place of two linear layers that fit, in an error's words."""
     texts = [f"{n or 'itself'!r} {d} -> {h}" for n, (d, h) in zip(found, widths, strict=True)]
     if not texts:
@@ -152,7 +154,7 @@ def _activation_of(probe: Probe, output: Tensor) -> str | None:
     first, second = probe.linears
     z = apply_linear(first, probe.x)
     for name, activation in ACTIVATIONS.items():
-        if same(output, apply_linear(second, activation.forward(z))):
+        if same_output(output, apply_linear(second, activation.forward(z))):
             return name
     return None
 
@@ -166,17 +168,17 @@ def _fault_of(probe: Probe, output: Tensor, upcycle: bool) -> str | None:
     others = [f" (modules there: {', '.join(o)})" if o else "" for o in probe.others]
     if probe.ran_in_order():
         before, between, after = others
-        if not same(probe.inputs[first], probe.x):
+        if not same_output(probe.inputs[first], probe.x):
             return f"{first!r} is not given the block's input{before}"
         if not probe.is_pointwise():
             what = f"what stands between {first!r} and {second!r} mixes hidden units or tokens"
             return what + between
-        if not same(output, probe.outputs[second]):
+        if not same_output(output, probe.outputs[second]):
             what = f"its output is not that of {second!r}{after}: it may hold a residual, a norm, "
             return f"{what}a scale or a hook"
         if upcycle:
             for name, linear in zip(probe.names, probe.linears, strict=True):
-                if not same(probe.outputs[name], apply_linear(linear, probe.inputs[name])):
+                if not same_output(probe.outputs[name], apply_linear(linear, probe.inputs[name])):
                     return f"{name!r} does not compute what its weight and bias say (a hook? LoRA?)"
     if not upcycle:
         return None
@@ -192,7 +194,7 @@ def _dropout_of(kind: str, probe: Probe, output: Tensor) -> float:
     before = (before if before.numel() == output.numel() else output).reshape(after.shape)
     kept = after != 0
     share_kept = (before[kept] / after[kept]).detach()
-    uneven = not same(share_kept, share_kept.mean().expand_as(share_kept))
+    uneven = not same_output(share_kept, share_kept.mean().expand_as(share_kept))
     some_sample_lost = bool(kept.any()) and not kept.flatten(1).any(dim=1).all()  # DropPath
     if uneven or some_sample_lost:
         raise ValueError(

@@ -21,7 +21,10 @@ NOISE = ("train", "always", "never")
 
 
 class BackendRoute:
-    """A backend's ``route`` as a layer hands it to its router, which returns the Routing alone.
+    """A backend's ``route`` as a layer hands it to its router.
+
+    The router returns the Routing alone, as to anybody, and its hooks see nothing else; the plan
+    is left here for the layer.
 
     Attributes:
         plan: after the call, what the backend's ``experts`` need of it.
@@ -132,7 +135,7 @@ class AttributeRouter(LazyDim):
         self._check_input(x, tokens_per_sample)
         check_device(x, self.w_A2ED, "router")
         batch = (x if tokens_per_sample is None else tokens_per_sample).shape[0]
-        self.check_attributes(x, batch, attributes)
+        self.values_of(x, batch, attributes)
         self._learn_dim(x.shape[-1])
 
     def extra_repr(self) -> str:
@@ -169,19 +172,19 @@ class AttributeRouter(LazyDim):
         check_device(x, self.w_A2ED, "router")
         refuse_functional_derivatives(x)
         batch = (x if tokens_per_sample is None else tokens_per_sample).shape[0]
-        values_BN = self.check_attributes(x, batch, attributes)
+        values_BN = self.values_of(x, batch, attributes)
         noisy = self.noise == "always" or (self.noise == "train" and self.training)
         seed = draw_seed() if noisy else None
         weights = RouterWeights(self._table(self.w_A2ED), self._table(self.b_A2E))
-        rows_BN = None if self.sizes is None or values_BN is None else self._rows(values_BN)
-        routing = route(x, weights, rows_BN, tokens_per_sample, self.k, seed)
+        router_rows_BN = None if self.sizes is None or values_BN is None else self._rows(values_BN)
+        routing = route(x, weights, router_rows_BN, tokens_per_sample, self.k, seed)
         if values_BN is None:
             return routing
         attributes_T = per_token(values_BN, routing.logits.shape[0], tokens_per_sample)
         # Not by _replace, which torch.compile traces from PyTorch 2.10 on only.
         return Routing(routing.expert_indices, routing.gates, routing.logits, attributes_T)
 
-    def check_attributes(self, x: Tensor, batch: int, attributes: Any) -> Tensor | None:
+    def values_of(self, x: Tensor, batch: int, attributes: Any) -> Tensor | None:
         """The attribute values of ``batch`` samples, (B, n) on ``x``'s device, or an error.
 
         A router without ``attribute_sizes`` takes a scope's attributes, which are only recorded,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._torch_private import backward_pass
-from .attributes import UNKNOWN_POLICIES, Attributes, as_sizes, check_attributes, snapshot
+from .attributes import UNKNOWN_POLICIES, Attributes, as_sizes, check_attributes, checked_copy
 from .checks import check_choice
 from .losses import count_assignments, importance_loss, load_balancing_loss, router_z_loss
 from .tensors import Routing
@@ -69,16 +69,16 @@ class routing:
     """
 
     def __init__(self, attributes: Any = None) -> None:
-        self._attributes = None if attributes is None else snapshot(attributes)
+        self._attributes = None if attributes is None else checked_copy(attributes)
         self._last_call = _Recorded(None, None, None)
         self._is_open = False
         self._outer: routing | None = None
-        self._backward_pass = -1
+        self._opened_in_pass = -1
 
     def __enter__(self) -> routing:
         if self._is_open:
             raise RuntimeError("routing: this scope is already open; make a new one.")
-        self._backward_pass = _backward_pass()
+        self._opened_in_pass = _pass_now()
         self._is_open = True
         self._outer, _current.scope = _current.scope, self
         return self
@@ -205,11 +205,11 @@ def current_attributes() -> Attributes | None:
 def record(routed: Routing, sizes: tuple[int, ...] | None) -> None:
     """Adds a call to this thread's open scope, unless it is a recompute."""
     scope = _current.scope
-    if scope is not None and _backward_pass() == scope._backward_pass:
+    if scope is not None and _pass_now() == scope._opened_in_pass:
         scope._last_call = _Recorded(routed, sizes, scope._last_call)
 
 
-def _backward_pass() -> int:
+def _pass_now() -> int:
     """Which backward pass this thread is at work in, -1 if none.
 
     A call during another pass than that in which its scope was opened is a recompute of
@@ -218,7 +218,7 @@ def _backward_pass() -> int:
     return -1 if torch.compiler.is_compiling() else backward_pass()
 
 
-def _unheard(scope: routing | None) -> routing | None:
+def _without_record(scope: routing | None) -> routing | None:
     """A scope of the same attributes whose record nobody reads.
 
     Not a flag: a compiled block that is recomputed reads the current scope and nothing else.
@@ -273,12 +273,12 @@ def carry_routing(fn: Callable[..., Any] | None = None) -> Any:
     """
     scope = _current.scope
     if fn is None:
-        return _Carried(scope), _Carried(_unheard(scope))
+        return _Carried(scope), _Carried(_without_record(scope))
 
     @functools.wraps(fn)
     def carried(*args: Any, **kwargs: Any) -> Any:
-        first = scope is None or _backward_pass() == scope._backward_pass
-        with _Carried(scope if first else _unheard(scope)):
+        first = scope is None or _pass_now() == scope._opened_in_pass
+        with _Carried(scope if first else _without_record(scope)):
             return fn(*args, **kwargs)
 
     return carried

@@ -66,7 +66,7 @@ def true_dropout(p, indices_TK, n_experts, dim, dtype):
     """The factors of the call that follows, (T, k, D): drawn row by row in sorted order."""
     plan = Dispatch(indices_TK, n_experts)
     like = torch.ones(indices_TK.numel(), dim, dtype=dtype)
-    drop = Dropout(p, draw_seed(), like)
+    drop = Dropout(p, draw_seed(), like.device)
     rows = [drop(like[block.start : block.stop]) * drop.scale for block in plan.blocks]
     return torch.cat([*rows, like[:0]])[plan.rows_TK]
 

@@ -85,12 +85,12 @@ class Dispatch:
         """All blocks, in the order of their rows: of one expert each, at most ``BLOCK_ROWS``."""
         return [block for chunk in self.chunks for block in chunk.blocks]
 
-    def combine(self, chunk: Chunk, rows_RD: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    def combine(self, chunk: Chunk, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
         """For a chunk's tokens, the weighted sum of their k rows. No atomics: deterministic."""
         rows_TK = self.rows_TK[chunk.tokens] - chunk.rows.start
-        if weights_TK is not None:
-            weights_TK = weights_TK[chunk.tokens].to(rows_RD.dtype)
-        return F.embedding_bag(rows_TK, rows_RD, per_sample_weights=weights_TK, mode="sum")
+        if gates_TK is not None:
+            gates_TK = gates_TK[chunk.tokens].to(rows_RD.dtype)
+        return F.embedding_bag(rows_TK, rows_RD, per_sample_weights=gates_TK, mode="sum")
 
 
 def _blocks(counts: list[int], start: int) -> Iterator[Block]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..dropout import Dropout
+from ..hidden_layer import keeps_hidden
 from ..operators import refuse_double_backward
-from ..recompute import keeps_hidden
 from ..tensors import ExpertOptions, ExpertWeights
 from .dispatch import Block, Chunk, Dispatch
 from .gemm import linear, round_rows, sum_of_products
@@ -56,8 +56,8 @@ def _experts(
     weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
     options = ExpertOptions(activation, dropout, seed, dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
-        call = _Call(x_TD, expert_indices_TK, weights, options)
-        weights_TK = gates_TK * call.drop.scale
+        call = _ExpertPass(x_TD, expert_indices_TK, weights, options)
+        scaled_gates_TK = gates_TK * call.drop.scale
         y_TD = x_TD.new_empty(x_TD.shape)
         z_RH = x_TD.new_empty(_hidden_shape(expert_indices_TK, w1_EHD, keep_hidden), dtype=dtype)
         for chunk in call.dispatch.chunks:
@@ -68,7 +68,7 @@ def _experts(
                     z_RH[block.rows] = z[: block.size]
                 o_RD = linear(h_RH, expert.w2_DH, expert.b2_D)[: block.size]
                 call.put_rows(chunk, block, call.drop(o_RD))
-            y_TD[chunk.tokens] = call.combine(chunk, weights_TK)
+            y_TD[chunk.tokens] = call.combine(chunk, scaled_gates_TK)
         return y_TD, z_RH
 
 
@@ -100,7 +100,7 @@ def experts_backward(
     weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
     options = ExpertOptions(activation, dropout, seed, dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
-        call = _Call(x_TD, expert_indices_TK, weights, options)
+        call = _ExpertPass(x_TD, expert_indices_TK, weights, options)
         gradients = _Gradients(call, gates_TK, needed)
         for chunk in call.dispatch.chunks:
             # A sum's gradient is expanded from one number, and rows of that are picked slowly.
@@ -130,7 +130,7 @@ class _Expert(NamedTuple):
     b2_D: Tensor | None
 
 
-class _Call:
+class _ExpertPass:
     """What forward and backward of one call do alike: rows in, hidden layer, rows out."""
 
     def __init__(
@@ -143,7 +143,7 @@ class _Call:
         self.x_TD, self.weights, self.dtype = x_TD, weights, options.dtype
         self.relu, self.activation = options.activation == "relu", ACTIVATIONS[options.activation]
         self.dispatch = Dispatch(expert_indices_TK, len(weights.w1_EHD))
-        self.drop = Dropout(options.dropout, options.seed, x_TD)
+        self.drop = Dropout(options.dropout, options.seed, x_TD.device)
         # One buffer for the tokens of a block, and one for the rows of a chunk.
         self._block_XD = self.block_buffer()
         most = max(
@@ -183,8 +183,8 @@ class _Call:
         first = chunk.rows.start
         self._chunk_XD[block.start - first : block.stop - first] = rows_RD
 
-    def combine(self, chunk: Chunk, weights_TK: Tensor | None = None) -> Tensor:
-        return self.dispatch.combine(chunk, self._chunk_XD, weights_TK)
+    def combine(self, chunk: Chunk, scaled_gates_TK: Tensor | None = None) -> Tensor:
+        return self.dispatch.combine(chunk, self._chunk_XD, scaled_gates_TK)
 
 
 class _Gradients:
@@ -197,7 +197,7 @@ class _Gradients:
         dw1 = Σ dz ⊗ x      db1 = Σ dz      dx = dz·w1
     """
 
-    def __init__(self, call: _Call, gates_TK: Tensor, needed: list[bool]) -> None:
+    def __init__(self, call: _ExpertPass, gates_TK: Tensor, needed: list[bool]) -> None:
         self.call = call
         self.need_x, self.need_gates, need_w1, need_b1, need_w2, need_b2 = needed
         self.need_dz = self.need_x or need_w1 or need_b1

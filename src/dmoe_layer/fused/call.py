@@ -10,14 +10,14 @@ from torch import Tensor
 from ..dropout import in_steps
 from ..tensors import ExpertOptions, ExpertWeights
 from .kernels import sums
-from .launch import block_size, launch, precision
+from .launch import block_size, gemm_precision, launch
 from .router import SortedPairs
 
 # Programs that fill a GPU of 132 multiprocessors a few times.
 PROGRAMS = 512
 
 
-class Gradients(NamedTuple):
+class BackwardOutputs(NamedTuple):
     """What a backward launch leaves.
 
     Attributes:
@@ -31,7 +31,7 @@ class Gradients(NamedTuple):
     weights: list[Tensor]
 
 
-class Call:
+class ExpertCall:
     """One call: its tensors, weights in the dtype they are computed in, and sizes as options."""
 
     def __init__(
@@ -49,18 +49,18 @@ class Call:
         self.b1, self.b2 = (
             None if b is None else self._operand(b) for b in (weights.b1_EH, weights.b2_ED)
         )
-        self.own = weights.w1_EHD.dtype
+        self.parameter_dtype = weights.w1_EHD.dtype
         self.n_experts, self.hidden, self.dim = weights.w1_EHD.shape
         self.rows, self.k = len(self.order), gates_TK.shape[1]
         self.relu = activation == "relu"
         dropped, scale = in_steps(dropout, seed)
-        self.drop = (0 if seed is None else int(seed), dropped, scale)
+        self.drop_args = (0 if seed is None else int(seed), dropped, scale)
         # Options of the kernels, each for those that take it.
-        self.dropping = {"DROP": dropped > 0}
-        self.activation = {"ACTIVATION": activation}
-        self.widths = {"n_experts": self.n_experts, "dim": self.dim, "hidden": self.hidden}
-        self.experts = {"EXPERTS": block_size(self.n_experts, 2)}
-        self.gemm = {**self.experts, "PRECISION": precision()}
+        self.drop_opts = {"DROP": dropped > 0}
+        self.act_opts = {"ACTIVATION": activation}
+        self.sizes = {"n_experts": self.n_experts, "dim": self.dim, "hidden": self.hidden}
+        self.expert_opts = {"EXPERTS": block_size(self.n_experts, 2)}
+        self.gemm_opts = {**self.expert_opts, "PRECISION": gemm_precision()}
 
     def _operand(self, parameter: Tensor) -> Tensor:
         return parameter.to(self.dtype).contiguous()

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import PROGRAMS, Call, Gradients
+from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import narrow
-from .launch import block_size, launch, sum_chunks, tiles
+from .launch import block_size, launch, most_tiles, sum_chunks
 
 # The widest that fits into registers without spilling.
 NARROW = 128
@@ -50,7 +50,7 @@ class _Blocks(NamedTuple):
         }
 
 
-def _forward_blocks(call: Call) -> _Blocks:
+def _forward_blocks(call: ExpertCall) -> _Blocks:
     if call.dtype == torch.float32:
         if call.dim <= 32:
             return _Blocks(64, 32, 4, 2)
@@ -61,51 +61,53 @@ def _forward_blocks(call: Call) -> _Blocks:
     return _Blocks(128, 64, 8, 2) if call.dim <= 64 else _Blocks(64, 32, 8)
 
 
-def _backward_blocks(call: Call) -> tuple[_Blocks, _Blocks]:
+def _backward_blocks(call: ExpertCall) -> tuple[_Blocks, _Blocks]:
     """For the gradients of rows, and of weights: these sum a slice's in registers."""
     if call.dtype == torch.float32:
         return _Blocks(64, 32, 4), _Blocks(32, 16, 8)
     return _Blocks(64, 32, 4), _Blocks(64, 64, 4) if call.dim <= 32 else _Blocks(128, 64, 8)
 
 
-def forward(call: Call) -> Tensor:
+def forward(call: ExpertCall) -> Tensor:
     """Each pair's gated output: (R, D), pair t·k + j in row t·k + j."""
     blocks = _forward_blocks(call)
     slots = call.empty(call.rows, call.dim)
     launch(
-        narrow.mlp_kernel, (tiles(call.rows, blocks.rows, call.n_experts),), call.x,
+        narrow.mlp_kernel, (most_tiles(call.rows, blocks.rows, call.n_experts),), call.x,
         call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.b2, slots,
-        *call.drop, K=call.k, **call.widths, **call.gemm, **call.activation, **call.dropping,
-        **blocks.options(call.dim),
+        *call.drop_args, K=call.k, **call.sizes,
+        **call.gemm_opts, **call.act_opts, **call.drop_opts, **blocks.options(call.dim),
     )  # fmt: skip
     return slots
 
 
-def backward(call: Call, dy: Tensor, of_rows: bool, of_weights: bool) -> Gradients:
-    """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``."""
+def backward(call: ExpertCall, dy: Tensor, of_inputs: bool, of_weights: bool) -> BackwardOutputs:
+    """The gradients of x and gates if ``of_inputs``, of the weights if ``of_weights``."""
     slots, dgates = call.empty(call.rows, call.dim), torch.empty_like(call.gates)
 
     def run(blocks: _Blocks, chunk: int, slices: int, with_rows: bool, *shares: Any) -> None:
         launch(
-            narrow.mlp_backward_kernel, (tiles(call.rows, chunk, call.n_experts), slices), dy,
+            narrow.mlp_backward_kernel, (most_tiles(call.rows, chunk, call.n_experts), slices), dy,
             dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.b2,
-            slots, dgates, *shares, chunk, *call.drop,
-            OF_ROWS=with_rows, OF_WEIGHTS=shares[0] is not None, K=call.k, **call.widths,
-            **call.gemm, **call.activation, **call.dropping, **blocks.options(call.dim),
+            slots, dgates, *shares, chunk, *call.drop_args,
+            OF_ROWS=with_rows, OF_WEIGHTS=shares[0] is not None, K=call.k, **call.sizes,
+            **call.gemm_opts, **call.act_opts, **call.drop_opts, **blocks.options(call.dim),
         )  # fmt: skip
 
     row_blocks, blocks = _backward_blocks(call)
-    at_once = of_rows and of_weights and call.hidden <= blocks.hidden
-    if of_rows and not at_once:
+    at_once = of_inputs and of_weights and call.hidden <= blocks.hidden
+    if of_inputs and not at_once:
         run(row_blocks, row_blocks.rows, 1, True, None, None, None, None)
     if not of_weights:
-        return Gradients(slots, dgates, [])
+        return BackwardOutputs(slots, dgates, [])
     slices = -(-call.hidden // blocks.hidden)
     # The shares of all chunks together are about as large as x: no more chunks than that.
     chunk = max(call.rows * slices // PROGRAMS, 2 * call.k * call.hidden, blocks.rows)
     chunk = -(-chunk // blocks.rows) * blocks.rows
-    n_chunks = tiles(call.rows, chunk, call.n_experts)
+    n_chunks = most_tiles(call.rows, chunk, call.n_experts)
     shapes = ((call.hidden, call.dim), (call.hidden,), (call.dim, call.hidden), (call.dim,))
     shares = [call.empty(n_chunks, *shape, dtype=torch.float32) for shape in shapes]
     run(blocks, chunk, slices, at_once, *shares)
-    return Gradients(slots, dgates, [sum_chunks(share, call.offsets, chunk) for share in shares])
+    return BackwardOutputs(
+        slots, dgates, [sum_chunks(share, call.offsets, chunk) for share in shares]
+    )

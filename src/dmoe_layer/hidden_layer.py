@@ -26,7 +26,8 @@ def keeps_hidden(x_TD: Tensor, gates_TK: Tensor, weights: ExpertWeights) -> bool
     _, hidden, width = weights.w1_EHD.shape
     if width < LEAST_WIDTH:
         return False
-    is_small = gates_TK.numel() * hidden <= 4 * weights.w1_EHD.numel()
+    weights_and_gradients = 4 * weights.w1_EHD.numel()  # w1 is as large as w2
+    is_small = gates_TK.numel() * hidden <= weights_and_gradients
     if not torch.compiler.is_compiling():
         return is_small
     from torch.fx.experimental.symbolic_shapes import statically_known_true
