@@ -1,4 +1,4 @@
-"""Which experts each attribute value's tokens went to, added up over batches.
+"""Adds up over batches which experts each attribute value's tokens went to.
 
 Shapes: T tokens, A attributes, V values of an attribute, E experts.
 """
@@ -27,7 +27,7 @@ class Loads:
         self._sums: dict[str, np.ndarray] = {}
 
     def add(self, scope: routing) -> None:
-        """The routings of a closed scope that was opened with attributes.
+        """Adds the routings of a closed scope that was opened with attributes.
 
         Every token weighs alike: of volumes, a window with little of the body has few of them.
         """
@@ -49,7 +49,7 @@ class Loads:
 
     @classmethod
     def together(cls, dataset: Dataset, parts: Iterable[Loads]) -> Loads:
-        """Of all ranks."""
+        """Adds up the loads of all ranks."""
         loads = cls(dataset)
         for part in parts:
             for name, sums_VE in part._sums.items():
@@ -57,7 +57,7 @@ class Loads:
         return loads
 
     def tables(self) -> LoadTables:
-        """By attribute, a row a value that sums to 1, or of zeros where no case has it."""
+        """Gives each attribute's table: a row a value that sums to 1, or is 0 where no case has it."""
         return {
             name: tuple(
                 map(tuple, (sums_VE / np.maximum(sums_VE.sum(1, keepdims=True), 1)).tolist())
