@@ -18,7 +18,7 @@ from ..data.cases import Dataset
 LoadTables: TypeAlias = dict[str, tuple[tuple[float, ...], ...]]
 
 
-class Loads:
+class ExpertLoads:
     """Adds up which experts each attribute value's tokens went to."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -48,7 +48,7 @@ class Loads:
             sums_VE[: len(table_VE)] += table_VE * tokens_V[: len(table_VE), None]
 
     @classmethod
-    def together(cls, dataset: Dataset, parts: Iterable[Loads]) -> Loads:
+    def together(cls, dataset: Dataset, parts: Iterable[ExpertLoads]) -> ExpertLoads:
         """Adds up the loads of all ranks."""
         loads = cls(dataset)
         for part in parts:
@@ -57,7 +57,7 @@ class Loads:
         return loads
 
     def tables(self) -> LoadTables:
-        """Gives each attribute's table: a row a value that sums to 1, or is 0 where no case has it."""
+        """Gives each attribute's table: a row a value, which sums to 1, or to 0 without cases."""
         return {
             name: tuple(
                 map(tuple, (sums_VE / np.maximum(sums_VE.sum(1, keepdims=True), 1)).tolist())
