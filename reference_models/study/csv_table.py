@@ -60,7 +60,7 @@ class Table(Generic[Record]):
             DataError: it cannot be read, or holds something else.
         """
         path = folder / self.name
-        header, *lines = list(csv.reader(read_text(path).splitlines())) or [[]]
+        header, *lines = list(csv.reader(read_result(path).splitlines())) or [[]]
         fixed, names = header[: len(self.columns)], header[len(self.columns) :]
         if fixed != [*self.columns] or (names and self._mapping is None):
             raise DataError(
@@ -86,7 +86,7 @@ class Table(Generic[Record]):
         return records
 
 
-def read_text(path: Path) -> str:
+def read_result(path: Path) -> str:
     """The text of a file of the results.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import dmoe_layer
 
 from . import tables
-from .csv_table import read_text
+from .csv_table import read_result
 from .jobs import TOLD_RIGHT, Trial
 from .methods import METHODS
 from .rows import StudyRows
@@ -76,7 +76,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.made_with: dict[str, Any] = json.loads(read_text(folder / tables.MACHINE))
+        self.made_with: dict[str, Any] = json.loads(read_result(folder / tables.MACHINE))
         self.smoke: bool = self.made_with["settings"]["quick"]
         self.trials = tables.TRIALS.read(folder)
         self.differences = tables.DIFFERENCES.read(folder)
