@@ -39,6 +39,7 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Whether every extra can be installed on every system and Python that is claimed.
 resolve: .venv/test
@@ -65,4 +66,4 @@ versions:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch* build dist demo_output demo3d_output bench_output gpu_output study_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch* build dist demo_output demo3d_output bench_output gpu_output study_output .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis

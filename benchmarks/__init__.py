@@ -1,4 +1,7 @@
-"""Benchmarks: the layer beside other ways to compute it. ``python -m benchmarks`` runs them."""
+"""Benchmarks: of the layer, of the 3D network's training step, and a report of the kernels.
+
+``python -m benchmarks``, ``python -m benchmarks.volumes``, ``python -m benchmarks.kernels``.
+"""
 
 import os
 

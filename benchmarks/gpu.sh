@@ -24,14 +24,14 @@ PART=${1:-all}
 CHECK=${CHECK:-0}
 if [ "$PART" != volumes ] && [ "$CHECK" = 1 ]; then
     step machine 60 "$PYTHON" -c "import torch, triton; print(torch.__version__, triton.__version__)"
-    step tests 600 "$PYTHON" -m pytest tests/layer/test_gpu.py tests/layer/test_kernels.py -k "gpu or plain"
+    step tests 600 "$PYTHON" -m pytest tests/layer/fused/test_gpu.py tests/layer/fused/test_kernels*.py -k "gpu or plain"
     step goals 120 "$PYTHON" -m benchmarks --quick --out "$OUT"
 elif [ "$PART" != volumes ]; then
     step machine 20 nvidia-smi
     # Compiling takes most of the tests' time, hence several processes.
-    step gpu-tests 190 "$PYTHON" -m pytest tests/layer/test_gpu.py --numprocesses 4
+    step gpu-tests 190 "$PYTHON" -m pytest tests/layer/fused/test_gpu.py --numprocesses 4
     step goals 150 "$PYTHON" -m benchmarks --shapes goals --out "$OUT/goals"
-    step kernel-tests 140 "$PYTHON" -m pytest tests/layer/test_kernels.py --numprocesses 8
+    step kernel-tests 140 "$PYTHON" -m pytest tests/layer/fused/test_kernels*.py --numprocesses 8
     step stages 80 "$PYTHON" -m benchmarks --shapes stages --rounds 10 --out "$OUT/stages"
 fi
 if [ "$PART" != layer ] && [ "$CHECK" = 1 ]; then

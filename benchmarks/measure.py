@@ -1,17 +1,19 @@
-"""Time, and the machine's own limits."""
+"""Times steps that take turns, on the device's own clock.
+
+By hand, since ``torch.utils.benchmark`` and ``triton.testing`` time one step after the other: here
+all take turns in a new order each round, with quartiles over the rounds, laps inside a step (its
+forward, then its backward) and one code for CPUs and for GPUs, whose L2 cache is flushed.
+"""
 
 from __future__ import annotations
 
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from .problem import Layer, Problem
 
 # Larger than any GPU's L2 cache: written before each timed step, so that none starts warm.
 _FLUSH_BYTES = 256 * 2**20
@@ -36,22 +38,6 @@ class Spread:
             return cls(seconds[0], seconds[0], seconds[0], 1)
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, low, high, len(seconds))
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """What the machine reached here: FLOP/s of a large matrix product, bytes/s of a large copy."""
-
-    flops: float
-    bytes: float
-
-    def seconds(self, flops: float, n_bytes: float) -> float:
-        """The least time: all of one, the other meanwhile.
-
-        >>> Roofline(flops=10.0, bytes=100.0).seconds(20, 300)
-        3.0
-        """
-        return max(flops / self.flops, n_bytes / self.bytes)
 
 
 class Stopwatch:
@@ -87,7 +73,7 @@ class Stopwatch:
 
 
 def interleaved(
-    tasks: dict[str, Callable[[], list[float]]], rounds: int, seed: int = 0
+    tasks: Mapping[str, Callable[[], list[float]]], rounds: int, seed: int = 0
 ) -> dict[str, list[list[float]]]:
     """Runs every task once a round, in a new order each time; tasks come warmed up.
 
@@ -99,32 +85,3 @@ def interleaved(
         for name in order.sample(list(tasks), len(tasks)):
             laps[name].append(tasks[name]())
     return laps
-
-
-def step_laps(watch: Stopwatch, layer: Layer, problem: Problem) -> list[float]:
-    """Seconds of a training step's forward, and of its forward and backward."""
-    x_BTD, outputs = fresh_input(layer, problem), []
-    return watch.laps(
-        lambda: outputs.append(layer(x_BTD, problem.attributes_B)),
-        lambda: outputs[0].backward(problem.dy_BTD),
-    )
-
-
-def measure_roofline(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Roofline:
-    """The best of a few large matrix products in ``dtype``, and of a few large copies."""
-    watch, cuda = Stopwatch(device), device.type == "cuda"
-    n, copied = (8192, 2**30) if cuda else (2048, 2**28)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.zeros(copied, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    product, copy = (
-        min(watch.laps(step)[0] for _ in range(repeats + 1))
-        for step in (lambda: a @ b, lambda: target.copy_(source))
-    )
-    return Roofline(2 * n**3 / product, 2 * copied / copy)
-
-
-def fresh_input(layer: Layer, problem: Problem) -> Tensor:
-    """x without a gradient; nor have the parameters."""
-    layer.zero_grad(set_to_none=True)
-    return problem.x_BTD.detach().requires_grad_()

@@ -1,11 +1,10 @@
-"""Memory of a step and time of a GPU's kernels, from PyTorch's profiler and caching allocator."""
+"""Memory of any code and time of a GPU's kernels, by PyTorch's profiler and caching allocator."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,46 +12,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .measure import Stopwatch, fresh_input
-from .problem import Layer, Problem
+from .measure import Stopwatch
 
 _MARK = "benchmarks: mark"
 _KERNELS = ("kernel", "gpu_memset")
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes of one training step, beyond x, y's gradient and the parameters.
-
-    Attributes:
-        forward_peak: at most, during forward; y included.
-        peak: at most, during forward and backward; y and all gradients included.
-        held: between the two, y excluded: what is kept for backward beside x.
-        excess: ``peak`` less y, x's gradient and the parameters' gradients.
-    """
-
-    forward_peak: int
-    peak: int
-    held: int
-    excess: int
-
-
-def step_memory(layer: Layer, problem: Problem) -> StepMemory:
-    """Memory of one training step. On a CPU, what its libraries take unseen is not in it."""
-    x_BTD = fresh_input(layer, problem)
-    with Meter(problem.device) as meter:
-        y_BTD = layer(x_BTD, problem.attributes_B)
-        meter.mark()
-        y_BTD.backward(problem.dy_BTD)
-    (held, forward_peak), (_, peak) = meter.marks
-    y_bytes = y_BTD.numel() * y_BTD.element_size()
-    gradients = sum(p.numel() * p.element_size() for p in layer.parameters() if p.grad is not None)
-    return StepMemory(
-        forward_peak=forward_peak,
-        peak=peak,
-        held=held - y_bytes,
-        excess=max(0, peak - 2 * y_bytes - gradients),
-    )
 
 
 class Meter:
@@ -136,17 +99,18 @@ def kernels_between_marks(events: list[dict[str, Any]]) -> list[list[float]]:
     for event in events:
         if event["name"] == _MARK:
             marks += 1
-            rounds += [[]] if marks % 2 else []
+            if marks % 2:
+                rounds.append([])
         elif marks % 2 and event.get("cat") in _KERNELS:
             rounds[-1].append(event["dur"] / 1e6)
     return rounds
 
 
-def _events(profile: profile) -> list[dict[str, Any]]:
+def _events(profiled: profile) -> list[dict[str, Any]]:
     """Marks, allocations, releases (of negative size) and kernels in the order of time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
+        profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     events = [
         event

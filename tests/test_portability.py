@@ -28,11 +28,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = (ROOT / "src" / "dmoe_layer", ROOT / "reference_models", ROOT / "benchmarks")
 # What is imported where the Triton backend is chosen, which Windows does not have, and not before.
 NEED_TRITON = {
-    "dmoe_layer.fused",
-    "dmoe_layer.fused_mlp",
-    "dmoe_layer.fused_router",
-    "dmoe_layer.launch",
-    *(f"dmoe_layer.kernels.{name}" for name in ("common", "narrow", "routing", "sums", "wide")),
+    *(
+        f"dmoe_layer.fused.{name}"
+        for name in ("call", "experts", "launch", "narrow", "router", "wide")
+    ),
+    *(
+        f"dmoe_layer.fused.kernels.{name}"
+        for name in ("common", "narrow", "routing", "sums", "wide")
+    ),
 }
 # No import finds what Python has on POSIX systems alone, nor Triton.
 AS_ON_WINDOWS = """
@@ -84,10 +87,8 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider"]))
     collected = as_on_windows(program).replace("\\", "/")
     tests = ROOT / "tests"
     names = {path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
-    names -= {
-        "layer/test_kernels.py",
-        "layer/test_compiled_kernels.py",
-    }  # which Triton's lack skips
+    skipped = ("layer/fused/test_kernels", "layer/fused/test_compiled_kernels")  # without Triton
+    names = {name for name in names if not name.startswith(skipped)}
     assert [name for name in sorted(names) if f"tests/{name}: " not in collected] == []
 
 

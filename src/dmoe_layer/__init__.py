@@ -3,9 +3,10 @@
 from .attributes import MissingAttributesError
 from .layer import DMoE
 from .losses import importance_loss, load_balancing_loss, router_z_loss
-from .router import AttributeRouter, Routing
+from .router import AttributeRouter
 from .scope import carry_routing, routing
 from .swap import swap_mlps
+from .tensors import Routing
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,9 @@
-"""The activations an expert may have, by name."""
+"""The activations an expert may have, by name.
+
+To add one, add a row to ``ACTIVATIONS``. The Triton kernels have theirs in the functions
+``activate`` and ``slope`` of ``fused/kernels/common.py``. Without a branch there, say
+``fused=False``: the eager backend then takes every layer that has it.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,18 @@ aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """An activation, and its derivative: (gradient of the output, input) to that of the input.
+    """An activation.
 
-    The gradient may be overwritten. ReLU's derivative may be given ReLU's output for its input:
-    both are positive or neither is.
+    Attributes:
+        forward: from the input z to the output.
+        backward: from the output's gradient, which may be overwritten, and z to the gradient of z.
+            ReLU's may be given ReLU's output for z: both are positive or neither is.
+        fused: whether the Triton kernels have it too.
     """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    fused: bool = True
 
 
 ACTIVATIONS = {

@@ -8,7 +8,10 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from .options import check_count
+from .checks import check_count
+
+# What a layer can do with a sample whose attribute is not known.
+UNKNOWN_POLICIES = ("error", "average", "learned")
 
 
 class MissingAttributesError(ValueError):
@@ -33,8 +36,8 @@ class Attributes(NamedTuple):
     """Attributes as a scope or an explicit call carries them to the check.
 
     ``bounds_2N`` holds the smallest and largest value of each attribute in CPU memory, so that
-    a layer can check values that live on an accelerator without waiting for it. ``None`` means
-    that the check itself must look.
+    a layer can check values that live on an accelerator without waiting for it. A scope has looked
+    for them; ``None``, as of an explicit call, means that the check itself must look.
     """
 
     values: Tensor

@@ -1,19 +1,30 @@
 """Which backend computes a call, and why: the conditions stand here and nowhere else.
 
-``eager`` is plain PyTorch and takes everything. ``triton`` has the router's top-k and dispatch and
-the experts' MLPs fused into kernels of its own, for what ``_obstacle`` finds nothing against. Both
-use the same parameters. They draw other noise and dropout from the same seed.
+A backend is two functions. ``route`` scores the tokens and keeps the k best experts of each; it
+returns a Routing and a plan, which is whatever its ``experts`` needs to run the experts. To add a
+backend, add a folder with two such functions, its name in ``BACKENDS`` and ``load``, and the
+conditions under which ``choose`` takes it.
+
+``eager`` is plain PyTorch and takes everything. ``triton``, the folder ``fused``, has the router's
+top-k and dispatch and the experts' MLPs fused into kernels of its own, for what ``_obstacle`` finds
+nothing against. Both use the same parameters. They draw other noise and dropout from the same seed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .options import check_choice
+from ._torch_private import constant_for_dynamo
+from .activations import ACTIVATIONS
+from .checks import check_choice
+from .eager import experts as eager_experts
+from .eager import router as eager_router
+from .tensors import Routing
 
 BACKENDS = ("auto", "eager", "triton")
 
@@ -32,6 +43,29 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
+
+
+class Backend(NamedTuple):
+    """The two functions of a backend.
+
+    Attributes:
+        route: (x, weights, rows_BN, tokens_per_sample, k, seed) -> (Routing, plan); see
+            ``eager.router.route``.
+        experts: (x_TD, plan, gates_TK, weights, options) -> y_TD; see ``eager.experts.experts``.
+    """
+
+    route: Callable[..., tuple[Routing, Any]]
+    experts: Callable[..., Tensor]
+
+
+def load(name: str) -> Backend:
+    """The backend that :func:`choose` has named; Triton is imported only here."""
+    if name == "eager":
+        return Backend(eager_router.route, eager_experts.experts)
+    from .fused import experts as fused_experts
+    from .fused import router as fused_router
+
+    return Backend(fused_router.route, fused_experts.experts)
 
 
 def choose(layer: Any, x: Tensor, dtype: torch.dtype) -> Choice:
@@ -80,7 +114,7 @@ def explain(layer: Any, x: Tensor) -> str:
         return f"error: {error}"
     if choice.backend == "eager":
         return f"eager: {choice.reason}"
-    from .fused_mlp import NARROW, fuses_backward
+    from .fused.narrow import NARROW, fuses_backward
 
     dim = x_BTD.shape[-1]
     if fuses_backward(dim, dtype):
@@ -98,6 +132,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+@constant_for_dynamo  # which, up to PyTorch 2.11, it cannot trace
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
@@ -114,6 +149,8 @@ def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
     ):
         if given not in DTYPES:
             return f"{what}: {given}; the kernels take {', '.join(map(str, DTYPES))}"
+    if not ACTIVATIONS[layer.activation].fused:
+        return f"activation is {layer.activation}, which the kernels do not have"
     if layer.n_experts > MAX_EXPERTS:
         return f"n_experts is {layer.n_experts}; the kernels take up to {MAX_EXPERTS}"
     if layer.k > MAX_K:
@@ -133,6 +170,7 @@ def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
     return ""
 
 
+@constant_for_dynamo
 def _obstacle_of_machine(device: str, index: int) -> str:
     if find_spec("triton") is None:
         return "Triton is not installed"
@@ -148,9 +186,3 @@ def _obstacle_of_machine(device: str, index: int) -> str:
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
     return ""
-
-
-# What torch.compiler.assume_constant_result would do, which imports all of Dynamo and Triton. Of
-# these answers Dynamo shall take the result: up to PyTorch 2.11 it cannot trace the second.
-_obstacle_of_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -14,15 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
-from .attributes import Attributes, as_attributes, check_attributes, per_token
-from .backend import BACKENDS, autocast_dtype, choose
-from .eager import experts
+from .backend import BACKENDS, autocast_dtype, choose, load
+from .checks import check_choice, check_count, check_device, check_flag, describe
 from .lazy import LazyDim
-from .mlp import read_mlp
 from .operators import draw_seed
-from .options import check_choice, check_count, check_device, check_flag, describe
-from .router import AttributeRouter, Routing
+from .read_mlp import read_mlp
+from .router import AttributeRouter, BackendRoute
 from .scope import current_attributes, record
+from .tensors import ExpertOptions, ExpertWeights, Routing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -232,8 +231,8 @@ class DMoE(LazyDim):
     ) -> None:
         """Learns ``dim`` from the first input, once nothing is wrong with it."""
         self._check_input(x, mask)
-        wanted, _ = self._find_attributes(x, attributes)
-        self.router.check(x, x.shape[0], wanted)
+        given = current_attributes() if attributes is None else attributes
+        self.router.check_attributes(x, x.shape[0], given)
         self._learn_dim(x.shape[self.channel_dim])
         self.router._learn_dim(x.shape[self.channel_dim])
 
@@ -271,28 +270,25 @@ class DMoE(LazyDim):
             ValueError, TypeError: for input that does not fit, before anything is computed.
         """
         self._check_input(x, mask)
-        wanted, recorded_BN = self._find_attributes(x, attributes)
+        given = current_attributes() if attributes is None else attributes
         # One copy for router and experts, which keep it for backward.
         x_BTD = rearrange(x.movedim(self.channel_dim, -1), "b ... d -> b (...) d").contiguous()
-        dtype = autocast_dtype(x) or x.dtype
-        fused = choose(self, x_BTD, dtype).backend == "triton"
-        if mask is None:
-            tokens_TD, tokens_per_sample, kept_T = x_BTD.flatten(0, 1), None, None
-            routed = self.router(x_BTD, wanted, fused=fused)
-        else:
+        tokens, tokens_per_sample, kept_T = x_BTD, None, None
+        if mask is not None:
             mask_BT = mask.to(x.device).reshape(x_BTD.shape[:2])
             tokens_per_sample, kept_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
-            tokens_TD = x_BTD.flatten(0, 1).index_select(0, kept_T)
-            routed = self.router(
-                tokens_TD, wanted, tokens_per_sample=tokens_per_sample, fused=fused
-            )
-        routing, dispatch = (routed[0], routed[1:]) if fused else (routed, ())
-        if recorded_BN is not None:
-            attributes_T = per_token(recorded_BN, tokens_TD.shape[0], tokens_per_sample)
-            # Not by _replace, which torch.compile traces from PyTorch 2.10 on only.
-            routing = Routing(routing.expert_indices, routing.gates, routing.logits, attributes_T)
+            tokens = x_BTD.flatten(0, 1).index_select(0, kept_T)
 
-        y_TD = self._run_experts(tokens_TD, routing, dispatch, dtype)
+        dtype = autocast_dtype(x) or x.dtype
+        backend = load(choose(self, x_BTD, dtype).backend)
+        # The router is called as a module, so that its hooks run: offloading brings it in by one.
+        route = BackendRoute(backend.route)
+        routing = self.router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
+        seed = draw_seed() if self.training and self.dropout > 0 else None
+        weights = ExpertWeights(self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
+        options = ExpertOptions(self.activation, self.dropout, seed, dtype)
+        y_TD = backend.experts(tokens.flatten(0, -2), route.plan, routing.gates, weights, options)
+
         if kept_T is not None:  # index_put, since index_copy and index_add keep y for backward
             y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((kept_T,), y_TD)
         y = y_TD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
@@ -300,31 +296,6 @@ class DMoE(LazyDim):
         y = x + y if self.residual else y
         record(routing, self.router.sizes)
         return (y, routing) if return_routing else y
-
-    def _run_experts(
-        self, x_TD: Tensor, routing: Routing, dispatch: tuple[Tensor, ...], dtype: torch.dtype
-    ) -> Tensor:
-        """By the kernels if these have begun the dispatch."""
-        seed = draw_seed() if self.training and self.dropout > 0 else None
-        weights = (self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
-        options = (self.activation, self.dropout, seed, dtype)
-        if not dispatch:
-            return experts(x_TD, routing.expert_indices, routing.gates, *weights, *options)
-        from .fused import fused_experts
-
-        order, offsets = dispatch
-        return fused_experts(x_TD, order, offsets, routing.gates, *weights, *options)
-
-    def _find_attributes(
-        self, x: Tensor, attributes: Any
-    ) -> tuple[Attributes | None, Tensor | None]:
-        """What the router shall check and use; and, for a plain layer, what is only recorded."""
-        given = current_attributes() if attributes is None else as_attributes(attributes)
-        if self.attribute_sizes is not None or given is None:
-            return given, None
-        # A plain layer records a scope's attributes, and refuses those that are meant for it.
-        accepted: list[int] | None = None if attributes is None else []
-        return None, check_attributes(x, x.shape[0], *given, accepted, self.router.unknown)
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -336,12 +307,13 @@ class DMoE(LazyDim):
                 f"channel_dim={self.channel_dim} and the batch first."
             )
         # A state_dict of only one of them may have told experts or router the width.
-        dim = self.router.dim if self.dim is None else self.dim
-        if x.shape[axis] == 0 or (dim is not None and dim != x.shape[axis]):
-            expected = "at least 1" if dim is None else f"dim={dim}"
+        width, known = x.shape[axis], (self.dim, self.router.dim)
+        wrong = [f"dim={dim}" for dim in known if dim is not None and dim != width]
+        if width == 0 or wrong:
+            expected = wrong[0] if wrong else "at least 1"
             raise ValueError(
-                f"x: got {describe(x)}, which has {x.shape[axis]} at "
-                f"channel_dim={self.channel_dim}, expected {expected}."
+                f"x: got {describe(x)}, which has {width} at channel_dim={self.channel_dim}, "
+                f"expected {expected}."
             )
         check_device(x, self.w1_EHD, "layer")
         if x.dtype != self.w1_EHD.dtype and autocast_dtype(x) is None:

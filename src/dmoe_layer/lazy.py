@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
+from ._torch_private import stop_being_lazy
 from .operators import draw_seed, seeded_generator
 
-# Two threads may make the first call of one module; the second must find it finished.
+# Two threads may make the first call of one module; the second finds it finished, and checks only.
 _MATERIALIZING = threading.Lock()
 
 
@@ -23,6 +24,9 @@ class LazyDim(LazyModuleMixin, nn.Module):
     A subclass says in ``_shapes(dim)`` which parameters it has, calls ``_create_parameters`` at
     the end of its ``__init__``, and names in ``_dim_from`` the parameter whose last axis is
     ``dim``. Unlike ``nn.LazyLinear`` it stays one class, so that a user's subclass stays itself.
+
+    The methods of the mixin that are replaced here have private names. Should PyTorch rename them,
+    the mixin's own stand in, which learn the shapes too, but check less and know no threads.
     """
 
     _dim_from: str
@@ -62,10 +66,7 @@ class LazyDim(LazyModuleMixin, nn.Module):
         """Gives the parameters their shapes if they have none yet, and ends being lazy."""
         if self.dim is None:
             self._materialize(dim)
-        if hasattr(self, "_initialize_hook"):
-            self._initialize_hook.remove()
-            self._load_hook.remove()
-            del self._initialize_hook, self._load_hook
+        stop_being_lazy(self)
 
     def _materialize(self, dim: int) -> None:
         # The first call may be one in inference mode; training must still be possible later.
@@ -78,8 +79,7 @@ class LazyDim(LazyModuleMixin, nn.Module):
 
     def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
         with _MATERIALIZING:
-            if hasattr(self, "_initialize_hook"):
-                self.initialize_parameters(*args, **(kwargs or {}))
+            self.initialize_parameters(*args, **(kwargs or {}))
 
     def _lazy_load_hook(
         self,

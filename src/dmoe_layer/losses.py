@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .router import Routing
+from .tensors import Routing
 
 
 def load_balancing_loss(routing: Routing, *, per_attribute: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the layer's registered operators share: seeds, padding, and the derivatives they refuse."""
+"""What the layer's registered operators share: seeds, and the derivatives that they refuse."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# BLAS rounds otherwise in GEMMs of a few rows. A sample's output shall not depend on how many rows
-# of its batch-mates stand beside its own, and where that can be had not even in the last bit, so
-# shorter ones are padded: from 8 rows on, MKL gives most products' rows the same bits whatever
-# their number. Measured with torch 2.13 on an AMD EPYC: all of the router's with 4 or 8 experts
-# and widths from 16 to 192; with 2, 16 or 40 experts one in ten differs by its last bit.
-MIN_GEMM_ROWS = 8
+from ._torch_private import in_functional_derivative
 
 
 def draw_seed() -> Tensor:
@@ -33,11 +28,7 @@ def refuse_functional_derivatives(x: Tensor) -> None:
     """Raises inside torch.func's and forward-mode derivatives, which would silently be zero."""
     if torch.compiler.is_compiling():
         return
-    transforms = torch._C._functorch
-    kinds = [level.key() for level in transforms.get_interpreter_stack() or ()]
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-    wanted = torch.is_grad_enabled() and transforms.TransformType.Grad in kinds
-    if dual or wanted or transforms.TransformType.Jvp in kinds:
+    if in_functional_derivative(x) or forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(
             "DMoE: torch.func's derivatives (grad, vjp, jvp, jacrev, hessian) and forward mode do "
             "not pass through its operators. Use torch.autograd.grad or .backward()."

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch_private import backward_pass
 from .attributes import Attributes, as_sizes, check_attributes, snapshot
 from .losses import count_assignments, importance_loss, load_balancing_loss, router_z_loss
-from .router import Routing
+from .tensors import Routing
 
 
-class _Call:
+class _Recorded:
     """One recorded call and the one before it; the first of a chain is empty.
 
     A chain and not a list: torch.compile guards on a list's length and on every item in it, and
@@ -26,7 +27,7 @@ class _Call:
     def __init__(self, routed: Any, sizes: tuple[int, ...] | None, before: Any) -> None:
         self.routed: Routing = routed
         self.sizes = sizes
-        self.before: _Call = before
+        self.before: _Recorded = before
 
 
 class _Current(threading.local):
@@ -68,7 +69,7 @@ class routing:
 
     def __init__(self, attributes: Any = None) -> None:
         self._attributes = None if attributes is None else snapshot(attributes)
-        self._last_call = _Call(None, None, None)
+        self._last_call = _Recorded(None, None, None)
         self._is_open = False
         self._outer: routing | None = None
         self._backward_pass = -1
@@ -76,7 +77,8 @@ class routing:
     def __enter__(self) -> routing:
         if self._is_open:
             raise RuntimeError("routing: this scope is already open; make a new one.")
-        self._is_open, self._backward_pass = True, _backward_pass()
+        self._backward_pass = _backward_pass()
+        self._is_open = True
         self._outer, _current.scope = _current.scope, self
         return self
 
@@ -178,7 +180,7 @@ class routing:
         counts_CAE = counts_CAE if per_call else counts_CAE.sum(dim=0)
         return counts_CAE.float() / counts_CAE.sum(dim=-1, keepdim=True).clamp(min=1)
 
-    def _calls(self) -> list[_Call]:
+    def _calls(self) -> list[_Recorded]:
         calls, call = [], self._last_call
         while call.before is not None:
             calls.append(call)
@@ -202,7 +204,7 @@ def record(routed: Routing, sizes: tuple[int, ...] | None) -> None:
     """Adds a call to this thread's open scope, unless it is a recompute."""
     scope = _current.scope
     if scope is not None and _backward_pass() == scope._backward_pass:
-        scope._last_call = _Call(routed, sizes, scope._last_call)
+        scope._last_call = _Recorded(routed, sizes, scope._last_call)
 
 
 def _backward_pass() -> int:
@@ -211,7 +213,7 @@ def _backward_pass() -> int:
     A call during another pass than that in which its scope was opened is a recompute of
     activation checkpointing. A compiled graph holds its recomputes itself.
     """
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+    return -1 if torch.compiler.is_compiling() else backward_pass()
 
 
 def _unheard(scope: routing | None) -> routing | None:
@@ -291,7 +293,7 @@ def _values_of(routed: Routing, attribute: int, default: int) -> Tensor:
     return values if values.ndim == 1 else values[:, attribute]
 
 
-def _n_values(call: _Call, values_T: Tensor, attribute: int) -> int:
+def _n_values(call: _Recorded, values_T: Tensor, attribute: int) -> int:
     if call.sizes is not None:
         return call.sizes[attribute]
     return max(int(values_T.max()) + 1, 1) if len(values_T) else 1

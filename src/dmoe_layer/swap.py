@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from .checks import check_flag
 from .layer import DMoE
-from .mlp import ADVICE, find_linears, read_mlp
-from .options import check_flag
+from .read_mlp import ADVICE, find_linears, read_mlp
 
 
 def swap_mlps(

@@ -1,166 +1,17 @@
 """Output and every gradient equal the naive loop, for random configurations and every dtype."""
 
-import copy
-import math
 from functools import partial
-from itertools import accumulate
 
 import naive
 import pytest
 import torch
+from harness.exactness import assert_close, configurations, run_both
+from harness.layers import eval_layer
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import forward_ad
-from torch.profiler import ProfilerActivity
 
-from dmoe_layer import DMoE, Routing, dispatch, eager, gemm, router
-from dmoe_layer.dispatch import Dispatch
-from dmoe_layer.operators import draw_seed
-
-# Largest difference over the largest true value.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-def assert_close(found, true, dtype, what):
-    true = true.to(torch.float64)
-    assert found.shape == true.shape, what
-    assert torch.isfinite(found).all(), what
-    scale = true.abs().max().item() if true.numel() else 0.0
-    error = (found.double() - true).abs().max().item() if true.numel() else 0.0
-    assert error <= TOLERANCE[dtype] * max(scale, 1e-3), f"{what}: {error} of {scale}"
-
-
-@st.composite
-def configurations(draw):
-    n_experts = draw(st.integers(1, 6))
-    sizes = draw(st.sampled_from([None, 3, (3,), (2, 3), (1, 2, 2)]))
-    columns = () if sizes is None else (sizes,) if isinstance(sizes, int) else sizes
-    unknown = draw(st.sampled_from(["error", "average", "learned"]))
-    batch = draw(st.integers(0, 4))
-    lowest = 0 if unknown == "error" else -1
-    values = [[draw(st.integers(lowest, size - 1)) for size in columns] for _ in range(batch)]
-    return {
-        "dim": draw(st.integers(1, 9)),
-        "hidden_dim": draw(st.sampled_from([None, 1, 5, 16])),
-        "n_experts": n_experts,
-        "k": draw(st.integers(1, n_experts)),
-        "attribute_sizes": sizes,
-        "unknown": unknown,
-        "activation": draw(st.sampled_from(sorted(naive.ACTIVATIONS))),
-        "bias": draw(st.booleans()),
-        "noise": draw(st.sampled_from(["train", "always", "never"])),
-        "dropout": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
-        "residual": draw(st.booleans()),
-    }, {
-        "batch": batch,
-        "tokens": draw(st.integers(0, 7)),
-        "values": values,
-        "training": draw(st.booleans()),
-        "masked": draw(st.booleans()),
-        "block_rows": draw(st.sampled_from([3, 8192])),
-        "seed": draw(st.integers(0, 2**31)),
-    }
-
-
-def true_noise(noisy, tokens, n_experts, dtype):
-    """The draws of the call that follows, (T, E), as the router will make them."""
-    if not noisy:
-        return None
-    return router._noise(torch.empty(tokens, n_experts, dtype=dtype), draw_seed())
-
-
-def true_dropout(p, indices_TK, n_experts, dim, dtype):
-    """The factors of the call that follows, (T, k, D): drawn row by row in sorted order."""
-    plan = Dispatch(indices_TK, n_experts)
-    like = torch.ones(indices_TK.numel(), dim, dtype=dtype)
-    drop = eager.Dropout(p, draw_seed(), like)
-    rows = [drop(like[block.start : block.stop]) * drop.scale for block in plan.blocks]
-    return torch.cat([*rows, like[:0]])[plan.rows_TK]
-
-
-def run_both(options, call, dtype, device="cpu", noise=true_noise, dropout=true_dropout):
-    """(found, true) pairs of y, the routing, and every gradient of a loss on all of them.
-
-    ``noise`` and ``dropout`` know what the backend draws from the same seeds.
-    """
-    generator = torch.Generator().manual_seed(call["seed"])
-    layer = DMoE(**options, dtype=dtype).train(call["training"]).to(device)
-    dim, n_experts, k = layer.dim, layer.n_experts, layer.k
-    batch, tokens = call["batch"], call["tokens"]
-    shape = (batch, tokens, dim)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    mask = torch.rand(batch, tokens, generator=generator) < 0.6 if call["masked"] else None
-    kept = torch.ones(batch, tokens, dtype=torch.bool) if mask is None else mask
-    sizes = layer.router.sizes
-    values = None
-    if sizes is not None:
-        values = torch.tensor(call["values"], dtype=torch.int64).reshape(batch, len(sizes))
-
-    torch.manual_seed(call["seed"])
-    y, routing = layer(
-        x.to(device),
-        None if values is None else values.to(device),
-        mask=None if mask is None else mask.to(device),
-        return_routing=True,
-    )
-    y, routing = y.cpu(), Routing(*(None if t is None else t.cpu() for t in routing))
-
-    torch.manual_seed(call["seed"])
-    score_dtype = torch.promote_types(dtype, torch.float32)
-    noisy = options["noise"] == "always" or (options["noise"] == "train" and call["training"])
-    noise_TE = noise(noisy, int(kept.sum()), n_experts, score_dtype)
-    noise_BTE = None
-    if noise_TE is not None:
-        noise_BTE = torch.zeros(batch, tokens, n_experts, dtype=torch.float64)
-        noise_BTE[kept] = noise_TE.double()
-    drop_BTKD = None
-    if call["training"] and options["dropout"]:
-        factors = dropout(options["dropout"], routing.expert_indices, n_experts, dim, torch.float64)
-        drop_BTKD = torch.zeros(batch, tokens, k, dim, dtype=torch.float64)
-        drop_BTKD[kept] = factors
-    chosen_BTK = torch.zeros(batch, tokens, k, dtype=torch.int64)
-    chosen_BTK[kept] = routing.expert_indices
-    true_x = x.detach().double().requires_grad_()
-    true_params = {
-        n: p.detach().cpu().double().requires_grad_() for n, p in layer.named_parameters()
-    }
-    true_y, logits, experts, gates = naive.dmoe(
-        true_x,
-        call["values"],
-        true_params,
-        sizes=sizes,
-        unknown=options["unknown"],
-        k=k,
-        activation=options["activation"],
-        noise_BTE=noise_BTE,
-        mask_BT=mask,
-        drop_BTKD=drop_BTKD,
-        chosen_BTK=None if dtype == torch.float64 else chosen_BTK,
-    )
-    if options["residual"]:
-        true_y = true_y + true_x
-    pairs = {"y": (y, true_y)}
-    if logits:
-        pairs["logits"] = (routing.logits, torch.stack(logits))
-        pairs["gates"] = (routing.gates, torch.stack(gates))
-        assert routing.expert_indices.tolist() == torch.stack(experts).tolist()
-    weights = {
-        n: torch.randn(f.shape, generator=generator, dtype=torch.float64)
-        for n, (f, _) in pairs.items()
-    }
-    sum((f * weights[n].to(f.dtype)).sum().double() for n, (f, _) in pairs.items()).backward()
-    true_loss = sum((t * weights[n]).sum() for n, (_, t) in pairs.items())
-    if true_loss.requires_grad:  # not where there are no tokens
-        true_loss.backward()
-    pairs["dx"] = (x.grad, zero_if_none(true_x))
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None, f"{name} got no gradient"
-        pairs[f"d{name}"] = (parameter.grad.cpu(), zero_if_none(true_params[name]))
-    return pairs
-
-
-def zero_if_none(tensor):
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+from dmoe_layer import DMoE
+from dmoe_layer.eager import dispatch
 
 
 @settings(max_examples=150)
@@ -205,7 +56,7 @@ def test_lower_precision_equals_the_naive_loop(dtype, activation, masked):
         assert_close(found, true, dtype, what)
 
 
-def test_gradcheck_of_the_whole_layer():
+def test_the_whole_layer_passes_gradcheck():
     layer = DMoE(4, n_experts=3, k=2, attribute_sizes=(2, 2), activation="silu", hidden_dim=5)
     layer = layer.double()
     attributes = torch.tensor([[0, 1], [1, 1]])
@@ -250,22 +101,28 @@ def test_second_derivatives_are_refused_in_words():
         dx.sum().backward()
 
 
-def eval_layer(**options):
-    return DMoE(16, attribute_sizes=3, **options).eval()
+def test_functional_derivatives_are_refused_in_words():
+    layer, x = eval_layer(), torch.randn(1, 3, 16)
 
+    def run(x):
+        return layer(x, 0).sum()
 
-def test_in_eval_a_sample_does_not_depend_on_its_batch_mates():
-    layer, x, a = eval_layer(), torch.randn(6, 11, 16), torch.tensor([0, 1, 2, 0, 1, 2])
-    together = layer(x, a)
-    alone = torch.cat([layer(x[i : i + 1], a[i : i + 1]) for i in range(6)])
-    torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-6)
-    if torch.backends.mkl.is_available():  # whose GEMMs keep a row's bits: see eager.py
-        assert torch.equal(alone, together)
-
-
-def test_permuting_tokens_permutes_the_output():
-    layer, x, order = eval_layer(), torch.randn(2, 50, 16), torch.randperm(50)
-    torch.testing.assert_close(layer(x[:, order], 1), layer(x, 1)[:, order], rtol=1e-6, atol=1e-6)
+    for derivative in (
+        lambda: torch.func.jvp(run, (x,), (x,)),
+        lambda: torch.func.jacfwd(run)(x),
+        lambda: torch.func.grad(run)(x),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.func's derivatives"):
+            derivative()
+    layer.requires_grad_(False)  # then autograd has no say, and the tangent would be lost
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
+        layer(forward_ad.make_dual(x, x), 0)
+    head = torch.nn.Linear(16, 1)
+    with torch.no_grad():
+        features = layer(x, 0)
+    call = partial(torch.func.functional_call, head)
+    grads = torch.func.grad(lambda p: call(p, features).sum())(dict(head.named_parameters()))
+    assert grads["weight"].any()
 
 
 def test_all_tokens_to_one_expert_and_idle_experts_get_zero_gradients():
@@ -304,336 +161,3 @@ def test_empty_and_tiny_batches_run_forward_and_backward(shape):
     assert y.shape == shape
     y.sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in layer.parameters())
-
-
-def test_a_mask_that_keeps_nothing_gives_zero_and_zero_gradients():
-    layer, x = eval_layer().train(), torch.randn(2, 4, 16, requires_grad=True)
-    y = layer(x, 0, mask=torch.zeros(2, 4, dtype=torch.bool))
-    assert not y.any()
-    y.sum().backward()
-    assert not x.grad.any()
-
-
-def test_the_mask_gives_the_same_as_computing_the_kept_tokens_alone():
-    layer, x = eval_layer(), torch.randn(3, 9, 16)
-    mask, a = torch.rand(3, 9) < 0.4, torch.tensor([2, 0, 1])
-    y = layer(x, a, mask=mask)
-    for b in range(3):
-        alone = layer(x[b : b + 1, mask[b]], a[b])
-        torch.testing.assert_close(y[b, mask[b]], alone[0], rtol=1e-6, atol=1e-6)
-    assert not y[~mask].any()
-    residual = eval_layer(residual=True)
-    assert torch.equal(residual(x, a, mask=mask)[~mask], x[~mask])
-
-
-@pytest.mark.parametrize("residual", [False, True])
-def test_nan_outside_the_mask_reaches_nothing(residual):
-    layer = DMoE(8, attribute_sizes=2, residual=residual)
-    x, mask = torch.randn(2, 6, 8), torch.rand(2, 6) < 0.5
-    results = []
-    for fill in (0.0, math.nan, math.inf):
-        layer.zero_grad()
-        torch.manual_seed(0)
-        spoiled = x.masked_fill(~mask[..., None], fill).requires_grad_()
-        y, routing = layer(spoiled, torch.tensor([0, 1]), mask=mask, return_routing=True)
-        (y[mask].square().sum() + routing.logits.square().sum()).backward()
-        results.append(
-            [y[mask], routing.logits, spoiled.grad, *(p.grad for p in layer.parameters())]
-        )
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
-
-
-def test_nan_in_one_sample_stays_in_that_sample():
-    layer, x, a = eval_layer(), torch.randn(3, 5, 16), torch.tensor([0, 1, 2])
-    clean = layer(x, a)
-    x[1, 2, 3] = math.nan
-    x.requires_grad_()
-    y = layer(x, a)
-    assert torch.isnan(y[1, 2]).all()
-    assert torch.equal(y[[0, 2]], clean[[0, 2]])
-    y[[0, 2]].sum().backward()
-    assert torch.isfinite(x.grad[[0, 2]]).all()
-    assert torch.isfinite(layer.router.w_A2ED.grad[[0, 2]]).all()
-
-
-def test_noise_is_normal_and_scaled_by_the_softplus_of_its_own_scores():
-    layer = DMoE(4, n_experts=2, k=1)
-    x = torch.randn(1, 1, 4).expand(1, 200_000, 4)
-    _, routing = layer(x, return_routing=True)
-    clean, noise = (
-        (layer.router.w_A2ED[0, i] @ x[0, 0] + layer.router.b_A2E[0, i]).detach() for i in (0, 1)
-    )
-    z = (routing.logits.detach() - clean) / torch.nn.functional.softplus(noise)
-    assert z.mean().abs() < 0.01
-    assert abs(z.std() - 1) < 0.01
-    assert abs((z.abs() < 1).float().mean() - 0.6827) < 0.01
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_zeroes_the_share_p_of_the_entries_and_keeps_the_mean(p):
-    layer = DMoE(32, n_experts=2, k=1, dropout=p, noise="never")
-    x = torch.randn(1, 1, 32).expand(1, 20_000, 32)
-    y, kept = layer(x)[0], layer.eval()(x)[0, 0]
-    dropped = (y == 0).float().mean()
-    assert abs(dropped - p) < 0.005
-    torch.testing.assert_close(
-        y.max(dim=0).values.abs() + y.min(dim=0).values.abs(),
-        kept.abs() / (1 - p),
-        rtol=1e-3,
-        atol=1e-6,
-    )
-
-
-@pytest.mark.parametrize(
-    ("noise", "in_train", "in_eval"),
-    [("train", True, False), ("always", True, True), ("never", False, False)],
-)
-def test_noise_modes(noise, in_train, in_eval):
-    layer, x = DMoE(8, noise=noise, dropout=0.0), torch.randn(1, 20, 8)
-    assert (not torch.equal(layer(x), layer(x))) == in_train
-    layer.eval()
-    assert (not torch.equal(layer(x), layer(x))) == in_eval
-
-
-def test_the_seed_decides_noise_and_dropout():
-    layer, x = DMoE(8), torch.randn(1, 20, 8)
-    torch.manual_seed(3)
-    first = layer(x)
-    assert not torch.equal(layer(x), first)
-    torch.manual_seed(3)
-    assert torch.equal(layer(x), first)
-
-
-def test_deterministic_algorithms_are_honoured():
-    layer, x = DMoE(8, attribute_sizes=2), torch.randn(2, 30, 8, requires_grad=True)
-    # Refuses operators that are not deterministic, and fills torch.empty with NaN.
-    torch.use_deterministic_algorithms(True)
-    try:
-        grads = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            mask = torch.ones(2, 30, dtype=torch.bool)
-            y = layer(x, torch.tensor([0, 1]), mask=mask)
-            grads.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    assert all(torch.isfinite(g).all() for g in grads[0])
-
-
-@pytest.mark.parametrize("attribute_sizes", [None, 3])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "channel_dim", "masked"),
-    [((2, 2048, 64), -1, False), ((2, 2048, 64), -1, True), ((4096, 64), -1, False),
-     ((2, 64, 32, 64), 1, False)],
-    ids=["tokens", "masked", "one token a sample", "channels first"],
-)  # fmt: skip
-def test_what_is_saved_for_backward_is_about_x(
-    shape, channel_dim, masked, autocast, attribute_sizes
-):
-    layer = DMoE(64, attribute_sizes=attribute_sizes, channel_dim=channel_dim)
-    x = torch.randn(shape, requires_grad=True)
-    mask = torch.ones(shape[:-1], dtype=torch.bool) if masked else None
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.shape[:1] != (layer.n_experts,):
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
-    ):
-        y = layer(x, None if attribute_sizes is None else 0, mask=mask)
-    # x itself; then 12 bytes for each of 2 slots a token: an index and a gate, beside 4·64 of x.
-    assert sum(saved.values()) <= 1.2 * x.nbytes
-    y.sum().backward()
-
-
-def test_functional_derivatives_are_refused_in_words():
-    layer, x = eval_layer(), torch.randn(1, 3, 16)
-
-    def run(x):
-        return layer(x, 0).sum()
-
-    for derivative in (
-        lambda: torch.func.jvp(run, (x,), (x,)),
-        lambda: torch.func.jacfwd(run)(x),
-        lambda: torch.func.grad(run)(x),
-    ):
-        with pytest.raises(RuntimeError, match=r"torch\.func's derivatives"):
-            derivative()
-    layer.requires_grad_(False)  # then autograd has no say, and the tangent would be lost
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
-        layer(forward_ad.make_dual(x, x), 0)
-    head = torch.nn.Linear(16, 1)
-    with torch.no_grad():
-        features = layer(x, 0)
-    call = partial(torch.func.functional_call, head)
-    grads = torch.func.grad(lambda p: call(p, features).sum())(dict(head.named_parameters()))
-    assert grads["weight"].any()
-
-
-def test_a_sample_of_few_tokens_keeps_its_bits_beside_longer_ones():
-    plain, layer = DMoE(16).eval(), eval_layer()
-    x, a = torch.randn(5, 40, 16), torch.tensor([0, 1, 2, 0, 1])
-    mask = torch.ones(5, 40, dtype=torch.bool)
-    mask[0, 3:] = False
-    pairs = (
-        (plain(x[:1, :1]), plain(x[:, :1])[:1]),
-        (layer(x[:1], a[:1], mask=mask[:1]), layer(x, a, mask=mask)[:1]),
-    )
-    for alone, together in pairs:
-        torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-6)
-        if torch.backends.mkl.is_available():
-            assert torch.equal(alone, together)
-
-
-def grads_of(layer, x):
-    """Output and gradients, and the numbers beside x and the parameters that backward found."""
-    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
-
-    torch.manual_seed(0)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
-    return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])], max(kept.values())
-
-
-@pytest.mark.parametrize("activation", sorted(naive.ACTIVATIONS))
-def test_a_kept_hidden_layer_gives_the_same_as_one_computed_again(activation, monkeypatch):
-    layer = DMoE(128, hidden_dim=160, n_experts=3, activation=activation, noise="never")
-    x = torch.randn(2, 100, 128, requires_grad=True)
-    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 40)
-    found, kept = grads_of(layer, x)
-    assert kept == 2 * 200 * 160
-    monkeypatch.setattr(eager, "keeps_hidden", lambda *_: False)
-    again, kept = grads_of(layer, x)
-    assert kept <= 2 * 200
-    for a, b in zip(found, again, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("dim", "tokens", "keeps"), [(128, 500, True), (128, 520, False), (96, 40, False)]
-)
-def test_the_hidden_layer_is_kept_where_it_is_wide_and_no_larger_than_weights_and_gradients(
-    dim, tokens, keeps
-):
-    layer = DMoE(dim, n_experts=2, k=2, noise="never")
-    _, kept = grads_of(layer, torch.randn(1, tokens, dim, requires_grad=True))
-    assert (kept == 2 * tokens * 4 * dim) == keeps
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_no_hidden_layer_is_kept(mode, monkeypatch):
-    calls, original = [], eager._experts
-    monkeypatch.setattr(eager, "_experts", lambda *a: calls.append(a[-1]) or original(*a))
-    layer, x = DMoE(128), torch.randn(1, 9, 128)
-    with mode():
-        layer(x)
-    layer.requires_grad_(False)(x)
-    assert calls == [False, False]
-    layer.requires_grad_(True)(x)
-    assert calls[2]
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-@pytest.mark.parametrize(("inner", "out"), [(16, 64), (24, 96), (96, 24), (200, 40), (768, 192)])
-@pytest.mark.parametrize("rows", [16, 80, 1024])
-def test_onednns_products_are_exact_and_keep_a_rows_bits(inner, out, rows):
-    x, w, b = torch.randn(rows + 64, inner), torch.randn(out, inner), torch.randn(out)
-    true = (x.double() @ w.double().mT + b.double()).relu()
-    for weight in (w, w.mT.contiguous().mT):
-        assert gemm._by_onednn(x, weight) == gemm.ONEDNN_KEEPS_BITS
-        y = gemm.linear(x, weight, b, relu=True)
-        assert_close(y, true, torch.float32, "linear")
-        assert torch.equal(gemm.linear(x[7 : 7 + rows], weight, b, relu=True), y[7 : 7 + rows])
-    x[0, 0] = math.nan
-    assert torch.isnan(gemm.linear(x, w, b, relu=True)[0]).all()
-    g, x = torch.randn(rows, out), x[64:]
-    dw = gemm.sum_of_products(g, x[:rows])
-    assert_close(dw, g.double().mT @ x[:rows].double(), torch.float32, "dw")
-
-
-def test_without_onednn_the_layer_gives_the_same():
-    layer, x = DMoE(24, noise="never"), torch.randn(2, 300, 24, requires_grad=True)
-    found, _ = grads_of(layer, x)
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert not gemm._by_onednn(layer.w1_EHD[0], layer.w1_EHD[0])
-        other, _ = grads_of(layer, x)
-    for a, b in zip(found, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_the_rows_of_padded_blocks_are_few_sizes_and_little_more():
-    for rows in range(1, 10_000):
-        assert rows <= gemm.padded(rows) <= max(rows + 15, rows * 33 / 32)
-        assert gemm.padded(rows) % 16 == 0
-    assert len({gemm.padded(rows) for rows in range(4097, 8193)}) == 32
-
-
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("spoiled", [0, 1])
-def test_a_nan_in_one_expert_reaches_no_gradient_of_the_other(spoiled, keep, monkeypatch):
-    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 50)
-    monkeypatch.setattr(eager, "keeps_hidden", lambda *_: keep)
-    layer, x = DMoE(128, n_experts=2, k=1, noise="never"), torch.randn(1, 301, 128)
-    with torch.no_grad():
-        layer.b1_EH[spoiled] = math.nan
-    y, routing = layer(x, return_routing=True)
-    assert len(routing.expert_indices.unique()) == 2
-    y.sum().backward()
-    for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED):
-        assert torch.isfinite(parameter.grad[1 - spoiled]).all()
-    assert torch.isnan(layer.w2_EDH.grad[spoiled]).all()
-
-
-class BooleanMaskLoop(torch.nn.Module):
-    """Noisy top-2 routing with one router, and its experts one by one over the tokens of a mask."""
-
-    def __init__(self, d, n_experts=8):
-        super().__init__()
-        Linear, ModuleList = torch.nn.Linear, torch.nn.ModuleList
-        self.router = ModuleList(Linear(d, n_experts) for _ in range(2))
-        parts = Linear(d, 4 * d), torch.nn.ReLU(), Linear(4 * d, d), torch.nn.Dropout(0.1)
-        expert = torch.nn.Sequential(*parts)
-        self.experts = ModuleList(copy.deepcopy(expert) for _ in range(n_experts))
-
-    def forward(self, x):
-        x_TD = x.flatten(0, 1)
-        clean, noise = (linear(x_TD) for linear in self.router)
-        logits = clean + torch.randn_like(clean) * torch.nn.functional.softplus(noise)
-        scores, indices = logits.topk(2)
-        gates = torch.full_like(logits, -torch.inf).scatter(-1, indices, scores).softmax(-1)
-        y_TD = torch.zeros_like(x_TD)
-        for e, expert in enumerate(self.experts):
-            mask = (indices == e).any(-1)
-            y_TD[mask] += expert(x_TD[mask]) * gates[mask, e, None]
-        return y_TD.view_as(x)
-
-
-def peak_memory(layer, x):
-    """The most bytes that a forward and backward held at a time, beside x and the parameters."""
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
-        layer(x).sum().backward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
-
-def test_the_peak_memory_of_a_volume_is_a_quarter_of_a_boolean_mask_loops():
-    x = torch.randn(2, 131072, 24, requires_grad=True)
-    loop, layer = (peak_memory(kind(24), x) for kind in (BooleanMaskLoop, DMoE))
-    assert layer <= 0.25 * loop

@@ -5,12 +5,12 @@ from math import log
 import naive
 import pytest
 import torch
+from harness.layers import make, make_x
 from helpers import GOOD, A, B, D, E, T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe_layer import (
-    DMoE,
     Routing,
     importance_loss,
     load_balancing_loss,
@@ -26,15 +26,6 @@ def by_attribute(r):
 
 
 ALL = [*LOSSES, by_attribute]
-
-
-def make(**options):
-    options = {"n_experts": E, "attribute_sizes": A, "hidden_dim": 5, "dropout": 0.0, **options}
-    return DMoE(D, **options)
-
-
-def make_x(tokens=T, **options):
-    return torch.randn(B, tokens, D, **options)
 
 
 def routed(logits, k=2, attributes=None, dtype=torch.float64):
@@ -62,21 +53,21 @@ def assert_is(loss, value):
 # ---------------------------------------------------------------- by hand
 
 
-def test_load_balancing_by_hand():
+def test_load_balancing_is_what_it_is_by_hand():
     # Both tokens choose expert 0: f = (1, 0). Softmax rows (3/4, 1/4) and (1/2, 1/2), the second
     # a tie: P = (5/8, 3/8). 2 · 5/8.
     r = routed([[log(3), 0.0], [0.0, 0.0]], k=1)._replace(expert_indices=torch.zeros(2, 1).long())
     assert_is(load_balancing_loss(r), 1.25)
 
 
-def test_load_balancing_by_hand_with_two_experts_a_token():
+def test_load_balancing_with_two_experts_a_token_is_what_it_is_by_hand():
     # Softmax rows (4, 2, 1)/7 and (1, 2, 4)/7: f = (1, 2, 1)/4, P = (5, 4, 5)/14.
     # 3 · (5 + 8 + 5)/56.
     r = routed([[log(4), log(2), 0.0], [0.0, log(2), log(4)]])
     assert_is(load_balancing_loss(r), 27 / 28)
 
 
-def test_importance_by_hand():
+def test_importance_is_what_it_is_by_hand():
     # Gates summed by expert: (3/4, 1/4 + 2/3, 1/3) -> with denominators 12: (9, 11, 4), mean 8,
     # variance (1 + 9 + 16)/3, over 64.
     gates = torch.tensor([[3 / 4, 1 / 4], [2 / 3, 1 / 3]], dtype=torch.float64)
@@ -89,7 +80,7 @@ def test_importance_counts_idle_experts():
     assert_is(importance_loss(one_hot([0, 1])), 1.0)
 
 
-def test_router_z_by_hand():
+def test_router_z_is_what_it_is_by_hand():
     # logsumexp of (0, 0) is ln 2, of (ln 3, 0) is ln 4 = 2 ln 2.
     r = routed([[0.0, 0.0], [log(3), 0.0]], k=1)
     assert_is(router_z_loss(r), 2.5 * log(2) ** 2)
@@ -167,7 +158,7 @@ def test_the_scopes_loss_equals_the_slow_loop_on_the_whole_layer():
 
 
 @pytest.mark.parametrize("loss_of", ALL)
-def test_gradients_pass_gradcheck(loss_of):
+def test_every_loss_passes_gradcheck(loss_of):
     r = routed(torch.randn(7, E), attributes=[0, 1, 1, 0, 2, 0, 0])
     logits, gates = r.logits.requires_grad_(), r.gates.requires_grad_()
 
@@ -177,7 +168,7 @@ def test_gradients_pass_gradcheck(loss_of):
     assert torch.autograd.gradcheck(loss, (logits, gates))
 
 
-def test_what_carries_a_gradient():
+def test_each_loss_has_a_gradient_by_what_it_is_made_of_alone():
     """Only the full softmax (balance), the gates (importance), the logits (z)."""
     for loss_of, of_logits, of_gates in zip(ALL, (1, 0, 1, 1), (0, 1, 0, 0), strict=True):
         r = routed(torch.randn(7, E), attributes=[0, 1, 1, 0, 2, 0, 0])
@@ -298,9 +289,9 @@ def of_scope(scope):
 def test_a_scopes_loss_is_the_mean_over_its_calls():
     one, other = make(), make(n_experts=6, k=3)
     with routing(GOOD) as scope:
-        one(make_x(2))
-        other(make_x(9))
-        one(make_x(1))
+        one(make_x(tokens=2))
+        other(make_x(tokens=9))
+        one(make_x(tokens=1))
     for loss, loss_of in zip(of_scope(scope), ALL, strict=True):
         expected = torch.stack([loss_of(r) for r in scope.routings]).mean()
         torch.testing.assert_close(loss, expected)

@@ -1,0 +1,26 @@
+"""``python -m benchmarks.kernels``: compiles every Triton kernel for real GPUs, which it needs not.
+
+The layer's own launches are recorded at the widths of the layer benchmark's goals, and each is
+compiled by Triton for compute capability 8.0 and 9.0. Registers, stack and shared memory come from
+the binary's resource table, matrix instructions from its disassembly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+from ..output import RESULTS, write_csv
+from .report import DTYPES, WIDTHS, kernel_rows
+
+
+def main() -> None:
+    """Prints each row when it is there, and writes all of them to ``results/kernels.csv``."""
+    rows = []
+    for row in kernel_rows(WIDTHS, tuple(DTYPES)):
+        rows.append(row)
+        print(*astuple(row), sep="  ", flush=True)
+    write_csv(rows, RESULTS / "kernels.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Compiles a launch's kernel for a GPU that need not be there, and reads the binary.
+
+Triton is imported when it is called: not every system has it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .launches import Launch
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Binary(NamedTuple):
+    """What a program of a compiled kernel takes; registers are a thread's."""
+
+    warps: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    matrix_instructions: str
+
+
+def read_binary(launch: Launch, capability: int) -> Binary:
+    """The launch's kernel as a GPU of this compute capability would run it."""
+    compiled = compile_for(launch, capability)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _dump("--dump-resource-usage", cubin)
+        code = _dump("--dump-sass", cubin)
+    numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Binary(
+        warps=compiled.metadata.num_warps,
+        registers=numbers["REG"],
+        stack_bytes=numbers["STACK"] + numbers["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=" ".join(sorted(set(re.findall(r"\bH?G?MMA\.[\w.]*", code)))),
+    )
+
+
+def compile_for(launch: Launch, capability: int) -> Any:
+    """The launch's kernel as Triton compiles it for a GPU of this compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    options = dict(launch.options)
+    # As Triton's own launcher specializes its arguments.
+    for i, parameter in enumerate(launch.kernel.params):
+        name, is_given = parameter.name, i < len(launch.arguments)
+        value = launch.arguments[i] if is_given else options.pop(name)
+        is_integer = isinstance(value, int) and not parameter.is_constexpr
+        specialized = is_integer and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif is_integer:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialized and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _dump(flag: str, cubin: Path) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run(
+        [tool, flag, cubin], check=True, capture_output=True, encoding="utf-8"
+    ).stdout

@@ -1,0 +1,47 @@
+"""What GPUs of a compute capability can do, from the vendor's data sheets."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class GPU(NamedTuple):
+    """Limits; per multiprocessor where nothing else is said.
+
+    Attributes:
+        shared: bytes of shared memory.
+        multiprocessors: of the whole GPU.
+        bandwidth: of the whole GPU's memory, bytes a second.
+        flops: of the whole GPU, by dtype. fp32 runs as three tf32 products.
+    """
+
+    shared: int
+    multiprocessors: int
+    bandwidth: float
+    flops: dict[str, float]
+
+    registers: int = 65536
+    warps: int = 64
+    blocks: int = 32
+
+    def resident_blocks(self, warps: int, registers: int, shared_bytes: int) -> int:
+        """How many programs a multiprocessor holds at one time.
+
+        Args:
+            warps: of a program.
+            registers: of a thread.
+            shared_bytes: of a program.
+        """
+        # A warp's registers come in units of 256, and a block's shared memory has 1 KiB on top.
+        return min(
+            self.registers // (math.ceil(registers * 32 / 256) * 256 * warps),
+            self.shared // (shared_bytes + 1024),
+            self.warps // warps,
+            self.blocks,
+        )
+
+
+A100 = GPU(164 << 10, 108, 2.0e12, {"fp32": 156e12 / 3, "fp16": 312e12, "bf16": 312e12})
+H100 = GPU(228 << 10, 132, 3.35e12, {"fp32": 495e12 / 3, "fp16": 989e12, "bf16": 989e12})
+GPUS = {80: A100, 90: H100}  # by compute capability, times ten

@@ -1,0 +1,179 @@
+"""What the layer is meant to reach, beside what a run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from reference_models.markdown import markdown_table
+
+from .rows import OUR_BACKENDS, LayerRow, timed_rows
+from .step import PASSES
+
+# Shape: forward and forward+backward against the boolean-mask loop; fp32, two threads.
+_CPU_SPEED = {
+    "stage-0-cut": (1.8, 1.7),
+    "wide-48": (1.7, 1.4),
+    "wide-192": (1.2, 1.15),
+    "2d-cut": (1.0, 1.0),
+}
+_CPU_MEMORY = {"stage-0-cut": 0.35}
+_ROUTER_SHARE = 0.70
+_NOT_PEERS = (*OUR_BACKENDS, "mask-loop", "dense", "st-moe")
+
+
+class _GpuBounds(NamedTuple):
+    """Of forward+backward: times faster than others, and memory in T·d.
+
+    ``loop``, ``peer``, ``dense``: the boolean-mask loop, the best peer, and the dense MLP of equal
+    active FLOPs. ``held``: what is kept for backward beside x. ``excess``: the peak above x, y and
+    gradients.
+    """
+
+    loop: float
+    peer: float
+    dense: float
+    held: float | None = None
+    excess: float | None = None
+
+
+_GPU = {
+    "2d": _GpuBounds(6.0, 1.15, 0.8),
+    "stage-0": _GpuBounds(10.0, 3.0, 1.0, held=1.5, excess=4.0),
+    "stage-0-wide": _GpuBounds(10.0, 3.0, 1.0, held=1.5, excess=4.0),
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``measured`` against ``bound``; without a bound it only stands in the table."""
+
+    shape: str
+    what: str
+    measured: float | None
+    bound: float | None = None
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """None where there is nothing to compare."""
+        if self.measured is None or self.bound is None:
+            return None
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+def goals(rows: list[LayerRow]) -> list[Goal]:
+    """Those of the run's device whose shapes it measured."""
+    if not rows:
+        return []
+    found = _Measured(rows)
+    return _gpu_goals(found) if rows[0].device == "cuda" else _cpu_goals(found)
+
+
+def goals_table(rows: list[LayerRow]) -> str:
+    """The goals in Markdown, with the conditions they are set for."""
+    found = goals(rows)
+    if not found:
+        return ""
+    verdicts = {True: "met", False: "**missed**", None: "—"}
+    lines = []
+    for goal in found:
+        sign = "≤" if goal.at_most else "≥"
+        lines.append(
+            [
+                goal.shape,
+                goal.what,
+                "not measured" if goal.measured is None else f"{goal.measured:.2f}",
+                "—" if goal.bound is None else f"{sign} {goal.bound:g}",
+                verdicts[goal.met],
+            ]
+        )
+    table = markdown_table(["shape", "what", "measured", "goal", ""], lines)
+    row = rows[0]
+    if row.device == "cpu" and (row.threads, row.dtype) != ("2", "float32"):
+        table += (
+            f"\n\nThe goals are set for 2 threads and float32; this run had {row.threads} and "
+            f"{row.dtype}."
+        )
+    return table
+
+
+class _Measured:
+    """Finds the figures of two providers that are compared."""
+
+    def __init__(self, rows: list[LayerRow]) -> None:
+        self.timed = timed_rows(rows)
+        self.shapes = {row.shape for row in rows}
+
+    def ours(self, shape: str, which: str) -> LayerRow | None:
+        """The kernels where they were timed, else plain PyTorch."""
+        rows = (self.timed.get((shape, name, which)) for name in OUR_BACKENDS)
+        return next((row for row in rows if row), None)
+
+    def best_peer(self, shape: str, which: str) -> str | None:
+        """The fastest provider of the same maths that is not ours."""
+        times = {
+            provider: row.median_ms
+            for (at, provider, pass_), row in self.timed.items()
+            if (at, pass_) == (shape, which) and provider not in _NOT_PEERS and row.median_ms
+        }
+        return min(times, key=lambda name: times[name], default=None)
+
+    def ratio(
+        self, shape: str, other: str, which: str, of: Callable[[LayerRow], float | None]
+    ) -> float | None:
+        """``of(other) / of(ours)``."""
+        ours, theirs = self.ours(shape, which), self.timed.get((shape, other, which))
+        if ours is None or theirs is None:
+            return None
+        above, below = of(theirs), of(ours)
+        return above / below if above is not None and below else None
+
+
+def _cpu_goals(found: _Measured) -> list[Goal]:
+    result = []
+    for shape, bounds in _CPU_SPEED.items():
+        if shape not in found.shapes:
+            continue
+        for which, bound in zip(PASSES, bounds, strict=True):
+            ratio = found.ratio(shape, "mask-loop", which, _time)
+            result.append(Goal(shape, f"{which}, times faster than mask-loop", ratio, bound))
+        if shape in _CPU_MEMORY:
+            inverse = found.ratio(shape, "mask-loop", "forward+backward", _peak)
+            share = None if inverse is None else 1 / inverse
+            what = "peak memory of forward+backward, share of mask-loop's"
+            result.append(Goal(shape, what, share, _CPU_MEMORY[shape], at_most=True))
+    return result
+
+
+def _gpu_goals(found: _Measured) -> list[Goal]:
+    result, which = [], "forward+backward"
+    for shape, bounds in _GPU.items():
+        if shape not in found.shapes:
+            continue
+        rivals = [("mask-loop", "mask-loop", bounds.loop)]
+        if best := found.best_peer(shape, which):
+            rivals.append((best, f"the best other, {best}", bounds.peer))
+        rivals.append(("dense", "dense MLP of equal active FLOPs", bounds.dense))
+        for rival, words, bound in rivals:
+            ratio = found.ratio(shape, rival, which, _time)
+            result.append(Goal(shape, f"{which}, times faster than {words}", ratio, bound))
+        ours, router = found.ours(shape, which), found.ours(shape, "router kernel")
+        held, excess = (ours.held_td, ours.excess_td) if ours else (None, None)
+        what = "kept for backward beside x, in T·d"
+        result.append(Goal(shape, what, held, bounds.held, at_most=True))
+        what = "peak above x, y and all gradients, in T·d"
+        result.append(Goal(shape, what, excess, bounds.excess, at_most=True))
+        share = router.roofline_share if router else None
+        what = "router kernel, share of the measured copy bandwidth"
+        result.append(Goal(shape, what, share, _ROUTER_SHARE))
+    return result
+
+
+def _time(row: LayerRow) -> float | None:
+    return row.median_ms
+
+
+def _peak(row: LayerRow) -> float | None:
+    return row.peak_bytes

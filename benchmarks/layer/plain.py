@@ -1,0 +1,83 @@
+"""What anybody would write without the layer, in plain PyTorch, and the paper's own way."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..paper import N_EXPERTS, K, MaskLoop, mlp
+from .problem import Problem
+from .provider import Layer, Provider, Routed, Unavailable, gradient
+
+
+class PaperLayer(MaskLoop, Layer):
+    """The paper's way, as a provider."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.weights)
+
+    def w1_grad(self) -> Tensor:
+        return torch.stack([gradient(expert.get_parameter("0.weight")) for expert in self.experts])
+
+
+class GemmLoop(Routed):
+    """Tokens sorted by expert, a Python loop of dense matrix products over the experts."""
+
+    def experts(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        expert_R, order_R = indices_TK.flatten().to(torch.uint8).sort(stable=True)
+        token_R = order_R // K
+        counts = torch.bincount(expert_R, minlength=N_EXPERTS).tolist()
+        outs = []
+        for e, x_RD in enumerate(x_TD.index_select(0, token_R).split(counts)):
+            h_RH = F.linear(x_RD, self.w1_EHD[e], self.b1_EH[e]).relu_()
+            outs.append(F.linear(h_RH, self.w2_EDH[e], self.b2_ED[e]))
+        out_RD = self.drop(torch.cat(outs)) * gates_TK.flatten()[order_R, None]
+        return torch.zeros_like(x_TD).index_add(0, token_R, out_RD)
+
+
+class GroupedMm(Routed):
+    """Tokens sorted by expert, torch's grouped matrix product, biases added to each row."""
+
+    def __init__(self, problem: Problem) -> None:
+        if not hasattr(F, "grouped_mm"):
+            raise Unavailable(f"torch {torch.__version__} has no F.grouped_mm")
+        super().__init__(problem)
+
+    def experts(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        expert_R, order_R = indices_TK.flatten().sort()
+        token_R = order_R // K
+        edges_E = torch.arange(N_EXPERTS, device=x_TD.device)
+        offsets_E = torch.searchsorted(expert_R, edges_E, right=True).int()
+        x_RD = x_TD.index_select(0, token_R)
+        z_RH = F.grouped_mm(x_RD, self.w1_EHD.mT, offs=offsets_E)
+        h_RH = (z_RH + self.b1_EH[expert_R]).relu_()
+        out_RD = F.grouped_mm(h_RH, self.w2_EDH.mT, offs=offsets_E) + self.b2_ED[expert_R]
+        out_RD = self.drop(out_RD) * gates_TK.flatten()[order_R, None]
+        return torch.zeros_like(x_TD).index_add(0, token_R, out_RD)
+
+
+class Dense(Layer):
+    """One MLP of hidden width k·H: the FLOPs of k experts, without a router."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        weights = problem.weights
+        self.net = mlp(
+            weights["w1_EHD"][:K].flatten(0, 1),
+            weights["b1_EH"][:K].flatten(),
+            weights["w2_EDH"][:K].movedim(0, 1).flatten(1),
+            weights["b2_ED"][0],
+        )
+
+    def forward(self, x_BTD: Tensor, attributes_B: Tensor) -> Tensor:
+        y_BTD: Tensor = self.net(x_BTD)
+        return y_BTD
+
+
+PLAIN = [
+    Provider("mask-loop", PaperLayer, "like the paper's released code"),
+    Provider("gemm-loop", GemmLoop, "our router"),
+    Provider("grouped-mm", GroupedMm, "our router"),
+    Provider("dense", Dense, "no experts: an MLP of equal active FLOPs", exact=False, routes=False),
+]

@@ -1,0 +1,125 @@
+"""Measures one shape: builds every provider, checks it, and times those that are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..measure import Spread, Stopwatch, interleaved
+from ..profiled import kernel_seconds
+from .check import WrongResult, check
+from .ours import Ours
+from .problem import Problem
+from .provider import Layer, Provider, Unavailable
+from .rows import LayerRow, LayerRun, timed_row, untimed_row
+from .shapes import Shape
+from .step import PASSES, StepMemory, step_laps, step_memory
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A layer that was built, found right and warmed up."""
+
+    layer: Layer
+    error: float | None
+    memory: StepMemory
+
+
+def measure_shape(shape: Shape, providers: list[Provider], run: LayerRun) -> list[LayerRow]:
+    """The rows of one shape, in the order of ``providers``."""
+    problem, watch = Problem.random(shape, run.device.type, run.dtype), Stopwatch(run.device)
+    found: dict[str, Checked] = {}
+    reasons: dict[str, str] = {}
+    for provider in providers:
+        try:
+            found[provider.name] = _prepare(provider, problem, watch)
+        except Exception as error:
+            reasons[provider.name] = _reason(error)
+    layers = {name: checked.layer for name, checked in found.items()}
+    steps = _step_spreads(layers, problem, watch, run.rounds)
+    routers = _router_spreads(layers, problem, watch, run.rounds)
+
+    rows = []
+    for provider in providers:
+        name = provider.name
+        if name in reasons:
+            rows.append(untimed_row(run, shape, provider, reasons[name]))
+            continue
+        checked = found[name]
+        row = partial(timed_row, run, shape, provider, error=checked.error)
+        for which, spread in steps[name].items():
+            loop = steps.get("mask-loop", {}).get(which)
+            rows.append(row(which, spread, loop=loop, memory=checked.memory))
+        for which, spread in routers.get(name, {}).items():
+            rows.append(row(which, spread, loop=None, memory=None))
+    return rows
+
+
+def _prepare(provider: Provider, problem: Problem, watch: Stopwatch) -> Checked:
+    layer = provider.build(problem)
+    error = check(layer, provider, problem)
+    step_laps(watch, layer.train(), problem)  # compiles and tunes what has to be
+    return Checked(layer, error, step_memory(layer, problem))
+
+
+def _reason(error: Exception) -> str:
+    first_line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, WrongResult):
+        return f"wrong ({first_line}), not timed"
+    if isinstance(error, Unavailable):
+        return f"unavailable: {first_line}"
+    if isinstance(error, ImportError):
+        return f"unavailable: not installed ({first_line})"
+    return f"failed: {type(error).__name__}: {first_line}"
+
+
+def _step_spreads(
+    layers: dict[str, Layer], problem: Problem, watch: Stopwatch, rounds: int
+) -> dict[str, dict[str, Spread]]:
+    """By provider, of each of ``PASSES``."""
+    tasks = {name: partial(step_laps, watch, layer, problem) for name, layer in layers.items()}
+    spreads = {}
+    for name, laps in interleaved(tasks, rounds).items():
+        passes = zip(PASSES, zip(*laps, strict=True), strict=True)
+        spreads[name] = {which: Spread.of([*seconds]) for which, seconds in passes}
+    return spreads
+
+
+def _router_spreads(
+    layers: dict[str, Layer], problem: Problem, watch: Stopwatch, rounds: int
+) -> dict[str, dict[str, Spread]]:
+    """Our routers alone by provider, noise on, without gradients.
+
+    On a GPU: all the kernels of a call, and the longest of them; Python's time is not in it.
+    """
+    routes = {
+        name: partial(_route, layer, problem)
+        for name, layer in layers.items()
+        if isinstance(layer, Ours)
+    }
+    if not watch.cuda:
+        tasks = {name: partial(watch.laps, route) for name, route in routes.items()}
+        laps = interleaved(tasks, rounds)
+        return {name: {"router": Spread.of([s for (s,) in lap])} for name, lap in laps.items()}
+    return {name: _kernel_spreads(route, watch, rounds) for name, route in routes.items()}
+
+
+def _route(layer: Ours, problem: Problem) -> None:
+    with torch.no_grad():
+        layer.route(problem.x_BTD, problem.attributes_B)
+
+
+def _kernel_spreads(
+    route: Callable[[], object], watch: Stopwatch, rounds: int
+) -> dict[str, Spread]:
+    route()  # compiles what has to be
+    kernels = kernel_seconds(route, watch, rounds)
+    if not kernels or not all(kernels):
+        return {}  # a round without kernels means that the profiler saw none of them
+    return {
+        "router": Spread.of([sum(seconds) for seconds in kernels]),
+        "router kernel": Spread.of([max(seconds) for seconds in kernels]),
+    }

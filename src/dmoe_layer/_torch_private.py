@@ -1,0 +1,81 @@
+"""What PyTorch has but does not promise: every private name that this package needs stands here.
+
+Each was seen in PyTorch 2.8, 2.10, 2.11, 2.13 and 2.15. Where one is gone, what needs it takes a
+slower road or raises an error that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that this thread is at work in, -1 outside of one.
+
+    Raises:
+        RuntimeError: PyTorch no longer tells. Guessing would record recomputed calls twice.
+    """
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    if current is None:
+        raise RuntimeError(
+            f"routing: PyTorch {torch.__version__} does not tell which backward pass a thread is "
+            "in (torch._C._current_graph_task_id), so a scope cannot tell a call from its "
+            "recompute. Use a version that README.md names, or pass layer(x, attributes)."
+        )
+    number: int = current()
+    return number
+
+
+def in_functional_derivative(x: Tensor) -> bool:
+    """Whether torch.func takes a derivative of what is done with ``x``.
+
+    Where its transforms cannot be told apart any more, all of them count: a tensor inside of one
+    has no storage of its own.
+    """
+    functorch = getattr(torch._C, "_functorch", None)
+    stack = getattr(functorch, "get_interpreter_stack", None)
+    kinds = getattr(functorch, "TransformType", None)
+    if stack is None or kinds is None:
+        try:
+            x.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return True
+        return False
+    active = [level.key() for level in stack() or ()]
+    return kinds.Jvp in active or (torch.is_grad_enabled() and kinds.Grad in active)
+
+
+def onednn_linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
+    """x·wᵀ + b by oneDNN, whose operator torch.compile's code calls; by BLAS where it is gone."""
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if linear is None:
+        return F.linear(x_RI, w_OI, b_O)
+    y_RO: Tensor = linear(x_RI, w_OI, b_O, "none", [], "")
+    return y_RO
+
+
+def constant_for_dynamo(function: Function) -> Function:
+    """Marks a function of which a compiled graph shall take the result, without tracing it.
+
+    ``torch.compiler.assume_constant_result`` does the same, but imports all of Dynamo and Triton.
+    Where Dynamo no longer reads the mark, it traces the function, or breaks the graph there.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def stop_being_lazy(module: nn.Module) -> None:
+    """Removes the hooks by which a ``LazyModuleMixin`` waits for its first input, if it has them.
+
+    Where PyTorch keeps them under other names they stay, and each call checks its input twice.
+    """
+    for name in ("_initialize_hook", "_load_hook"):
+        if (hook := vars(module).pop(name, None)) is not None:
+            hook.remove()

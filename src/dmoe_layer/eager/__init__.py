@@ -1,0 +1,1 @@
+"""The eager backend: plain PyTorch, for any device and dtype."""

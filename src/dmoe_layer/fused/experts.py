@@ -1,0 +1,143 @@
+"""The experts by Triton kernels, as registered operators with autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators import refuse_double_backward
+from ..recompute import keeps_hidden
+from ..tensors import ExpertOptions, ExpertWeights
+from . import narrow, wide
+from .call import Call
+from .router import SortedPairs
+
+
+def experts(
+    x_TD: Tensor,
+    pairs: SortedPairs,
+    gates_TK: Tensor,
+    weights: ExpertWeights,
+    options: ExpertOptions,
+) -> Tensor:
+    """Σ_j gates[t, j] · Expert_{indices[t, j]}(x[t]) for every token: (T, D), in x's dtype.
+
+    ``pairs`` is the router's sort by expert. Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), with
+    operands in ``options.dtype`` and sums in fp32.
+    """
+    keep = x_TD.shape[1] > narrow.NARROW and keeps_hidden(x_TD, gates_TK, weights)
+    return _fused_experts(x_TD, *pairs, gates_TK, *weights, *options, keep)[0]
+
+
+@torch.library.custom_op("dmoe_layer::fused_experts", mutates_args=())
+def _fused_experts(
+    x_TD: Tensor,
+    order_R: Tensor,
+    offsets: Tensor,
+    gates_TK: Tensor,
+    w1_EHD: Tensor,
+    b1_EH: Tensor | None,
+    w2_EDH: Tensor,
+    b2_ED: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and what backward finds of the hidden layer: (R, H), or an empty tensor."""
+    weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
+    options = ExpertOptions(activation, dropout, seed, dtype)
+    call = Call(x_TD, SortedPairs(order_R, offsets), gates_TK, weights, options)
+    if call.dim <= narrow.NARROW:
+        return call.sum_slots(narrow.forward(call)), call.empty(0)
+    slots, hidden = wide.forward(call, keep_hidden)
+    return call.sum_slots(slots), hidden
+
+
+@_fused_experts.register_fake
+def _(x_TD, order_R, offsets, gates_TK, w1_EHD, *options):  # type: ignore[no-untyped-def]
+    *_, dtype, keep_hidden = options
+    shape = (order_R.shape[0], w1_EHD.shape[1]) if keep_hidden else (0,)
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("dmoe_layer::fused_experts_backward", mutates_args=())
+def fused_experts_backward(
+    dy_TD: Tensor,
+    hidden_RH: Tensor,
+    x_TD: Tensor,
+    order_R: Tensor,
+    offsets: Tensor,
+    gates_TK: Tensor,
+    w1_EHD: Tensor,
+    b1_EH: Tensor | None,
+    w2_EDH: Tensor,
+    b2_ED: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+    of_rows: bool,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and gates, if ``of_rows``; of w1, b1, w2 and b2, if ``of_weights``.
+
+    An empty tensor for what is not wanted, and for a bias that is not there.
+    """
+    weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
+    options = ExpertOptions(activation, dropout, seed, dtype)
+    call = Call(x_TD, SortedPairs(order_R, offsets), gates_TK, weights, options)
+    dy_TD = dy_TD.contiguous()
+    if narrow.fuses_backward(call.dim, dtype):
+        found = narrow.backward(call, dy_TD, of_rows, of_weights)
+    else:
+        found = wide.backward(call, dy_TD, hidden_RH, of_rows, of_weights)
+    dx = call.sum_slots(found.slots) if of_rows else _nothing(x_TD)
+    dgates = found.dgates if of_rows else _nothing(x_TD)
+    dweights: list[Tensor] | list[None] = found.weights or [None] * 4
+    dw1, db1, dw2, db2 = (
+        _nothing(x_TD) if gradient is None or parameter is None else gradient.to(w1_EHD.dtype)
+        for gradient, parameter in zip(dweights, weights, strict=True)
+    )
+    return dx, dgates, dw1, db1, dw2, db2
+
+
+@fused_experts_backward.register_fake
+def _(dy_TD, hidden, x_TD, order_R, offsets, gates_TK, w1, b1, w2, b2, *options):  # type: ignore[no-untyped-def]
+    of_rows, of_weights = options[-2:]
+    wanted = (of_rows, of_rows, *[of_weights] * 4)
+    return tuple(
+        torch.empty_like(t) if t is not None and is_wanted else x_TD.new_empty((0,))
+        for t, is_wanted in zip((x_TD, gates_TK, w1, b1, w2, b2), wanted, strict=True)
+    )
+
+
+def _nothing(x_TD: Tensor) -> Tensor:
+    """In place of a gradient that nobody wants: an operator's outputs are always tensors."""
+    return x_TD.new_empty((0,))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.activation, ctx.dropout, seed, ctx.dtype, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *tensors, seed)
+
+
+def _backward(ctx: Any, dy_TD: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy_TD is None:
+        return (None,) * 13
+    *tensors, seed = ctx.saved_tensors
+    options = (ctx.activation, ctx.dropout, seed, ctx.dtype)
+    needed = ctx.needs_input_grad[:8]
+    of_rows, of_weights = needed[0] or needed[3], any(needed[4:])
+    grads = fused_experts_backward(dy_TD, *tensors, *options, of_rows, of_weights)
+    grads = [grads[0], None, None, *grads[1:]]
+    return *(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * 5
+
+
+_fused_experts.register_autograd(_backward, setup_context=_save_for_backward)
+refuse_double_backward(fused_experts_backward)

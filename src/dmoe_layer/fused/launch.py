@@ -1,0 +1,81 @@
+"""How a Triton kernel is launched; sizes of blocks, and sums of what many programs leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .kernels.sums import sum_by_row_kernel, sum_chunks_kernel
+
+
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **options: Any) -> None:
+    """Runs ``kernel`` on the device of ``on``; an empty grid is nothing to do."""
+    if 0 in grid:
+        return
+    # Subclasses such as MONAI's MetaTensor have methods of their own, which Triton must not meet.
+    plain = [a.as_subclass(Tensor) if isinstance(a, Tensor) else a for a in arguments]
+    with torch.cuda.device_of(on):
+        # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default
+        # is about to change.
+        kernel[grid](*plain, **options, enable_fp_fusion=True)
+
+
+def block_size(size: int, least: int = 16) -> int:
+    """The power of two that a block needs to hold ``size``; a GEMM's side is at least 16."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def tiles(rows: int, block: int, groups: int) -> int:
+    """As many tiles as ``rows`` in ``groups`` can need, however they are shared out; never none."""
+    return rows // block + max(groups, 1)
+
+
+def precision() -> str:
+    """How a GEMM of fp32 numbers is done on tensor cores.
+
+    As three products of tf32 parts, which has fp32's accuracy; as one only where the user has
+    allowed that to PyTorch's own matmul.
+    """
+    matmul = torch.backends.cuda.matmul
+    # Where both settings are there, reading the old one is an error once the new one was written.
+    new = getattr(matmul, "fp32_precision", None)
+    allowed = matmul.allow_tf32 if new is None else new == "tf32"
+    return "tf32" if allowed else "tf32x3"
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name for a dtype of PyTorch's."""
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+        dtype
+    ]
+
+
+def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
+    """Each group's sum over its chunks, (groups, ...) in fp32, always in the same order."""
+    groups = len(offsets) - 1
+    total = shares.new_empty((groups, *shares.shape[1:]))
+    numbers = shares.shape[1:].numel()
+    # Few numbers make few programs: each then takes more chunks at a time.
+    block = 64 if numbers < 2**14 else 512
+    launch(
+        sum_chunks_kernel, (groups, -(-numbers // block)), shares,
+        shares, offsets, total, groups, numbers, chunk_rows,
+        GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
+    )  # fmt: skip
+    return total
+
+
+def sum_by_row(values: Tensor, rows_BN: Tensor, table_rows: int) -> Tensor:
+    """Adds each sample's values to all of its rows of a table: (table_rows, ...) in fp32."""
+    table = values.new_empty((table_rows, *values.shape[1:]))
+    numbers = values.shape[1:].numel()
+    launch(
+        sum_by_row_kernel, (table_rows, -(-numbers // 64)), values,
+        values, rows_BN, table, len(values), numbers,
+        ATTRIBUTES=rows_BN.shape[1], SAMPLES=64, BLOCK=64,
+    )  # fmt: skip
+    return table

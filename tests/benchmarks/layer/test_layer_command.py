@@ -1,0 +1,99 @@
+"""``python -m benchmarks``: words are checked first; then tables, a CSV and a plot."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.layer import command
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shapes", "stage-9"], "shapes: got 'stage-9', expected one of all, quick, goals"),
+        (["--shapes", "2x8x0x3"], "shapes: got '2x8x0x3'"),
+        (["--providers", "eager,vllm"], "providers: got 'vllm', expected all or some of eager"),
+        (["--rounds", "0"], "rounds: got 0, expected 1 or more"),
+        (["--threads", "0"], "threads: got 0, expected 1 or more"),
+        (["--device", "cuda"], "device: got cuda, but PyTorch finds no GPU"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command, "measure_roofline", lambda *_: pytest.fail("it ran"))
+    assert command.main([*words, "--out", str(tmp_path / "new")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(command, "measure_roofline", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert command.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert "out: got" in error
+    assert "expected a folder that can be written to" in error
+
+
+def test_a_readme_without_marks_is_a_sentence_and_the_figures_are_kept(
+    capsys, monkeypatch, tmp_path
+):
+    readme = tmp_path / "README.md"
+    readme.write_text("no marks", encoding="utf-8")
+    monkeypatch.setattr(command, "README", readme)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "all_shapes", lambda device: [])
+    monkeypatch.setattr(command, "PROVIDERS", {"mask-loop": command.PROVIDERS["mask-loop"]})
+    words = ["--device", "cpu", "--shapes", "1x32x16x1", "--rounds", "1"]
+    assert command.main(words) == 2
+    assert "README.md: got none of <!-- cpu: begin -->" in capsys.readouterr().err
+    assert readme.read_text(encoding="utf-8") == "no marks"
+    assert (tmp_path / "cpu-float32.csv").exists()
+
+
+def test_the_command_needs_nothing_of_the_reference_extra():
+    # A finder that comes first sees every import that is tried, of what is not installed too.
+    code = (
+        "import sys, torch, einops\n"
+        "class Watch:\n"
+        "    def find_spec(name, *_): seen.append(name.split('.')[0])\n"
+        "seen = []; sys.meta_path.insert(0, Watch); import benchmarks.layer.command\n"
+        "extra = {'filelock', 'jinja2', 'lightning_fabric', 'lightning', 'monai', 'nibabel',\n"
+        "         'nilearn', 'PIL', 'rich', 'safetensors', 'scipy', 'tensorboard', 'tyro'}\n"
+        "assert 'dmoe_layer' in seen and not extra & {*seen}, extra & {*seen}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_small_run_goes_from_the_command_to_table_csv_and_plot(tmp_path):
+    words = [sys.executable, "-m", "benchmarks", "--device", "cpu", "--out", tmp_path]
+    words += ["--shapes", "2x64x48x3,2x128x48x3,1x96x24x1", "--rounds", "1"]
+    # Its × and — are printed to pipes that have none, too.
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="ascii", env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "CPU only",
+        "Measured limits",
+        "| mask-loop | forward+backward |",
+        "unavailable",
+    ):
+        assert words in done.stdout
+    assert "wrong" not in done.stdout
+    assert "failed" not in done.stdout
+    names = ["cpu-float32.csv", "cpu-float32.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / names[1]).read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / names[0]).open(newline="", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert {r["shape"] for r in read} == {"2x64x48x3", "2x128x48x3", "1x96x24x1"}
+    assert {r["provider"] for r in read} == set(command.PROVIDERS)

@@ -1,0 +1,96 @@
+"""Runs the Triton backend, in Triton's interpreter or on a GPU, and draws what its kernels draw.
+
+A test file that imports this is skipped where there is no Triton.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from dmoe_layer import DMoE
+from dmoe_layer.operators import draw_seed
+
+from .exactness import assert_close, run_both
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+from dmoe_layer.fused.kernels import common  # noqa: E402
+from dmoe_layer.fused.launch import block_size, launch  # noqa: E402
+
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+# Rows that a test's own kernel takes at once: a GPU's compiler needs minutes for thousands.
+BLOCK = 256
+
+
+@triton.jit
+def _noise_kernel(out_ptr, seed, n_experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, EXPERTS)
+    noise = common.normal_noise(seed, t, EXPERTS)
+    at = t[:, None] * n_experts + e[None, :]
+    tl.store(out_ptr + at, noise, mask=(e < n_experts)[None, :])
+
+
+@triton.jit
+def _kept_kernel(out_ptr, seed, threshold, dim, PAIRS: tl.constexpr, DIM: tl.constexpr):
+    p = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    d = tl.arange(0, DIM)
+    kept = common.kept(seed, p, 0, threshold, DIM).to(tl.float32)
+    tl.store(out_ptr + p[:, None] * dim + d[None, :], kept, mask=(d < dim)[None, :])
+
+
+def kernel_noise(noisy, tokens, n_experts, dtype):
+    """What the routing kernel draws in the call that follows, (T, E)."""
+    if not noisy:
+        return None
+    blocks, seed = -(-tokens // BLOCK), int(draw_seed())
+    noise = torch.empty(blocks * BLOCK, n_experts, device=HERE)
+    sizes = {"TOKENS": BLOCK, "EXPERTS": block_size(n_experts, 8)}
+    launch(_noise_kernel, (blocks,), noise, noise, seed, n_experts, **sizes)
+    return noise[:tokens].cpu()
+
+
+def kernel_dropout(p, indices_TK, n_experts, dim, dtype):
+    """The factors of dropout in the call that follows, (T, k, D)."""
+    pairs, dropped, seed = indices_TK.numel(), round(p * 2**16), int(draw_seed())
+    blocks = -(-pairs // BLOCK)
+    kept = torch.empty(blocks * BLOCK, dim, device=HERE)
+    sizes = {"PAIRS": BLOCK, "DIM": block_size(dim)}
+    launch(_kept_kernel, (blocks,), kept, kept, seed, dropped, dim, **sizes)
+    scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
+    return kept[:pairs].cpu().to(dtype).view(*indices_TK.shape, dim) * scale
+
+
+run_kernels = partial(run_both, device=HERE, noise=kernel_noise, dropout=kernel_dropout)
+
+OPTIONS = {
+    "dim": 24, "hidden_dim": None, "n_experts": 8, "k": 2, "attribute_sizes": 3,
+    "unknown": "error", "activation": "relu", "bias": True, "noise": "train", "dropout": 0.1,
+    "residual": False, "backend": "triton",
+}  # fmt: skip
+CALL = {
+    "batch": 3, "tokens": 21, "values": [[0], [2], [2]], "training": True, "masked": False,
+    "seed": 5,
+}  # fmt: skip
+
+
+def assert_same_rows(found, true):
+    """Bits on a GPU; in the interpreter, whose GEMM is numpy's, what rounding allows."""
+    if HERE == "cuda":
+        assert torch.equal(found, true)
+    torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-6)
+
+
+def check_all(options, call, dtype):
+    for what, (found, true) in run_kernels(options, call, dtype).items():
+        assert_close(found, true, dtype, what)
+
+
+def pair(**options):
+    """A layer with the kernels, and the same with the eager backend."""
+    ours = DMoE(**{"dim": 16, "hidden_dim": 24, "attribute_sizes": 3, **options}, backend="triton")
+    eager = DMoE(**{"dim": 16, "hidden_dim": 24, "attribute_sizes": 3, **options}, backend="eager")
+    eager.load_state_dict(ours.state_dict())
+    return ours.to(HERE), eager.to(HERE)

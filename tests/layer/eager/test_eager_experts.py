@@ -1,0 +1,65 @@
+"""The eager backend's experts: when the hidden layer is kept, and that experts stay apart."""
+
+import math
+
+import naive
+import pytest
+import torch
+from harness.saved import gradients_and_largest_saved
+
+from dmoe_layer import DMoE
+from dmoe_layer.eager import dispatch, experts
+
+
+@pytest.mark.parametrize("activation", sorted(naive.ACTIVATIONS))
+def test_a_kept_hidden_layer_gives_the_same_as_one_computed_again(activation, monkeypatch):
+    layer = DMoE(128, hidden_dim=160, n_experts=3, activation=activation, noise="never")
+    x = torch.randn(2, 100, 128, requires_grad=True)
+    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 40)
+    found, kept = gradients_and_largest_saved(layer, x)
+    assert kept == 2 * 200 * 160
+    monkeypatch.setattr(experts, "keeps_hidden", lambda *_: False)
+    again, kept = gradients_and_largest_saved(layer, x)
+    assert kept <= 2 * 200
+    for a, b in zip(found, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dim", "tokens", "keeps"), [(128, 500, True), (128, 520, False), (96, 40, False)]
+)
+def test_the_hidden_layer_is_kept_where_it_is_wide_and_no_larger_than_weights_and_gradients(
+    dim, tokens, keeps
+):
+    layer = DMoE(dim, n_experts=2, k=2, noise="never")
+    _, kept = gradients_and_largest_saved(layer, torch.randn(1, tokens, dim, requires_grad=True))
+    assert (kept == 2 * tokens * 4 * dim) == keeps
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_no_hidden_layer_is_kept(mode, monkeypatch):
+    calls, original = [], experts._experts
+    monkeypatch.setattr(experts, "_experts", lambda *a: calls.append(a[-1]) or original(*a))
+    layer, x = DMoE(128), torch.randn(1, 9, 128)
+    with mode():
+        layer(x)
+    layer.requires_grad_(False)(x)
+    assert calls == [False, False]
+    layer.requires_grad_(True)(x)
+    assert calls[2]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("spoiled", [0, 1])
+def test_a_nan_in_one_expert_reaches_no_gradient_of_the_other(spoiled, keep, monkeypatch):
+    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(experts, "keeps_hidden", lambda *_: keep)
+    layer, x = DMoE(128, n_experts=2, k=1, noise="never"), torch.randn(1, 301, 128)
+    with torch.no_grad():
+        layer.b1_EH[spoiled] = math.nan
+    y, routing = layer(x, return_routing=True)
+    assert len(routing.expert_indices.unique()) == 2
+    y.sum().backward()
+    for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED):
+        assert torch.isfinite(parameter.grad[1 - spoiled]).all()
+    assert torch.isnan(layer.w2_EDH.grad[spoiled]).all()

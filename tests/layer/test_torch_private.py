@@ -1,0 +1,77 @@
+"""Where PyTorch lacks a private name, the layer takes a slower road or says so."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dmoe_layer import DMoE, _torch_private, routing
+
+
+def layer_and_input(**options):
+    return DMoE(16, noise="never", dropout=0.0, attribute_sizes=2, **options), torch.randn(2, 3, 16)
+
+
+A2 = torch.tensor([0, 1])
+
+
+def test_without_the_number_of_the_backward_pass_a_scope_refuses_to_open(monkeypatch):
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    layer, x = layer_and_input()
+    with (
+        pytest.raises(RuntimeError, match=r"routing: PyTorch .*pass layer\(x, attributes\)"),
+        routing(A2),
+    ):
+        layer(x)
+    layer(x, A2).sum().backward()
+
+
+@pytest.mark.parametrize("lost", ["get_interpreter_stack", "TransformType"])
+def test_without_functorchs_stack_its_derivatives_are_refused_all_the_same(monkeypatch, lost):
+    layer, x = layer_and_input()
+    expected = layer(x, A2)
+    monkeypatch.setattr(
+        torch._C,
+        "_functorch",
+        SimpleNamespace(
+            **{
+                name: getattr(torch._C._functorch, name)
+                for name in ("get_interpreter_stack", "TransformType")
+                if name != lost
+            }
+        ),
+    )
+    assert not _torch_private.in_functional_derivative(x)
+    assert torch.equal(layer(x, A2), expected)
+    monkeypatch.undo()
+    seen = []
+
+    def look(x):
+        with monkeypatch.context() as patch:
+            patch.delattr(torch._C._functorch, lost)
+            seen.append(_torch_private.in_functional_derivative(x))
+        return x.sum()
+
+    torch.func.grad(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    assert seen == [True, True]
+
+
+def test_without_onednns_operator_products_go_to_blas(monkeypatch):
+    x, w, b = torch.randn(20, 32), torch.randn(24, 32), torch.randn(24)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert torch.equal(_torch_private.onednn_linear(x, w, b), F.linear(x, w, b))
+    layer, x = layer_and_input()
+    layer(x, A2).sum().backward()
+
+
+def test_hooks_under_other_names_leave_a_lazy_layer_usable():
+    layer = DMoE(n_experts=2)
+    for module in (layer, layer.router):
+        for name in ("_initialize_hook", "_load_hook"):
+            vars(module)[f"other{name}"] = vars(module).pop(name)
+    for _ in range(2):
+        assert layer(torch.randn(2, 3, 16)).shape == (2, 3, 16)
+    with pytest.raises(ValueError, match="expected dim=16"):
+        layer(torch.randn(2, 3, 8))
