@@ -44,7 +44,8 @@ def write_csv(rows: Sequence[Any], path: Path) -> None:
         writer.writerow(
             {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in asdict(row).items()}
         )
-    write_whole(path, lambda target: target.write_text(text.getvalue(), "utf-8", newline=""))
+    content = text.getvalue()
+    write_whole(path, lambda target: target.write_text(content, encoding="utf-8", newline=""))
 
 
 def brief(value: float) -> str:
