@@ -1,4 +1,4 @@
-"""Markdown that commands write: tables, and the part of a page between two marks."""
+"""Writes Markdown: tables, and the part of a page between two marks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .files import write_whole
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown themselves.
+    """Makes a table of cells that are Markdown themselves.
 
     Example:
         >>> print(markdown_table(["a", "b"], [["1", "2"]]))

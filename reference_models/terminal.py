@@ -1,4 +1,4 @@
-"""What a command prints, whatever its terminal or pipe can show."""
+"""Lets commands print anything, whatever the terminal or the pipe can show."""
 
 from __future__ import annotations
 

@@ -34,12 +34,12 @@ VERSION = 4  # of what is stored; raised when loading or framing gives other pix
 
 
 def default_cache() -> Path:
-    """Where caches of the user's programs live: a data set's folder may be read-only."""
+    """Names the folder where the user's programs keep caches: a data set's may be read-only."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmoe-frames"
 
 
 class FrameCache:
-    """Frames by case, of cases that are read from files.
+    """Keeps the frames of cases that are read from files.
 
     Args:
         folder: made where missing, readable by its owner only, since it holds patients' images.
@@ -71,7 +71,7 @@ class FrameCache:
             )
 
     def frame(self, case: Case, make: Callable[[Case], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What is kept of `case`, by name: stored and mapped, or made and then stored.
+        """Gives what is kept of `case`, by name: stored before and mapped, or made now and stored.
 
         Raises:
             DataError: a file of the case is missing, or the frame cannot be stored.
@@ -99,6 +99,11 @@ class FrameCache:
         return frame
 
     def _path(self, case: Case) -> Path:
+        """Names a case's file by all that its frame is made from.
+
+        Raises:
+            DataError: a file of the case is missing.
+        """
         files = []
         for name in case.files:
             try:

@@ -1,4 +1,4 @@
-"""What every data set gives: cases to choose from, and a sample at native resolution for each.
+"""Defines what every data set gives: cases, and a sample at native resolution for each.
 
 Shapes: C channels, S the spatial axes (rows, columns; in 3D axes as stored), N attributes.
 """
@@ -26,6 +26,7 @@ class Attribute:
     values: tuple[str, ...]
 
     def label(self, index: int) -> str:
+        """Names the value of an index, "unknown" for `UNKNOWN`."""
         return "unknown" if index == UNKNOWN else self.values[index]
 
 
@@ -87,7 +88,7 @@ class Sample:
 
     @property
     def truth_S(self) -> np.ndarray:
-        """The mask of a sample that has to have one.
+        """The mask, for whoever cannot do without.
 
         Raises:
             DataError: it has none.
@@ -98,11 +99,12 @@ class Sample:
 
     @property
     def affine(self) -> np.ndarray | None:
-        """From indices of a NIfTI volume to mm (RAS+), (4, 4)."""
+        """The map from indices of a NIfTI volume to mm (RAS+), (4, 4); None of others."""
         return None if self.header is None else self.header.get_best_affine()
 
     @property
     def native_size(self) -> tuple[int, ...]:
+        """Pixels or voxels along each spatial axis."""
         return self.image_CS.shape[1:]
 
 

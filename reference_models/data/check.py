@@ -68,7 +68,7 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
 def _splits(
     dataset: Dataset, settings: DataSettings, errors: list[DataError]
 ) -> Mapping[str, str | None]:
-    """Each case's split: by the file or by seed; the data set's own where those fail."""
+    """Finds each case's split: by the file or by seed, or the data set's own where those fail."""
     official = {case.case_id: case.split for case in dataset.cases}
     if not any(case.labelled for case in dataset.cases):
         return official  # to be predicted alone
@@ -84,28 +84,10 @@ def _splits(
 
 
 def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> list[str]:
-    """Loads every case; errors are added, warnings returned."""
-
-    def seen(case: Case) -> list[str] | DataError:
-        try:
-            sample = dataset.load(case)
-        except DataError as error:
-            return error
-        odd = list(sample.remarks)
-        if sample.mask_S is not None:
-            odd += [
-                f"mask without {name}"
-                for label, name in enumerate(dataset.classes)
-                if not (sample.mask_S == label).any()
-            ]
-        flat = [c for c, channel_S in enumerate(sample.image_CS) if np.ptp(channel_S) == 0]
-        if len(flat) == len(sample.image_CS):
-            return [*odd, "image of one intensity"]
-        return odd + [f"channel {c:04} of one intensity" for c in flat]
-
+    """Reads every case; errors are added, warnings returned."""
     warned: dict[str, list[str]] = {}
     with ThreadPoolExecutor(WORKERS[dataset.axes]) as pool:
-        results = pool.map(seen, dataset.cases)
+        results = pool.map(partial(_oddities, dataset), dataset.cases)
         for case, found in zip(
             dataset.cases,
             track(results, "reading", total=len(dataset.cases), console=console, transient=True),
@@ -125,8 +107,27 @@ def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> li
     ]
 
 
+def _oddities(dataset: Dataset, case: Case) -> list[str] | DataError:
+    """Reads a case and lists what is odd about it, or returns why it cannot be read."""
+    try:
+        sample = dataset.load(case)
+    except DataError as error:
+        return error
+    odd = list(sample.remarks)
+    if sample.mask_S is not None:
+        odd += [
+            f"mask without {name}"
+            for label, name in enumerate(dataset.classes)
+            if not (sample.mask_S == label).any()
+        ]
+    flat = [c for c, channel_S in enumerate(sample.image_CS) if np.ptp(channel_S) == 0]
+    if len(flat) == len(sample.image_CS):
+        return [*odd, "image of one intensity"]
+    return odd + [f"channel {c:04} of one intensity" for c in flat]
+
+
 def _counts(dataset: Dataset, split_of: Mapping[str, str | None]) -> list[Table]:
-    """For each attribute, cases by value and split."""
+    """Makes a table for each attribute: how many cases each value has in each split."""
     tables = []
     for index, attribute in enumerate(dataset.attributes):
         counts = Counter(

@@ -150,7 +150,7 @@ class FairSeg(Dataset):
 def _listed(
     root: Path, faults: list[DataError], notes: list[str]
 ) -> dict[str, tuple[Path, str | None]]:
-    """By case id, the file and the official split."""
+    """Finds each case's file and official split, by case id."""
     files: dict[str, Path] = {}
     # Unlike rglob, glob follows links to folders, and leaves hidden files such as macOS's out.
     found = glob.glob("**/*.[nN][pP][zZ]", root_dir=root, recursive=True)
@@ -193,7 +193,10 @@ def _age_groups(
     faults: list[DataError],
     notes: list[str],
 ) -> dict[str, float]:
-    """Indices of `AGE_GROUPS`, with the unit found over all files."""
+    """Finds each age's index of `AGE_GROUPS`, by the unit in which most of the files are.
+
+    A case whose age is in the other unit is a fault, and is taken out of `subjects`.
+    """
     known = {case_id: age for case_id, age in ages.items() if age >= 0}
     days = [case_id for case_id, age in known.items() if age > OLDEST]
     in_days = 2 * len(days) > len(known)
@@ -215,7 +218,7 @@ def _age_groups(
 
 
 def _lists(root: Path) -> dict[str, Path]:
-    """The lists of names by split, from the first folder that has any."""
+    """Finds the lists of names by split, in the first folder that has any."""
     folders = (root, root / "lists", *sorted((root / "lists").glob("*/")))
     for folder in filter(Path.is_dir, folders):
         there = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
@@ -228,7 +231,11 @@ def _lists(root: Path) -> dict[str, Path]:
 
 
 def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str]:
-    """The attributes that the file holds (-1 unknown, age as it stands) and its subject."""
+    """Reads the attributes that the file holds (-1 unknown, age as it stands) and its subject.
+
+    Raises:
+        DataError: the file is damaged, or one of them is not what it may be.
+    """
     values: dict[str, float] = {}
     with _opened(path) as members:
         for name in names:
@@ -262,6 +269,7 @@ def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str
 
 
 def _opened(path: Path) -> np.lib.npyio.NpzFile:
+    """Opens a file, or raises a `DataError` that says why it cannot be read."""
     try:
         opened = np.load(path, allow_pickle=False)
     except Exception as error:  # which one, depends on where the damage lies
@@ -272,12 +280,17 @@ def _opened(path: Path) -> np.lib.npyio.NpzFile:
 
 
 def _members(path: Path) -> list[str]:
+    """Lists what a file holds."""
     with _opened(path) as members:
         return members.files
 
 
 def _member(path: Path, members: np.lib.npyio.NpzFile, aliases: tuple[str, ...]) -> np.ndarray:
-    """The first of `aliases` that the file has."""
+    """Reads the first of `aliases` that the file has.
+
+    Raises:
+        DataError: it has none, or it is damaged or holds Python objects.
+    """
     name = next((alias for alias in aliases if alias in members.files), None)
     if name is None:
         raise DataError(f"{path}: no {' or '.join(aliases)} in it, only {', '.join(members.files)}")

@@ -88,7 +88,7 @@ class Mni152(Dataset):
         self.cases = tuple(cases)
 
     def load(self, case: Case) -> Sample:
-        """One slice: float32 with mean 0 and variance 1 over its head."""
+        """Gives one slice, float32 with mean 0 and variance 1 over its head."""
         z = int(case.subject.removeprefix("slice"))
         (protocol,) = case.attributes
         mask_HW = np.isin(self._tissue_ZHW[z], OUTLINED[protocol]).astype(np.uint8)
@@ -120,7 +120,7 @@ def _axial_slices() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pooled(volume_ZHW: np.ndarray) -> np.ndarray:
-    """The mean over `POOL` x `POOL` pixels within each slice: two slices share no voxel."""
+    """Takes means over `POOL` x `POOL` pixels within each slice: two slices share no voxel."""
     slices, height, width = volume_ZHW.shape
     height, width = height // POOL, width // POOL
     even_ZHW = volume_ZHW[:, : height * POOL, : width * POOL]
@@ -128,7 +128,7 @@ def _pooled(volume_ZHW: np.ndarray) -> np.ndarray:
 
 
 def _window(inside_HW: np.ndarray) -> tuple[slice, slice]:
-    """The `SIZE` x `SIZE` window around the brain's bounding box, kept inside the image."""
+    """Lays a window of `SIZE` x `SIZE` around the brain's bounding box, inside of the image."""
     starts = []
     for axis in (0, 1):
         occupied = np.nonzero(inside_HW.any(1 - axis))[0]
@@ -139,7 +139,7 @@ def _window(inside_HW: np.ndarray) -> tuple[slice, slice]:
 
 
 def _normalised(image_ZHW: np.ndarray) -> np.ndarray:
-    """Each slice by itself: mean 0 and variance 1 over its pixels that are not background."""
+    """Brings each slice to mean 0 and variance 1 over its pixels that are not background."""
     inside_ZHW = image_ZHW > 0
     # Slices outside the head have no pixel and no variance; they are never samples.
     count_Z11 = np.maximum(inside_ZHW.sum((1, 2), keepdims=True), 1)

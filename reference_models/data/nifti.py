@@ -124,7 +124,7 @@ class Nifti(Dataset):
         )
 
     def _scaled(self, channel: str, voxels_S: np.ndarray) -> np.ndarray:
-        """A channel's intensities as the network is to see them; changes `voxels_S`."""
+        """Scales a channel's intensities as the network is to see them; changes `voxels_S`."""
         kind = channel.lower()
         low, high = 0.0, 1.0
         if kind == "ct":
@@ -142,7 +142,7 @@ class Nifti(Dataset):
         return voxels_S
 
     def _labels(self, path: str, voxels_S: np.ndarray) -> np.ndarray:
-        """A mask's voxels as uint8 labels; changes `voxels_S`.
+        """Turns a mask's voxels into uint8 labels; changes `voxels_S`.
 
         Raises:
             DataError: a voxel is no whole number, or no label of `dataset.json`.
@@ -167,7 +167,7 @@ class Nifti(Dataset):
 def _median_spacing(
     cases: Sequence[Case], grids: Sequence[tuple[np.ndarray, np.ndarray]], notes: list[str]
 ) -> tuple[float, float, float]:
-    """The median voxel in mm, which is added to the notes, as are cases of quite other voxels.
+    """Finds the median voxel in mm; it is noted, and so are cases of quite other voxels.
 
     Args:
         cases: one or more.

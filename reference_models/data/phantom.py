@@ -168,7 +168,7 @@ class Phantom(Dataset):
         middle_2: np.ndarray,
         lesion_HW: np.ndarray,
     ) -> np.ndarray:
-        """What an expert who goes by these attributes takes for the lesion (H, W)."""
+        """Outlines the lesion (H, W) as an expert does who goes by these attributes."""
         settings = self._settings
         if settings.effect in ("appearance", "none"):
             return lesion_HW <= FIXED
@@ -211,7 +211,7 @@ def _require_possible(settings: PhantomSettings) -> None:
 
 
 def _seen_in_training(shares: tuple[float, ...]) -> dict[tuple[int, ...], float]:
-    """The shares of the combinations of site and protocol that occur in training.
+    """Lists the combinations of site and protocol that occur in training, with their shares.
 
     Example:
         >>> _seen_in_training((0.5, 0.3, 0.2))
@@ -229,7 +229,7 @@ def _seen_in_training(shares: tuple[float, ...]) -> dict[tuple[int, ...], float]
 def _distance(
     axis: np.ndarray, centre_2: np.ndarray, radii_2: np.ndarray, turn: float
 ) -> np.ndarray:
-    """Distance from the middle of a turned ellipse in its own radii (H, W); 1 on its edge."""
+    """Measures from the middle of a turned ellipse in its own radii (H, W); 1 on its edge."""
     y_HW, x_HW = np.meshgrid(axis - centre_2[0], axis - centre_2[1], indexing="ij")
     along_HW = (np.cos(turn) * x_HW + np.sin(turn) * y_HW) / radii_2[0]
     across_HW = (np.cos(turn) * y_HW - np.sin(turn) * x_HW) / radii_2[1]

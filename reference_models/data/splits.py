@@ -1,4 +1,4 @@
-"""Which case is trained, validated and tested on: made once, seeded, kept as json.
+"""Decides which case is trained, validated and tested on: once, by a seed, kept as json.
 
 A data set's own split is kept. What it leaves open is split by subject, so that no patient or
 lesion lies on both sides, and stratified by the data set's default attribute, so that each of its
@@ -30,7 +30,7 @@ class Splits:
 
     Args:
         dataset: the data set's name.
-        seed: of the cases that the data set left open.
+        seed: by which the cases were split that the data set left open.
         train, validation, test: case ids in the data set's order.
     """
 
@@ -42,7 +42,7 @@ class Splits:
 
 
 def make_splits(dataset: Dataset, seed: int) -> Splits:
-    """The data set's own split where it has one, the rest by seed.
+    """Makes splits: the data set's own where it has one, the rest by seed.
 
     Without test cases of the data set's own, a fifth of the open and training cases are made so;
     without validation cases, a tenth of what is then left. Cases without a mask are in no split.
@@ -88,7 +88,7 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
 
 
 def leaked_subjects(split_of: Mapping[str, str | None], dataset: Dataset) -> list[str]:
-    """A sentence for each subject whose cases lie in several splits; None counts as none."""
+    """Says of each subject whose cases lie in several splits which they are; None is no split."""
     placed: dict[str, dict[str, str]] = {}
     for case in dataset.cases:
         if split := split_of.get(case.case_id):
@@ -102,7 +102,7 @@ def leaked_subjects(split_of: Mapping[str, str | None], dataset: Dataset) -> lis
 
 
 def absent_values(dataset: Dataset, case_ids: Collection[str]) -> list[str]:
-    """The attribute values, as in "race White", that cases have but none of these has.
+    """Lists the attribute values, as in "race White", that cases have but none of these has.
 
     Of training cases: a router that knows the attribute has learned nothing of them.
     """
@@ -118,13 +118,13 @@ def absent_values(dataset: Dataset, case_ids: Collection[str]) -> list[str]:
 
 
 def write_splits(path: Path, splits: Splits) -> None:
-    """As json, whole or not at all."""
+    """Writes splits as json, whole or not at all."""
     text = json.dumps(asdict(splits), indent=1) + "\n"
     write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def choose_splits(dataset: Dataset, path: Path | None, seed: int) -> Splits:
-    """The file's splits where there is a path, else new ones by seed.
+    """Reads the file's splits where there is a path, else makes new ones by seed.
 
     Raises:
         DataError: as of `read_splits` and `make_splits`.
@@ -133,7 +133,7 @@ def choose_splits(dataset: Dataset, path: Path | None, seed: int) -> Splits:
 
 
 def read_splits(path: Path, dataset: Dataset) -> Splits:
-    """What `write_splits` wrote; cases that the file does not name are left out.
+    """Reads what `write_splits` wrote; cases that the file does not name are left out.
 
     Raises:
         DataError: the file cannot be read, is of another data set, names a case that the data set
@@ -171,7 +171,7 @@ def read_splits(path: Path, dataset: Dataset) -> Splits:
 
 
 def _drawn_subjects(cases: Sequence[Case], share: float, rng: np.random.Generator) -> set[str]:
-    """A `share` of the subjects, each stratum's number within one of its share.
+    """Draws a `share` of the subjects, of each stratum to within one of its share.
 
     The subjects are lined up by stratum, shuffled within it, and every 1/share-th is drawn.
     """

@@ -1,4 +1,4 @@
-"""NIfTI files: read to the end, and held to what a volume must be: 3D, real, on a straight grid.
+"""Reads NIfTI files to their end, and refuses what is no volume: 3D, real, on a straight grid.
 
 Shapes: S the three axes as stored.
 """
@@ -32,7 +32,7 @@ _KINDS = {"c": "complex", "V": "colours"}  # numpy's letters
 
 
 def open_volume(path: str) -> Nifti1Image:
-    """A file's header and where its voxels are; none of them is read.
+    """Reads a file's header, and where its voxels are, but none of them.
 
     Raises:
         DataError: it cannot be read, or is no volume on a grid of right angles in mm.
@@ -73,6 +73,7 @@ def open_volume(path: str) -> Nifti1Image:
 
 
 def _unreadable(path: str, error: Exception) -> DataError:
+    """Says that a file cannot be read, and why."""
     return DataError(
         f"{path}: not a readable NIfTI file ({type(error).__name__}: {error}); copy or export it "
         "again"
@@ -84,11 +85,12 @@ def _deflated(path: str) -> bool:
 
 
 def _stream(path: str) -> IOBase:
+    """Opens a file to be read as bytes, inflated where it is deflated."""
     return cast(IOBase, (gzip.open if _deflated(path) else open)(path, "rb"))
 
 
 def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
-    """float32, scaled as the header says, the file read to its end.
+    """Reads voxels as float32, scaled as the header says, and the file to its end.
 
     Raises:
         DataError: it is cut off or damaged, or a voxel is not finite.
@@ -122,6 +124,7 @@ def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
 
 
 def _require_right_angles(path: str, affine: np.ndarray) -> None:
+    """Checks that an affine gives voxels a place, on three axes at right angles."""
     directions = affine[:3, :3]
     sizes = voxel_sizes(affine)
     if (
@@ -143,7 +146,7 @@ def _require_right_angles(path: str, affine: np.ndarray) -> None:
 
 
 def require_one_grid(paths: Sequence[str], images: Sequence[Nifti1Image]) -> None:
-    """Whether all images have the voxels of the first, in the same places.
+    """Checks that all images have the voxels of the first, in the same places.
 
     Raises:
         DataError: one has not.
@@ -165,14 +168,14 @@ def require_one_grid(paths: Sequence[str], images: Sequence[Nifti1Image]) -> Non
 
 
 def apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """How far the corners of two grids lie apart, in voxels of the first."""
+    """Measures how far the corners of two grids lie apart, in voxels of the first."""
     corners = np.stack(np.meshgrid(*[(0, side - 1) for side in shape]), -1).reshape(-1, 3)
     there = apply_affine(np.linalg.inv(affine) @ other, corners)
     return float(np.abs(there - corners).max())
 
 
 def oddities(path: str, image: Nifti1Image) -> list[str]:
-    """What is odd in a file's header, but leaves it readable."""
+    """Lists what is odd in a file's header, but leaves it readable."""
     header = image.header
     with _stream(path) as file:
         report = type(header).diagnose_binaryblock(file.read(header.sizeof_hdr))
@@ -194,6 +197,6 @@ def oddities(path: str, image: Nifti1Image) -> list[str]:
 
 
 def canonical_grid(image: Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
-    """Voxel sizes, and counts, along left-right, back-front and below-above."""
+    """Gives voxels' sizes and counts along left-right, back-front and below-above."""
     order = np.argsort(io_orientation(image.affine)[:, 0])
     return voxel_sizes(image.affine)[order], np.array(image.shape)[order]

@@ -26,7 +26,7 @@ from ..data.splits import absent_values, choose_splits
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.fairness import SMALL_GROUP
-from ..metrics.loads import Loads, LoadTables
+from ..metrics.loads import ExpertLoads, LoadTables
 from ..metrics.region import POLICY, RegionScore, score_region
 from ..metrics.scores import Condition, RegionScores, Summary
 from ..report.page import write_report
@@ -108,7 +108,7 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
     run = open_run(settings, settings.split)
     _require_masks(run.cases, settings.split)
     told, notes = attributes_told(run, settings.scoring.seed)
-    loads = {condition: Loads(run.dataset) for condition in told}
+    loads = {condition: ExpertLoads(run.dataset) for condition in told}
     scored: dict[str, list[list[RegionScore]]] = {condition: [] for condition in told}
     paths: dict[str, Path] = {}
 

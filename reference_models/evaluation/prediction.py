@@ -27,7 +27,7 @@ from ..data.patches import Windows
 from ..data.splits import read_splits
 from ..errors import DataError, shown
 from ..files import write_results
-from ..metrics.loads import Loads
+from ..metrics.loads import ExpertLoads
 from ..models.inference import infer
 from ..report.pictures import Picture, overlay
 from ..training.checkpoints import Which, load_model
@@ -164,7 +164,7 @@ def _require_known(cases: Sequence[Case], split: str) -> None:
 
 
 def predictions(
-    run: TrainedRun, told: Mapping[str, np.ndarray], loads: Mapping[str, Loads] | None = None
+    run: TrainedRun, told: Mapping[str, np.ndarray], loads: Mapping[str, ExpertLoads] | None = None
 ) -> Iterator[tuple[Sample, dict[str, np.ndarray]]]:
     """Every case with its masks, read once and held for no longer than its batch.
 
@@ -201,7 +201,7 @@ def _answered(
     batch: Sequence[tuple[Sample, Frame]],
     told: Mapping[str, np.ndarray],
     start: int,
-    loads: Mapping[str, Loads] | None,
+    loads: Mapping[str, ExpertLoads] | None,
 ) -> list[tuple[Sample, dict[str, np.ndarray]]]:
     """The samples of a batch, of which `start` were before, with their masks by condition."""
     samples, frames = zip(*batch, strict=True)

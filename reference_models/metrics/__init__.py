@@ -1,1 +1,1 @@
-"""Scores: of a region, of groups, of loads; numbers in, numbers out."""
+"""Scores of a region, of groups and of the experts' loads: masks and numbers in, numbers out."""

@@ -1,4 +1,4 @@
-"""Scores of a segmentation by group: pure functions that take and return numbers.
+"""Scores a segmentation by group: pure functions that take and return numbers.
 
 The overall score weights each group by its share of the population, not by how many of its cases
 happen to be in the test set, so that a balanced test set does not change what "overall" means.

@@ -1,4 +1,4 @@
-"""Which experts each attribute value's tokens went to, added up over batches.
+"""Adds up over batches which experts each attribute value's tokens went to.
 
 Shapes: T tokens, A attributes, V values of an attribute, E experts.
 """
@@ -18,7 +18,7 @@ from ..data.cases import Dataset
 LoadTables: TypeAlias = dict[str, tuple[tuple[float, ...], ...]]
 
 
-class Loads:
+class ExpertLoads:
     """Adds up which experts each attribute value's tokens went to."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -27,7 +27,7 @@ class Loads:
         self._sums: dict[str, np.ndarray] = {}
 
     def add(self, scope: routing) -> None:
-        """The routings of a closed scope that was opened with attributes.
+        """Adds the routings of a closed scope that was opened with attributes.
 
         Every token weighs alike: of volumes, a window with little of the body has few of them.
         """
@@ -48,8 +48,8 @@ class Loads:
             sums_VE[: len(table_VE)] += table_VE * tokens_V[: len(table_VE), None]
 
     @classmethod
-    def together(cls, dataset: Dataset, parts: Iterable[Loads]) -> Loads:
-        """Of all ranks."""
+    def together(cls, dataset: Dataset, parts: Iterable[ExpertLoads]) -> ExpertLoads:
+        """Adds up the loads of all ranks."""
         loads = cls(dataset)
         for part in parts:
             for name, sums_VE in part._sums.items():
@@ -57,7 +57,7 @@ class Loads:
         return loads
 
     def tables(self) -> LoadTables:
-        """By attribute, a row a value that sums to 1, or of zeros where no case has it."""
+        """Gives each attribute's table: a row a value, which sums to 1, or to 0 without cases."""
         return {
             name: tuple(
                 map(tuple, (sums_VE / np.maximum(sums_VE.sum(1, keepdims=True), 1)).tolist())

@@ -1,4 +1,4 @@
-"""Scores of one region of one case, 2D or 3D: overlap, and how far apart the outlines lie.
+"""Scores one region of one case, 2D or 3D: its overlap, and how far apart the outlines lie.
 
 The boundary of a region is those of its pixels (voxels) that have a neighbour along an axis outside
 the region; what lies beyond the image is outside. Shapes: S the spatial axes, P boundary pixels.
@@ -40,7 +40,7 @@ class RegionScore(NamedTuple):
 def score_region(
     predicted_S: np.ndarray, truth_S: np.ndarray, *, spacing: Sequence[float], tolerance: float
 ) -> RegionScore:
-    """All scores of one region; empty masks as `POLICY` says.
+    """Computes all scores of one region; empty masks as `POLICY` says.
 
     IoU is |P ∩ T| / |P ∪ T|; for the others see `dice`, `hd95` and `surface_dice`.
 
@@ -96,7 +96,7 @@ def dice(shared: int, sizes: int) -> float:
 
 
 def batch_dice(prediction: Tensor, truth: Tensor) -> list[float]:
-    """Each case's `dice`, on the masks' device; no case is left out.
+    """Computes each case's `dice`, on the masks' device; no case is left out.
 
     Args:
         prediction: bool, (cases, ...).
@@ -131,7 +131,7 @@ def batch_dice(prediction: Tensor, truth: Tensor) -> list[float]:
 def boundary_distances(
     predicted_S: np.ndarray, truth_S: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How far each boundary pixel of the one mask is from the nearest of the other.
+    """Measures how far each boundary pixel of one mask is from the nearest of the other.
 
     Args:
         predicted_S, truth_S: bool, neither empty.
@@ -177,7 +177,7 @@ def surface_dice(to_truth_P: np.ndarray, to_predicted_P: np.ndarray, *, toleranc
 
 
 def _boundary(mask_S: np.ndarray) -> np.ndarray:
-    """Indices of the boundary's pixels, (P, axes); looks at the mask's bounding box only."""
+    """Finds the boundary's pixels, (P, axes); looks at the mask's bounding box only."""
     axes = range(mask_S.ndim)
     used = [np.flatnonzero(mask_S.any(tuple({*axes} - {axis}))) for axis in axes]
     box_S = mask_S[tuple(slice(at[0], at[-1] + 1) for at in used)]
@@ -187,6 +187,7 @@ def _boundary(mask_S: np.ndarray) -> np.ndarray:
 def _check(
     predicted_S: np.ndarray, truth_S: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> None:
+    """Raises what `score_region` says."""
     for name, mask in (("predicted", predicted_S), ("truth", truth_S)):
         if mask.dtype != np.bool_:
             raise TypeError(f"{name}: got {mask.dtype}, expected bool; compare first (== label).")

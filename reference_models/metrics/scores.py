@@ -1,4 +1,4 @@
-"""What an evaluation found: plain dataclasses that become `summary.json` and the report.
+"""Holds what an evaluation found: plain dataclasses for `summary.json` and the report.
 
 Every number that rests on a sample of cases is an `Estimate`, a value with its bootstrap interval.
 """

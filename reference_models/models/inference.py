@@ -58,7 +58,7 @@ def infer(
         told_BA: the attributes that each sample's router is told.
         windows: of volumes; None of images.
         device: where the network computes.
-        observe: is handed each call's closed scope, such as `Loads.add`. A voxel that lies in
+        observe: is handed each call's closed scope, such as `ExpertLoads.add`. A voxel that lies in
             several windows is in the scopes of all of them.
 
     Raises:

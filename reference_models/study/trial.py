@@ -36,7 +36,7 @@ from ..evaluation.prediction import (
     predictions,
 )
 from ..files import write_whole
-from ..metrics.loads import Loads
+from ..metrics.loads import ExpertLoads
 from ..metrics.region import batch_dice
 from ..recipes.recipe import Recipe
 from ..recipes.serial import flat, from_json, to_json
@@ -166,7 +166,7 @@ def _tested(job: Job, recipe: Recipe, size: int) -> Trial:
     given_NA = given_attributes(tested.cases)
     told, _ = attributes_told(tested, job.data_seed)
     told = {TOLD_RIGHT if name == AS_GIVEN else name: told_NA for name, told_NA in told.items()}
-    loads = {condition: Loads(tested.dataset) for condition in told}
+    loads = {condition: ExpertLoads(tested.dataset) for condition in told}
     trained = {c.attributes for c in tested.dataset.cases if c.case_id in tested.trained}
     return Trial(
         job=job,
@@ -189,7 +189,7 @@ def _tested(job: Job, recipe: Recipe, size: int) -> Trial:
 def _dice(
     tested: TrainedRun,
     told: Mapping[str, np.ndarray],
-    loads: Mapping[str, Loads],
+    loads: Mapping[str, ExpertLoads],
     region: str,
 ) -> dict[str, tuple[float, ...]]:
     """By condition, every test case's Dice of a region, at native resolution."""

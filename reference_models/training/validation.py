@@ -19,7 +19,7 @@ from ..data.cases import Dataset
 from ..data.loading import Batch
 from ..data.patches import Windows
 from ..metrics import fairness, region
-from ..metrics.loads import Loads, LoadTables
+from ..metrics.loads import ExpertLoads, LoadTables
 from ..models.inference import infer
 from ..report.pictures import Picture
 
@@ -86,7 +86,7 @@ def validate(
     model.eval()
     scored: dict[str, _CaseScore] = {}
     examples: dict[int, Picture] = {}
-    loads = Loads(dataset)
+    loads = ExpertLoads(dataset)
     for batch in batches:
         # Volumes stay on the CPU, where their logits are put together.
         moved = batch.to(device if windows is None else torch.device("cpu"))
@@ -120,15 +120,17 @@ def validate(
 
 
 def _gathered(
-    scored: dict[str, _CaseScore], loads: Loads, dataset: Dataset
-) -> tuple[dict[str, _CaseScore], Loads]:
+    scored: dict[str, _CaseScore], loads: ExpertLoads, dataset: Dataset
+) -> tuple[dict[str, _CaseScore], ExpertLoads]:
     """The scores by case and the loads of all ranks."""
     if not dist.is_initialized():
         return scored, loads
-    shares: list[tuple[dict[str, _CaseScore], Loads]] = [(scored, loads)] * dist.get_world_size()
+    shares: list[tuple[dict[str, _CaseScore], ExpertLoads]] = [
+        (scored, loads)
+    ] * dist.get_world_size()
     dist.all_gather_object(shares, (scored, loads))  # from this run's own processes
     everybody = {case: result for share, _ in shares for case, result in share.items()}
-    return everybody, Loads.together(dataset, [share for _, share in shares])
+    return everybody, ExpertLoads.together(dataset, [share for _, share in shares])
 
 
 def _by_group(scored: dict[str, _CaseScore], dataset: Dataset) -> tuple[float, dict[str, float]]:

@@ -10,7 +10,7 @@ from harness.volumes import CPU, FRAME, STAGED
 from torch import nn
 
 from dmoe_layer import DMoE, routing
-from reference_models.metrics.loads import Loads
+from reference_models.metrics.loads import ExpertLoads
 from reference_models.models.inference import infer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,7 +147,7 @@ def test_loads_are_shares_of_all_windows_tokens_inside_the_body():
     image[0] += 2  # so that the windows' own shares differ
     tables = []
     for windows in (1, 4):
-        loads = Loads(STAGED)
+        loads = ExpertLoads(STAGED)
         answered(model, image, body, told=[[1], [1]], windows=windows, loads=loads)
         tables.append(loads.tables()["stage"])
     chosen = torch.cat([routed.expert_indices for routed in model.routed[:6]]).flatten()
@@ -169,6 +169,6 @@ def test_no_routing_outlives_its_window_batch():
                 alive.add(tensor)
             return self.after(y)
 
-    answered(Watched(), noise(2, 1, 64, 48, 32), loads=Loads(STAGED), windows=2)
+    answered(Watched(), noise(2, 1, 64, 48, 32), loads=ExpertLoads(STAGED), windows=2)
     assert len(most) == 6
     assert set(most) == {0}
