@@ -135,6 +135,23 @@ def test_readme_draws_every_room():
     picture = README.split("## The house")[1]
     for path in PACKAGE.rglob("*.py"):
         assert path.stem == "__init__" or path.name in picture, path.name
+    for part in ("reference_models", "benchmarks", "tests"):
+        rooms = {path.parent.name for path in (ROOT / part).glob("*/*.py")}
+        assert {room for room in rooms - {"harness"} if f"{room}/" not in picture} == set()
+    files = {path.name for path in (ROOT / "reference_models").glob("*.py")} - {"__init__.py"}
+    assert {name for name in files if name not in picture} == set()
+
+
+def test_readme_lists_the_layers_rooms_in_the_order_in_which_they_may_import():
+    lines = [line.strip() for line in README.split("    src/dmoe_layer/\n")[1].splitlines()]
+    drawn = [line.split()[0].rstrip(",").removesuffix(".py").rstrip("/") for line in lines if line]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    contract = project.split('containers = ["dmoe_layer"]')[1].split("layers = [")[1].split("]")[0]
+    floors = [line.strip(' ",').split(" | ") for line in contract.splitlines() if line.strip()]
+    floor_of = {room: place for place, rooms in enumerate(floors) for room in rooms}
+    places = [floor_of[name] for name in drawn if name in floor_of]
+    assert len(places) >= 12
+    assert places == sorted(places)
 
 
 def test_the_wheel_holds_the_package_alone_and_runs_the_readmes_first_snippet(tmp_path):

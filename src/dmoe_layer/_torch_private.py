@@ -1,7 +1,8 @@
-"""What PyTorch has but does not promise: every private name that this package needs stands here.
+"""What PyTorch has but does not promise: every private name that this package calls stands here.
 
 Each was seen in PyTorch 2.8, 2.10, 2.11, 2.13 and 2.15. Where one is gone, what needs it takes a
-slower road or raises an error that says so.
+slower road or raises an error that says so. (``lazy.py`` overrides three private methods of
+PyTorch's lazy modules, and says there what happens when their names change.)
 """
 
 from __future__ import annotations
@@ -69,6 +70,18 @@ def constant_for_dynamo(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def known_while_compiling(condition: bool) -> bool:
+    """Whether a condition on open sizes holds for all of them; no new guard comes of asking.
+
+    Where PyTorch cannot be asked any more, nothing is known.
+    """
+    try:
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+    except ImportError:
+        return False
+    return statically_known_true(condition)
 
 
 def stop_being_lazy(module: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 A backend is two functions. ``route`` scores the tokens and keeps the k best experts of each; it
 returns a Routing and a plan, which is whatever its ``experts`` needs to run the experts. To add a
-backend, add a folder with two such functions, its name in ``BACKENDS`` and ``load``, and the
-conditions under which ``choose`` takes it.
+backend: a folder with two such functions, which takes its place among the rooms in pyproject.toml
+and README.md; its name in ``BACKENDS``; how to import it in ``load``; and in ``choose`` the
+conditions under which it is taken.
 
 ``eager`` is plain PyTorch and takes everything. ``triton``, the folder ``fused``, has the router's
 top-k and dispatch and the experts' MLPs fused into kernels of its own, for what ``_obstacle`` finds
@@ -62,10 +63,12 @@ def load(name: str) -> Backend:
     """The backend that :func:`choose` has named; Triton is imported only here."""
     if name == "eager":
         return Backend(eager_router.route, eager_experts.experts)
-    from .fused import experts as fused_experts
-    from .fused import router as fused_router
+    if name == "triton":
+        from .fused import experts as fused_experts
+        from .fused import router as fused_router
 
-    return Backend(fused_router.route, fused_experts.experts)
+        return Backend(fused_router.route, fused_experts.experts)
+    raise ValueError(f"backend: got {name!r}, which is none that could be loaded.")
 
 
 def choose(layer: Any, x: Tensor, dtype: torch.dtype) -> Choice:
@@ -112,16 +115,18 @@ def explain(layer: Any, x: Tensor) -> str:
         choice = choose(layer, x_BTD, dtype)
     except RuntimeError as error:
         return f"error: {error}"
-    if choice.backend == "eager":
-        return f"eager: {choice.reason}"
+    reason = _kernels_for(x_BTD.shape[-1], dtype) if choice.backend == "triton" else choice.reason
+    return f"{choice.backend}: {reason}"
+
+
+def _kernels_for(dim: int, dtype: torch.dtype) -> str:
+    """Which of the Triton kernels compute experts of this width, in words."""
     from .fused.narrow import NARROW, fuses_backward
 
-    dim = x_BTD.shape[-1]
-    if fuses_backward(dim, dtype):
-        return f"triton: D = {dim} is narrow, the hidden layer stays in registers"
-    if dim <= NARROW:
-        return f"triton: D = {dim} is narrow, the hidden layer stays in registers but in backward"
-    return f"triton: D = {dim} is wide, grouped matrix products with the hidden layer between them"
+    if dim > NARROW:
+        return f"D = {dim} is wide, grouped matrix products with the hidden layer between them"
+    but = "" if fuses_backward(dim, dtype) else " but in backward"
+    return f"D = {dim} is narrow, the hidden layer stays in registers{but}"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

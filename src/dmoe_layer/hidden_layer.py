@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._torch_private import known_while_compiling
 from .tensors import ExpertWeights
 
 # Computing an element again takes 2·D operations, against writing and reading it: measured, keeping
@@ -30,6 +31,4 @@ def keeps_hidden(x_TD: Tensor, gates_TK: Tensor, weights: ExpertWeights) -> bool
     is_small = gates_TK.numel() * hidden <= weights_and_gradients
     if not torch.compiler.is_compiling():
         return is_small
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(is_small)
+    return known_while_compiling(is_small)

@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from torch.autograd import forward_ad
 
 from dmoe_layer import DMoE
+from dmoe_layer.activations import ACTIVATIONS
 from dmoe_layer.eager import dispatch
+
+
+def test_the_naive_loop_knows_every_activation():
+    assert naive.ACTIVATIONS.keys() == ACTIVATIONS.keys()
 
 
 @settings(max_examples=150)

@@ -1,5 +1,6 @@
 """Where PyTorch lacks a private name, the layer takes a slower road or says so."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,11 @@ def test_without_onednns_operator_products_go_to_blas(monkeypatch):
     assert torch.equal(_torch_private.onednn_linear(x, w, b), F.linear(x, w, b))
     layer, x = layer_and_input()
     layer(x, A2).sum().backward()
+
+
+def test_without_knowledge_of_open_sizes_the_hidden_layer_is_computed_again(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental.symbolic_shapes", None)
+    assert _torch_private.known_while_compiling(True) is False
 
 
 def test_hooks_under_other_names_leave_a_lazy_layer_usable():
