@@ -1,7 +1,7 @@
 """The activations an expert may have, by name.
 
-To add one: a row in ``ACTIVATIONS``, its formula in ``tests/naive.py``, its name in the docstring of
-``DMoE``. The Triton kernels have theirs in the functions ``activate`` and ``slope`` of
+To add one: a row in ``ACTIVATIONS``, its formula in ``tests/naive.py``, its name in the docstring
+of ``DMoE``. The Triton kernels have theirs in the functions ``activate`` and ``slope`` of
 ``fused/kernels/common.py``. Without a branch there, say ``fused=False``: the eager backend then
 takes every layer that has it.
 """
