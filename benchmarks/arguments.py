@@ -1,14 +1,38 @@
-"""What the commands are given: a device, names from a list, numbers that must not be too small."""
+"""Runs a command line, and checks what it is given: a device, names from a list, numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import argparse
+import sys
+from collections.abc import Callable, Collection
 
 import torch
+
+from reference_models.errors import DataError
+from reference_models.terminal import print_anything
 
 
 class ArgumentError(ValueError):
     """Which argument, what came and what was expected; shown without a traceback."""
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], None],
+    words: list[str] | None,
+) -> int:
+    """Parses the words (None: those of the process) and runs; returns the exit status.
+
+    An `ArgumentError` or a `DataError` is shown as a sentence, without a traceback: status 2.
+    """
+    print_anything()
+    options = parser.parse_args(words)
+    try:
+        run(options)
+    except (ArgumentError, DataError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from reference_models.machine import processor_name
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -88,13 +90,7 @@ def machine_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's and its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 def _git(folder: Path, *words: str) -> str:

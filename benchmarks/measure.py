@@ -1,4 +1,4 @@
-"""Times steps that take turns, on the device's own clock.
+"""Times several steps, which take turns, on the device's own clock.
 
 By hand, since ``torch.utils.benchmark`` and ``triton.testing`` time one step after the other: here
 all take turns in a new order each round, with quartiles over the rounds, laps inside a step (its

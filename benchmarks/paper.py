@@ -1,4 +1,4 @@
-"""The paper's layer (Oh et al., ICML 2025, arXiv:2502.00619): its numbers, and its way to compute.
+"""The paper's layer (Oh et al., ICML 2025, arXiv:2502.00619): its numbers, and its loop of masks.
 
 Shapes: B samples, T tokens, D features, H hidden, E experts, K experts a token, A attribute values.
 """

@@ -1,4 +1,4 @@
-"""Memory of any code and time of a GPU's kernels, by PyTorch's profiler and caching allocator."""
+"""Measures any code's memory and a GPU's kernel times, by PyTorch's profiler and its allocator."""
 
 from __future__ import annotations
 

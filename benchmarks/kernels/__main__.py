@@ -1,4 +1,4 @@
-"""``python -m benchmarks.kernels``: compiles every Triton kernel for real GPUs, which it needs not.
+"""``python -m benchmarks.kernels``: compiles every Triton kernel for GPUs that need not be there.
 
 The layer's own launches are recorded at the widths of the layer benchmark's goals, and each is
 compiled by Triton for compute capability 8.0 and 9.0. Registers, stack and shared memory come from

@@ -1,4 +1,4 @@
-"""Whether a provider's layer computes what it should: nothing wrong is timed."""
+"""Checks that a provider's layer computes the right answer, before it is timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layer is meant to reach, beside what a run measured."""
+"""The layer's goals, and a table of them beside what a run measured."""
 
 from __future__ import annotations
 

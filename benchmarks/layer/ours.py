@@ -42,21 +42,22 @@ class Ours(Layer):
         if self.layer.backend == "eager":  # as a router does that is called alone
             self.layer.router(x_BTD, attributes_B)
             return
-        # The layer hands its backend to its router: a call of the layer that ends behind it. What
-        # Python does before is not timed: of kernels their own times count.
-        with self.layer.router.register_forward_hook(_end_the_call), suppress(_Routed):
+        # Only the layer calls its router with the backend's own route, so the layer is called, and
+        # its call is ended once the router has returned. Python's work before that is not counted:
+        # of kernels their own times count.
+        with self.layer.router.register_forward_hook(_end_the_call), suppress(_EndOfCall):
             self.layer(x_BTD, attributes_B)
 
     def w1_grad(self) -> Tensor:
         return gradient(self.layer.w1_EHD)
 
 
-class _Routed(Exception):
-    """Ends a call of the layer."""
+class _EndOfCall(Exception):
+    """Ends a call of the layer behind its router."""
 
 
 def _end_the_call(*_: object) -> None:
-    raise _Routed
+    raise _EndOfCall
 
 
 OURS = [Provider(name, partial(Ours, backend=name), "ours") for name in ("eager", "triton")]

@@ -1,4 +1,4 @@
-"""What a run says in Markdown: the tables it prints, and its section of the benchmarks' README."""
+"""A run in Markdown: the tables that it prints, and its section of the benchmarks' README."""
 
 from __future__ import annotations
 

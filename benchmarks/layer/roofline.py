@@ -1,4 +1,4 @@
-"""The machine's own limits, as it reaches them."""
+"""Measures the machine's own limits, by a large matrix product and a large copy."""
 
 from __future__ import annotations
 

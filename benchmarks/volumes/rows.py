@@ -1,4 +1,4 @@
-"""A row for each patch and network, and what a run says in Markdown."""
+"""A row for each patch and network, and tables of the rows in Markdown."""
 
 from __future__ import annotations
 

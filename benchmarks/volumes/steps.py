@@ -1,4 +1,4 @@
-"""A training step of the 3D network: without experts, with them by the loop of masks, and ours.
+"""A training step of the 3D network: without experts, with a loop of masks, or with this layer.
 
 Shapes: B samples, C channels; D, H, W the volume's axes; T voxels.
 """

@@ -12,6 +12,7 @@ from typing import Any
 
 import dmoe_layer
 
+from ..machine import processor_name
 from . import tables
 from .csv_table import read_result
 from .jobs import TOLD_RIGHT, Trial
@@ -121,14 +122,8 @@ class Results:
 
 def _machine() -> dict[str, Any]:
     """The processor and the versions that the study was made with."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
     return {
-        "machine": name,
+        "machine": processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in ("torch", "numpy")},

@@ -8,9 +8,14 @@ import torch
 from harness.benchmark_runs import row_of, rows_of
 
 from benchmarks import output
+from benchmarks.kernels.report import KernelRow
 from benchmarks.layer.command import PROVIDERS
 from benchmarks.layer.rows import LayerRow
 from benchmarks.machine import commit
+from benchmarks.volumes.rows import VolumeRow
+from reference_models.study.csv_table import Table
+
+ROW_OF = {"kernels": KernelRow, "volumes": VolumeRow}  # by a file's first word; others hold layers
 
 
 def test_the_csv_holds_every_column_and_comes_back(tmp_path):
@@ -35,6 +40,13 @@ def test_the_csv_holds_every_column_and_comes_back(tmp_path):
         assert got["torch"] == torch.__version__
         assert all(got[name] for name in ("date", "commit", "machine", "threads", "python"))
     assert [file.name for file in tmp_path.iterdir()] == ["run.csv"]
+
+
+@pytest.mark.parametrize("path", sorted(output.RESULTS.glob("*.csv")), ids=lambda path: path.name)
+def test_a_committed_file_is_what_the_writer_makes_of_its_rows(path, tmp_path):
+    kind = ROW_OF.get(path.stem.split("-")[0], LayerRow)
+    output.write_csv(Table(path.name, kind).read(path.parent), tmp_path / path.name)
+    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import output
 from benchmarks.layer import command
 
 ROOT = Path(__file__).parents[3]
@@ -49,8 +50,8 @@ def test_a_readme_without_marks_is_a_sentence_and_the_figures_are_kept(
 ):
     readme = tmp_path / "README.md"
     readme.write_text("no marks", encoding="utf-8")
-    monkeypatch.setattr(command, "README", readme)
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(output, "README", readme)
+    monkeypatch.setattr(output, "RESULTS", tmp_path)
     monkeypatch.setattr(command, "all_shapes", lambda device: [])
     monkeypatch.setattr(command, "PROVIDERS", {"mask-loop": command.PROVIDERS["mask-loop"]})
     words = ["--device", "cpu", "--shapes", "1x32x16x1", "--rounds", "1"]

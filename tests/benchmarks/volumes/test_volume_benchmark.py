@@ -8,8 +8,7 @@ import torch
 
 from benchmarks.arguments import chosen_names
 from benchmarks.machine import run_facts
-from benchmarks.volumes import __main__ as command
-from benchmarks.volumes import runner, steps
+from benchmarks.volumes import command, runner, steps
 from benchmarks.volumes.rows import VolumeRow, section, table
 from benchmarks.volumes.runner import measure_patch
 from benchmarks.volumes.steps import NETWORKS, LoopSlot, Patch, Step
