@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..data import DataSettings
+from ..data.datasets import find_source
 from ..errors import RunError
 from .framings import ImageFramingSettings, VolumeFramingSettings, require
 from .networks import ResUNet3DSettings, TransUNetSettings, UNetSettings
@@ -105,6 +106,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
     Raises:
         RunError: a setting is out of range, or two of them do not fit together.
+        DataError: there is no data set of that name.
     """
     data = recipe.data.data
     if recipe.epochs == "paper":
@@ -148,7 +150,7 @@ def _check_axes(recipe: Recipe) -> None:
     axes = len(recipe.framing.shape)
     if axes != recipe.model.axes:
         raise RunError("model, framing: one is for 2D images and the other for volumes.")
-    if axes != (3 if recipe.data.data == "nifti" else 2):
+    if axes != find_source(recipe.data.data).axes:
         kinds = ("2D images", "volumes") if axes == 3 else ("volumes", "2D images")
         raise RunError(
             f"data: {recipe.data.data} has {kinds[0]}, but the preset is for {kinds[1]}; those for "
