@@ -74,6 +74,11 @@ class EvaluateRun(RunSettings):
     def folder(self) -> Path:
         return self.out or self.run / f"evaluation-{self.split}"
 
+    def score(self) -> Path:
+        """Does as `evaluate_run` and returns the folder that it wrote."""
+        evaluate_run(self)
+        return self.folder
+
 
 @dataclass(frozen=True)
 class EvaluatePredictions:
@@ -95,6 +100,11 @@ class EvaluatePredictions:
     out: Path = Path("evaluation")
     """Folder to write."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
+
+    def score(self) -> Path:
+        """Does as `evaluate_predictions` and returns the folder that it wrote."""
+        evaluate_predictions(self)
+        return self.out
 
 
 def evaluate_run(settings: EvaluateRun) -> Summary:
