@@ -24,7 +24,7 @@ class DataSettings:
     """Which data, from where, by which attributes, and how split."""
 
     data: Literal["fairseg", "ham10000", "mni152", "phantom", "nifti"]
-    """Which data set."""
+    """The data set."""
     root: Path | None = None
     """Folder of its files; mni152 and phantom have none."""
     attributes: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class DataSettings:
     ct_window: tuple[float, float] = CT_WINDOW
     """Hounsfield units that CT (a channel of that name, of nifti) is clipped to."""
     mni152: HeldOut = "middle"
-    """Which slices of mni152 are held out for test and validation."""
+    """The slices of mni152 that are held out for test and validation."""
     phantom: PhantomSettings = field(default_factory=PhantomSettings)
     """What the phantom is made of."""
 
