@@ -17,12 +17,7 @@ from .data import DataSettings
 from .data.check import check
 from .demo import DemoSettings, demo
 from .errors import DataError, RunError
-from .evaluation.evaluate import (
-    EvaluatePredictions,
-    EvaluateRun,
-    evaluate_predictions,
-    evaluate_run,
-)
+from .evaluation.evaluate import EvaluatePredictions, EvaluateRun
 from .evaluation.prediction import PredictSettings, predict
 from .recipes.presets import DESCRIPTIONS, PRESETS
 from .study.command import StudySettings, study
@@ -81,12 +76,7 @@ def _train(recipe: Annotated[_Preset, tyro.conf.arg(name="")], resume: bool = Fa
 
 def _evaluate(settings: Annotated[_Evaluated, tyro.conf.arg(name="")]) -> int:
     """Scores a trained run, or masks by any other tool, and writes csv, json and a report."""
-    if isinstance(settings, EvaluateRun):
-        evaluate_run(settings)
-        print(f"report: {settings.folder / 'report.html'}")
-    else:
-        evaluate_predictions(settings)
-        print(f"report: {settings.out / 'report.html'}")
+    print(f"report: {settings.score() / 'report.html'}")
     return 0
 
 

@@ -54,9 +54,9 @@ class DemoSettings:
     out: Path = Path("demo_output")
     """Folder of the three runs; runs that are there already are not trained again."""
     seed: int = 0
-    """Of initial weights, order, augmentation and routing noise."""
+    """Seed of initial weights, order, augmentation and routing noise."""
     epochs: int | None = None
-    """The preset's, unless given."""
+    """Number of epochs; by default the preset's."""
 
 
 def demo(settings: DemoSettings) -> dict[str, Summary]:

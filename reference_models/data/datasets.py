@@ -24,7 +24,7 @@ class DataSettings:
     """Which data, from where, by which attributes, and how split."""
 
     data: Literal["fairseg", "ham10000", "mni152", "phantom", "nifti"]
-    """Which data set."""
+    """The data set."""
     root: Path | None = None
     """Folder of its files; mni152 and phantom have none."""
     attributes: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class DataSettings:
     ct_window: tuple[float, float] = CT_WINDOW
     """Hounsfield units that CT (a channel of that name, of nifti) is clipped to."""
     mni152: HeldOut = "middle"
-    """Which slices of mni152 are held out for test and validation."""
+    """The slices of mni152 that are held out for test and validation."""
     phantom: PhantomSettings = field(default_factory=PhantomSettings)
     """What the phantom is made of."""
 
@@ -74,11 +74,13 @@ class Source:
         needs_root: whether it is read from a folder; if not, it is made and takes none.
         attributes: names to choose from, the default one first. Empty where they are known only
             once the data set is open: as columns of its files, or by what it is made of.
+        axes: spatial axes of a sample: 2 of images, 3 of volumes.
     """
 
     create: Callable[[Request], Dataset]
     needs_root: bool
     attributes: tuple[str, ...] = ()
+    axes: int = 2
 
 
 DATASETS = {
@@ -103,8 +105,24 @@ DATASETS = {
             known=request.known,
         ),
         needs_root=True,
+        axes=3,
     ),
 }
+
+
+def find_source(name: str) -> Source:
+    """Looks up a row of `DATASETS`.
+
+    Raises:
+        DataError: there is no data set of that name.
+
+    Example:
+        >>> find_source("nifti").axes
+        3
+    """
+    if name not in DATASETS:
+        raise DataError(f"data: got {name!r}, expected one of {', '.join(DATASETS)}")
+    return DATASETS[name]
 
 
 def open_dataset(
@@ -132,9 +150,7 @@ def open_dataset(
         >>> open_dataset(DataSettings("phantom")).attributes[0].values
         ('site 1', 'site 2', 'site 3')
     """
-    if settings.data not in DATASETS:
-        raise DataError(f"data: got {settings.data!r}, expected one of {', '.join(DATASETS)}")
-    source = DATASETS[settings.data]
+    source = find_source(settings.data)
     if source.needs_root and (settings.root is None or not settings.root.is_dir()):
         raise DataError(f"root: {settings.data} needs the folder of its files, got {settings.root}")
     if not source.needs_root and settings.root is not None:

@@ -1,4 +1,4 @@
-"""Writes a folder as a radiotherapy group would have it, made of the MNI152 head, to try all on.
+"""Writes a folder as a radiotherapy group would have it, made of the MNI152 head, to practise on.
 
 The attribute is the acquisition: three that are simulated from the 1 mm template that the `nilearn`
 wheel holds, so that nothing is downloaded. The labels are grey and white matter, outlined on the

@@ -62,7 +62,7 @@ class PhantomSettings:
     test_cases_per_group: int = 40
     """Test cases of each site (of two attributes, of each combination)."""
     image_size: int = 64
-    """Rows and columns."""
+    """Number of rows, and of columns."""
     seed: int = 0
     """Seed of the images; independent of the seeds of splits and of training."""
 

@@ -52,12 +52,12 @@ class Scoring:
     """How masks are scored."""
 
     tolerance: float = 2.0
-    """Of the surface Dice, in the data's unit (mm, or pixels where the files do not say); take the
-    distance between two experts' outlines if you know it."""
+    """Tolerance of the surface Dice, in the data's unit (mm, or pixels where the files do not say);
+    take the distance between two experts' outlines if you know it."""
     resamples: int = 2000
-    """Of the bootstrap."""
+    """Number of resamples of the bootstrap."""
     seed: int = 0
-    """Of the bootstrap, and of which attributes are told wrongly."""
+    """Seed of the bootstrap, and of which attributes are told wrongly."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,19 @@ class EvaluateRun(RunSettings):
     """Scores a trained run."""
 
     split: Split = "test"
-    """Which cases."""
+    """The split whose cases are scored."""
     out: Path | None = None
-    """Folder to write; by default evaluation-<split> in the run's."""
+    """Folder to write; by default evaluation-<split> in the run's folder."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
     @property
     def folder(self) -> Path:
         return self.out or self.run / f"evaluation-{self.split}"
+
+    def score(self) -> Path:
+        """Does as `evaluate_run` and returns the folder that it wrote."""
+        evaluate_run(self)
+        return self.folder
 
 
 @dataclass(frozen=True)
@@ -85,16 +90,21 @@ class EvaluatePredictions:
     """
 
     folder: Path
-    """Of the masks."""
+    """Folder of the masks."""
     data: Annotated[DataSettings, tyro.conf.arg(name="")]
-    """What they are masks of."""
+    """The data set that they are masks of."""
     split: Split = "test"
-    """Which cases."""
+    """The split whose cases are scored."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is not known, as a run's evaluation may have done."""
     out: Path = Path("evaluation")
     """Folder to write."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
+
+    def score(self) -> Path:
+        """Does as `evaluate_predictions` and returns the folder that it wrote."""
+        evaluate_predictions(self)
+        return self.out
 
 
 def evaluate_run(settings: EvaluateRun) -> Summary:

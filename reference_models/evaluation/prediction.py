@@ -46,15 +46,15 @@ class RunSettings:
     run: Path
     """The run's folder."""
     which: Which = "best"
-    """Which of its checkpoints."""
+    """The checkpoint to load."""
     root: Path | None = None
-    """Where the data lie, if no longer where the run found them."""
+    """Folder of the data, if they no longer lie where the run found them."""
     batch_size: int | None = None
-    """Images, or windows of a volume, at a time; by default as many as in training."""
+    """Number of images, or windows of a volume, at a time; by default as many as in training."""
     workers: int = 0
-    """Processes that read cases."""
+    """Number of processes that read cases."""
     device: str | None = None
-    """Where the network computes, such as cpu or cuda; by default on a GPU if there is one."""
+    """Device that the network runs on, such as cpu or cuda; by default a GPU if there is one."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is not known; a run that was trained so does anyway."""
 
@@ -64,10 +64,10 @@ class PredictSettings(RunSettings):
     """Masks (`masks/<case id>.png` or .nii.gz, label values, native size) and overlays of a run."""
 
     split: Literal["train", "validation", "test", "all"] = "test"
-    """Which cases; all: every case of the data, such as those of another --root. Volumes need no
-    mask to be predicted, images do."""
+    """The split whose cases are predicted; all: every case of the data, such as those of another
+    --root. Volumes need no mask to be predicted, images do."""
     out: Path | None = None
-    """Folder to write; by default predictions-<split> in the run's."""
+    """Folder to write; by default predictions-<split> in the run's folder."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def attribute_names(dataset: Dataset, case: Case) -> dict[str, str]:
 
 
 def population_shares(dataset: Dataset, cases: Sequence[Case]) -> dict[str, tuple[float, ...]]:
-    """By attribute, the share in "overall" of each of its values.
+    """Gives by attribute the share in "overall" of each of its values.
 
     The data set's population, or the cases' shares where it states none; a value without cases
     has no score, and leaves its share to the others in proportion to theirs.
@@ -66,7 +66,7 @@ def region_scores(
     resamples: int,
     seed: int,
 ) -> dict[str, tuple[RegionScores, ...]]:
-    """By attribute, the scores of every region.
+    """Gives by attribute the scores of every region.
 
     Args:
         dataset: whose regions, attributes and population these are.

@@ -115,14 +115,7 @@ def batch_dice(prediction: Tensor, truth: Tensor) -> list[float]:
         >>> [round(score, 3) for score in batch_dice(prediction, truth)]
         [0.667, 1.0, 0.0]
     """
-    for name, mask in (("prediction", prediction), ("truth", truth)):
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{name}: got {mask.dtype}, expected torch.bool; compare first (> 0).")
-    if prediction.shape != truth.shape:
-        raise ValueError(
-            f"prediction: got shape {tuple(prediction.shape)}, expected that of truth, "
-            f"{tuple(truth.shape)}."
-        )
+    _check_masks("prediction", prediction, truth, torch.bool)
     shared = (prediction & truth).flatten(1).sum(1).tolist()
     sizes = (prediction.flatten(1).sum(1) + truth.flatten(1).sum(1)).tolist()
     return [dice(common, size) for common, size in zip(shared, sizes, strict=True)]
@@ -188,16 +181,29 @@ def _check(
     predicted_S: np.ndarray, truth_S: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> None:
     """Raises what `score_region` says."""
-    for name, mask in (("predicted", predicted_S), ("truth", truth_S)):
-        if mask.dtype != np.bool_:
-            raise TypeError(f"{name}: got {mask.dtype}, expected bool; compare first (== label).")
-    if predicted_S.shape != truth_S.shape:
-        raise ValueError(
-            f"predicted: got shape {predicted_S.shape}, expected that of truth, {truth_S.shape}."
-        )
+    _check_masks("predicted", predicted_S, truth_S, np.dtype(bool))
     if len(spacing) != truth_S.ndim or not all(0 < size < np.inf for size in spacing):
         raise ValueError(
             f"spacing: got {tuple(spacing)}, expected {truth_S.ndim} positive numbers, one an axis."
         )
     if not 0 <= tolerance < np.inf:
         raise ValueError(f"tolerance: got {tolerance}, expected a distance of 0 or more.")
+
+
+def _check_masks(
+    name: str,
+    predicted: np.ndarray | Tensor,
+    truth: np.ndarray | Tensor,
+    boolean: np.dtype | torch.dtype,
+) -> None:
+    """Raises unless both masks are bool and of one shape; `name` is the first one's argument."""
+    for argument, mask in ((name, predicted), ("truth", truth)):
+        if mask.dtype != boolean:
+            raise TypeError(
+                f"{argument}: got {mask.dtype}, expected {boolean}; compare first (> 0, == label)."
+            )
+    if predicted.shape != truth.shape:
+        raise ValueError(
+            f"{name}: got shape {tuple(predicted.shape)}, expected that of truth, "
+            f"{tuple(truth.shape)}."
+        )

@@ -40,7 +40,7 @@ class Membership(nn.Module):
         self.values = sum(attribute_sizes) + len(attribute_sizes) * (unknown == "learned")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the samples of x (B, ...), on its device and in its dtype."""
+        """Gives (B, V) for the samples of x (B, ...), on its device and in its dtype."""
         attributes_BA = routing.attribute_values(x, self.attribute_sizes, unknown=self.unknown)
         columns = []
         for attribute_B, size in zip(attributes_BA.T, self.attribute_sizes, strict=True):

@@ -1,4 +1,4 @@
-"""Loads trained weights into any network here, a dense U-Net's into one of experts among them.
+"""Loads trained weights into any network here; a U-Net of experts can start from a dense U-Net's.
 
 Each entry of a file is either taken, in the shape that the network has, or known to be of no use;
 otherwise one error lists all that is wrong, and nothing is loaded. A new network that takes files

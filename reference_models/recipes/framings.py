@@ -66,10 +66,10 @@ class ImageFramingSettings(FramingSettings):
     size: int = 224
     """Pixels a side that the network sees."""
     crop: int | Literal["paper", "whole"] = "paper"
-    """Native pixels of the central crop; paper: 512 for FairSeg, 1024 for HAM10000."""
+    """Native pixels a side of the central crop; paper: 512 for FairSeg, 1024 for HAM10000."""
     augment: Literal["paper", "shift", "none"] = "paper"
-    """Of training images. paper: turned, flipped and rotated as in the paper's code; shift: moved
-    by up to a twelfth of the size, where all are in one pose."""
+    """How training images are varied. paper: turned, flipped and rotated as in the paper's code;
+    shift: moved by up to a twelfth of the size, where all are in one pose."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,21 +96,22 @@ class VolumeFramingSettings(FramingSettings):
     """What a 3D network sees of a volume: patches, on one grid of voxels for all volumes."""
 
     spacing: tuple[float, float, float] | Literal["median"] = "median"
-    """Voxels to resample to: mm from left to right, back to front and below to above; median: that
-    of the data, axis by axis."""
+    """Size of the voxels to resample to: mm from left to right, back to front and below to above;
+    median: that of the data, axis by axis."""
     patch: tuple[int, int, int] = (384, 384, 128)
-    """Such voxels that the network sees at once, multiples of 32, in the same order of axes."""
+    """Number of such voxels that the network sees at once, multiples of 32, in the same order of
+    axes."""
     patches: int = 1
-    """Training patches of each volume in an epoch."""
+    """Number of training patches of each volume in an epoch."""
     foreground: float = 1 / 3
     """Share of the training patches that are laid around a voxel of the foreground."""
     overlap: float = 0.5
-    """Of neighbouring windows in validation and prediction, as a share of the patch."""
+    """Overlap of neighbouring windows in validation and prediction, as a share of the patch."""
     body: bool = False
     """Route only the voxels of the patient's body to the experts, none of the air around it."""
     augment: Literal["paper", "none"] = "paper"
-    """Of training patches. paper: flips and shifts of intensity; the paper names none, and these
-    are usual."""
+    """How training patches are varied. paper: flips and shifts of intensity; the paper names none,
+    and these are usual."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ class ModelSettings(ABC):
     """Spatial axes of what the network sees: 2 of images, 3 of volumes."""
 
     aware: bool = True
-    """No: the router is not told the attribute, the paper's plain-MoE baseline."""
+    """Tell the router the attribute; if not, this is the paper's plain-MoE baseline."""
     noise: Literal["train", "always", "never"] = "train"
     """When the router's scores are noisy; always: as in the paper's released code."""
     unknown: Literal["error", "average", "learned"] = "error"
@@ -94,11 +94,11 @@ class TransUNetSettings(ModelSettings):
     """The 2D network."""
 
     variant: Literal["vit_b16", "r50_vit_b16", "small"] = "vit_b16"
-    """vit_b16: what the paper's experiments ran; r50_vit_b16: TransUNet in full; small: for a
-    CPU."""
+    """The encoder. vit_b16: what the paper's experiments ran; r50_vit_b16: TransUNet in full;
+    small: for a CPU."""
     moe: Literal["shared", "per_block", "mlp", "none"] = "shared"
-    """shared: one residual layer after every block, the paper's; per_block: one each; mlp: in place
-    of each block's MLP; none: a dense network."""
+    """Where experts are. shared: one residual layer after every block, the paper's; per_block: one
+    each; mlp: in place of each block's MLP; none: a dense network."""
 
     @property
     def told(self) -> bool:
@@ -124,7 +124,8 @@ class ResUNet3DSettings(ModelSettings):
     features: int = 24
     """Channels of the first stage; the five have 1, 1, 2, 4 and 8 times as many."""
     moe: Literal["per_block", "none"] = "per_block"
-    """per_block: a residual layer after each of --stages, the paper's; none: a dense network."""
+    """Where experts are. per_block: a residual layer after each of --stages, the paper's; none: a
+    dense network."""
     stages: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Encoder stages that are followed by experts."""
 
@@ -159,9 +160,9 @@ class UNetSettings(ModelSettings):
     """Hidden units that a token passes through, of all its experts together, as a multiple of the
     stage's channels."""
     n_experts: int = 8
-    """Experts of a stage."""
+    """Number of experts of a stage."""
     k: int = 2
-    """Experts of a token."""
+    """Number of experts that a token goes to."""
 
     @property
     def told(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..data import DataSettings
+from ..data.datasets import find_source
 from ..errors import RunError
 from .framings import ImageFramingSettings, VolumeFramingSettings, require
 from .networks import ResUNet3DSettings, TransUNetSettings, UNetSettings
@@ -34,12 +35,13 @@ class Recipe:
     out: Path = Path("run")
     """The run's folder."""
     seed: int = 0
-    """Of initial weights, order, augmentation, routing noise and dropout."""
+    """Seed of initial weights, order, augmentation, routing noise and dropout."""
 
     batch_size: int = 42
-    """Of all devices together."""
+    """Samples in a batch, of all devices together."""
     epochs: int | Literal["paper"] = "paper"
-    """paper: 300 for FairSeg, 100 for HAM10000; 0: none, to evaluate --weights as they are."""
+    """Number of epochs. paper: 300 for FairSeg, 100 for HAM10000; 0: none, to evaluate --weights as
+    they are."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is not known, as the paper does."""
     attribute_dropout: float = 0.0
@@ -49,17 +51,18 @@ class Recipe:
     """Stop after so many epochs without a better validation score."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Which optimizer; betas of AdamW are PyTorch's."""
+    """The optimizer; betas of AdamW are PyTorch's."""
     learning_rate: float = 0.01
-    """At its highest."""
+    """The learning rate at its highest."""
     weight_decay: float = 0.01
-    """Of every parameter."""
+    """The weight decay of every parameter."""
     momentum: float = 0.9
-    """Of SGD."""
+    """The momentum of SGD."""
     schedule: Literal["exponential", "poly", "cosine"] = "exponential"
-    """exponential: from epoch to epoch; poly: (1 - step/steps)^0.9; cosine: to zero."""
+    """How the learning rate falls. exponential: from epoch to epoch; poly: (1 - step/steps)^0.9;
+    cosine: to zero."""
     decay: float = 0.01
-    """exponential: what is left of the learning rate in the last epoch."""
+    """What the exponential schedule leaves of the learning rate in the last epoch, as a share."""
     warmup: float = 0.0
     """Share of the steps in which the learning rate rises from near zero."""
 
@@ -70,29 +73,31 @@ class Recipe:
     balance_weight: float = 0.0
     """Weight of the balance loss, the mean over the layer's calls."""
     balance: Literal["load", "within", "importance"] = "load"
-    """Which. load: load balancing over all tokens; within: the same within each attribute value,
-    all values alike; importance: of the summed gates."""
+    """The balance loss. load: load balancing over all tokens; within: the same within each
+    attribute value, all values alike; importance: of the summed gates."""
     z_weight: float = 0.0
     """Weight of the router z-loss, the mean over the layer's calls."""
     fairness: Literal["none", "reweight", "group-dro", "fair-dro", "febs"] = "none"
     """How samples of different groups are weighed; groups are those of the first attribute."""
     group_dro_rate: float = 0.01
-    """group-dro: step size of the groups' weights."""
+    """Step size of the groups' weights in group-dro."""
     fair_dro_temperature: float = 1.0
-    """fair-dro: the smaller, the more a group's hardest samples count."""
+    """Temperature of fair-dro: the smaller, the more a group's hardest samples count."""
     febs_gamma: float = 1.0
-    """febs: exponent of the groups' error bounds; 0 weighs all alike."""
+    """Exponent of the groups' error bounds in febs; 0 weighs all alike."""
 
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """Mixed: computed in half the bits, weights stay fp32; 16-mixed needs a GPU."""
+    """Number format of the computation. Mixed: half the bits, but weights stay fp32; 16-mixed needs
+    a GPU."""
     devices: int = 1
-    """Processes a node; GPUs where there are any, else CPU processes."""
+    """Number of processes a node; GPUs where there are any, else CPU processes."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """auto: ddp where there are several processes; fsdp: parameters are shared out among them."""
+    """How processes share the work. auto: ddp where there are several; fsdp: parameters are shared
+    out among them."""
     workers: int = 0
-    """Processes that load data, beside each training process."""
+    """Number of processes that load data, beside each training process."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is one at the end of each epoch besides."""
 
@@ -105,6 +110,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
     Raises:
         RunError: a setting is out of range, or two of them do not fit together.
+        DataError: there is no data set of that name.
     """
     data = recipe.data.data
     if recipe.epochs == "paper":
@@ -148,7 +154,7 @@ def _check_axes(recipe: Recipe) -> None:
     axes = len(recipe.framing.shape)
     if axes != recipe.model.axes:
         raise RunError("model, framing: one is for 2D images and the other for volumes.")
-    if axes != (3 if recipe.data.data == "nifti" else 2):
+    if axes != find_source(recipe.data.data).axes:
         kinds = ("2D images", "volumes") if axes == 3 else ("volumes", "2D images")
         raise RunError(
             f"data: {recipe.data.data} has {kinds[0]}, but the preset is for {kinds[1]}; those for "

@@ -1,7 +1,7 @@
 """Settings as json and back, field by field.
 
-By hand, since cattrs turns "3" into 3 and "abc" into three letters, fills in what is missing and
-knows no `int | Literal`: with a hook of our own for each of these it was longer than this.
+By hand, since all of these are refused here, and cattrs turns "3" into 3, "abc" into three letters
+and True into 1, and takes the default where a setting is missing.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
         if value.get(KIND) not in classes:
             raise RunError(
                 f"{name}.{KIND}: got {value.get(KIND)!r}, expected one of "
-                f"{', '.join(sorted(classes))}; {_ANOTHER_VERSION}"
+                f"{', '.join(sorted(classes))}; {_ANOTHER_VERSION} Or it is the network of a "
+                "program that is not loaded here, such as the study, which reads its own runs."
             )
         rest = {key: item for key, item in value.items() if key != KIND}
         return _settings_from_json(classes[value[KIND]], rest, name)

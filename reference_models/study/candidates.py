@@ -176,17 +176,17 @@ class CandidateSettings(UNetSettings):
     network: ClassVar[type[UNet]] = CandidateUNet
 
     placement: Literal["mlp", "after", "beside"] = "mlp"
-    """Of experts. mlp: in place of the MLP; after: half of the hidden units stay in the MLP, and a
-    residual layer of experts follows it, the paper's placement; beside: half of them stay in the
-    MLP, whose output is added to the experts', an expert that is always on."""
+    """Where experts are. mlp: in place of the MLP; after: half of the hidden units stay in the MLP,
+    and a residual layer of experts follows it, the paper's placement; beside: half of them stay in
+    the MLP, whose output is added to the experts', an expert that is always on."""
     modulate: bool = False
     """Scale and shift what router and experts see by the attribute, as film does."""
     film_identity: bool = False
     """Start scales and shifts as 1 and 0, instead of as PyTorch's linear layers do."""
     router: Literal["own", "shared", "sharp", "blind"] = "own"
-    """own: each attribute value's; sharp: the same, with scores four times as large at first, a
-    lower temperature; shared: one for all, but for a bias by attribute value; blind: one that is
-    told none, where `modulate` tells the experts."""
+    """The router. own: each attribute value's; sharp: the same, with scores four times as large at
+    first, a lower temperature; shared: one for all, but for a bias by attribute value; blind: one
+    that is told none, where `modulate` tells the experts."""
     merge: bool = False
     """Merge a sample's k experts into one MLP of all the hidden units before they are applied; they
     are chosen by the sample's mean token."""

@@ -45,20 +45,21 @@ class StudySettings:
     """Folder of the jobs; what is done there is not run again. By default study_output, or
     study_output/quick."""
     results: Path | None = None
-    """Folder of tables and figures; by default results in that of the jobs."""
+    """Folder of tables and figures; by default `results` in the folder of the jobs."""
     seeds: tuple[int, ...] | None = None
-    """Of data and, apart from it, of initial weights; learning rates are chosen on the first. By
-    default 10 to 14, or 10 and 11."""
+    """Seeds of the data and, apart from them, of initial weights; learning rates are chosen on the
+    first. By default 10 to 14, or 10 and 11 if quick."""
     scenes: tuple[str, ...] = tuple(SCENES)
-    """Which; all by default."""
+    """The scenes to train in; all by default."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Which; all by default. One that takes its learning rate of another brings that along."""
+    """The methods to train; all by default. A method that takes its learning rate from another one
+    brings that along."""
     shares: tuple[float, ...] = SHARES
     """The phantom's attribute values' shares of its training cases; as many values as shares."""
     rule: Rule = "margin"
     """What the phantom's attribute means for the outline: how far out it runs, or on which side."""
     processes: int = 2
-    """Jobs at a time, each on a core of its own."""
+    """Number of jobs at a time, each on a core of its own."""
 
     @property
     def folder(self) -> Path:
@@ -114,7 +115,7 @@ def study(settings: StudySettings) -> Path:
 
 
 def _population(plan: Plan, design: Design, folder: Path) -> dict[str, tuple[float, ...]]:
-    """By scene, each group's share of the population that its data set stands for.
+    """Gives, by scene, each group's share of the population that its data set stands for.
 
     Raises:
         RunError, DataError: the recipe of a job does not hold together, or its data cannot be made.

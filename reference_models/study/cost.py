@@ -31,12 +31,12 @@ _SECONDS = 25.0
 
 
 def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: int) -> int:
-    """Of all that is active for one image: convolutions, matrix products, and the experts' share.
+    """Counts the multiply-adds for one image: of convolutions, matrix products and active experts.
 
     Args:
         model: a 2D network, in eval mode.
         image: channels, rows and columns.
-        n_attributes: of the data.
+        n_attributes: number of attributes of the data.
     """
     experts = 0
 

@@ -225,10 +225,10 @@ class StudyRows:
         return float(np.std(found, ddof=1)) if len(found) > 1 else None
 
     def costs(self, milliseconds: Mapping[str, float]) -> Iterator[MethodCost]:
-        """Of the first scene: how many attribute values a network reads is the scene's.
+        """Gives each method's cost in the first scene, whose attribute values the network reads.
 
         Args:
-            milliseconds: by method, of a training step; it may be empty.
+            milliseconds: by method, those of a training step; it may be empty.
         """
         scene, by_method = next(iter(self._main.items()))
         networks = {method: next(iter(by_seed.values())) for method, by_seed in by_method.items()}
@@ -265,7 +265,7 @@ class StudyRows:
 
 
 def _in_order(trials: Sequence[Trial]) -> list[Trial]:
-    """By scene, method and seed, scenes and methods as they are listed."""
+    """Sorts trials by scene, method and seed, scenes and methods as they are listed."""
     scenes, methods = [*SCENES], [*METHODS]
     return sorted(
         trials, key=lambda t: (scenes.index(t.job.scene), methods.index(t.job.method), t.job)

@@ -174,7 +174,7 @@ class Resampled:
         return self._mean(metric, (1, *a), (-1, *b))
 
     def _mean(self, metric: str, *terms: tuple[int, str, str]) -> SeedMean | None:
-        """Of a sum of signed scores: sign, method and condition each."""
+        """Takes the mean over seeds of a sum of scores, given as sign, method and condition."""
         seeds = tuple(sorted(set.intersection(*({*self._trials[m]} for _, m, _ in terms))))
         values = np.zeros(len(seeds) + self._resamples)
         for sign, method, condition in terms:
@@ -188,7 +188,7 @@ class Resampled:
         return SeedMean(float(by_seed.mean()), low, high, tuple(by_seed.tolist()))
 
     def _scored(self, method: str, condition: str, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """By metric, the score of every seed, then the mean over the seeds of every draw (S + D,).
+        """Gives by metric the score of every seed, then the mean over seeds of every draw (S + D,).
 
         Empty where there is no seed.
         """
@@ -207,7 +207,7 @@ class Resampled:
         return self._scores[key]
 
     def _drawn(self, seeds: tuple[int, ...]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """By seed, the resamples it occurs in, as often as it does, and its test cases in each."""
+        """Gives by seed the resamples it is in, as often as it is, and its test cases in each."""
         if seeds not in self._draws and seeds:
             rng = np.random.default_rng(0)
             picks_DS = rng.integers(len(seeds), size=(self._resamples, len(seeds)))

@@ -192,7 +192,7 @@ def _dice(
     loads: Mapping[str, ExpertLoads],
     region: str,
 ) -> dict[str, tuple[float, ...]]:
-    """By condition, every test case's Dice of a region, at native resolution."""
+    """Gives by condition every test case's Dice of a region, at native resolution."""
     labels = tested.dataset.regions[region]
     dice: dict[str, list[float]] = {condition: [] for condition in told}
     for sample, masks in predictions(tested, told, loads):

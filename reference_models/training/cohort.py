@@ -34,7 +34,7 @@ class Cohort:
 
     @classmethod
     def of(cls, recipe: Recipe, dataset: Dataset, *, resume: bool) -> Cohort:
-        """Of a new run, or of the one in ``recipe.out``.
+        """Gathers the cases of a new run, or of the one in ``recipe.out``.
 
         Raises:
             RunError: cases lack an attribute and the router is to refuse them, none are left, or

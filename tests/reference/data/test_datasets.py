@@ -9,7 +9,8 @@ from typing import get_args, get_type_hints
 import pytest
 import tyro
 from harness.checks import checked
-from harness.image_folders import fairseg_folder
+from harness.image_folders import fairseg_folder, ham_folder
+from harness.nifti_folders import nnunet_folder
 
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
 from reference_models.data.datasets import DATASETS
@@ -26,6 +27,18 @@ def test_settings_take_the_tables_names_and_the_help_tells_its_attributes(capsys
             default, *others = source.attributes
             assert f"{name} has {default} (default)" in text
             assert all(re.search(rf"\b{other}\b", text) for other in others), name
+
+
+def test_the_tables_axes_are_those_of_the_data_sets(tmp_path):
+    (tmp_path / "fairseg").mkdir()
+    folders = {
+        "fairseg": fairseg_folder(tmp_path / "fairseg"),
+        "ham10000": ham_folder(tmp_path)[0],
+        "nifti": nnunet_folder(tmp_path / "nifti"),
+    }
+    for name, source in DATASETS.items():
+        settings = folders[name] if source.needs_root else DataSettings(name)
+        assert open_dataset(settings).axes == source.axes, name
 
 
 def test_a_data_set_needs_a_folder_or_takes_none_as_the_table_says(tmp_path):

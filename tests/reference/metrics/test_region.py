@@ -157,8 +157,13 @@ def test_distances_are_to_the_nearest_boundary_pixel_of_the_other():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"predicted_S": np.zeros((3, 3), np.uint8)}, TypeError, "predicted: got uint8"),
-        ({"truth_S": np.zeros((3, 4), bool)}, ValueError, r"\(3, 3\).*\(3, 4\)"),
+        (
+            {"predicted_S": np.zeros((3, 3), np.uint8)},
+            TypeError,
+            "^predicted: got uint8, expected bool",
+        ),
+        ({"truth_S": np.zeros((3, 3), np.int8)}, TypeError, "^truth: got int8, expected bool"),
+        ({"truth_S": np.zeros((3, 4), bool)}, ValueError, r"^predicted: .*\(3, 3\).*\(3, 4\)"),
         ({"spacing": (1,)}, ValueError, "expected 2 positive numbers"),
         ({"spacing": (1, 0)}, ValueError, "expected 2 positive numbers"),
         ({"spacing": (1, float("nan"))}, ValueError, "expected 2 positive numbers"),
@@ -184,7 +189,7 @@ def test_a_batchs_dice_is_each_regions_to_the_bit():
     scored = [score_region(*pair, spacing=(1, 1), tolerance=1).dice for pair in pairs]
     assert batch_dice(predicted, truth) == scored
     assert scored[-4:] == [1, 0, 0, 1]
-    with pytest.raises(TypeError, match="prediction: got torch"):
+    with pytest.raises(TypeError, match=r"^prediction: got torch.uint8, expected torch.bool; "):
         batch_dice(predicted.byte(), truth)
-    with pytest.raises(ValueError, match="expected that of truth"):
+    with pytest.raises(ValueError, match=r"^prediction: got shape \(1, .* of truth, \(10, "):
         batch_dice(predicted[:1], truth)

@@ -10,9 +10,10 @@ from harness.trainings import (
 )
 
 from reference_models.data import DataSettings
-from reference_models.errors import RunError
-from reference_models.recipes.framings import ImageFramingSettings
-from reference_models.recipes.networks import UNetSettings
+from reference_models.data.datasets import DATASETS
+from reference_models.errors import DataError, RunError
+from reference_models.recipes.framings import ImageFramingSettings, VolumeFramingSettings
+from reference_models.recipes.networks import ResUNet3DSettings, UNetSettings
 from reference_models.recipes.presets import PRESETS
 from reference_models.recipes.recipe import Recipe, learning_rate, resolve
 from reference_models.training.loop import train
@@ -84,6 +85,21 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path, change, 
     with pytest.raises(RunError, match=words):
         train(dataclasses.replace(TINY, out=tmp_path / "run", **change))
     assert not (tmp_path / "run").exists()
+
+
+def test_whether_data_are_images_or_volumes_stands_in_their_table(monkeypatch):
+    images = dataclasses.replace(TINY, data=DataSettings("phantom"))
+    volumes = Recipe(images.data, ResUNet3DSettings(), VolumeFramingSettings(), epochs=1)
+    assert resolve(images).model.axes == 2
+    with pytest.raises(RunError, match=r"^data: phantom has 2D images, but the preset is for vol"):
+        resolve(volumes)
+    row = dataclasses.replace(DATASETS["phantom"], axes=3)
+    monkeypatch.setitem(DATASETS, "phantom", row)
+    assert resolve(volumes).model.axes == 3
+    with pytest.raises(RunError, match=r"^data: phantom has volumes, but the preset is for 2D im"):
+        resolve(images)
+    with pytest.raises(DataError, match=r"^data: got 'fairsag', expected one of fairseg"):
+        resolve(dataclasses.replace(images, data=DataSettings("fairsag")))
 
 
 def test_learning_rates_follow_their_schedules():
