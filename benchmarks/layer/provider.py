@@ -29,7 +29,7 @@ class Layer(nn.Module):
 
     def w1_grad(self) -> Tensor:
         """(E, H, D). Layers of other maths have none: they are not checked."""
-        raise NotImplementedError
+        raise Unavailable("it computes something else than the layer, so there is no such gradient")
 
 
 @dataclass(frozen=True)
