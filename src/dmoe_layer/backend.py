@@ -50,19 +50,21 @@ class Backend(NamedTuple):
     """The two functions of a backend.
 
     Attributes:
-        route: (x, weights, router_rows_BN, tokens_per_sample, k, seed) -> (Routing, plan); see
+        route: (x, weights, rows_BN, tokens_per_sample, k, seed) -> (Routing, plan); see
             ``eager.router.route``.
         experts: (x_TD, plan, gates_TK, weights, options) -> y_TD; see ``eager.experts.experts``.
+        plans_by_routing: whether its plan is the routing's ``expert_indices``.
     """
 
     route: Callable[..., tuple[Routing, Any]]
     experts: Callable[..., Tensor]
+    plans_by_routing: bool = False
 
 
 def load(name: str) -> Backend:
     """The backend that :func:`choose` has named; Triton is imported only here."""
     if name == "eager":
-        return Backend(eager_router.route, eager_experts.experts)
+        return Backend(eager_router.route, eager_experts.experts, plans_by_routing=True)
     if name == "triton":
         from .fused import experts as fused_experts
         from .fused import router as fused_router

@@ -290,7 +290,9 @@ class DMoE(LazyDim):
         seed = draw_seed() if self.training and self.dropout > 0 else None
         weights = ExpertWeights(self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
         options = ExpertOptions(self.activation, self.dropout, seed, dtype)
-        y_TD = backend.experts(tokens.flatten(0, -2), route.plan, routing.gates, weights, options)
+        # Of plain PyTorch the plan is the routing itself, as the router's hooks have left it.
+        plan = routing.expert_indices if backend.plans_by_routing else route.plan_of(routing)
+        y_TD = backend.experts(tokens.flatten(0, -2), plan, routing.gates, weights, options)
 
         if inside_T is not None:  # index_put, since index_copy and index_add keep y for backward
             y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((inside_T,), y_TD)

@@ -33,10 +33,22 @@ class BackendRoute:
     def __init__(self, route: Callable[..., tuple[Routing, Any]]) -> None:
         self._route = route
         self.plan: Any = None
+        self._indices: Tensor | None = None
 
     def __call__(self, *inputs: Any) -> Routing:
         routing, self.plan = self._route(*inputs)
+        self._indices = routing.expert_indices
         return routing
+
+    def plan_of(self, routing: Routing) -> Any:
+        """The plan, or an error where a hook or a router of one's own has chosen other experts."""
+        replaced = not torch.compiler.is_compiling() and routing.expert_indices is not self._indices
+        if self.plan is None or replaced:
+            raise RuntimeError(
+                "backend='triton': the router's experts were replaced (by a hook or a router of "
+                "your own), but are sorted already. Use backend='eager', which follows them."
+            )
+        return self.plan
 
 
 class AttributeRouter(LazyDim):
@@ -176,8 +188,8 @@ class AttributeRouter(LazyDim):
         noisy = self.noise == "always" or (self.noise == "train" and self.training)
         seed = draw_seed() if noisy else None
         weights = RouterWeights(self._table(self.w_A2ED), self._table(self.b_A2E))
-        router_rows_BN = None if self.sizes is None or values_BN is None else self._rows(values_BN)
-        routing = route(x, weights, router_rows_BN, tokens_per_sample, self.k, seed)
+        rows_BN = None if self.sizes is None or values_BN is None else self._rows(values_BN)
+        routing = route(x, weights, rows_BN, tokens_per_sample, self.k, seed)
         if values_BN is None:
             return routing
         attributes_T = per_token(values_BN, routing.logits.shape[0], tokens_per_sample)

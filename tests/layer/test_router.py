@@ -9,6 +9,8 @@ import torch
 from harness.layers import GOOD_PAIRS, make, make_x
 from helpers import A, B, D, E, T
 
+from dmoe_layer import DMoE
+
 
 def naive_logits(layer, x, values, noise_BTE=None):
     """(B·T, E) by the slow loop, with parameters of its own to differentiate."""
@@ -121,3 +123,15 @@ def test_no_value_has_another_values_router():
     rows = list(itertools.product(range(-1, 3), range(-1, 2)))
     logits = torch.stack([logits_of(layer, x, [row])[0] for row in rows])
     assert len(logits.unique(dim=0)) == len(rows)
+
+
+def test_experts_follow_the_routing_that_the_routers_hooks_have_left():
+    layer = DMoE(6, n_experts=4, k=2, noise="never", dropout=0.0).eval()
+    x = torch.randn(2, 3, 6)
+    expected = layer(x)
+    layer.router.register_forward_hook(
+        lambda module, inputs, routing: routing._replace(
+            expert_indices=routing.expert_indices.flip(1), gates=routing.gates.flip(1)
+        )
+    )
+    torch.testing.assert_close(layer(x), expected)

@@ -16,7 +16,7 @@ from .gemm import MIN_GEMM_ROWS
 def route(
     x: Tensor,
     weights: RouterWeights,
-    router_rows_BN: Tensor | None,
+    rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
     k: int,
     seed: Tensor | None,
@@ -26,7 +26,7 @@ def route(
     Args:
         x: (B, T, D); or, with ``tokens_per_sample``, (sum of the counts, D).
         weights: the table of routers.
-        router_rows_BN: sample b's router is the sum of these rows of the table; None: all samples
+        rows_BN: sample b's router is the sum of these rows of the table; None: all samples
             have the table's only one.
         tokens_per_sample: (B,) int64, of a ragged batch.
         k: experts a token.
@@ -35,7 +35,7 @@ def route(
     Returns:
         The routing, without attributes, and the plan: of this backend the experts' indices.
     """
-    logits_TE = router_logits(x, *weights, router_rows_BN, tokens_per_sample, seed)
+    logits_TE = router_logits(x, *weights, rows_BN, tokens_per_sample, seed)
     scores_TK, indices_TK = logits_TE.topk(k, dim=-1)
     return Routing(indices_TK, F.softmax(scores_TK, dim=-1), logits_TE), indices_TK
 
@@ -49,17 +49,17 @@ def router_logits(
     x: Tensor,
     w_A2ED: Tensor,
     b_A2E: Tensor,
-    router_rows_BN: Tensor | None,
+    rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
     """Scores of every token, (T, E): clean, plus noise when a seed is given.
 
-    Sample b's router is the sum of the table's rows ``router_rows_BN[b]``; without them, all
+    Sample b's router is the sum of the table's rows ``rows_BN[b]``; without them, all
     samples have the table's only one.
     """
     with torch.autocast(x.device.type, enabled=False):
-        tokens = _Tokens(x, w_A2ED, router_rows_BN, tokens_per_sample)
+        tokens = _Tokens(x, w_A2ED, rows_BN, tokens_per_sample)
         w_B2ED, b_B2E = tokens.routers(w_A2ED), tokens.routers(b_A2E)
         clean_TE = tokens.project(w_B2ED[:, 0], b_B2E[:, 0])
         if seed is None:
@@ -69,7 +69,7 @@ def router_logits(
 
 
 @router_logits.register_fake
-def _(x, w_A2ED, b_A2E, router_rows_BN, tokens_per_sample, seed):  # type: ignore[no-untyped-def]
+def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, seed):  # type: ignore[no-untyped-def]
     tokens = x.shape[0] * x.shape[1] if tokens_per_sample is None else x.shape[0]
     return x.new_empty((tokens, w_A2ED.shape[2]), dtype=_score_dtype(x, w_A2ED))
 
@@ -80,13 +80,13 @@ def router_logits_backward(
     x: Tensor,
     w_A2ED: Tensor,
     b_A2E: Tensor,
-    router_rows_BN: Tensor | None,
+    rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w and b."""
     with torch.autocast(x.device.type, enabled=False):
-        tokens = _Tokens(x, w_A2ED, router_rows_BN, tokens_per_sample)
+        tokens = _Tokens(x, w_A2ED, rows_BN, tokens_per_sample)
         w_B2ED, b_B2E = tokens.routers(w_A2ED), tokens.routers(b_A2E)
         dscores = [tokens.by_sample(dlogits_TE)]
         if seed is not None:
@@ -105,7 +105,7 @@ def router_logits_backward(
 
 
 @router_logits_backward.register_fake
-def _(dlogits_TE, x, w_A2ED, b_A2E, router_rows_BN, tokens_per_sample, seed):  # type: ignore[no-untyped-def]
+def _(dlogits_TE, x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, seed):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (x, w_A2ED, b_A2E))
 
 
@@ -120,11 +120,11 @@ class _Tokens:
         self,
         x: Tensor,
         w_A2ED: Tensor,
-        router_rows_BN: Tensor | None,
+        rows_BN: Tensor | None,
         tokens_per_sample_B: Tensor | None,
     ) -> None:
         self.dtype = _score_dtype(x, w_A2ED)
-        self.router_rows_BN = router_rows_BN
+        self.rows_BN = rows_BN
         self.positions_T: Tensor | None = None
         counts_B = tokens_per_sample_B
         if counts_B is not None and int(counts_B.sum()) != len(x):
@@ -132,7 +132,7 @@ class _Tokens:
                 f"tokens_per_sample: got a sum of {int(counts_B.sum())}, expected x's {len(x)} "
                 "tokens."
             )
-        if router_rows_BN is None:
+        if rows_BN is None:
             x_TD = x.to(self.dtype).reshape(-1, x.shape[-1])
             self.batch, self.longest = 1, max(len(x_TD), MIN_GEMM_ROWS)
             if len(x_TD) < MIN_GEMM_ROWS:
@@ -158,17 +158,17 @@ class _Tokens:
         router must not reach the others as 0 * NaN. Nor may it on the way back.
         """
         table = table.to(self.dtype)
-        if self.router_rows_BN is None:
+        if self.rows_BN is None:
             return table
-        picked = table.index_select(0, self.router_rows_BN.reshape(-1))
-        return picked.unflatten(0, self.router_rows_BN.shape).sum(dim=1)
+        picked = table.index_select(0, self.rows_BN.reshape(-1))
+        return picked.unflatten(0, self.rows_BN.shape).sum(dim=1)
 
     def add_to_routers(self, total: Tensor, values_B: Tensor) -> None:
         """The way back: adds each sample's values to all of its rows."""
-        if self.router_rows_BN is None:
+        if self.rows_BN is None:
             total += values_B
         else:
-            for rows_B in self.router_rows_BN.unbind(dim=1):
+            for rows_B in self.rows_BN.unbind(dim=1):
                 total.index_add_(0, rows_B, values_B)
 
     def by_sample(self, values: Tensor) -> Tensor:

@@ -80,10 +80,10 @@ def fused_experts_backward(
     dropout: float,
     seed: Tensor | None,
     dtype: torch.dtype,
-    of_inputs: bool,
+    of_rows: bool,
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and gates, if ``of_inputs``; of w1, b1, w2 and b2, if ``of_weights``.
+    """Gradients of x and gates, if ``of_rows``; of w1, b1, w2 and b2, if ``of_weights``.
 
     An empty tensor for what is not wanted, and for a bias that is not there.
     """
@@ -92,11 +92,11 @@ def fused_experts_backward(
     call = ExpertCall(x_TD, SortedPairs(order_R, offsets), gates_TK, weights, options)
     dy_TD = dy_TD.contiguous()
     if narrow.fuses_backward(call.dim, dtype):
-        found = narrow.backward(call, dy_TD, of_inputs, of_weights)
+        found = narrow.backward(call, dy_TD, of_rows, of_weights)
     else:
-        found = wide.backward(call, dy_TD, hidden_RH, of_inputs, of_weights)
-    dx = call.sum_slots(found.slots) if of_inputs else _nothing(x_TD)
-    dgates = found.dgates if of_inputs else _nothing(x_TD)
+        found = wide.backward(call, dy_TD, hidden_RH, of_rows, of_weights)
+    dx = call.sum_slots(found.slots) if of_rows else _nothing(x_TD)
+    dgates = found.dgates if of_rows else _nothing(x_TD)
     dweights: list[Tensor] | list[None] = found.weights or [None] * 4
     dw1, db1, dw2, db2 = (
         _nothing(x_TD) if gradient is None or parameter is None else gradient.to(w1_EHD.dtype)
@@ -107,8 +107,8 @@ def fused_experts_backward(
 
 @fused_experts_backward.register_fake
 def _(dy_TD, hidden, x_TD, order_R, offsets, gates_TK, w1, b1, w2, b2, *options):  # type: ignore[no-untyped-def]
-    of_inputs, of_weights = options[-2:]
-    wanted = (of_inputs, of_inputs, *[of_weights] * 4)
+    of_rows, of_weights = options[-2:]
+    wanted = (of_rows, of_rows, *[of_weights] * 4)
     return tuple(
         torch.empty_like(t) if t is not None and is_wanted else x_TD.new_empty((0,))
         for t, is_wanted in zip((x_TD, gates_TK, w1, b1, w2, b2), wanted, strict=True)
@@ -133,8 +133,8 @@ def _backward(ctx: Any, dy_TD: Tensor | None, _: Any) -> tuple[Tensor | None, ..
     *tensors, seed = ctx.saved_tensors
     options = (ctx.activation, ctx.dropout, seed, ctx.dtype)
     needed = ctx.needs_input_grad[:8]
-    of_inputs, of_weights = needed[0] or needed[3], any(needed[4:])
-    grads = fused_experts_backward(dy_TD, *tensors, *options, of_inputs, of_weights)
+    of_rows, of_weights = needed[0] or needed[3], any(needed[4:])
+    grads = fused_experts_backward(dy_TD, *tensors, *options, of_rows, of_weights)
     grads = [grads[0], None, None, *grads[1:]]
     return *(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * 5
 

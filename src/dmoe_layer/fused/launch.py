@@ -69,13 +69,13 @@ def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
     return total
 
 
-def sum_by_row(values: Tensor, router_rows_BN: Tensor, table_rows: int) -> Tensor:
+def sum_by_row(values: Tensor, rows_BN: Tensor, table_rows: int) -> Tensor:
     """Adds each sample's values to all of its rows of a table: (table_rows, ...) in fp32."""
     table = values.new_empty((table_rows, *values.shape[1:]))
     numbers = values.shape[1:].numel()
     launch(
         sum_by_row_kernel, (table_rows, -(-numbers // 64)), values,
-        values, router_rows_BN, table, len(values), numbers,
-        ATTRIBUTES=router_rows_BN.shape[1], SAMPLES=64, BLOCK=64,
+        values, rows_BN, table, len(values), numbers,
+        ATTRIBUTES=rows_BN.shape[1], SAMPLES=64, BLOCK=64,
     )  # fmt: skip
     return table

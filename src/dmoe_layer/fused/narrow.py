@@ -81,8 +81,8 @@ def forward(call: ExpertCall) -> Tensor:
     return slots
 
 
-def backward(call: ExpertCall, dy: Tensor, of_inputs: bool, of_weights: bool) -> BackwardOutputs:
-    """The gradients of x and gates if ``of_inputs``, of the weights if ``of_weights``."""
+def backward(call: ExpertCall, dy: Tensor, of_rows: bool, of_weights: bool) -> BackwardOutputs:
+    """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``."""
     slots, dgates = call.empty(call.rows, call.dim), torch.empty_like(call.gates)
 
     def run(blocks: _Blocks, chunk: int, slices: int, with_rows: bool, *shares: Any) -> None:
@@ -95,8 +95,8 @@ def backward(call: ExpertCall, dy: Tensor, of_inputs: bool, of_weights: bool) ->
         )  # fmt: skip
 
     row_blocks, blocks = _backward_blocks(call)
-    at_once = of_inputs and of_weights and call.hidden <= blocks.hidden
-    if of_inputs and not at_once:
+    at_once = of_rows and of_weights and call.hidden <= blocks.hidden
+    if of_rows and not at_once:
         run(row_blocks, row_blocks.rows, 1, True, None, None, None, None)
     if not of_weights:
         return BackwardOutputs(slots, dgates, [])

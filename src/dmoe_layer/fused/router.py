@@ -31,13 +31,13 @@ class SortedPairs(NamedTuple):
 def route(
     x: Tensor,
     weights: RouterWeights,
-    router_rows_BN: Tensor | None,
+    rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
     k: int,
     seed: Tensor | None,
 ) -> tuple[Routing, SortedPairs]:
     """As ``eager.router.route``, in one kernel, with the sort by expert as the plan."""
-    found = _fused_route(x, *weights, router_rows_BN, tokens_per_sample, k, seed)
+    found = _fused_route(x, *weights, rows_BN, tokens_per_sample, k, seed)
     logits_TE, indices_TK, gates_TK, *pairs = found
     return Routing(indices_TK, gates_TK, logits_TE), SortedPairs(*pairs)
 
@@ -47,14 +47,14 @@ def _fused_route(
     x: Tensor,
     w_A2ED: Tensor,
     b_A2E: Tensor,
-    router_rows_BN: Tensor | None,
+    rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
     k: int,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits (T, E), experts and gates (T, k), and the two tensors of ``SortedPairs``."""
     x, w_A2ED, b_A2E = x.contiguous(), w_A2ED.contiguous(), b_A2E.contiguous()
-    samples = _Samples(x, w_A2ED, router_rows_BN, tokens_per_sample)
+    samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     tokens, n_experts, dim = samples.tokens, w_A2ED.shape[2], x.shape[-1]
     n_tiles = most_tiles(tokens, samples.tile, samples.count)
     logits = x.new_empty((tokens, n_experts), dtype=torch.float32)
@@ -63,7 +63,7 @@ def _fused_route(
     counts = x.new_empty((n_experts, n_tiles), dtype=torch.int32)
     launch(
         kernels.route_kernel, (n_tiles,), x,
-        x, w_A2ED, b_A2E, router_rows_BN, samples.offsets, logits, indices, gates, counts,
+        x, w_A2ED, b_A2E, rows_BN, samples.offsets, logits, indices, gates, counts,
         samples.count, n_tiles, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
         K=k, SLOTS=block_size(k, 2), NOISY=seed is not None, **samples.blocks, **samples.scoring,
     )  # fmt: skip
@@ -79,7 +79,7 @@ def _fused_route(
 
 
 @_fused_route.register_fake
-def _(x, w_A2ED, b_A2E, router_rows_BN, tokens_per_sample, k, seed):  # type: ignore[no-untyped-def]
+def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, k, seed):  # type: ignore[no-untyped-def]
     tokens, n_experts = x.numel() // x.shape[-1], w_A2ED.shape[2]
     return (
         x.new_empty((tokens, n_experts), dtype=torch.float32),
@@ -99,13 +99,13 @@ def fused_route_backward(
     x: Tensor,
     w_A2ED: Tensor,
     b_A2E: Tensor,
-    router_rows_BN: Tensor | None,
+    rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w and b."""
     x, w_A2ED, b_A2E = x.contiguous(), w_A2ED.contiguous(), b_A2E.contiguous()
-    samples = _Samples(x, w_A2ED, router_rows_BN, tokens_per_sample)
+    samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     n_experts, dim = w_A2ED.shape[2], x.shape[-1]
     # A chunk's share of dw is 2·E·D numbers, and a quarter of its tokens' x at most.
     chunk = max(samples.tokens // CHUNKS, 8 * n_experts, samples.tile)
@@ -117,7 +117,7 @@ def fused_route_backward(
         kernels.route_backward_kernel, (n_chunks, -(-dim // samples.scoring["DIM"])), x,
         None if dlogits is None else dlogits.contiguous(),
         None if dgates is None else dgates.contiguous(),
-        indices, gates, x, w_A2ED, b_A2E, router_rows_BN, samples.offsets, dx, *shares,
+        indices, gates, x, w_A2ED, b_A2E, rows_BN, samples.offsets, dx, *shares,
         samples.count, chunk, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
         K=indices.shape[1], NOISY=seed is not None,
         **{**samples.blocks, **samples.scoring, **samples.backward},
@@ -125,8 +125,8 @@ def fused_route_backward(
     grads = []
     for share, parameter in zip(shares, (w_A2ED, b_A2E), strict=True):
         total = sum_chunks(share, samples.offsets, chunk)
-        if router_rows_BN is not None:
-            total = sum_by_row(total, router_rows_BN, len(parameter))
+        if rows_BN is not None:
+            total = sum_by_row(total, rows_BN, len(parameter))
         grads.append(total.to(parameter.dtype))
     return dx, grads[0], grads[1]
 
@@ -143,11 +143,11 @@ class _Samples:
         self,
         x: Tensor,
         w_A2ED: Tensor,
-        router_rows_BN: Tensor | None,
+        rows_BN: Tensor | None,
         tokens_per_sample: Tensor | None,
     ) -> None:
         self.tokens = x.numel() // x.shape[-1]
-        if router_rows_BN is None:
+        if rows_BN is None:
             each = max(self.tokens, 1)  # one router for all: one long sample
             self.offsets = torch.arange(0, each + 1, each, device=x.device).clamp_(max=self.tokens)
         elif tokens_per_sample is None:
@@ -157,7 +157,7 @@ class _Samples:
             ends = tokens_per_sample.cumsum(0)
             self.offsets = torch.cat([ends.new_zeros(1), ends])
         self.count = len(self.offsets) - 1
-        attributes = 0 if router_rows_BN is None else router_rows_BN.shape[1]
+        attributes = 0 if rows_BN is None else rows_BN.shape[1]
         # Products of two bf16 or fp16 numbers are exact in fp32; a sum of routers is no bf16.
         exact = x.dtype == w_A2ED.dtype and attributes <= 1
         dtype = x.dtype if exact else torch.float32

@@ -107,9 +107,9 @@ def _rows_product(
 
 
 def backward(
-    call: ExpertCall, dy: Tensor, kept: Tensor, of_inputs: bool, of_weights: bool
+    call: ExpertCall, dy: Tensor, kept: Tensor, of_rows: bool, of_weights: bool
 ) -> BackwardOutputs:
-    """The gradients of x and gates if ``of_inputs``, of the weights if ``of_weights``.
+    """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``.
 
     ``kept`` is the hidden layer, (R, H), or empty.
     """
@@ -138,7 +138,7 @@ def backward(
             dgates, segment.first, call.rows, call.drop_args[-1],
             **call.sizes, **call.gemm_opts, **call.act_opts, **sliced,
         )  # fmt: skip
-        if of_inputs:
+        if of_rows:
             _rows_product(call, segment, dz, call.w1, (1, call.dim), slots)
         if not of_weights:
             continue
