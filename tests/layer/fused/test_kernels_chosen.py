@@ -77,3 +77,16 @@ def test_a_machine_without_triton_or_gpu_is_told_so(machine, words, monkeypatch)
         monkeypatch.setattr(knobs.runtime, "interpret", False)
     with pytest.raises(RuntimeError, match=words):
         DMoE(16, backend="triton")(torch.randn(1, 16, 16))
+
+
+def test_a_hook_that_replaces_the_experts_is_refused_since_they_are_sorted_already():
+    layer, _ = pair(noise="never", dropout=0.0)
+    x, a = torch.randn(2, 16, 16, device=HERE), torch.tensor([0, 1])
+    layer(x, a)
+    layer.router.register_forward_hook(
+        lambda module, inputs, routing: routing._replace(
+            expert_indices=routing.expert_indices.flip(1)
+        )
+    )
+    with pytest.raises(RuntimeError, match=r"experts were replaced .* Use backend='eager'"):
+        layer(x, a)
