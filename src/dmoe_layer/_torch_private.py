@@ -7,6 +7,7 @@ PyTorch's lazy modules, and says there what happens when their names change.)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -70,6 +71,40 @@ def constant_for_dynamo(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def program_capture() -> object:
+    """What is turning this thread's calls into a program, None if nothing is.
+
+    ``torch.jit.trace``, ``make_fx`` and, through them, ``torch.export`` and ONNX. One capture is
+    told from another by ``is``. ``torch.compile`` is none: what its program has read is guarded.
+
+    Raises:
+        RuntimeError: calls may be captured, and PyTorch no longer tells.
+    """
+    return _program_capture(torch.compiler.is_dynamo_compiling())
+
+
+@constant_for_dynamo  # which up to PyTorch 2.11 takes is_exporting() to be true for torch.compile
+def _program_capture(in_dynamo: bool) -> object:
+    if in_dynamo:
+        return "torch.export" if torch.compiler.is_exporting() else None
+    if torch.jit.is_tracing():
+        state = getattr(torch._C, "_get_tracing_state", None)
+        return "torch.jit.trace" if state is None else state()
+    # It is slow to import, and before it is nothing can be captured.
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if proxies is None:
+        return None
+    mode = getattr(proxies, "get_proxy_mode", None)
+    if mode is None:
+        raise RuntimeError(
+            f"routing: PyTorch {torch.__version__} does not tell whether calls are captured "
+            "(torch.fx.experimental.proxy_tensor.get_proxy_mode), so a scope cannot keep its "
+            "attributes out of a program. Use a version that README.md names, or pass "
+            "layer(x, attributes)."
+        )
+    return mode()
 
 
 def known_while_compiling(condition: bool) -> bool:
