@@ -7,6 +7,7 @@ from .router import AttributeRouter
 from .scope import carry_routing, routing
 from .swap import swap_mlps
 from .tensors import Routing
+from .windows import window_attributes
 
 __version__ = "0.1.0"
 
@@ -21,4 +22,5 @@ __all__ = [
     "router_z_loss",
     "routing",
     "swap_mlps",
+    "window_attributes",
 ]

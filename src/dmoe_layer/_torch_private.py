@@ -89,22 +89,34 @@ def program_capture() -> object:
 def _program_capture(in_dynamo: bool) -> object:
     if in_dynamo:
         return "torch.export" if torch.compiler.is_exporting() else None
-    if torch.jit.is_tracing():
-        state = getattr(torch._C, "_get_tracing_state", None)
-        return "torch.jit.trace" if state is None else state()
+    if trace := getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)():
+        return trace
     # It is slow to import, and before it is nothing can be captured.
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    if proxies is None:
+    if proxies is None or not _dispatches_to_python():
         return None
-    mode = getattr(proxies, "get_proxy_mode", None)
-    if mode is None:
+    proxy_mode = getattr(proxies, "get_proxy_mode", None)
+    if proxy_mode is None:
         raise RuntimeError(
             f"routing: PyTorch {torch.__version__} does not tell whether calls are captured "
             "(torch.fx.experimental.proxy_tensor.get_proxy_mode), so a scope cannot keep its "
             "attributes out of a program. Use a version that README.md names, or pass "
             "layer(x, attributes)."
         )
-    return mode()
+    return proxy_mode()
+
+
+def _dispatches_to_python() -> bool:
+    """Whether any mode can see this thread's calls: one of an export in another thread cannot.
+
+    The modes of an export stand in a list that all threads share. Where PyTorch cannot be asked
+    any more, they count in each of them.
+    """
+    included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
+    keys = getattr(torch._C, "DispatchKey", None)
+    if included is None or keys is None:
+        return True
+    return included(keys.PreDispatch) or included(keys.Python)
 
 
 def known_while_compiling(condition: bool) -> bool:
