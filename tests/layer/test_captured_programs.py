@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from harness.layers import OTHER, make_quiet, make_x
+from harness.recomputes import both_ways
 from helpers import GOOD, A, in_a_thread
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -168,6 +169,15 @@ def test_a_captured_training_step_recomputes_with_the_attributes_of_its_input(la
     program = make_fx(step)(x, GOOD)
     for attributes in (GOOD, OTHER):
         torch.testing.assert_close(program(x, attributes), step(x, attributes))
+
+
+@both_ways
+def test_a_captured_backward_pass_does_not_freeze_what_a_recompute_is_told(layer, recompute):
+    x = make_x().requires_grad_()
+    with routing(GOOD):
+        y = recompute(layer, x)
+    with refused():
+        make_fx(lambda grad: torch.autograd.grad(y, x, grad))(torch.ones_like(y))
 
 
 def test_the_scope_of_another_thread_has_no_part_in_a_capture(layer):
