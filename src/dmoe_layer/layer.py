@@ -209,6 +209,7 @@ class DMoE(LazyDim):
             ):
                 if new_EX is not None:
                     new_EX.zero_() if old_X is None else new_EX.copy_(old_X.expand_as(new_EX))
+        layer._copied_on_meta = layer.w1_EHD.is_meta
         return layer.train(mlp.training)
 
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
