@@ -168,13 +168,14 @@ def _layer_for(
         return _replacement(block, upcycle, options), None
     except ValueError:
         mlps = find_host_mlps(block)
-        if not mlps and not any(isinstance(module, DMoE) for module in block.modules()):
+        holds_one = any(isinstance(module, DMoE) for module in block.modules())
+        if isinstance(block, DMoE) or not (mlps or holds_one):
             raise
     kind = type(block).__name__
     if not mlps:
         raise ValueError(f"{kind}: holds a DMoE already; match the blocks that do not.")
     if len(mlps) > 1:
-        places = "; ".join(map(str, mlps))
+        places = "; ".join(map(str, mlps[:3])) + ("; ..." if len(mlps) > 3 else "")
         raise ValueError(f"{kind}: holds {len(mlps)} MLPs ({places}). Match what holds one.")
     axis = try_host_mlp(block, mlps[0])
     try:
