@@ -51,7 +51,8 @@ class DMoE(LazyDim):
             attribute with that many values) or a tuple (several attributes).
         unknown: what the attribute value -1 does: "error", "average" or "learned".
         hidden_dim: width H inside an expert; None for 4·dim.
-        activation: "relu", "gelu", "gelu_tanh" or "silu".
+        activation: "relu", "gelu", "gelu_tanh", "quick_gelu" (OpenAI CLIP's) or "silu"; or gated,
+            act(gate) · linear in place of act: "swiglu", "geglu" or "geglu_tanh".
         bias: whether the experts have biases; the router keeps its own.
         dropout: probability of zeroing an entry of an expert's output in training, rounded to
             1/65536.
@@ -66,7 +67,8 @@ class DMoE(LazyDim):
         device, dtype: of the parameters.
 
     Parameters, one tensor for all experts, so that an idle expert still gets a zero gradient:
-        w1_EHD (E, H, D), b1_EH (E, H), w2_EDH (E, D, H), b2_ED (E, D), and the router's.
+        w1_EHD (E, H, D), b1_EH (E, H), w2_EDH (E, D, H), b2_ED (E, D), and the router's. If gated,
+        w1_EHD is (E, 2H, D) and its bias (E, 2H): H rows of the gate, then H of the linear half.
 
     Raises:
         ValueError, TypeError: for options that do not fit, at construction.
@@ -200,9 +202,10 @@ class DMoE(LazyDim):
 
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
         n_experts, hidden = self.n_experts, self.hidden_dim or 4 * dim
+        first = 2 * hidden if ACTIVATIONS[self.activation].gated else hidden
         shapes: dict[str, tuple[int, ...]] = {
-            "w1_EHD": (n_experts, hidden, dim),
-            "b1_EH": (n_experts, hidden),
+            "w1_EHD": (n_experts, first, dim),
+            "b1_EH": (n_experts, first),
             "w2_EDH": (n_experts, dim, hidden),
             "b2_ED": (n_experts, dim),
         }

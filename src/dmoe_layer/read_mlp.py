@@ -154,6 +154,8 @@ def _activation_of(probe: Probe, output: Tensor) -> str | None:
     first, second = probe.linears
     z = apply_linear(first, probe.x)
     for name, activation in ACTIVATIONS.items():
+        if activation.gated:  # its first layer is another's
+            continue
         if same_output(output, apply_linear(second, activation.forward(z))):
             return name
     return None
