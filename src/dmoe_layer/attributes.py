@@ -172,10 +172,18 @@ def check_attributes(
             f"attributes: got shape {shape}, {values_BN.shape[1]} a sample, but "
             f"attribute_sizes={_show(sizes)} needs {n}: expected {expected}."
         )
-    if values_BN.shape[0] not in (1, batch):
+    samples = values_BN.shape[0]
+    if samples not in (1, batch):
+        advice = ""
+        if samples and batch % samples == 0:
+            advice = (
+                " Does the model move tokens or windows into the batch before this layer? Then "
+                f"give each row its sample's: attributes.repeat_interleave({batch // samples}, "
+                "dim=0), where a sample's rows stand one after another."
+            )
         raise ValueError(
             f"attributes: got shape {shape} for a batch of {batch} samples: expected {expected}, "
-            "or a batch of 1 that applies to every sample."
+            f"or a batch of 1 that applies to every sample.{advice}"
         )
     bounds = _bounds_2N(attributes) if bounds_2N is None else bounds_2N
     _check_values(values_BN, bounds, sizes, unknown)

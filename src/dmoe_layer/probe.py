@@ -118,6 +118,9 @@ def _copy_of(mlp: nn.Module, generator: torch.Generator) -> nn.Module:
         for parameter in mlp.parameters():
             if parameter.is_floating_point():
                 memo[id(parameter)] = nn.Parameter(_random(parameter.shape, generator))
+        for buffer in mlp.buffers():
+            if buffer.is_meta:  # A table of indices, say, in which zeros are as good as any.
+                memo[id(buffer)] = torch.zeros_like(buffer, device="cpu")
         return copy.deepcopy(mlp, memo).to("cpu", torch.float64)
     except Exception as error:
         kind = type(mlp).__name__

@@ -1,4 +1,4 @@
-"""swap_mlps: replaces the MLP blocks of a model that somebody else wrote."""
+"""swap_mlps: puts layers in the place of the MLPs of a model that somebody else wrote."""
 
 from __future__ import annotations
 
@@ -9,11 +9,70 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .checks import check_flag
+from .checks import check_flag, describe
+from .hosts import (
+    HostMlp,
+    as_block,
+    find_host_mlps,
+    leave_nested_tensors,
+    replace_host_mlp,
+    try_host_mlp,
+)
 from .layer import DMoE
 from .read_mlp import ADVICE, find_linears, read_mlp
+from .tensors import Routing
+
+
+class SwappedDMoE(DMoE):
+    """A :class:`DMoE` in the place of somebody else's MLP, called as that was.
+
+    It takes its tokens first, or under the name that the old block had for them, such as
+    ``hidden_states``. What else the host passes and the block could do without, a size, a flag or
+    None, is ignored. Attributes come from the open scope; ``attributes=``, ``mask=`` and
+    ``return_routing=`` ask for what they do in :class:`DMoE`, unless the old block had a
+    parameter of that name.
+
+    Raises:
+        TypeError: for a second tensor. It is never read as attributes.
+    """
+
+    _block_parameters: tuple[str, ...] = ("x",)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Routing]:
+        names = self._block_parameters
+        options = {
+            name: kwargs.pop(name)
+            for name in ("attributes", "mask", "return_routing")
+            if name in kwargs and name not in names
+        }
+        given = [(names[i] if i < len(names) else f"{i + 1}", arg) for i, arg in enumerate(args)]
+        if not given and names[0] in kwargs:
+            given = [(names[0], kwargs.pop(names[0]))]
+        if not given:
+            raise TypeError(
+                f"forward: got no tokens, expected them first or as {names[0]}=; got the "
+                f"arguments {', '.join(kwargs) or '()'}."
+            )
+        for name, value in (*given[1:], *kwargs.items()):
+            if _holds_tensor(value):
+                raise TypeError(
+                    f"forward: got a second tensor, argument {name!r} ({describe(value)}). A DMoE "
+                    "in the place of an MLP takes its tokens and nothing else: a second tensor "
+                    "of the host is not read as attributes, and what the old block did with it "
+                    "the layer does not do. Attributes come from `with routing(attributes):`, or "
+                    "by name, layer(x, attributes=...)."
+                )
+        return super().forward(given[0][1], **options)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(each) for each in value)
+    return isinstance(value, Tensor)
 
 
 def swap_mlps(
@@ -26,9 +85,19 @@ def swap_mlps(
     """Replaces MLP blocks of ``model`` with :class:`DMoE` layers, in place.
 
     Each new layer takes its width (D and H), device, dtype and train/eval state from the block
-    it replaces. A block that stands in several places of the model is replaced by one layer, in
-    all of them. Either all matching blocks are replaced or, if one cannot be read, none. Hooks on
-    a block go with it, and the new parameters require gradients even where the old were frozen.
+    it replaces, and is called as that was (:class:`SwappedDMoE`). A block that stands in several
+    places of the model is replaced by one layer, in all of them. Either all matching blocks are
+    replaced or, if one cannot be read, none. Hooks on a block go with it, and the new parameters
+    require gradients even where the old were frozen.
+
+    A match may also be a host on which an MLP's linear layers stand, as on
+    ``torch.nn.TransformerEncoderLayer`` (``linear1``, ``activation``, ``linear2``), on Hugging
+    Face's OPT and Whisper (``fc1``, ``activation_fn``, ``fc2``), BERT and VideoMAE
+    (``intermediate.dense``, ``output.dense``) and ConvNeXt (``pwconv1``, ``act``, ``pwconv2``),
+    or one after another in an ``nn.Sequential``. The layer then takes the place of the first one;
+    activation and second one become ``nn.Identity``. The host's own dropouts, all of them, now
+    act on the layer's output, so that the layer's own is 0 unless given. Where the host is
+    sequence-first the layer has ``batch_dim=1``.
 
     Args:
         model: any module that has MLP blocks D -> H -> D inside.
@@ -43,11 +112,12 @@ def swap_mlps(
             block's are, unless given here.
 
     Returns:
-        The names of the replaced blocks.
+        The names under which the layers stand: those of the replaced blocks, or of hosts' first
+        linear layers.
 
     Raises:
         ValueError: if nothing matches (naming what could have), or if a matching block is no
-            two-layer MLP (naming the part that could not be read).
+            two-layer MLP and holds none (naming the part that could not be read).
         TypeError: for a model, pattern or option of another kind, and, with ``upcycle``, for an
             option that the block decides.
 
@@ -69,25 +139,69 @@ def swap_mlps(
         raise ValueError(f"pattern: {pattern!r} matches no module.{_hint(model, pattern, named)}")
     blocks = _outermost(named, lambda name, module: module in matching)
     layers: dict[nn.Module, DMoE] = {}
+    hosts: dict[nn.Module, HostMlp] = {}
     for name, block in blocks:
         if block not in layers:
             try:
-                layers[block] = _replacement(block, upcycle, options)
+                layers[block], host_mlp = _layer_for(block, upcycle, options)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+            if host_mlp is not None:
+                hosts[block] = host_mlp
+    names = []
     for name, block in blocks:
-        model.set_submodule(name, layers[block])
-    return [name for name, _ in blocks]
+        if block in hosts:
+            replace_host_mlp(block, hosts[block], layers[block])
+            name = f"{name}.{hosts[block].first}"
+        else:
+            model.set_submodule(name, layers[block])
+        names.append(name)
+    leave_nested_tensors(model, {*hosts})
+    return names
+
+
+def _layer_for(
+    block: nn.Module, upcycle: bool, options: dict[str, Any]
+) -> tuple[DMoE, HostMlp | None]:
+    """The layer for a match, and what it replaces in it; None: the match itself."""
+    try:
+        return _replacement(block, upcycle, options), None
+    except ValueError:
+        mlps = find_host_mlps(block)
+        if not mlps and not any(isinstance(module, DMoE) for module in block.modules()):
+            raise
+    kind = type(block).__name__
+    if not mlps:
+        raise ValueError(f"{kind}: holds a DMoE already; match the blocks that do not.")
+    if len(mlps) > 1:
+        places = "; ".join(map(str, mlps))
+        raise ValueError(f"{kind}: holds {len(mlps)} MLPs ({places}). Match what holds one.")
+    axis = try_host_mlp(block, mlps[0])
+    try:
+        options = {"dropout": 0.0, **({"batch_dim": axis} if axis else {}), **options}
+        return _replacement(as_block(block, mlps[0]), upcycle, options), mlps[0]
+    except ValueError as error:
+        raise ValueError(f"{kind}: its MLP ({mlps[0]}): {error}") from error
 
 
 def _replacement(block: nn.Module, upcycle: bool, options: dict[str, Any]) -> DMoE:
     if isinstance(block, DMoE):
         raise ValueError("is a DMoE already; match the blocks that are not.")
     if upcycle:
-        return DMoE.from_mlp(block, **options)
-    mlp = read_mlp(block, upcycle=False)
-    kept = {"hidden_dim": mlp.hidden_dim, "device": mlp.device, "dtype": mlp.dtype}
-    return DMoE(mlp.dim, **{**kept, **options}).train(block.training)
+        layer = SwappedDMoE.from_mlp(block, **options)
+    else:
+        mlp = read_mlp(block, upcycle=False)
+        kept = {"hidden_dim": mlp.hidden_dim, "device": mlp.device, "dtype": mlp.dtype}
+        layer = SwappedDMoE(mlp.dim, **{**kept, **options}).train(block.training)
+    layer._block_parameters = _parameters_of(block)
+    return layer
+
+
+def _parameters_of(block: nn.Module) -> tuple[str, ...]:
+    """The names by which a block may be given what it takes."""
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(block.forward).parameters.values()
+    return tuple(each.name for each in parameters if each.kind not in starred) or ("x",)
 
 
 def _outermost(
