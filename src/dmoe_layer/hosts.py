@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
-from .probe import Probe, apply_linear, is_linear, same_output, widths_of
+from .linears import apply_linear, is_linear, widths_of
+from .probe import Probe, same_output
 
 
 class HostMlp(NamedTuple):

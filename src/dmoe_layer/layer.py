@@ -24,6 +24,7 @@ from .read_mlp import read_mlp
 from .router import AttributeRouter, BackendRoute
 from .scope import current_attributes, record
 from .tensors import ExpertOptions, ExpertWeights, Routing
+from .upcycling import upcycled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,6 +87,7 @@ class DMoE(LazyDim):
     """
 
     _dim_from = "w1_EHD"
+    _is_overwritten = False
     _former_names: ClassVar = {"b1_EH": "w1_bias", "b2_ED": "w2_bias"}
     w1_EHD: Tensor
     w1_bias: Tensor | None
@@ -168,8 +170,9 @@ class DMoE(LazyDim):
         loses that one: an expert has one dropout, at its end.
 
         Args:
-            mlp: a block D -> H -> D with one of the known activations between its two linear
-                layers (``nn.Linear``, or Hugging Face's ``Conv1D``).
+            mlp: a block D -> H -> D with one of the known activations between its linear layers:
+                two, or of a gated MLP two or three. They are ``nn.Linear``, Hugging Face's
+                ``Conv1D``, or convolutions of size 1, for which ``channel_dim`` is 1.
             n_experts: E.
             k: experts a token.
             options: further arguments of :class:`DMoE`; ``dropout`` replaces the MLP's.
@@ -187,32 +190,8 @@ class DMoE(LazyDim):
             >>> torch.allclose(DMoE.from_mlp(mlp, k=3)(x), mlp(x), atol=1e-5)
             True
         """
-        decided = {"dim", "hidden_dim", "activation", "bias", "zero_init", "device", "dtype"}
-        if clash := sorted(decided & options.keys()):
-            raise TypeError(f"from_mlp: {', '.join(clash)} is decided by the MLP; leave it out.")
-        block = read_mlp(mlp, upcycle=True, dropout=options.pop("dropout", None))
-        layer = cls(
-            block.dim,
-            n_experts=n_experts,
-            k=k,
-            hidden_dim=block.hidden_dim,
-            activation=block.activation,
-            bias=block.b1_H is not None or block.b2_D is not None,
-            dropout=block.dropout,
-            device=block.device,
-            dtype=block.dtype,
-            **options,
-        )
-        with torch.no_grad():
-            for new_EX, old_X in (
-                (layer.w1_EHD, block.w1_HD),
-                (layer.w1_bias, block.b1_H),
-                (layer.w2_EDH, block.w2_DH),
-                (layer.w2_bias, block.b2_D),
-            ):
-                if new_EX is not None:
-                    new_EX.zero_() if old_X is None else new_EX.copy_(old_X.expand_as(new_EX))
-        return layer.train(mlp.training)
+        read = read_mlp(mlp, upcycle=True, dropout=options.pop("dropout", None))
+        return upcycled(cls, read, n_experts=n_experts, k=k, **options).train(mlp.training)
 
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
         n_experts, hidden = self.n_experts, self.hidden_dim or 4 * dim
@@ -230,7 +209,7 @@ class DMoE(LazyDim):
 
         A layer that does not know its width yet has nothing to draw.
         """
-        if self.dim is None:
+        if self.dim is None or self._is_overwritten:
             return
         for weight, bias in ((self.w1_EHD, self.w1_bias), (self.w2_EDH, self.w2_bias)):
             bound = 1 / math.sqrt(weight.shape[-1])
