@@ -156,12 +156,17 @@ def _is_mlp(first: Any, activation: Any, second: Any) -> bool:
 def _in_sequential(sequential: nn.Sequential) -> list[HostMlp]:
     """Linear, activation, linear, one after another, beside modules that do something else.
 
-    Where there is nothing else the Sequential is an MLP itself.
+    Where there is nothing else the Sequential is an MLP itself, and with a third linear layer it
+    is something that is not known.
     """
     # Of a module that stands there twice named_children knows one name only.
-    names = [n for n, m in sequential._modules.items() if not _passes_on(m)]
-    mlps = [HostMlp(*names[i : i + 3]) for i in range(len(names) - 2)] if len(names) > 3 else []
-    return [mlp for mlp in mlps if _is_mlp(*(sequential._modules[name] for name in mlp))]
+    parts = {n: m for n, m in sequential._modules.items() if not _passes_on(m)}
+    linears = [m for m in parts.values() if isinstance(m, nn.Module) and is_linear(m)]
+    if len(parts) == 3 or len(linears) != 2:
+        return []
+    names = [*parts]
+    mlps = [HostMlp(*names[i : i + 3]) for i in range(len(names) - 2)]
+    return [mlp for mlp in mlps if _is_mlp(*(parts[name] for name in mlp))]
 
 
 def _passes_on(module: Any) -> bool:

@@ -15,13 +15,11 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 class Trials:
-    """What trials of modules told, or the errors in which they ended: one of a kind is tried once.
-
-    The modules must be alive as long as this is used.
-    """
+    """What trials of modules told, or the errors in which they ended; one of a kind has one."""
 
     def __init__(self) -> None:
-        self._told: dict[Hashable, Any] = {}
+        # With the modules, whose parts the keys name by identity: those must stay alive.
+        self._told: dict[Hashable, tuple[nn.Module, Any]] = {}
 
     def of(self, module: nn.Module, trial: Callable[[], Told], *options: Hashable) -> Told:
         """What ``trial()`` tells of the module, or told of one of its kind with these options.
@@ -32,10 +30,10 @@ class Trials:
         key = kind_of(module), options
         if key not in self._told:
             try:
-                self._told[key] = trial()
+                self._told[key] = module, trial()
             except ValueError as error:
-                self._told[key] = error
-        told: Told = self._told[key]
+                self._told[key] = module, error
+        told: Told = self._told[key][1]
         if isinstance(told, ValueError):
             raise told
         return told

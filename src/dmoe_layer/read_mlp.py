@@ -119,9 +119,11 @@ def find_layers(mlp: nn.Module) -> Layers:
         raise ValueError(f"{kind}: expected a two-layer MLP D -> H -> D, {_found_instead(mlp)}")
     for name, module in mlp.named_modules():
         if is_spatial_convolution(module):
+            between = " and ".join(map(repr, layers.names))
             raise ValueError(
-                f"{kind}: could not read it as a two-layer MLP: with its linear layers stands a "
-                f"{describe_convolution(module)}, {name!r}, so that no token goes through it alone."
+                f"{kind}: could not read it as a two-layer MLP: beside or between {between} stands "
+                f"a {describe_convolution(module)} ({name!r} {type(module).__name__}), so that no "
+                "token goes through it alone."
             )
     return layers
 

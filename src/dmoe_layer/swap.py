@@ -207,12 +207,13 @@ def _read(block: nn.Module, upcycle: bool, options: dict[str, Any], trials: Tria
     if not mlps:
         raise ValueError(f"{kind}: holds a DMoE already; match the blocks that do not.")
     if len(mlps) > 1:
-        places = "; ".join(map(str, mlps))
+        places = "; ".join(map(str, mlps[:3])) + ("; ..." if len(mlps) > 3 else "")
         raise ValueError(f"{kind}: holds {len(mlps)} MLPs ({places}). Match what holds one.")
     axis = trials.of(block, lambda: try_host_mlp(block, mlps[0]))
     options = {"dropout": 0.0, **({"batch_dim": axis} if axis else {}), **options}
     try:
-        mlp = read_mlp(as_block(block, mlps[0]), upcycle=upcycle, dropout=options["dropout"])
+        part, dropout = as_block(block, mlps[0]), options["dropout"]
+        mlp = read_mlp(part, upcycle=upcycle, dropout=dropout, trials=trials)
     except ValueError as error:
         raise ValueError(f"{kind}: its MLP ({mlps[0]}): {error}") from error
     return _Match(mlp, mlps[0], options)

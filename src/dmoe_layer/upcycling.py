@@ -45,5 +45,6 @@ def upcycled(kind: type[Layer], mlp: Mlp, **options: Any) -> Layer:
         ):
             if new_EX is not None:
                 new_EX.zero_() if old_X is None else new_EX.copy_(old_X.expand_as(new_EX))
+    layer._copied_on_meta = layer.w1_EHD.is_meta
     made: Layer = layer
     return made
