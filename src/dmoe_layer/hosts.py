@@ -98,6 +98,8 @@ def try_host_mlp(host: nn.Module, mlp: HostMlp) -> int:
         between = f" (modules there: {modules})" if modules else ""
         fault = f"what stands between {mlp.first!r} and {mlp.second!r} is none of "
         fault += ", ".join(ACTIVATIONS) + between
+        if "convolution" in between:
+            fault += ", so that no token goes through it alone"
     else:
         axis = probe.batch_axis()
         try:

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linears import is_1x1_convolution, widths_of
+from .linears import (
+    describe_convolution,
+    is_1x1_convolution,
+    is_spatial_convolution,
+    widths_of,
+)
 
 # These only pass on what they get, or drop of it what training drops.
 _TRANSPARENT = (
@@ -88,8 +93,10 @@ class Probe:
             if not isinstance(y, Tensor):
                 raise TypeError(f"it returned {type(y).__name__}, expected one tensor")
         except Exception as error:
-            first = "channels, ..." if is_1x1_convolution(self.linears[0]) else "tokens, channels"
-            given = f"one tensor of shape (batch, {first}) with {self.x.shape[2]} channels"
+            width, maps = self.x.shape[2], is_1x1_convolution(self.linears[0])
+            given = (
+                f"one tensor of shape (batch, {f'{width}, ...' if maps else f'tokens, {width}'})"
+            )
             more = f" and {self.shown_made_up()}" if self.made_up else ""
             raise ValueError(f"{self._kind}: could not run it on {given}{more}: {error}") from error
         return y
@@ -154,7 +161,10 @@ class Probe:
             self.others.append([])
             return output.clone()  # An activation may work in place.
         if not isinstance(module, _TRANSPARENT):
-            self.others[-1].append(f"{name!r} {type(module).__name__}")
+            described = f"{name!r} {type(module).__name__}"
+            if is_spatial_convolution(module):
+                described += f", a {describe_convolution(module)}"
+            self.others[-1].append(described)
         return None
 
 

@@ -32,8 +32,8 @@ _NO_MODULE = (
     "as a torch.nn.TransformerEncoderLayer or a layer of BERT, or move it into a module first."
 )
 _CONVOLUTIONAL = (
-    "Between convolutions experts need no MLP whose place they take: insert_after(model, pattern) "
-    "puts them behind each module that matches, such as a stage of a U-Net."
+    "Networks of convolutions have none; their experts go behind a stage: insert_after(model, "
+    "pattern, ...) puts a DMoE(channel_dim=1, residual=True) behind each module that matches."
 )
 
 
@@ -210,10 +210,10 @@ def _looks_of(mlp: nn.Module, name: str, linear: nn.Module) -> tuple[torch.dtype
 
 def _found_instead(mlp: nn.Module) -> str:
     """What a block has in the place of linear layers that fit, in an error's words."""
-    inside = {type(module).__name__ for module in mlp.children()}
-    shown = shown_linears(mlp) or ", ".join(["inside:", *sorted(inside)][:6])
-    n_found = sum(map(is_linear, mlp.modules()))
+    inside = sorted({type(module).__name__ for module in mlp.children()})
+    shown = shown_linears(mlp) or f"inside: {', '.join(inside[:6]) or 'nothing'}"
+    advice = f" {advice_for(mlp)}" if inside else ""
     return (
-        f"found {n_found} linear layers ({shown}). Match the module that holds the MLP and "
-        f"nothing else. {advice_for(mlp)}"
+        f"found {sum(map(is_linear, mlp.modules()))} linear layers ({shown}). Match the module "
+        f"that holds the MLP and nothing else.{advice}"
     )

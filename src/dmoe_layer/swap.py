@@ -300,12 +300,19 @@ def _hint(
     if isinstance(pattern, str):
         for names in (mlps, hosts):
             names.sort(key=lambda name: -difflib.SequenceMatcher(None, pattern, name).ratio())
-    candidates = mlps or hosts
-    more = f" and {len(candidates) - 5} more" if len(candidates) > 5 else ""
-    shown = f"{', '.join(candidates[:5])}{more}"
     if mlps:
-        return f" Close candidates: {shown}."
+        return f" Close candidates: {_shown(mlps)}."
+    # A layer has brothers, which one glob names, unless it matches others too.
+    globs = {".".join("*" if part.isdigit() else part for part in h.split(".")) for h in hosts}
+    matched = [name for glob in globs for name, _ in _outermost(named, _as_predicate(glob))]
+    if sorted(matched) == sorted(hosts):
+        hosts = [repr(glob) for glob in sorted(globs)]
     return (
         " The model has no block that is a two-layer MLP, but layers on which the linear layers of "
-        f"one stand, as on torch.nn.TransformerEncoderLayer. Match those: {shown}."
+        f"one stand, as on torch.nn.TransformerEncoderLayer. Match those: {_shown(hosts)}."
     )
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"

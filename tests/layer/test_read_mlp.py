@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from harness.mlps import (
-    IMAGE,
     SMALL,
     TEXT,
     Block,
