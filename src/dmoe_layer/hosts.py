@@ -75,8 +75,47 @@ def try_host_mlp(host: nn.Module, mlp: HostMlp) -> int:
     Raises:
         ValueError: saying why nothing can take the MLP's place.
     """
+    # Whoever swaps under no_grad or inference_mode asks for no less.
+    with torch.inference_mode(False), torch.enable_grad():
+        return _try(host, mlp)
+
+
+def as_block(host: nn.Module, mlp: HostMlp) -> nn.Module:
+    """The MLP that stands on a host, as a module of its own; its parts are those of the host."""
+    first, activation, second = (_at(host, name) for name in mlp)
+    block = nn.Sequential(
+        first, activation if isinstance(activation, nn.Module) else _Called(activation), second
+    )
+    block.training = first.training  # not by train(), which would switch the host's parts
+    return block
+
+
+def replace_host_mlp(host: nn.Module, mlp: HostMlp, layer: nn.Module) -> None:
+    """Puts a layer in the place of the MLP that stands on a host."""
+    for name, module in zip(mlp, (layer, nn.Identity(), nn.Identity()), strict=True):
+        parent, _, leaf = name.rpartition(".")
+        setattr(host.get_submodule(parent), leaf, module)
+    # In eval PyTorch's own layer hands the weights of its linears to one fused operator, unless
+    # its activation is another than these two.
+    if isinstance(host, nn.TransformerEncoderLayer):
+        host.activation_relu_or_gelu = 0
+
+
+def leave_nested_tensors(model: nn.Module, hosts: set[nn.Module]) -> None:
+    """Keeps PyTorch's encoders from packing padded batches for layers that have been replaced."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and not hosts.isdisjoint(module.layers):
+            module.use_nested_tensor = False
+
+
+def _try(host: nn.Module, mlp: HostMlp) -> int:
     kind = type(host).__name__
-    probe = _HostProbe(host, mlp)
+    try:
+        probe = _HostProbe(host, mlp)
+    except ValueError as failed:
+        raise ValueError(
+            f"{kind}: could not copy it to try its MLP ({mlp}): {failed.__cause__}"
+        ) from failed
     output, error = None, None
     for probe.called.form in _FORMS:
         try:
@@ -112,34 +151,6 @@ def try_host_mlp(host: nn.Module, mlp: HostMlp) -> int:
     if fault:
         raise ValueError(f"{kind}: could not replace its MLP ({mlp}): {fault}.")
     return axis
-
-
-def as_block(host: nn.Module, mlp: HostMlp) -> nn.Module:
-    """The MLP that stands on a host, as a module of its own; its parts are those of the host."""
-    first, activation, second = (_at(host, name) for name in mlp)
-    block = nn.Sequential(
-        first, activation if isinstance(activation, nn.Module) else _Called(activation), second
-    )
-    block.training = first.training  # not by train(), which would switch the host's parts
-    return block
-
-
-def replace_host_mlp(host: nn.Module, mlp: HostMlp, layer: nn.Module) -> None:
-    """Puts a layer in the place of the MLP that stands on a host."""
-    for name, module in zip(mlp, (layer, nn.Identity(), nn.Identity()), strict=True):
-        parent, _, leaf = name.rpartition(".")
-        setattr(host.get_submodule(parent), leaf, module)
-    # In eval PyTorch's own layer hands the weights of its linears to one fused operator, unless
-    # its activation is another than these two.
-    if isinstance(host, nn.TransformerEncoderLayer):
-        host.activation_relu_or_gelu = 0
-
-
-def leave_nested_tensors(model: nn.Module, hosts: set[nn.Module]) -> None:
-    """Keeps PyTorch's encoders from packing padded batches for layers that have been replaced."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and not hosts.isdisjoint(module.layers):
-            module.use_nested_tensor = False
 
 
 def _at(module: Any, path: str) -> Any:
