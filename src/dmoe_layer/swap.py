@@ -150,7 +150,8 @@ def swap_mlps(
                 matches[block] = _read(block, upcycle, options, trials)
     for name, block in blocks:
         if block not in layers:
-            with _named_in_errors(name):
+            mlp = matches[block].host_mlp
+            with _named_in_errors(name if mlp is None else f"{name}: {_on_host(block, mlp)}"):
                 layers[block] = _replacement(block, matches[block], upcycle)
     hosts = {block: match.host_mlp for block, match in matches.items() if match.host_mlp}
     names = []
@@ -171,6 +172,10 @@ def _named_in_errors(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _on_host(host: nn.Module, mlp: HostMlp) -> str:
+    return f"{type(host).__name__}: its MLP ({mlp})"
 
 
 class _Match(NamedTuple):
@@ -211,11 +216,9 @@ def _read(block: nn.Module, upcycle: bool, options: dict[str, Any], trials: Tria
         raise ValueError(f"{kind}: holds {len(mlps)} MLPs ({places}). Match what holds one.")
     axis = trials.of(block, lambda: try_host_mlp(block, mlps[0]))
     options = {"dropout": 0.0, **({"batch_dim": axis} if axis else {}), **options}
-    try:
-        part, dropout = as_block(block, mlps[0]), options["dropout"]
+    part, dropout = as_block(block, mlps[0]), options["dropout"]
+    with _named_in_errors(_on_host(block, mlps[0])):
         mlp = read_mlp(part, upcycle=upcycle, dropout=dropout, trials=trials)
-    except ValueError as error:
-        raise ValueError(f"{kind}: its MLP ({mlps[0]}): {error}") from error
     return _Match(mlp, mlps[0], options)
 
 
