@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
-from .probe import Probe, apply_linear, is_linear, same_output, widths_of
+from .linears import apply_linear, is_linear, widths_of
+from .probe import Probe, same_output
 
 
 class HostMlp(NamedTuple):
@@ -136,6 +137,8 @@ def _try(host: nn.Module, mlp: HostMlp) -> int:
         between = f" (modules there: {modules})" if modules else ""
         fault = f"what stands between {mlp.first!r} and {mlp.second!r} is none of "
         fault += ", ".join(ACTIVATIONS) + between
+        if "convolution" in between:
+            fault += ", so that no token goes through it alone"
     else:
         axis = probe.batch_axis()
         try:

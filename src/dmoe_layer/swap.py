@@ -6,8 +6,8 @@ import contextlib
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,9 +20,11 @@ from .hosts import (
     replace_host_mlp,
     try_host_mlp,
 )
+from .kinds import Trials
 from .layer import DMoE
-from .read_mlp import ADVICE, find_linears, read_mlp
+from .read_mlp import Mlp, advice_for, read_mlp
 from .tensors import Routing
+from .upcycling import upcycled
 
 
 class SwappedDMoE(DMoE):
@@ -136,18 +138,22 @@ def swap_mlps(
     named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n]
     matching = {m for _, m in _outermost(named, _as_predicate(pattern))}
     if not matching:
-        raise ValueError(f"pattern: {pattern!r} matches no module.{_hint(model, pattern, named)}")
+        hint = _hint(model, pattern, named, upcycle, options)
+        raise ValueError(f"pattern: {pattern!r} matches no module.{hint}")
     blocks = _outermost(named, lambda name, module: module in matching)
-    layers: dict[nn.Module, DMoE] = {}
-    hosts: dict[nn.Module, HostMlp] = {}
+    matches: dict[nn.Module, _Match] = {}
+    layers: dict[nn.Module, SwappedDMoE] = {}
+    trials = Trials()
+    for name, block in blocks:
+        if block not in matches:
+            with _named_in_errors(name):
+                matches[block] = _read(block, upcycle, options, trials)
     for name, block in blocks:
         if block not in layers:
-            try:
-                layers[block], host_mlp = _layer_for(block, upcycle, options)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            if host_mlp is not None:
-                hosts[block] = host_mlp
+            mlp = matches[block].host_mlp
+            with _named_in_errors(name if mlp is None else f"{name}: {_on_host(block, mlp)}"):
+                layers[block] = _replacement(block, matches[block], upcycle)
+    hosts = {block: match.host_mlp for block, match in matches.items() if match.host_mlp}
     names = []
     for name, block in blocks:
         if block in hosts:
@@ -160,16 +166,47 @@ def swap_mlps(
     return names
 
 
-def _layer_for(
-    block: nn.Module, upcycle: bool, options: dict[str, Any]
-) -> tuple[DMoE, HostMlp | None]:
-    """The layer for a match, and what it replaces in it; None: the match itself."""
+@contextlib.contextmanager
+def _named_in_errors(name: str) -> Iterator[None]:
     try:
-        return _replacement(block, upcycle, options), None
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _on_host(host: nn.Module, mlp: HostMlp) -> str:
+    return f"{type(host).__name__}: its MLP ({mlp})"
+
+
+class _Match(NamedTuple):
+    """What takes the place of a match: a layer as wide as an MLP that has been read.
+
+    Attributes:
+        mlp: what has been read.
+        host_mlp: where the MLP stands on a host; None: the match itself is one.
+        options: of the layer.
+    """
+
+    mlp: Mlp
+    host_mlp: HostMlp | None
+    options: dict[str, Any]
+
+
+def _read(block: nn.Module, upcycle: bool, options: dict[str, Any], trials: Trials) -> _Match:
+    """What takes the place of a match. Nothing is drawn.
+
+    Raises:
+        ValueError: saying why nothing can.
+    """
+    if isinstance(block, DMoE):
+        raise ValueError("is a DMoE already; match the blocks that are not.")
+    dropout = options.get("dropout")
+    try:
+        mlp = read_mlp(block, upcycle=upcycle, dropout=dropout, trials=trials)
+        return _Match(mlp, None, options)
     except ValueError:
         mlps = find_host_mlps(block)
-        holds_one = any(isinstance(module, DMoE) for module in block.modules())
-        if isinstance(block, DMoE) or not (mlps or holds_one):
+        if not mlps and not any(isinstance(module, DMoE) for module in block.modules()):
             raise
     kind = type(block).__name__
     if not mlps:
@@ -177,25 +214,31 @@ def _layer_for(
     if len(mlps) > 1:
         places = "; ".join(map(str, mlps[:3])) + ("; ..." if len(mlps) > 3 else "")
         raise ValueError(f"{kind}: holds {len(mlps)} MLPs ({places}). Match what holds one.")
-    axis = try_host_mlp(block, mlps[0])
-    try:
-        options = {"dropout": 0.0, **({"batch_dim": axis} if axis else {}), **options}
-        return _replacement(as_block(block, mlps[0]), upcycle, options), mlps[0]
-    except ValueError as error:
-        raise ValueError(f"{kind}: its MLP ({mlps[0]}): {error}") from error
+    axis = trials.of(block, lambda: try_host_mlp(block, mlps[0]))
+    options = {"dropout": 0.0, **({"batch_dim": axis} if axis else {}), **options}
+    part, dropout = as_block(block, mlps[0]), options["dropout"]
+    with _named_in_errors(_on_host(block, mlps[0])):
+        mlp = read_mlp(part, upcycle=upcycle, dropout=dropout, trials=trials)
+    return _Match(mlp, mlps[0], options)
 
 
-def _replacement(block: nn.Module, upcycle: bool, options: dict[str, Any]) -> DMoE:
-    if isinstance(block, DMoE):
-        raise ValueError("is a DMoE already; match the blocks that are not.")
+def _replacement(block: nn.Module, match: _Match, upcycle: bool) -> SwappedDMoE:
+    """The layer, drawn or upcycled."""
+    mlp, options = match.mlp, match.options
     if upcycle:
-        layer = SwappedDMoE.from_mlp(block, **options)
+        options = {name: value for name, value in options.items() if name != "dropout"}
+        layer = upcycled(SwappedDMoE, mlp, **options)
     else:
-        mlp = read_mlp(block, upcycle=False)
-        kept = {"hidden_dim": mlp.hidden_dim, "device": mlp.device, "dtype": mlp.dtype}
-        layer = SwappedDMoE(mlp.dim, **{**kept, **options}).train(block.training)
-    layer._block_parameters = _parameters_of(block)
-    return layer
+        kept = {
+            "hidden_dim": mlp.hidden_dim,
+            "channel_dim": mlp.channel_dim,
+            "device": mlp.device,
+            "dtype": mlp.dtype,
+        }
+        layer = SwappedDMoE(mlp.dim, **{**kept, **options})
+    old = block if match.host_mlp is None else block.get_submodule(match.host_mlp.first)
+    layer._block_parameters = _parameters_of(old)
+    return layer.train(old.training)
 
 
 def _parameters_of(block: nn.Module) -> tuple[str, ...]:
@@ -238,19 +281,41 @@ def _as_predicate(pattern: Any) -> Callable[[str, nn.Module], bool]:
     return lambda name, module: bool(pattern(name, module))
 
 
-def _hint(model: nn.Module, pattern: Any, named: list[tuple[str, nn.Module]]) -> str:
-    """What was perhaps meant: two-layer MLPs first, then names of a similar spelling."""
+def _hint(
+    model: nn.Module,
+    pattern: Any,
+    named: list[tuple[str, nn.Module]],
+    upcycle: bool,
+    options: dict[str, Any],
+) -> str:
+    """What was perhaps meant, of all that would be taken; or what to do where there is nothing."""
     if _as_predicate(pattern)("", model):
         return " Only the model itself does, and it cannot replace itself: see DMoE.from_mlp."
-    mlps, alike = [], []
+    mlps: list[str] = []
+    hosts: list[str] = []
+    trials = Trials()
     for name, module in named:
         with contextlib.suppress(ValueError):
-            find_linears(module)
-            mlps.append(name)
+            match = _read(module, upcycle, options, trials)
+            (mlps if match.host_mlp is None else hosts).append(name)
+    if not mlps and not hosts:
+        return f" The model has no block that is a two-layer MLP. {advice_for(model)}"
     if isinstance(pattern, str):
-        mlps.sort(key=lambda name: -difflib.SequenceMatcher(None, pattern, name).ratio())
-        alike = difflib.get_close_matches(pattern, [name for name, _ in named])
-    candidates = list(dict.fromkeys([*mlps, *alike]))
-    more = f" and {len(candidates) - 5} more" if len(candidates) > 5 else ""
-    close = f" Close candidates: {', '.join(candidates[:5])}{more}." if candidates else ""
-    return close if mlps else f"{close} The model has no block that is a two-layer MLP. {ADVICE}"
+        for names in (mlps, hosts):
+            names.sort(key=lambda name: -difflib.SequenceMatcher(None, pattern, name).ratio())
+    if mlps:
+        return f" Close candidates: {_shown(mlps)}."
+    # A layer has brothers, which one glob names, unless it matches others too.
+    globs = {".".join("*" if part.isdigit() else part for part in h.split(".")) for h in hosts}
+    matched = [name for glob in globs for name, _ in _outermost(named, _as_predicate(glob))]
+    if sorted(matched) == sorted(hosts):
+        hosts = [repr(glob) for glob in sorted(globs)]
+    return (
+        " The model has no block that is a two-layer MLP, but layers on which the linear layers of "
+        f"one stand, as on torch.nn.TransformerEncoderLayer. Match those: {_shown(hosts)}."
+    )
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
