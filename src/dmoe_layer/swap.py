@@ -99,7 +99,8 @@ def swap_mlps(
     or one after another in an ``nn.Sequential``. The layer then takes the place of the first one;
     activation and second one become ``nn.Identity``. The host's own dropouts, all of them, now
     act on the layer's output, so that the layer's own is 0 unless given. Where the host is
-    sequence-first the layer has ``batch_dim=1``.
+    sequence-first the layer has ``batch_dim=1``. Give the model that holds all of a
+    ``torch.nn.TransformerEncoder``, which must leave its fast path too.
 
     Args:
         model: any module that has MLP blocks D -> H -> D inside.
