@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from harness.exactness import assert_close
 from harness.layouts import LAYOUTS, check_operator, laid_out
 from helpers import needs_compiler
 from torch import nn
 
-from dmoe_layer import DMoE, routing
+from dmoe_layer import AttributeRouter, DMoE, routing
 
 OPS = torch.ops.dmoe_layer
 # So wide and so many rows of each expert that oneDNN multiplies them, unpadded.
@@ -43,7 +44,8 @@ def calls():
     z = torch.randn(2 * tokens, HIDDEN)
     dy, dlogits = torch.randn(tokens, DIM), torch.randn(tokens, EXPERTS)
     pairs = torch.tensor([[0, 1], [2, 0], [1, 1]])
-    one = (torch.randn(SAMPLES, TOKENS, DIM), *(p[:1] for p in router_inputs()[1:3]), None, None, None)
+    x, w, b, *_ = router_inputs()
+    one = (x, w[:1], b[:1], None, None, None)
     some = [True, False, False, True, True, False]
     return {
         "check_attributes": (
@@ -76,3 +78,38 @@ def calls():
 def test_an_operator_returns_contiguous_tensors_as_its_fake_promises(call, layout):
     op, args = calls()[call]
     check_operator(op.default, args, layout)
+
+
+def test_backward_draws_the_noise_of_forward_whatever_the_layout_of_the_gradient():
+    router, x = AttributeRouter(16, attribute_sizes=3), torch.randn(2, 10, 16)
+    grads = []
+    for look in (torch.Tensor.contiguous, lambda logits: logits.mT.contiguous()):
+        torch.manual_seed(1)
+        loss = look(router(x, torch.tensor([0, 2])).logits).square().sum()
+        grads.append(torch.autograd.grad(loss, list(router.parameters())))
+    for transposed, plain in zip(*grads, strict=True):
+        assert_close(transposed, plain, torch.float32, "the router's gradient")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_network_of_another_layout_trains_as_the_contiguous_one(compiled):
+    # Inductor draws other seeds.
+    layer = DMoE(16, attribute_sizes=3, channel_dim=1, noise="never", dropout=0.0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), layer)
+    x, direction = torch.randn(2, 3, 8, 8), torch.randn(2, 16, 8, 8)
+
+    def train(network):
+        network.zero_grad()
+        with routing(torch.tensor([0, 2])) as r:
+            y = network(x)
+        ((y * direction).sum() + r.router_z_loss()).backward()
+        return [y.detach(), *(p.grad for p in network.parameters())]
+
+    true = train(network)
+    network, x = (t.to(memory_format=torch.channels_last) for t in (network, x))
+    assert not layer.router.w_A2ED.is_contiguous()
+    for parameter in (layer.w1_EHD, layer.w2_EDH, layer.w1_bias, layer.router.bias):
+        parameter.data = laid_out([parameter.detach()], "transposed")[0]
+    found = train(torch.compile(network) if compiled else network)
+    for ours, expected in zip(found, true, strict=True):
+        assert_close(ours, expected, torch.float32, "a network of another layout")
