@@ -1,5 +1,6 @@
 """A mixture-of-experts layer for medical imaging and vision whose router knows the attribute."""
 
+from . import flops  # noqa: F401  so that FLOP counters see the operators
 from .attributes import MissingAttributesError
 from .layer import DMoE
 from .losses import importance_loss, load_balancing_loss, router_z_loss
