@@ -13,8 +13,7 @@ def _stored(t, *axes):
 
 
 def _strided(t):
-    apart = torch.stack([t, t], dim=-1).flatten(-2) if t.ndim else t
-    return apart[..., ::2] if t.ndim else t
+    return torch.stack([t, t], dim=-1).flatten(-2)[..., ::2] if t.ndim else t
 
 
 def _expanded(t):
@@ -34,7 +33,7 @@ LAYOUTS = {
 
 
 def laid_out(args, layout):
-    """The arguments of an operator with each tensor in that layout, leaves where they were."""
+    """The arguments of an operator with each tensor in that layout; leaves stay leaves."""
 
     def change(arg):
         if not isinstance(arg, Tensor):

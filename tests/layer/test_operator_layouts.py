@@ -77,9 +77,11 @@ def calls():
 @pytest.mark.parametrize("call", calls())
 def test_an_operator_returns_contiguous_tensors_as_its_fake_promises(call, layout):
     op, args = calls()[call]
-    is_forward = any(a.requires_grad for a in args if isinstance(a, torch.Tensor))
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    check_operator(op.default, args, layout, checks[: 3 if is_forward else 2])
+    trains = any(a.requires_grad for a in args if isinstance(a, torch.Tensor))
+    checks = ["test_schema", "test_faketensor"]
+    if trains and layout == "transposed":  # one layout is enough for what costs most
+        checks.append("test_aot_dispatch_dynamic")
+    check_operator(op.default, args, layout, checks)
 
 
 def test_backward_draws_the_noise_of_forward_whatever_the_layout_of_the_gradient():
