@@ -8,6 +8,7 @@ from .router import AttributeRouter
 from .scope import carry_routing, routing
 from .swap import swap_mlps
 from .tensors import Routing
+from .windows import window_attributes
 
 __version__ = "0.1.0"
 
@@ -22,4 +23,5 @@ __all__ = [
     "router_z_loss",
     "routing",
     "swap_mlps",
+    "window_attributes",
 ]
