@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,6 +113,7 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
                 raise ValueError(f"{name}: {error}") from error
             names.append(f"{name}.moe")
     with contextlib.ExitStack() as stack:  # should one fail, those before it are taken out again
+        stack.callback(_forget_compiled)
         for module, (layer, runs_layer) in layers.items():
             if hasattr(module, "moe"):  # a place that is kept free, with None
                 stack.callback(module.register_module, "moe", None)
@@ -122,6 +124,7 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
                 hook = module.register_forward_hook(add_experts, with_kwargs=True)
                 stack.callback(hook.remove)
         undo = stack.pop_all().close
+    _forget_compiled()
     return Inserted(names, undo)
 
 
@@ -216,6 +219,12 @@ def _copy_on_meta(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module, memo)
     drop_forward_hooks(twin)
     return twin.eval()
+
+
+def _forget_compiled() -> None:
+    """Has compiled models compiled again: Dynamo does not look whether a module has a new hook."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _returned(module: nn.Module, output: Any) -> str:
