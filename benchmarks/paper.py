@@ -26,7 +26,7 @@ class MaskLoop(nn.Module):
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        w_A2ED, b_A2E = weights["router.w_A2ED"], weights["router.b_A2E"]
+        w_A2ED, b_A2E = weights["router.w_A2ED"], weights["router.bias"]
         self.clean, self.noise = (
             nn.ModuleList(linear(w_A2ED[a, i], b_A2E[a, i]) for a in range(len(w_A2ED)))
             for i in (0, 1)
@@ -56,7 +56,7 @@ class MaskLoop(nn.Module):
 
 def experts_of_modules(weights: Mapping[str, Tensor]) -> nn.ModuleList:
     """A DMoE's experts, each of plain modules with a copy of its parameters."""
-    names = ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED")
+    names = ("w1_EHD", "w1_bias", "w2_EDH", "w2_bias")
     return nn.ModuleList(mlp(*(weights[name][e] for name in names)) for e in range(N_EXPERTS))
 
 

@@ -57,7 +57,7 @@ def dmoe(
     logits, experts, gates = [], [], []
     for b in range(x_BTD.shape[0]):
         w_2ED, b_2E = router_weights(
-            params["router.w_A2ED"], params["router.b_A2E"], sizes, unknown, values[b]
+            params["router.w_A2ED"], params["router.bias"], sizes, unknown, values[b]
         )
         for t in range(x_BTD.shape[1]):
             if mask_BT is not None and not mask_BT[b, t]:
@@ -70,11 +70,11 @@ def dmoe(
             gate = torch.exp(scores[chosen]) / torch.exp(scores[chosen]).sum()
             for j, e in enumerate(chosen.tolist()):
                 z = params["w1_EHD"][e] @ x
-                if "b1_EH" in params:
-                    z = z + params["b1_EH"][e]
+                if "w1_bias" in params:
+                    z = z + params["w1_bias"][e]
                 out = params["w2_EDH"][e] @ ACTIVATIONS[activation](z)
-                if "b2_ED" in params:
-                    out = out + params["b2_ED"][e]
+                if "w2_bias" in params:
+                    out = out + params["w2_bias"][e]
                 if drop_BTKD is not None:
                     out = out * drop_BTKD[b, t, j]
                 y_BTD[b, t] += gate[j] * out

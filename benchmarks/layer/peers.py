@@ -37,8 +37,8 @@ class Transformers(Routed):
             def __init__(self, config: Any) -> None:
                 super().__init__()
                 self.num_experts, self.act_fn = N_EXPERTS, F.relu
-                self.up_proj, self.up_proj_bias = owner.w1_EHD, owner.b1_EH
-                self.down_proj, self.down_proj_bias = owner.w2_EDH, owner.b2_ED
+                self.up_proj, self.up_proj_bias = owner.w1_EHD, owner.w1_bias
+                self.down_proj, self.down_proj_bias = owner.w2_EDH, owner.w2_bias
 
             def forward(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
                 raise NotImplementedError  # replaced by the implementation of the config's name
@@ -65,8 +65,8 @@ class ScatterMoE(Routed):
             bias=True,
             activation=nn.ReLU(),
         )
-        self.mlp.experts.weight, self.mlp.experts.bias = self.w1_EHD, self.b1_EH
-        self.mlp.output_experts.weight, self.mlp.output_experts.bias = self.w2_EDH, self.b2_ED
+        self.mlp.experts.weight, self.mlp.experts.bias = self.w1_EHD, self.w1_bias
+        self.mlp.output_experts.weight, self.mlp.output_experts.bias = self.w2_EDH, self.w2_bias
 
     def experts(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
         return self.drop(self.mlp(x_TD, gates_TK, indices_TK))
@@ -91,9 +91,9 @@ class SonicMoE(Routed):
             token_R.repeat_interleave(K),
             indices_TK.flatten().int(),
             self.w1_EHD.permute(1, 2, 0),
-            self.b1_EH,
+            self.w1_bias,
             self.w2_EDH.permute(1, 2, 0),
-            self.b2_ED,
+            self.w2_bias,
             E=N_EXPERTS,
             stream_id=torch.cuda.current_stream().cuda_stream,
             activation_type=self.relu,

@@ -30,8 +30,8 @@ class GemmLoop(Routed):
         counts = torch.bincount(expert_R, minlength=N_EXPERTS).tolist()
         outs = []
         for e, x_RD in enumerate(x_TD.index_select(0, token_R).split(counts)):
-            h_RH = F.linear(x_RD, self.w1_EHD[e], self.b1_EH[e]).relu_()
-            outs.append(F.linear(h_RH, self.w2_EDH[e], self.b2_ED[e]))
+            h_RH = F.linear(x_RD, self.w1_EHD[e], self.w1_bias[e]).relu_()
+            outs.append(F.linear(h_RH, self.w2_EDH[e], self.w2_bias[e]))
         out_RD = self.drop(torch.cat(outs)) * gates_TK.flatten()[order_R, None]
         return torch.zeros_like(x_TD).index_add(0, token_R, out_RD)
 
@@ -51,8 +51,8 @@ class GroupedMm(Routed):
         offsets_E = torch.searchsorted(expert_R, edges_E, right=True).int()
         x_RD = x_TD.index_select(0, token_R)
         z_RH = F.grouped_mm(x_RD, self.w1_EHD.mT, offs=offsets_E)
-        h_RH = (z_RH + self.b1_EH[expert_R]).relu_()
-        out_RD = F.grouped_mm(h_RH, self.w2_EDH.mT, offs=offsets_E) + self.b2_ED[expert_R]
+        h_RH = (z_RH + self.w1_bias[expert_R]).relu_()
+        out_RD = F.grouped_mm(h_RH, self.w2_EDH.mT, offs=offsets_E) + self.w2_bias[expert_R]
         out_RD = self.drop(out_RD) * gates_TK.flatten()[order_R, None]
         return torch.zeros_like(x_TD).index_add(0, token_R, out_RD)
 
@@ -65,9 +65,9 @@ class Dense(Layer):
         weights = problem.weights
         self.net = mlp(
             weights["w1_EHD"][:K].flatten(0, 1),
-            weights["b1_EH"][:K].flatten(),
+            weights["w1_bias"][:K].flatten(),
             weights["w2_EDH"][:K].movedim(0, 1).flatten(1),
-            weights["b2_ED"][0],
+            weights["w2_bias"][0],
         )
 
     def forward(self, x_BTD: Tensor, attributes_B: Tensor) -> Tensor:

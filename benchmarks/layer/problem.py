@@ -111,7 +111,7 @@ def true_answer(
     h_TEH = _hidden(x_TD, weights, bias=bias).relu()
     out_TED = torch.einsum("teh,edh->ted", h_TEH, weights["w2_EDH"].double())
     if bias:
-        out_TED = out_TED + weights["b2_ED"].double()
+        out_TED = out_TED + weights["w2_bias"].double()
     y_TD = torch.einsum("te,ted->td", gates_TE, out_TED)
     dx_TD, dw1_EHD = torch.autograd.grad(y_TD, (x_TD, weights["w1_EHD"]), dy_TD)
     return Answer(y_TD.detach(), dx_TD, dw1_EHD)
@@ -119,9 +119,9 @@ def true_answer(
 
 def _scores(x_TD: Tensor, values_T: Tensor, weights: dict[str, Tensor]) -> Tensor:
     w_TED = weights["router.w_A2ED"][values_T, 0].double()
-    return (w_TED @ x_TD[:, :, None])[:, :, 0] + weights["router.b_A2E"][values_T, 0].double()
+    return (w_TED @ x_TD[:, :, None])[:, :, 0] + weights["router.bias"][values_T, 0].double()
 
 
 def _hidden(x_TD: Tensor, weights: dict[str, Tensor], *, bias: bool) -> Tensor:
     z_TEH = torch.einsum("td,ehd->teh", x_TD, weights["w1_EHD"].double())
-    return z_TEH + weights["b1_EH"].double() if bias else z_TEH
+    return z_TEH + weights["w1_bias"].double() if bias else z_TEH

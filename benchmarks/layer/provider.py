@@ -63,10 +63,11 @@ class Routed(Layer):
         weights = problem.weights
         self.router.to(problem.device, problem.dtype)
         self.router.load_state_dict(
-            {name: weights[f"router.{name}"] for name in ("w_A2ED", "b_A2E")}
+            {name: weights[f"router.{name}"] for name in ("w_A2ED", "bias")}
         )
-        self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED = (
-            nn.Parameter(weights[name].clone()) for name in ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED")
+        self.w1_EHD, self.w1_bias, self.w2_EDH, self.w2_bias = (
+            nn.Parameter(weights[name].clone())
+            for name in ("w1_EHD", "w1_bias", "w2_EDH", "w2_bias")
         )
 
     def forward(self, x_BTD: Tensor, attributes_B: Tensor) -> Tensor:

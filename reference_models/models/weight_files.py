@@ -195,11 +195,11 @@ def released_moe(file: Entries, model: nn.Module, ours: str, theirs: str) -> Wei
 
     new = {
         "w1_EHD": stacked([f"{e}.0" for e in experts], "weight", (hidden, dim)),
-        "b1_EH": stacked([f"{e}.0" for e in experts], "bias", (hidden,)),
+        "w1_bias": stacked([f"{e}.0" for e in experts], "bias", (hidden,)),
         "w2_EDH": stacked([f"{e}.2" for e in experts], "weight", (dim, hidden)),
-        "b2_ED": stacked([f"{e}.2" for e in experts], "bias", (dim,)),
+        "w2_bias": stacked([f"{e}.2" for e in experts], "bias", (dim,)),
     }
-    shapes = {"w_A2ED": ("weight", (n_experts, dim)), "b_A2E": ("bias", (n_experts,))}
+    shapes = {"w_A2ED": ("weight", (n_experts, dim)), "bias": ("bias", (n_experts,))}
     for name, (kind, shape) in shapes.items():
         clean_and_noise = [
             stacked([f"{r}.{linear}" for r in routers], kind, shape)

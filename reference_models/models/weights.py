@@ -27,9 +27,9 @@ from .weights3d import load_released_3d
 # What becomes of a dense U-Net's linear layers.
 EXPERTS = {
     "w1_EHD": ("0", "weight"),
-    "b1_EH": ("0", "bias"),
+    "w1_bias": ("0", "bias"),
     "w2_EDH": ("2", "weight"),
-    "b2_ED": ("2", "bias"),
+    "w2_bias": ("2", "bias"),
 }
 
 

@@ -148,7 +148,7 @@ def _vit(file: Entries, model: TransUNet, names: Mapping[str, str]) -> Weights:
         b2_D = file.take(theirs["mlp_2"], "bias", (dim,))
         # Experts are the MLP, each of them: copying broadcasts over E.
         in_mlp = {"0.weight": w1_HD, "0.bias": b1_H, "3.weight": w2_DH, "3.bias": b2_D}
-        in_experts = {"w1_EHD": w1_HD, "b1_EH": b1_H, "w2_EDH": w2_DH, "b2_ED": b2_D}
+        in_experts = {"w1_EHD": w1_HD, "w1_bias": b1_H, "w2_EDH": w2_DH, "w2_bias": b2_D}
         mlp = in_experts if model.moe_mode == "mlp" else in_mlp
         new |= {f"{block}.mlp.{name}": value for name, value in mlp.items()}
     return new

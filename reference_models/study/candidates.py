@@ -48,11 +48,11 @@ class Merged(nn.Module):
                 routed.expert_indices, parameter.flatten(1),
                 per_sample_weights=routed.gates, mode="sum",
             ).view(-1, *parameter.shape[1:])
-            for parameter in map(layer.get_parameter, ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED"))
+            for parameter in map(layer.get_parameter, ("w1_EHD", "w1_bias", "w2_EDH", "w2_bias"))
         )  # fmt: skip
         hidden_BTH = torch.baddbmm(b1_BH[:, None], x_BTD, w1_BHD.mT).relu()
         y_BTD = torch.baddbmm(b2_BD[:, None], hidden_BTH, w2_BDH.mT)
-        return F.dropout(y_BTD, layer.dropout, self.training).view_as(x_BHWD)
+        return layer.dropout(y_BTD).view_as(x_BHWD)
 
 
 class OneForAll(nn.Module):
@@ -150,7 +150,7 @@ class CandidateUNet(UNet):
             one = OneForAll(len(experts.router.w_A2ED))
             parametrize.register_parametrization(experts.router, "w_A2ED", one)
         elif self.router == "sharp":
-            for name in ("w_A2ED", "b_A2E"):
+            for name in ("w_A2ED", "bias"):
                 parametrize.register_parametrization(experts.router, name, Sharp())
         mlp: nn.Module = Merged(experts) if self.merge else experts
         if self.placement != "mlp":

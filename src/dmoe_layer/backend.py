@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ._torch_private import constant_for_dynamo
@@ -111,7 +112,7 @@ def explain(layer: Any, x: Tensor) -> str:
         'eager: x is on cpu, where plain PyTorch is the backend'
     """
     layer._check_input(x, None)
-    x_BTD = x.movedim(layer.channel_dim, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
+    x_BTD = rearrange(layer._samples_first(x), "b ... d -> b (...) d")
     dtype = autocast_dtype(x) or x.dtype
     try:
         choice = choose(layer, x_BTD, dtype)

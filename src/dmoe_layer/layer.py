@@ -9,7 +9,7 @@ product and comes out.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -54,19 +54,21 @@ class DMoE(LazyDim):
         activation: "relu", "gelu", "gelu_tanh" or "silu".
         bias: whether the experts have biases; the router keeps its own.
         dropout: probability of zeroing an entry of an expert's output in training, rounded to
-            1/65536.
+            1/65536. It is kept in the ``nn.Dropout`` named ``dropout``, whose ``p`` and
+            ``training`` count: ``layer.dropout.train()`` alone gives Monte Carlo dropout.
         noise: when the router's scores are noisy: "train", "always" (what the paper's released
             code does) or "never".
         residual: adds x to the output.
         zero_init: starts w2 and b2 at zero, so that the layer adds nothing at first.
         channel_dim: the axis of x that holds D: 1 for (B, C, H, W) and (B, C, D, H, W).
+        batch_dim: the axis of x that holds the samples: 1 for sequence-first models, (T, B, D).
         backend: "eager" (plain PyTorch, any device and dtype), "triton" (fused kernels; raises
             where they cannot take the call) or "auto": Triton on a GPU where it can take the
             call, else eager. ``dmoe_layer.backend.explain(layer, x)`` says which and why.
         device, dtype: of the parameters.
 
     Parameters, one tensor for all experts, so that an idle expert still gets a zero gradient:
-        w1_EHD (E, H, D), b1_EH (E, H), w2_EDH (E, D, H), b2_ED (E, D), and the router's.
+        w1_EHD (E, H, D), w1_bias (E, H), w2_EDH (E, D, H), w2_bias (E, D), and the router's.
 
     Raises:
         ValueError, TypeError: for options that do not fit, at construction.
@@ -81,10 +83,11 @@ class DMoE(LazyDim):
     """
 
     _dim_from = "w1_EHD"
+    _former_names: ClassVar = {"b1_EH": "w1_bias", "b2_ED": "w2_bias"}
     w1_EHD: Tensor
-    b1_EH: Tensor | None
+    w1_bias: Tensor | None
     w2_EDH: Tensor
-    b2_ED: Tensor | None
+    w2_bias: Tensor | None
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class DMoE(LazyDim):
         residual: bool = False,
         zero_init: bool = False,
         channel_dim: int = -1,
+        batch_dim: int = 0,
         backend: str = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -120,11 +124,20 @@ class DMoE(LazyDim):
             raise ValueError(f"dropout: got {dropout}, expected a number from 0 to 1.")
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
             raise TypeError(f"channel_dim: got {channel_dim!r}, expected an int.")
-        if channel_dim == 0:
-            raise ValueError("channel_dim: got 0, which is the batch axis; expected another.")
-        self.hidden_dim, self.activation, self.bias = hidden_dim, activation, bias
-        self.dropout, self.residual, self.zero_init = float(dropout), residual, zero_init
-        self.channel_dim, self.backend = channel_dim, backend
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
+            raise TypeError(f"batch_dim: got {batch_dim!r}, expected an int.")
+        if batch_dim < 0:
+            raise ValueError(f"batch_dim: got {batch_dim}, expected 0 or more.")
+        if channel_dim == batch_dim:
+            raise ValueError(
+                f"channel_dim: got {channel_dim}, which is the batch axis (batch_dim); expected "
+                "another."
+            )
+        self.hidden_dim, self.activation, self.use_bias = hidden_dim, activation, bias
+        self.residual, self.zero_init = residual, zero_init
+        self.channel_dim, self.batch_dim, self.backend = channel_dim, batch_dim, backend
+        # A module, so that what looks for dropout finds it; the backends draw it.
+        self.dropout = nn.Dropout(float(dropout))
         self.router = AttributeRouter(
             dim,
             n_experts,
@@ -138,8 +151,8 @@ class DMoE(LazyDim):
         self.n_experts, self.k = n_experts, k
         self.attribute_sizes = attribute_sizes
         if not bias:
-            self.register_parameter("b1_EH", None)
-            self.register_parameter("b2_ED", None)
+            self.register_parameter("w1_bias", None)
+            self.register_parameter("w2_bias", None)
         self._create_parameters(dim, device, dtype)
 
     @classmethod
@@ -190,9 +203,9 @@ class DMoE(LazyDim):
         with torch.no_grad():
             for new_EX, old_X in (
                 (layer.w1_EHD, block.w1_HD),
-                (layer.b1_EH, block.b1_H),
+                (layer.w1_bias, block.b1_H),
                 (layer.w2_EDH, block.w2_DH),
-                (layer.b2_ED, block.b2_D),
+                (layer.w2_bias, block.b2_D),
             ):
                 if new_EX is not None:
                     new_EX.zero_() if old_X is None else new_EX.copy_(old_X.expand_as(new_EX))
@@ -202,11 +215,11 @@ class DMoE(LazyDim):
         n_experts, hidden = self.n_experts, self.hidden_dim or 4 * dim
         shapes: dict[str, tuple[int, ...]] = {
             "w1_EHD": (n_experts, hidden, dim),
-            "b1_EH": (n_experts, hidden),
+            "w1_bias": (n_experts, hidden),
             "w2_EDH": (n_experts, dim, hidden),
-            "b2_ED": (n_experts, dim),
+            "w2_bias": (n_experts, dim),
         }
-        return shapes if self.bias else {n: s for n, s in shapes.items() if n[0] == "w"}
+        return {n: s for n, s in shapes.items() if self.use_bias or not n.endswith("bias")}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the experts as ``nn.Linear`` does, each on its own; zeros w2, b2 if zero_init.
@@ -215,7 +228,7 @@ class DMoE(LazyDim):
         """
         if self.dim is None:
             return
-        for weight, bias in ((self.w1_EHD, self.b1_EH), (self.w2_EDH, self.b2_ED)):
+        for weight, bias in ((self.w1_EHD, self.w1_bias), (self.w2_EDH, self.w2_bias)):
             bound = 1 / math.sqrt(weight.shape[-1])
             if self.zero_init and weight is self.w2_EDH:
                 bound = 0.0
@@ -234,7 +247,7 @@ class DMoE(LazyDim):
         """Learns ``dim`` from the first input, once nothing is wrong with it."""
         self._check_input(x, mask)
         given = current_attributes() if attributes is None else attributes
-        self.router.values_of(x, x.shape[0], given)
+        self.router.values_of(x, x.shape[self.batch_dim], given)
         self._learn_dim(x.shape[self.channel_dim])
         self.router._learn_dim(x.shape[self.channel_dim])
 
@@ -242,8 +255,9 @@ class DMoE(LazyDim):
         return (
             f"{self.dim}, n_experts={self.n_experts}, k={self.k}, "
             f"attribute_sizes={self.attribute_sizes}, hidden_dim={self.hidden_dim}, "
-            f"activation={self.activation!r}, bias={self.bias}, dropout={self.dropout}, "
-            f"residual={self.residual}, channel_dim={self.channel_dim}, backend={self.backend!r}"
+            f"activation={self.activation!r}, bias={self.use_bias}, residual={self.residual}, "
+            f"channel_dim={self.channel_dim}, batch_dim={self.batch_dim}, "
+            f"backend={self.backend!r}"
         )
 
     def forward(
@@ -257,7 +271,8 @@ class DMoE(LazyDim):
         """Routes every token and sums its experts' outputs.
 
         Args:
-            x: (batch, ..., D), or any layout with D at ``channel_dim``.
+            x: (batch, ..., D), or any layout with D at ``channel_dim`` and the samples at
+                ``batch_dim``.
             attributes: integers, (batch,) or (batch, n); a batch of 1 or a scalar applies to
                 every sample; -1 is unknown. They win over those of the open scope.
             mask: bool, the shape of x without ``channel_dim``. Tokens outside are not computed
@@ -274,11 +289,14 @@ class DMoE(LazyDim):
         self._check_input(x, mask)
         given = current_attributes() if attributes is None else attributes
         # One copy for router and experts, which keep it for backward.
-        x_BTD = rearrange(x.movedim(self.channel_dim, -1), "b ... d -> b (...) d").contiguous()
+        moved = self._samples_first(x)
+        x_BTD = rearrange(moved, "b ... d -> b (...) d").contiguous()
         # (B, T, D) or, of a mask, the tokens inside alone, sample after sample, (T, D).
         tokens, tokens_per_sample, inside_T = x_BTD, None, None
         if mask is not None:
-            mask_BT = mask.to(x.device).reshape(x_BTD.shape[:2])
+            # Moved as one more channel is, so that its tokens stand as those of x.
+            mask_like_x = mask.to(x.device).unsqueeze(self.channel_dim)
+            mask_BT = self._samples_first(mask_like_x).reshape(x_BTD.shape[:2])
             tokens_per_sample, inside_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
             tokens = x_BTD.flatten(0, 1).index_select(0, inside_T)
 
@@ -287,29 +305,41 @@ class DMoE(LazyDim):
         # The router is called as a module, so that its hooks run: offloading brings it in by one.
         route = BackendRoute(backend.route)
         routing = self.router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
-        seed = draw_seed() if self.training and self.dropout > 0 else None
-        weights = ExpertWeights(self.w1_EHD, self.b1_EH, self.w2_EDH, self.b2_ED)
-        options = ExpertOptions(self.activation, self.dropout, seed, dtype)
+        # Somebody may have put an nn.Identity in its place.
+        p = getattr(self.dropout, "p", 0.0)
+        seed = draw_seed() if self.dropout.training and p > 0 else None
+        weights = ExpertWeights(self.w1_EHD, self.w1_bias, self.w2_EDH, self.w2_bias)
+        options = ExpertOptions(self.activation, p, seed, dtype)
         # Of plain PyTorch the plan is the routing itself, as the router's hooks have left it.
         plan = routing.expert_indices if backend.plans_by_routing else route.plan_of(routing)
         y_TD = backend.experts(tokens.flatten(0, -2), plan, routing.gates, weights, options)
 
         if inside_T is not None:  # index_put, since index_copy and index_add keep y for backward
             y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((inside_T,), y_TD)
-        y = y_TD.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
+        y = y_TD.reshape(moved.shape).movedim((0, -1), (self.batch_dim, self.channel_dim))
         y = _in_memory_format_of(x, y)
         y = x + y if self.residual else y
         record(routing, self.router.sizes)
         return (y, routing) if return_routing else y
 
+    def _samples_first(self, x: Tensor) -> Tensor:
+        """``x`` as a view (batch, ..., D)."""
+        return x.movedim((self.batch_dim, self.channel_dim), (0, -1))
+
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(
+                "x: got a torch.fx.Proxy: what a DMoE does depends on values, which a symbolic "
+                "trace does not have. Use torch.export, or keep the layer whole: a torch.fx.Tracer "
+                "whose is_leaf_module says so of every DMoE."
+            )
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x: got {describe(x)}, expected a floating-point tensor.")
         axis = self.channel_dim + x.ndim if self.channel_dim < 0 else self.channel_dim
-        if x.ndim < 2 or not 0 < axis < x.ndim:
+        if axis == self.batch_dim or not (0 <= axis < x.ndim and self.batch_dim < x.ndim):
             raise ValueError(
                 f"x: got {describe(x)}, expected (batch, ..., dim), with dim at "
-                f"channel_dim={self.channel_dim} and the batch first."
+                f"channel_dim={self.channel_dim} and the batch at batch_dim={self.batch_dim}."
             )
         # A state_dict of only one of them may have told experts or router the width.
         width, known = x.shape[axis], (self.dim, self.router.dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,31 @@ from .operators import draw_seed, seeded_generator
 
 # Two threads may make the first call of one module; the second finds it finished, and checks only.
 _MATERIALIZING = threading.Lock()
+
+
+class UnshapedParameter(UninitializedParameter):
+    """A parameter whose layer does not know its width yet, with errors that say what to do."""
+
+    cls_to_become = nn.Parameter
+
+    @property
+    def shape(self) -> Any:  # type: ignore[override]
+        raise RuntimeError(_advice("shape"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except ValueError as error:
+            raise ValueError(_advice(getattr(func, "__name__", str(func)))) from error
+
+
+def _advice(asked: str) -> str:
+    return (
+        f"DMoE: a layer does not know its width yet, so its parameters have no shape (asked for: "
+        f"{asked}). Run the model once on an example first, or make the layer with its width, "
+        "DMoE(dim); then copy, count, average, move or distribute it."
+    )
 
 
 class LazyDim(LazyModuleMixin, nn.Module):
@@ -30,6 +55,8 @@ class LazyDim(LazyModuleMixin, nn.Module):
     """
 
     _dim_from: str
+    # Names that parameters once had, so that older state_dicts load.
+    _former_names: ClassVar[dict[str, str]]
 
     @abstractmethod
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]: ...
@@ -46,7 +73,7 @@ class LazyDim(LazyModuleMixin, nn.Module):
     def _create_parameters(self, dim: int | None, device: Any, dtype: Any) -> None:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype.")
-        lazy_parameter: Any = UninitializedParameter
+        lazy_parameter: Any = UnshapedParameter
         for name, shape in self._shapes(dim or 1).items():
             parameter = (
                 lazy_parameter(device=device, dtype=dtype)
@@ -76,6 +103,18 @@ class LazyDim(LazyModuleMixin, nn.Module):
             device = getattr(self, self._dim_from).device
             if device.type != "meta":
                 self.reset_parameters(seeded_generator(device, self._init_seed))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for former, name in self._former_names.items():
+            if prefix + former in state_dict:
+                state_dict.setdefault(prefix + name, state_dict.pop(prefix + former))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            "DMoE: torch.jit.script cannot compile it. Use torch.export.export, or torch.compile "
+            "to make it faster."
+        )
 
     def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
         with _MATERIALIZING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,10 @@ class AttributeRouter(LazyDim):
         R(x) = x·W_a + b_a + N(0,1) * softplus(x·W'_a + b'_a)      noise as ``noise`` says
         K(x) = softmax over the k largest of R(x)
 
-    All routers stand in two parameters, ``w_A2ED`` and ``b_A2E`` (index 0 of the axis of length
-    2: the clean weights W, index 1: the noise weights W'), so that the value that is absent from
-    a batch still gets a zero gradient. Scores, softmax and gates are at least fp32, also under
-    autocast.
+    All routers stand in two parameters, ``w_A2ED`` (A, 2, E, D) and ``bias`` (A, 2, E); index 0 of
+    the axis of length 2 has the clean weights W and b, index 1 the noise weights W' and b'. So the
+    value that is absent from a batch still gets a zero gradient. Scores, softmax and gates are at
+    least fp32, also under autocast.
 
     Args:
         dim: width D of a token; None learns it from the first input or a state_dict.
@@ -92,8 +92,9 @@ class AttributeRouter(LazyDim):
     """
 
     _dim_from = "w_A2ED"
+    _former_names: ClassVar = {"b_A2E": "bias"}
     w_A2ED: Tensor
-    b_A2E: Tensor
+    bias: Tensor
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class AttributeRouter(LazyDim):
         routers = sum(self.sizes or (1,))
         if self.sizes is not None and self.unknown == "learned":
             routers += len(self.sizes)
-        return {"w_A2ED": (routers, 2, self.n_experts, dim), "b_A2E": (routers, 2, self.n_experts)}
+        return {"w_A2ED": (routers, 2, self.n_experts, dim), "bias": (routers, 2, self.n_experts)}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws weights and biases as ``nn.Linear`` does; nothing if the width is not known."""
@@ -133,7 +134,7 @@ class AttributeRouter(LazyDim):
             return
         bound = 1 / math.sqrt(self.w_A2ED.shape[-1])
         nn.init.uniform_(self.w_A2ED, -bound, bound, generator)
-        nn.init.uniform_(self.b_A2E, -bound, bound, generator)
+        nn.init.uniform_(self.bias, -bound, bound, generator)
 
     def initialize_parameters(
         self,
@@ -187,7 +188,7 @@ class AttributeRouter(LazyDim):
         values_BN = self.values_of(x, batch, attributes)
         noisy = self.noise == "always" or (self.noise == "train" and self.training)
         seed = draw_seed() if noisy else None
-        weights = RouterWeights(self._table(self.w_A2ED), self._table(self.b_A2E))
+        weights = RouterWeights(self._table(self.w_A2ED), self._table(self.bias))
         rows_BN = None if self.sizes is None or values_BN is None else self._rows(values_BN)
         routing = route(x, weights, rows_BN, tokens_per_sample, self.k, seed)
         if values_BN is None:

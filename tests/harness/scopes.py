@@ -35,7 +35,7 @@ def sends(layer, *experts_of_value):
     """Makes every token of value a go to the experts named in the a-th tuple."""
     with torch.no_grad():
         layer.router.w_A2ED.zero_()
-        layer.router.b_A2E.zero_()
+        layer.router.bias.zero_()
         for value, experts in enumerate(experts_of_value):
-            layer.router.b_A2E[value, 0, list(experts)] = 5.0
+            layer.router.bias[value, 0, list(experts)] = 5.0
     return layer

@@ -83,9 +83,9 @@ def naive_logits(model, image_BCHW, attributes_BA, kind, unknown):
         }
         if kind == "shared":
             one = params.pop("router.parametrizations.w_A2ED.original")
-            params["router.w_A2ED"] = one.expand(len(params["router.b_A2E"]), -1, -1, -1)
+            params["router.w_A2ED"] = one.expand(len(params["router.bias"]), -1, -1, -1)
         if kind == "sharp":
-            for weight in ("w_A2ED", "b_A2E"):
+            for weight in ("w_A2ED", "bias"):
                 own = params.pop(f"router.parametrizations.{weight}.original")
                 params[f"router.{weight}"] = 4 * own
         sizes = None if kind in ("plain", "blind") else SIZES
@@ -96,7 +96,7 @@ def naive_logits(model, image_BCHW, attributes_BA, kind, unknown):
     def merged(name, x_TD, values):
         w1, b1, w2, b2, w_A2ED, b_A2E = (
             state[f"{name}.{p}"]
-            for p in ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED", "router.w_A2ED", "router.b_A2E")
+            for p in ("w1_EHD", "w1_bias", "w2_EDH", "w2_bias", "router.w_A2ED", "router.bias")
         )
         w_2ED, b_2E = naive.router_weights(w_A2ED, b_A2E, SIZES, unknown, values)
         scores = w_2ED[0] @ x_TD.mean(0) + b_2E[0]

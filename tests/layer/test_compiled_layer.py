@@ -129,7 +129,8 @@ def test_the_registered_operators_pass_opcheck():
     x, a = torch.randn(2, 5, 6, requires_grad=True), torch.tensor([0, 2])
     layer = DMoE(6, attribute_sizes=3)
     weights = [
-        p.detach().requires_grad_() for p in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED)
+        p.detach().requires_grad_()
+        for p in (layer.w1_EHD, layer.w1_bias, layer.w2_EDH, layer.w2_bias)
     ]
     w1, _, w2, _ = weights
     seed = torch.tensor(5)
@@ -138,7 +139,7 @@ def test_the_registered_operators_pass_opcheck():
     flat = x.detach().flatten(0, 1).requires_grad_()
     ops = torch.ops.dmoe_layer
     w = layer.router.w_A2ED.detach().requires_grad_()
-    b = layer.router.b_A2E.detach().requires_grad_()
+    b = layer.router.bias.detach().requires_grad_()
     rows = torch.tensor([[0, 2], [1, 1]])
     counts = torch.tensor([4, 6])
     for op, args in (

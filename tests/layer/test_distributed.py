@@ -20,7 +20,7 @@ def make_model():
     torch.manual_seed(0)
     dmoe = DMoE(8, n_experts=8, k=2, attribute_sizes=4)
     with torch.no_grad():  # value a goes to experts 2a and 2a+1: the others idle on every rank
-        dmoe.router.b_A2E[:, 0] = 9.0 * torch.eye(4).repeat_interleave(2, dim=1)
+        dmoe.router.bias[:, 0] = 9.0 * torch.eye(4).repeat_interleave(2, dim=1)
     return nn.Sequential(nn.Linear(8, 8), dmoe, nn.Linear(8, 4))
 
 

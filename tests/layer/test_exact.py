@@ -134,14 +134,14 @@ def test_all_tokens_to_one_expert_and_idle_experts_get_zero_gradients():
     layer = eval_layer(n_experts=4, k=1)
     with torch.no_grad():
         layer.router.w_A2ED.zero_()
-        layer.router.b_A2E.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
+        layer.router.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
     x = torch.randn(2, 7, 16)
     y, routing = layer(x, 0, return_routing=True)
     assert (routing.expert_indices == 1).all()
-    h = torch.relu(x @ layer.w1_EHD[1].mT + layer.b1_EH[1])
-    torch.testing.assert_close(y, h @ layer.w2_EDH[1].mT + layer.b2_ED[1], rtol=1e-5, atol=1e-6)
+    h = torch.relu(x @ layer.w1_EHD[1].mT + layer.w1_bias[1])
+    torch.testing.assert_close(y, h @ layer.w2_EDH[1].mT + layer.w2_bias[1], rtol=1e-5, atol=1e-6)
     y.sum().backward()
-    for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED):
+    for parameter in (layer.w1_EHD, layer.w1_bias, layer.w2_EDH, layer.w2_bias):
         assert parameter.grad[1].abs().sum() > 0
         assert not parameter.grad[[0, 2, 3]].any()
     assert not layer.router.w_A2ED.grad[1:].any()
@@ -151,7 +151,8 @@ def test_with_all_experts_chosen_the_output_is_the_softmax_mixture():
     layer, x = eval_layer(n_experts=3, k=3), torch.randn(1, 5, 16)
     y, routing = layer(x, 2, return_routing=True)
     every = [
-        torch.relu(x[0] @ layer.w1_EHD[e].mT + layer.b1_EH[e]) @ layer.w2_EDH[e].mT + layer.b2_ED[e]
+        torch.relu(x[0] @ layer.w1_EHD[e].mT + layer.w1_bias[e]) @ layer.w2_EDH[e].mT
+        + layer.w2_bias[e]
         for e in range(3)
     ]
     gates = routing.logits.softmax(dim=-1)

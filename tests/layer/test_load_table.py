@@ -79,9 +79,9 @@ def test_several_attributes_have_a_table_each():
     layer = make_quiet(attribute_sizes=(3, 2), k=1)
     with torch.no_grad():
         layer.router.w_A2ED.zero_()
-        layer.router.b_A2E.zero_()
-        layer.router.b_A2E[:3, 0, [0, 1, 2]] = torch.diag(torch.full((3,), 5.0))
-        layer.router.b_A2E[4, 0, 3] = 9.0
+        layer.router.bias.zero_()
+        layer.router.bias[:3, 0, [0, 1, 2]] = torch.diag(torch.full((3,), 5.0))
+        layer.router.bias[4, 0, 3] = 9.0
     with routing([[0, 0], [1, 1], [2, 0], [0, 1]]) as scope:
         layer(make_x())
     by_first = [[0.5, 0, 0, 0.5], [0, 0, 0, 1], [0, 0, 1, 0]]

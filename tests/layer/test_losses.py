@@ -152,7 +152,7 @@ def test_the_scopes_loss_equals_the_slow_loop_on_the_whole_layer():
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     loss.backward()
     expected.backward()
-    for name in ("router.w_A2ED", "router.b_A2E"):
+    for name in ("router.w_A2ED", "router.bias"):
         actual = layer.get_parameter(name).grad
         torch.testing.assert_close(actual, params[name].grad, rtol=1e-9, atol=1e-12)
 
@@ -348,7 +348,7 @@ def test_descending_the_losses_balances_the_router():
     torch.manual_seed(0)
     layer, x = make(attribute_sizes=None, noise="never"), torch.randn(1, 200, D)
     with torch.no_grad():
-        layer.router.b_A2E[0, 0, 0] = 4.0
+        layer.router.bias[0, 0, 0] = 4.0
     history = []
     optimizer = torch.optim.SGD(layer.router.parameters(), lr=0.5)
     for _ in range(60):

@@ -85,7 +85,7 @@ def test_autocast_keeps_the_dtype_of_x_and_routes_in_fp32(x_dtype, dtype):
     routed = r.routings[0]
     assert y.dtype == x_dtype
     assert routed.logits.dtype == routed.gates.dtype == loss.dtype == torch.float32
-    exact = x.detach().float()[0] @ layer.router.w_A2ED[0, 0].mT + layer.router.b_A2E[0, 0]
+    exact = x.detach().float()[0] @ layer.router.w_A2ED[0, 0].mT + layer.router.bias[0, 0]
     torch.testing.assert_close(routed.logits[:9], exact, rtol=1e-5, atol=1e-6)
     assert (y.float() - true).abs().max() < 2e-2 * true.abs().max()
     inputs = [x, *layer.parameters()]
@@ -141,13 +141,13 @@ def test_an_attribute_value_costs_2e_times_d_plus_1_numbers():
 
 
 def test_the_names_of_the_state_dict_are_these():
-    expected = ["w1_EHD", "b1_EH", "w2_EDH", "b2_ED", "router.w_A2ED", "router.b_A2E"]
+    expected = ["w1_EHD", "w1_bias", "w2_EDH", "w2_bias", "router.w_A2ED", "router.bias"]
     for noise in ("train", "always", "never"):
         layer = DMoE(4, attribute_sizes=2, noise=noise)
         assert list(layer.state_dict()) == expected
         assert layer.router.w_A2ED.shape == (2, 2, 8, 4)
     assert list(DMoE(4, bias=False).state_dict()) == [
-        n for n in expected if "b1" not in n and "b2" not in n
+        n for n in expected if n not in ("w1_bias", "w2_bias")
     ]
 
 

@@ -11,7 +11,7 @@ def test_noise_is_normal_and_scaled_by_the_softplus_of_its_own_scores():
     x = torch.randn(1, 1, 4).expand(1, 200_000, 4)
     _, routing = layer(x, return_routing=True)
     clean, noise = (
-        (layer.router.w_A2ED[0, i] @ x[0, 0] + layer.router.b_A2E[0, i]).detach() for i in (0, 1)
+        (layer.router.w_A2ED[0, i] @ x[0, 0] + layer.router.bias[0, i]).detach() for i in (0, 1)
     )
     z = (routing.logits.detach() - clean) / torch.nn.functional.softplus(noise)
     assert z.mean().abs() < 0.01

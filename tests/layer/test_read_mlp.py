@@ -157,7 +157,7 @@ def test_an_unknown_activation_does_not_upcycle_but_gives_way_to_new_experts(act
         swap_mlps(model, "mlp", upcycle=True)
     assert swap_mlps(model, "mlp", activation="silu", dropout=0.0) == ["mlp"]
     assert (model.mlp.dim, model.mlp.hidden_dim) == (D, H)
-    assert (model.mlp.activation, model.mlp.dropout) == ("silu", 0.0)
+    assert (model.mlp.activation, model.mlp.dropout.p) == ("silu", 0.0)
     assert model(tokens()).isfinite().all()
 
 
@@ -196,8 +196,8 @@ def test_an_activation_is_known_by_what_it_computes_whatever_the_weights(name, a
     ],
 )
 def test_the_dropout_of_an_upcycled_block_is_the_one_at_its_end(block, rate):
-    assert DMoE.from_mlp(block).dropout == rate
-    assert DMoE.from_mlp(block, dropout=0.7).dropout == 0.7
+    assert DMoE.from_mlp(block).dropout.p == rate
+    assert DMoE.from_mlp(block, dropout=0.7).dropout.p == 0.7
 
 
 def test_a_block_that_does_more_in_training_upcycles_with_a_rate_of_ones_own():
@@ -208,7 +208,7 @@ def test_a_block_that_does_more_in_training_upcycles_with_a_rate_of_ones_own():
     block = nn.Sequential(*mlp(), Noise())
     with refused(block, "Sequential: could not read its dropout: in training, what follows '2'"):
         DMoE.from_mlp(block)
-    assert DMoE.from_mlp(block, dropout=0.2).dropout == 0.2
+    assert DMoE.from_mlp(block, dropout=0.2).dropout.p == 0.2
 
 
 @pytest.mark.parametrize("upcycle", [False, True])
@@ -216,7 +216,7 @@ def test_a_block_that_takes_its_tokens_apart_and_keeps_what_it_saw_is_read(upcyc
     model = Block(Apart(*mlp(), nn.Dropout(0.3)))
     model(tokens())
     assert swap_mlps(model, "mlp", upcycle=upcycle) == ["mlp"]
-    assert model.mlp.dropout == (0.3 if upcycle else 0.1)
+    assert model.mlp.dropout.p == (0.3 if upcycle else 0.1)
 
 
 def test_reading_changes_no_weight_gradient_hook_or_random_state():
@@ -306,4 +306,4 @@ def test_stochastic_depth_is_not_taken_for_dropout():
     for _ in range(5):
         with pytest.raises(ValueError, match="could not read its dropout"):
             DMoE.from_mlp(DropPathMlp())
-    assert DMoE.from_mlp(DropPathMlp(), dropout=0.3).dropout == 0.3
+    assert DMoE.from_mlp(DropPathMlp(), dropout=0.3).dropout.p == 0.3

@@ -54,8 +54,8 @@ def test_the_noise_of_several_attributes_is_the_sum_of_their_routers():
     draws = make_double(attribute_sizes=None, noise="always")
     with torch.no_grad():
         draws.router.w_A2ED.zero_()
-        draws.router.b_A2E[0, 0] = 0
-        draws.router.b_A2E[0, 1] = log(e - 1)
+        draws.router.bias[0, 0] = 0
+        draws.router.bias[0, 1] = log(e - 1)
     torch.manual_seed(3)
     noise_TE = logits_of(draws, x, None).detach()
     assert 0.3 < noise_TE.std() < 3
@@ -90,7 +90,7 @@ def test_an_unknown_value_is_routed_as_its_policy_says_gradients_too(sizes, valu
     assert_close(logits, expected)
     (logits * weights).sum().backward()
     (expected * weights).sum().backward()
-    for name in ("router.w_A2ED", "router.b_A2E"):
+    for name in ("router.w_A2ED", "router.bias"):
         actual = layer.get_parameter(name).grad
         assert_close(actual, params[name].grad)
         assert actual.any()

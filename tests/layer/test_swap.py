@@ -92,7 +92,7 @@ def test_a_model_on_meta_stays_there(upcycle, where):
         swap_mlps(model, "mlp", upcycle=upcycle)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     if upcycle:
-        assert (model.mlp.activation, model.mlp.dropout) == ("gelu", 0.2)
+        assert (model.mlp.activation, model.mlp.dropout.p) == ("gelu", 0.2)
 
 
 def test_options_win_over_the_block_where_it_does_not_decide():
@@ -100,7 +100,7 @@ def test_options_win_over_the_block_where_it_does_not_decide():
     swap_mlps(model, "mlp", hidden_dim=5, bias=False, n_experts=3, k=1, dtype=torch.float64)
     assert model.mlp.w1_EHD.shape == (3, 5, D)
     assert model.mlp.w1_EHD.dtype == torch.float64
-    assert model.mlp.b1_EH is None
+    assert model.mlp.w1_bias is None
     # Experts of a frozen MLP can learn.
     assert all(parameter.requires_grad for parameter in model.mlp.parameters())
     assert not model.norm.weight.requires_grad

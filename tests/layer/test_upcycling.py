@@ -30,9 +30,9 @@ def test_a_missing_bias_upcycles_to_zero():
     block = nn.Sequential(nn.Linear(D, H, bias=False), nn.ReLU(), nn.Linear(H, D)).eval()
     x = tokens()
     assert_close(DMoE.from_mlp(block)(x), block(x))
-    assert DMoE.from_mlp(mlp()[:2].append(nn.Linear(H, D, bias=False))).b2_ED.abs().sum() == 0
+    assert DMoE.from_mlp(mlp()[:2].append(nn.Linear(H, D, bias=False))).w2_bias.abs().sum() == 0
     without = nn.Sequential(nn.Linear(D, H, bias=False), nn.ReLU(), nn.Linear(H, D, bias=False))
-    assert DMoE.from_mlp(without).b1_EH is None
+    assert DMoE.from_mlp(without).w1_bias is None
 
 
 def test_an_upcycled_expert_is_its_own_copy():

@@ -19,7 +19,7 @@ def one_percent_in_one_expert(layer):
 
 
 def nan_in_one_expert(layer):
-    layer.b1_EH.data[5, 0] = float("nan")
+    layer.w1_bias.data[5, 0] = float("nan")
 
 
 @pytest.mark.parametrize("damage", [one_percent_in_one_expert, nan_in_one_expert])

@@ -63,8 +63,8 @@ def test_those_that_need_nothing_more_are_available():
 def test_biases_count_unless_a_provider_has_none():
     problem = Problem.random(SMALL, "cpu", torch.float32)
     layer = GemmLoop(problem)
-    layer.b1_EH.data.zero_()
-    layer.b2_ED.data.zero_()
+    layer.w1_bias.data.zero_()
+    layer.w2_bias.data.zero_()
     assert relative_error(layer, problem, bias=False) <= TOLERANCE[torch.float32]
     assert relative_error(layer, problem, bias=True) > 1e-2
 
@@ -74,7 +74,7 @@ def test_biases_count_unless_a_provider_has_none():
 def test_a_tenth_of_the_outputs_is_dropped_in_training_and_none_in_eval(provider):
     problem = Problem.random(SMALL, "cpu", torch.float32)
     problem.weights["w2_EDH"].zero_()
-    problem.weights["b2_ED"].fill_(1.0)  # every expert says 1, whatever its input
+    problem.weights["w2_bias"].fill_(1.0)  # every expert says 1, whatever its input
     layer = provider.build(problem)
     x_BTD, attributes_B = problem.x_BTD, problem.attributes_B
     torch.testing.assert_close(layer.eval()(x_BTD, attributes_B), torch.ones_like(x_BTD))

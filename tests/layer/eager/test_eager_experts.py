@@ -56,10 +56,10 @@ def test_a_nan_in_one_expert_reaches_no_gradient_of_the_other(spoiled, keep, mon
     monkeypatch.setattr(experts, "keeps_hidden", lambda *_: keep)
     layer, x = DMoE(128, n_experts=2, k=1, noise="never"), torch.randn(1, 301, 128)
     with torch.no_grad():
-        layer.b1_EH[spoiled] = math.nan
+        layer.w1_bias[spoiled] = math.nan
     y, routing = layer(x, return_routing=True)
     assert len(routing.expert_indices.unique()) == 2
     y.sum().backward()
-    for parameter in (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED):
+    for parameter in (layer.w1_EHD, layer.w1_bias, layer.w2_EDH, layer.w2_bias):
         assert torch.isfinite(parameter.grad[1 - spoiled]).all()
     assert torch.isnan(layer.w2_EDH.grad[spoiled]).all()

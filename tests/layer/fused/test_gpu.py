@@ -25,7 +25,7 @@ def truth(layer, x, routed, dy):
     With GELU: among so many tokens some are always at ReLU's kink, where rounding turns a gradient
     on or off.
     """
-    names = ("w1_EHD", "b1_EH", "w2_EDH", "b2_ED")
+    names = ("w1_EHD", "w1_bias", "w2_EDH", "w2_bias")
     w1, b1, w2, b2 = (getattr(layer, n).detach().double().requires_grad_() for n in names)
     x = x.detach().double().flatten(0, 1).requires_grad_()
     gates = routed.gates.detach().double().requires_grad_()
@@ -41,7 +41,7 @@ def errors(layer, x, a):
     """Largest difference over the largest true value: y, and the gradients of gates and experts."""
     y, routed = layer(x, a, return_routing=True)
     dy = torch.randn_like(y)
-    experts = (layer.w1_EHD, layer.b1_EH, layer.w2_EDH, layer.b2_ED)
+    experts = (layer.w1_EHD, layer.w1_bias, layer.w2_EDH, layer.w2_bias)
     found = [y.flatten(0, 1), *torch.autograd.grad(y, (routed.gates, *experts), dy)]
     pairs = zip(found, truth(layer, x, routed, dy), strict=True)
     return [((f.double() - t).abs().max() / t.abs().max()).item() for f, t in pairs]

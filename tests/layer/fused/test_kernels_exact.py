@@ -82,7 +82,7 @@ def test_hidden_layers_a_segment_at_a_time_equal_the_naive_loop(dim, activation,
 
 
 @pytest.mark.parametrize("dim", [16, 136])
-@pytest.mark.parametrize("trained", ["x", "w1_EHD", "b2_ED", "router.w_A2ED"])
+@pytest.mark.parametrize("trained", ["x", "w1_EHD", "w2_bias", "router.w_A2ED"])
 def test_only_what_is_not_frozen_gets_a_gradient_and_it_is_the_same(dim, trained):
     layer, _ = pair(dim=dim, n_experts=2, noise="never", dropout=0.0)
     x, a = torch.randn(2, 18, dim, device=HERE, requires_grad=True), torch.tensor([0, 1])

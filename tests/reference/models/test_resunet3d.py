@@ -293,7 +293,7 @@ def test_the_names_of_a_state_dict_stay_and_make_the_network_again():
     model = stirred(make(stages=(2, 3))).eval()
     state = model.state_dict()
     convolutions = [f"conv{n}.conv.weight" for n in (1, 2, 3)]
-    experts = ["w1_EHD", "b1_EH", "w2_EDH", "b2_ED", "router.w_A2ED", "router.b_A2E"]
+    experts = ["w1_EHD", "w1_bias", "w2_EDH", "w2_bias", "router.w_A2ED", "router.bias"]
     assert {*state} == {
         *(f"encoder.{n}.block.{c}" for n in range(5) for c in convolutions),
         *(f"encoder.{n}.moe.{e}" for n in (1, 2) for e in experts),

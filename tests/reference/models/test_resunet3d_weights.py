@@ -68,7 +68,7 @@ def test_noise_weights_are_the_files_too(tmp_path):
         for i, part in enumerate(("topkroute_linear", "noise_linear")):
             name = f"sparseMoE.3.router.{a}.{part}"
             assert torch.equal(router.w_A2ED[a, i], state[f"{name}.weight"])
-            assert torch.equal(router.b_A2E[a, i], state[f"{name}.bias"])
+            assert torch.equal(router.bias[a, i], state[f"{name}.bias"])
 
 
 def test_a_file_without_experts_loads_into_a_dense_network(tmp_path):

@@ -162,7 +162,7 @@ def test_upcycled_experts_start_as_the_networks_own_mlps():
     upcycled.load_state_dict({n: state[n] for n in same}, strict=False)
     image = images()
     torch.testing.assert_close(run(upcycled, image), dense(image))
-    assert {m.dropout for m in upcycled.modules() if isinstance(m, DMoE)} == {0.1}
+    assert {m.dropout.p for m in upcycled.modules() if isinstance(m, DMoE)} == {0.1}
 
 
 @pytest.mark.parametrize("moe", MOE)

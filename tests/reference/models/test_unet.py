@@ -217,7 +217,7 @@ def test_the_names_of_a_state_dict_stay():
         return {n.split(part)[1] for n in model.state_dict() if n.startswith(part)}
 
     mlp = {"0.weight", "0.bias", "2.weight", "2.bias"}
-    experts = {"w1_EHD", "b1_EH", "w2_EDH", "b2_ED", "router.w_A2ED", "router.b_A2E"}
+    experts = {"w1_EHD", "w1_bias", "w2_EDH", "w2_bias", "router.w_A2ED", "router.bias"}
     assert names(make(block="mlp"), "stages.1.mlp.") == mlp
     assert names(make(), "stages.1.mlp.") == experts
     block = {f"convolutions.{n}.weight" for n in (0, 1, 3, 4)}

@@ -89,7 +89,7 @@ def test_a_shared_router_has_one_set_of_weights_and_biases_of_each_value():
         w_A2ED = routers.w_A2ED
         assert w_A2ED.shape == other.mlp.router.w_A2ED.shape == (5, 2, 4, width)
         assert all(torch.equal(w_A2ED[0], w) for w in w_A2ED)
-        assert not any(torch.equal(routers.b_A2E[0], b) for b in routers.b_A2E[1:])
+        assert not any(torch.equal(routers.bias[0], b) for b in routers.bias[1:])
         counts = [sum(p.numel() for p in r.parameters()) for r in (other.mlp.router, routers)]
         assert counts[0] - counts[1] == 4 * 2 * 4 * width
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
@@ -140,7 +140,7 @@ def test_the_names_of_a_state_dict_stay():
         return {n.split(part)[1] for n in model.state_dict() if n.startswith(part)}
 
     mlp = {"0.weight", "0.bias", "2.weight", "2.bias"}
-    experts = {"w1_EHD", "b1_EH", "w2_EDH", "b2_ED", "router.w_A2ED", "router.b_A2E"}
+    experts = {"w1_EHD", "w1_bias", "w2_EDH", "w2_bias", "router.w_A2ED", "router.bias"}
     after = candidate(placement="after")
     assert names(after, "stages.0.mlp.") == mlp
     assert names(after, "stages.0.after.") == experts
