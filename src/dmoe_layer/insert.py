@@ -26,7 +26,7 @@ _CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 # Of the image that a copy on meta is tried with. It costs nothing there, and leaves more than one
-# pixel after six halvings, which the norms of a network in training ask for.
+# pixel after six halvings, which instance norms ask for.
 _SIDE = 128
 
 
@@ -62,7 +62,8 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
     layer learns its width at the first call: run the model once before you make an optimizer of
     its parameters or wrap it for distributed training. The new parameters require gradients even
     where the module's are frozen. A module that stands in several places gets one layer. Either
-    all matching modules get a layer or, if one cannot, none.
+    all matching modules get a layer or, if one cannot, none. Models that torch.compile has compiled
+    are compiled once more, since they do not see new hooks.
 
     Args:
         model: any module.
