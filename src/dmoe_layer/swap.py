@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fnmatch
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import nn
 
 from .checks import check_flag
 from .layer import DMoE
+from .matching import as_predicate, outermost
 from .read_mlp import ADVICE, find_linears, read_mlp
 
 
@@ -64,10 +63,10 @@ def swap_mlps(
     check_flag("upcycle", upcycle)
     # Names of shared modules too: a block must be replaced wherever it stands.
     named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n]
-    matching = {m for _, m in _outermost(named, _as_predicate(pattern))}
+    matching = {m for _, m in outermost(named, as_predicate(pattern))}
     if not matching:
         raise ValueError(f"pattern: {pattern!r} matches no module.{_hint(model, pattern, named)}")
-    blocks = _outermost(named, lambda name, module: module in matching)
+    blocks = outermost(named, lambda name, module: module in matching)
     layers: dict[nn.Module, DMoE] = {}
     for name, block in blocks:
         if block not in layers:
@@ -90,42 +89,9 @@ def _replacement(block: nn.Module, upcycle: bool, options: dict[str, Any]) -> DM
     return DMoE(mlp.dim, **{**kept, **options}).train(block.training)
 
 
-def _outermost(
-    named: list[tuple[str, nn.Module]], matches: Callable[[str, nn.Module], bool]
-) -> list[tuple[str, nn.Module]]:
-    """The matching modules that are inside no other matching module."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in named:  # a module comes right before what is inside it
-        inside = bool(found) and name.startswith(f"{found[-1][0]}.")
-        if not inside and matches(name, module):
-            found.append((name, module))
-    return found
-
-
-def _as_predicate(pattern: Any) -> Callable[[str, nn.Module], bool]:
-    if isinstance(pattern, str):
-        return lambda name, module: fnmatch.fnmatchcase(name, pattern)
-    # A class is callable too, but does not say of a module whether it is one.
-    if not callable(pattern) or isinstance(pattern, (type, nn.Module)):
-        raise TypeError(
-            f"pattern: got {pattern!r}, expected a glob on module names such as '*.mlp', or a "
-            "predicate such as lambda name, module: isinstance(module, MLPBlock)."
-        )
-    # Arguments with a default (lambda module, kind=MLPBlock: ...) are not ours to fill.
-    required = [
-        parameter
-        for parameter in inspect.signature(pattern).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(required) == 1:
-        return lambda name, module: bool(pattern(module))
-    return lambda name, module: bool(pattern(name, module))
-
-
 def _hint(model: nn.Module, pattern: Any, named: list[tuple[str, nn.Module]]) -> str:
     """What was perhaps meant: two-layer MLPs first, then names of a similar spelling."""
-    if _as_predicate(pattern)("", model):
+    if as_predicate(pattern)("", model):
         return " Only the model itself does, and it cannot replace itself: see DMoE.from_mlp."
     mlps, alike = [], []
     for name, module in named:
