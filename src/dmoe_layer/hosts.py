@@ -136,7 +136,7 @@ def _try(host: nn.Module, mlp: HostMlp) -> int:
         modules = ", ".join(probe.others[1]).replace("'host.", "'")
         between = f" (modules there: {modules})" if modules else ""
         fault = f"what stands between {mlp.first!r} and {mlp.second!r} is none of "
-        fault += ", ".join(ACTIVATIONS) + between
+        fault += ", ".join(n for n, a in ACTIVATIONS.items() if not a.gated) + between
         if "convolution" in between:
             fault += ", so that no token goes through it alone"
     else:
@@ -235,8 +235,7 @@ class _HostProbe(Probe):
         y = self.outputs[self.names[1]]
         z = apply_linear(first, self.inputs[self.names[0]])
         for name, activation in ACTIVATIONS.items():
-            h = activation.forward(z)  # of a gated one it is half as wide
-            if h.shape == z.shape and same_output(y, apply_linear(second, h)):
+            if not activation.gated and same_output(y, apply_linear(second, activation.forward(z))):
                 return name
         return None
 

@@ -14,10 +14,10 @@ from dmoe_layer import swap_mlps
 class Host(nn.Module):
     """Has its linear layers on itself, a norm before them and a residual around."""
 
-    def __init__(self, activation=None):
+    def __init__(self, activation=None, hidden=16):
         super().__init__()
         self.norm = nn.LayerNorm(8)
-        self.linear1, self.linear2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.linear1, self.linear2 = nn.Linear(8, hidden), nn.Linear(hidden, 8)
         self.activation = activation or nn.GELU()
 
     def mlp(self, x):
@@ -75,12 +75,14 @@ def two():
 
 
 CONVNEXT_V2 = {"num_channels": 1, "num_stages": 1, "hidden_sizes": [8], "depths": [1]}
-BETWEEN = "[a-zA-Z]*: could not replace its MLP .*what stands between 'linear1' and 'linear2' is none of relu"
+BETWEEN = ".*could not replace its MLP .*between 'linear1' and 'linear2' is none of relu"
 
 # name: (the host, what the error says)
 REFUSED = {
     "a gate": (Gated, f"{BETWEEN}.*'activation' GELU, 'gate' Linear"),
     "another activation": (lambda: Host(nn.Hardswish()), f"{BETWEEN}.*ion' Hardswish"),
+    # One hidden unit too many for two halves.
+    "another activation, odd": (lambda: Host(nn.Mish(), 13), f"{BETWEEN}.*ion' Mish"),
     "an activation that works elsewhere too": (
         ActsTwice, "ActsTwice: .*the host puts out something else, as if it used one of the parts"
     ),
