@@ -1,12 +1,15 @@
 """A mixture-of-experts layer for medical imaging and vision whose router knows the attribute."""
 
+from . import flops  # noqa: F401  so that FLOP counters see the operators
 from .attributes import MissingAttributesError
+from .insert import insert_after
 from .layer import DMoE
 from .losses import importance_loss, load_balancing_loss, router_z_loss
 from .router import AttributeRouter
 from .scope import carry_routing, routing
 from .swap import swap_mlps
 from .tensors import Routing
+from .windows import window_attributes
 
 __version__ = "0.1.0"
 
@@ -17,8 +20,10 @@ __all__ = [
     "Routing",
     "carry_routing",
     "importance_loss",
+    "insert_after",
     "load_balancing_loss",
     "router_z_loss",
     "routing",
     "swap_mlps",
+    "window_attributes",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fnmatch
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from .hosts import (
 )
 from .kinds import Trials
 from .layer import DMoE
+from .matching import as_predicate, outermost
 from .read_mlp import Mlp, advice_for, read_mlp
 from .tensors import Routing
 from .upcycling import upcycled
@@ -137,11 +137,11 @@ def swap_mlps(
     check_flag("upcycle", upcycle)
     # Names of shared modules too: a block must be replaced wherever it stands.
     named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n]
-    matching = {m for _, m in _outermost(named, _as_predicate(pattern))}
+    matching = {m for _, m in outermost(named, as_predicate(pattern))}
     if not matching:
         hint = _hint(model, pattern, named, upcycle, options)
         raise ValueError(f"pattern: {pattern!r} matches no module.{hint}")
-    blocks = _outermost(named, lambda name, module: module in matching)
+    blocks = outermost(named, lambda name, module: module in matching)
     matches: dict[nn.Module, _Match] = {}
     layers: dict[nn.Module, SwappedDMoE] = {}
     trials = Trials()
@@ -249,39 +249,6 @@ def _parameters_of(block: nn.Module) -> tuple[str, ...]:
     return tuple(each.name for each in parameters if each.kind not in starred) or ("x",)
 
 
-def _outermost(
-    named: list[tuple[str, nn.Module]], matches: Callable[[str, nn.Module], bool]
-) -> list[tuple[str, nn.Module]]:
-    """The matching modules that are inside no other matching module."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in named:  # a module comes right before what is inside it
-        inside = bool(found) and name.startswith(f"{found[-1][0]}.")
-        if not inside and matches(name, module):
-            found.append((name, module))
-    return found
-
-
-def _as_predicate(pattern: Any) -> Callable[[str, nn.Module], bool]:
-    if isinstance(pattern, str):
-        return lambda name, module: fnmatch.fnmatchcase(name, pattern)
-    # A class is callable too, but does not say of a module whether it is one.
-    if not callable(pattern) or isinstance(pattern, (type, nn.Module)):
-        raise TypeError(
-            f"pattern: got {pattern!r}, expected a glob on module names such as '*.mlp', or a "
-            "predicate such as lambda name, module: isinstance(module, MLPBlock)."
-        )
-    # Arguments with a default (lambda module, kind=MLPBlock: ...) are not ours to fill.
-    required = [
-        parameter
-        for parameter in inspect.signature(pattern).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(required) == 1:
-        return lambda name, module: bool(pattern(module))
-    return lambda name, module: bool(pattern(name, module))
-
-
 def _hint(
     model: nn.Module,
     pattern: Any,
@@ -290,7 +257,7 @@ def _hint(
     options: dict[str, Any],
 ) -> str:
     """What was perhaps meant, of all that would be taken; or what to do where there is nothing."""
-    if _as_predicate(pattern)("", model):
+    if as_predicate(pattern)("", model):
         return " Only the model itself does, and it cannot replace itself: see DMoE.from_mlp."
     mlps: list[str] = []
     hosts: list[str] = []
@@ -308,7 +275,7 @@ def _hint(
         return f" Close candidates: {_shown(mlps)}."
     # A layer has brothers, which one glob names, unless it matches others too.
     globs = {".".join("*" if part.isdigit() else part for part in h.split(".")) for h in hosts}
-    matched = [name for glob in globs for name, _ in _outermost(named, _as_predicate(glob))]
+    matched = [name for glob in globs for name, _ in outermost(named, as_predicate(glob))]
     if sorted(matched) == sorted(hosts):
         hosts = [repr(glob) for glob in sorted(globs)]
     return (

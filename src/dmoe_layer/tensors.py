@@ -35,6 +35,11 @@ class Routing(NamedTuple):
     attributes: Tensor | None = None
 
 
+# By which pickle finds it again. It was defined there, and a file that holds one names the place:
+# so those of an older layout load here, and those of this one load there.
+Routing.__module__ = "dmoe_layer.router"
+
+
 class RouterWeights(NamedTuple):
     """A row for every router, clean (0) and noise (1) weights side by side."""
 
