@@ -92,6 +92,11 @@ def swap_mlps(
     replaced or, if one cannot be read, none. Hooks on a block go with it, and the new parameters
     require gradients even where the old were frozen.
 
+    A block may be gated (SwiGLU, GEGLU), of one linear layer D -> 2·H or of two D -> H; H is then
+    the layer's ``hidden_dim``. Its linear layers may be convolutions of size 1 on maps
+    (B, C, ...); the layer then has ``channel_dim=1``. A copy of the block is tried, and of blocks
+    that differ in nothing but their weights, one is.
+
     A match may also be a host on which an MLP's linear layers stand, as on
     ``torch.nn.TransformerEncoderLayer`` (``linear1``, ``activation``, ``linear2``), on Hugging
     Face's OPT and Whisper (``fc1``, ``activation_fn``, ``fc2``), BERT and VideoMAE
