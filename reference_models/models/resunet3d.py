@@ -19,7 +19,7 @@ from monai.networks.blocks.dynunet_block import UnetResBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dmoe_layer import DMoE, carry_routing
+from dmoe_layer import carry_routing, insert_after
 
 MOE = ("per_block", "none")
 WIDTHS = (1, 1, 2, 4, 8)  # channels of the five stages, in units of `features`
@@ -102,15 +102,13 @@ class ResUNet3D(nn.Module):
             "unknown": unknown,
         }
         widths = [features * width for width in WIDTHS]
-        self.encoder = nn.ModuleList(
-            Stage(
-                UnetResBlock(3, cin, cout, kernel_size=3, stride=2, norm_name="instance"),
-                DMoE(cout, channel_dim=1, residual=True, **options)
-                if moe != "none" and stage in stages
-                else None,
-            )
-            for stage, (cin, cout) in enumerate(pairwise([in_channels, *widths]), start=1)
-        )
+        self.encoder = nn.ModuleList()
+        for stage, (cin, cout) in enumerate(pairwise([in_channels, *widths]), start=1):
+            block = UnetResBlock(3, cin, cout, kernel_size=3, stride=2, norm_name="instance")
+            self.encoder.append(Stage(block))
+            # One by one, so that a seed draws blocks and experts in this order.
+            if moe != "none" and stage in stages:
+                insert_after(self, f"encoder.{stage - 1}", **options)
         self.decoder = nn.ModuleList(
             UnetrUpBlock(
                 3,
@@ -142,28 +140,27 @@ class ResUNet3D(nn.Module):
         for stage in self.encoder:
             if mask_BDHW is not None:
                 mask_BDHW = reduce(mask_BDHW, "b (d 2) (h 2) (w 2) -> b d h w", "any")
-            x_BCDHW = self._run(stage, x_BCDHW.shape[2] // 2, x_BCDHW, mask_BDHW)
+            x_BCDHW = self._run(stage, x_BCDHW.shape[2] // 2, x_BCDHW, mask=mask_BDHW)
             skips.append(x_BCDHW)
         skips.pop()
         for block in self.decoder:
             x_BCDHW = self._run(block, x_BCDHW.shape[2] * 2, x_BCDHW, skips.pop())
         return self.head(x_BCDHW)
 
-    def _run(self, module: nn.Module, planes: int, x_BCDHW: Tensor, other: Tensor | None) -> Tensor:
+    def _run(self, module: nn.Module, planes: int, *maps_BCDHW: Tensor, **options: Any) -> Tensor:
         """A stage's or a decoder block's map, of ``planes`` planes along the first axis."""
-        if planes == 2 and x_BCDHW.is_cpu and torch.is_autocast_enabled("cpu"):
+        if planes == 2 and maps_BCDHW[0].is_cpu and torch.is_autocast_enabled("cpu"):
             # PyTorch 2.13's CPU convolutions in bfloat16 write garbage into the gradient of a 3x3x3
             # kernel over two planes. So few are soon computed in fp32.
-            other = other.float() if other is not None and other.is_floating_point() else other
             with torch.autocast("cpu", enabled=False):
-                return self._step(module, x_BCDHW.float(), other)
-        return self._step(module, x_BCDHW, other)
+                return self._step(module, *(x_BCDHW.float() for x_BCDHW in maps_BCDHW), **options)
+        return self._step(module, *maps_BCDHW, **options)
 
-    def _step(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _step(self, module: nn.Module, *maps_BCDHW: Tensor, **options: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # Routed the same way when it is run again, even after the scope has closed.
-            return checkpoint(carry_routing(module), *inputs, use_reentrant=False)
-        return module(*inputs)
+            return checkpoint(carry_routing(module), *maps_BCDHW, use_reentrant=False, **options)
+        return module(*maps_BCDHW, **options)
 
     def _check(self, image_BCDHW: Tensor, mask_BDHW: Tensor | None) -> None:
         shape = tuple(image_BCDHW.shape)
@@ -195,12 +192,13 @@ class ResUNet3D(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block of stride 2 and, if there are any, the experts that follow it."""
+    """A residual block of stride 2, and the place ``moe`` of the experts that may follow it."""
 
-    def __init__(self, block: nn.Module, moe: nn.Module | None) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.block, self.moe = block, moe
+        self.block = block
+        self.register_module("moe", None)
 
-    def forward(self, x_BCDHW: Tensor, mask_BDHW: Tensor | None) -> Tensor:
-        x_BCDHW = self.block(x_BCDHW)
-        return x_BCDHW if self.moe is None else self.moe(x_BCDHW, mask=mask_BDHW)
+    def forward(self, x_BCDHW: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The block's map; ``mask`` is for the experts."""
+        return self.block(x_BCDHW)

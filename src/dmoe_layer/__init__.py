@@ -1,6 +1,8 @@
 """A mixture-of-experts layer for medical imaging and vision whose router knows the attribute."""
 
+from . import flops  # noqa: F401  so that FLOP counters see the operators
 from .attributes import MissingAttributesError
+from .insert import insert_after
 from .layer import DMoE
 from .losses import importance_loss, load_balancing_loss, router_z_loss
 from .router import AttributeRouter
@@ -18,6 +20,7 @@ __all__ = [
     "Routing",
     "carry_routing",
     "importance_loss",
+    "insert_after",
     "load_balancing_loss",
     "router_z_loss",
     "routing",

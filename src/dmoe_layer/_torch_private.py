@@ -139,3 +139,13 @@ def stop_being_lazy(module: nn.Module) -> None:
     for name in ("_initialize_hook", "_load_hook"):
         if (hook := vars(module).pop(name, None)) is not None:
             hook.remove()
+
+
+def drop_forward_hooks(module: nn.Module) -> None:
+    """Removes the forward hooks of a module and of all in it, whoever has registered them.
+
+    Where PyTorch keeps them under other names they stay.
+    """
+    for part in module.modules():
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            getattr(part, name, {}).clear()

@@ -192,7 +192,7 @@ def check_attributes(
     bounds = _bounds_2N(attributes) if bounds_2N is None else bounds_2N
     _check_values(values_BN, bounds, sizes, unknown)
     values_BN = values_BN.to(x.device, torch.int64, non_blocking=True)
-    return values_BN.expand(batch, n).clone()
+    return values_BN.expand(batch, n).clone(memory_format=torch.contiguous_format)
 
 
 @check_attributes.register_fake

@@ -48,7 +48,10 @@ class RouterWeights(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-    """All experts' two layers; without biases ``b1_EH`` and ``b2_ED`` are None."""
+    """All experts' two layers; without biases ``b1_EH`` and ``b2_ED`` are None.
+
+    Of gated experts w1 is (E, 2H, D) and b1 (E, 2H): H rows of the gate, then H of the linear half.
+    """
 
     w1_EHD: Tensor
     b1_EH: Tensor | None

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..dropout import in_steps
 from ..tensors import ExpertOptions, ExpertWeights
 from .kernels import sums
-from .launch import block_size, gemm_precision, launch
+from .launch import block_size, contiguous, gemm_precision, launch
 from .router import SortedPairs
 
 # Programs that fill a GPU of 132 multiprocessors a few times.
@@ -43,21 +44,22 @@ class ExpertCall:
         options: ExpertOptions,
     ) -> None:
         activation, dropout, seed, self.dtype = options
-        self.x, self.gates = x_TD.contiguous(), gates_TK
-        self.order, self.offsets = pairs
+        self.x, self.gates, self.order, self.offsets = contiguous(x_TD, gates_TK, *pairs)
         self.w1, self.w2 = (self._operand(p) for p in (weights.w1_EHD, weights.w2_EDH))
         self.b1, self.b2 = (
             None if b is None else self._operand(b) for b in (weights.b1_EH, weights.b2_ED)
         )
         self.parameter_dtype = weights.w1_EHD.dtype
-        self.n_experts, self.hidden, self.dim = weights.w1_EHD.shape
+        self.n_experts, self.dim, self.hidden = weights.w2_EDH.shape
+        self.first_rows = weights.w1_EHD.shape[1]  # an expert's: H, or 2H of a gated one
+        self.gated = ACTIVATIONS[activation].gated
         self.rows, self.k = len(self.order), gates_TK.shape[1]
         self.relu = activation == "relu"
         dropped, scale = in_steps(dropout, seed)
         self.drop_args = (0 if seed is None else int(seed), dropped, scale)
         # Options of the kernels, each for those that take it.
         self.drop_opts = {"DROP": dropped > 0}
-        self.act_opts = {"ACTIVATION": activation}
+        self.act_opts = {"ACTIVATION": activation, "GATED": self.gated}
         self.sizes = {"n_experts": self.n_experts, "dim": self.dim, "hidden": self.hidden}
         self.expert_opts = {"EXPERTS": block_size(self.n_experts, 2)}
         self.gemm_opts = {**self.expert_opts, "PRECISION": gemm_precision()}
