@@ -149,7 +149,12 @@ class Probe:
             if not h_NH.requires_grad:
                 return place, []
             z = [self.outputs[name] for name in first]
-            slopes = torch.autograd.grad(h_NH[place], z, retain_graph=True, materialize_grads=True)
+            try:
+                slopes = torch.autograd.grad(
+                    h_NH[place], z, retain_graph=True, materialize_grads=True
+                )
+            except RuntimeError as error:
+                raise ValueError(f"{self._kind}: could not run it backward: {error}") from error
         return place, [self.rows(slope) for slope in slopes]
 
     def _note(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -210,5 +215,9 @@ def _without_row(rows: Tensor, row: int) -> Tensor:
 
 def same_output(a: Tensor, b: Tensor) -> bool:
     """Whether two results of a probe are those of one formula."""
-    # A block that casts to fp32 inside is off by 1e-7; GELU and its tanh form differ by 5e-4.
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+    # A block that casts to fp32 inside is off by 1e-7 of its token's largest; GELU and its tanh
+    # form differ by 1e-4 of it.
+    if a.shape != b.shape:
+        return False
+    allowed = 1e-6 * (1 + b.abs().amax(dim=-1, keepdim=True))
+    return bool(((a - b).abs() <= allowed).all())
