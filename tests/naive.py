@@ -6,14 +6,24 @@ Everything is differentiable, so that autograd gives the true gradients too. Run
 import torch
 import torch.nn.functional as F
 
+
+def gated(activation):
+    """The first half of z, activated, times the second half."""
+    return lambda z: activation(z[: len(z) // 2]) * z[len(z) // 2 :]
+
+
 ACTIVATIONS = {
     "relu": lambda z: z.clamp(min=0),
     "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / 2**0.5)),
     "gelu_tanh": lambda z: (
         0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
     ),
+    "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
     "silu": lambda z: z / (1 + torch.exp(-z)),
 }
+ACTIVATIONS["swiglu"] = gated(ACTIVATIONS["silu"])
+ACTIVATIONS["geglu"] = gated(ACTIVATIONS["gelu"])
+ACTIVATIONS["geglu_tanh"] = gated(ACTIVATIONS["gelu_tanh"])
 
 
 def router_weights(w_A2ED, b_A2E, sizes, unknown, values):

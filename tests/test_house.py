@@ -84,6 +84,7 @@ def test_public_names_are_the_designs_and_each_has_a_docstring():
     assert set(dmoe_layer.__all__) == {
         "DMoE", "AttributeRouter", "Routing", "routing", "carry_routing", "load_balancing_loss",
         "importance_loss", "router_z_loss", "swap_mlps", "insert_after", "MissingAttributesError",
+        "window_attributes",
     }  # fmt: skip
     assert all(getattr(dmoe_layer, name).__doc__ for name in dmoe_layer.__all__)
     assert issubclass(dmoe_layer.MissingAttributesError, ValueError)

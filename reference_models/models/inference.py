@@ -12,20 +12,20 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
-from dmoe_layer import routing
+from dmoe_layer import routing, window_attributes
 
 from ..data.patches import Windows
 
 
 def forward_with_attributes(
-    model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor
+    model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor, *, record: bool = True
 ) -> tuple[Tensor, routing]:
-    """A network's logits (B, K, S), and the closed scope with what it routed.
+    """A network's logits (B, K, S), and the closed scope with what it routed, unless not recorded.
 
     The scope is the one way in which a network is told the attributes: experts read it by
     themselves, other modules by `routing.attribute_values`.
     """
-    with routing(told_BA) as scope:
+    with routing(told_BA, record=record) as scope:
         logits: Tensor = model(*inputs)
     return logits, scope
 
@@ -67,16 +67,17 @@ def infer(
 
     def answer(parts: Sequence[Tensor], told_WA: Tensor) -> Tensor:
         moved = [part.to(device) for part in parts]
-        logits, scope = forward_with_attributes(model, moved, told_WA.to(device))
+        logits, scope = forward_with_attributes(
+            model, moved, told_WA.to(device), record=observe is not None
+        )
         if observe is not None:
             observe(scope)
         return logits
 
     def answer_windows(image_WCS: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
-        samples = [sample.start for sample, *_ in places]
         cuts = [(sample, *axes) for sample, _, *axes in places]
         bodies = (torch.cat([body_BS[cut] for cut in cuts]) for body_BS in inputs[1:])
-        return answer((image_WCS, *bodies), told_BA[samples])
+        return answer((image_WCS, *bodies), window_attributes(told_BA, places))
 
     if windows is None:
         return answer(inputs, told_BA)

@@ -63,7 +63,7 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
     try:
         # With gradients: without them the counter stumbles over parametrized weights.
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            forward_with_attributes(model, [image_1CHW], told_1A)
+            forward_with_attributes(model, [image_1CHW], told_1A, record=False)
     finally:
         for hook in hooks:
             hook.remove()

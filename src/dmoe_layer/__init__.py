@@ -1,5 +1,6 @@
 """A mixture-of-experts layer for medical imaging and vision whose router knows the attribute."""
 
+from . import flops  # noqa: F401  so that FLOP counters see the operators
 from .attributes import MissingAttributesError
 from .insert import insert_after
 from .layer import DMoE
@@ -8,6 +9,7 @@ from .router import AttributeRouter
 from .scope import carry_routing, routing
 from .swap import swap_mlps
 from .tensors import Routing
+from .windows import window_attributes
 
 __version__ = "0.1.0"
 
@@ -23,4 +25,5 @@ __all__ = [
     "router_z_loss",
     "routing",
     "swap_mlps",
+    "window_attributes",
 ]

@@ -7,6 +7,7 @@ PyTorch's lazy modules, and says there what happens when their names change.)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -70,6 +71,52 @@ def constant_for_dynamo(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def program_capture() -> object:
+    """What is turning this thread's calls into a program, None if nothing is.
+
+    ``torch.jit.trace``, ``make_fx`` and, through them, ``torch.export`` and ONNX. One capture is
+    told from another by ``is``. ``torch.compile`` is none: what its program has read is guarded.
+
+    Raises:
+        RuntimeError: calls may be captured, and PyTorch no longer tells.
+    """
+    return _program_capture(torch.compiler.is_dynamo_compiling())
+
+
+@constant_for_dynamo  # which up to PyTorch 2.11 takes is_exporting() to be true for torch.compile
+def _program_capture(in_dynamo: bool) -> object:
+    if in_dynamo:
+        return "torch.export" if torch.compiler.is_exporting() else None
+    if trace := getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)():
+        return trace
+    # It is slow to import, and before it is nothing can be captured.
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if proxies is None or not _dispatches_to_python():
+        return None
+    proxy_mode = getattr(proxies, "get_proxy_mode", None)
+    if proxy_mode is None:
+        raise RuntimeError(
+            f"routing: PyTorch {torch.__version__} does not tell whether calls are captured "
+            "(torch.fx.experimental.proxy_tensor.get_proxy_mode), so a scope cannot keep its "
+            "attributes out of a program. Use a version that README.md names, or pass "
+            "layer(x, attributes)."
+        )
+    return proxy_mode()
+
+
+def _dispatches_to_python() -> bool:
+    """Whether any mode can see this thread's calls: one of an export in another thread cannot.
+
+    The modes of an export stand in a list that all threads share. Where PyTorch cannot be asked
+    any more, they count in each of them.
+    """
+    included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
+    keys = getattr(torch._C, "DispatchKey", None)
+    if included is None or keys is None:
+        return True
+    return included(keys.PreDispatch) or included(keys.Python)
 
 
 def known_while_compiling(condition: bool) -> bool:

@@ -22,25 +22,63 @@ class Activation(NamedTuple):
     """An activation.
 
     Attributes:
-        forward: from the input z to the output.
+        forward: from the input z to the output, which is a tensor of its own.
         backward: from the output's gradient, which may be overwritten, and z to the gradient of z.
             ReLU's may be given ReLU's output for z: both are positive or neither is.
         fused: whether the Triton kernels have it too.
+        gated: whether z is twice as wide as the output, which is then act(gate) · linear: the
+            first half of z is the gate, the second the linear half (Shazeer, arXiv:2002.05202).
     """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
     fused: bool = True
+    gated: bool = False
 
+
+def _quick_gelu(z: Tensor) -> Tensor:
+    """z · sigmoid(1.702 · z), as in OpenAI's CLIP."""
+    return (1.702 * z).sigmoid_().mul_(z)
+
+
+def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:
+    s = (1.702 * z).sigmoid_()
+    # 1.702 comes last, for in fp16 1.702·z may overflow where z does not.
+    return dh.mul_((1 - s).mul_(s).mul_(z).mul_(1.702).add_(s))
+
+
+def _gated(gate: Activation) -> Activation:
+    def forward(z: Tensor) -> Tensor:
+        z_gate, z_linear = z.chunk(2, dim=-1)
+        return gate.forward(z_gate).mul_(z_linear)
+
+    def backward(dh: Tensor, z: Tensor) -> Tensor:
+        z_gate, z_linear = z.chunk(2, dim=-1)
+        dz = torch.empty_like(z)
+        dz_gate, dz_linear = dz.chunk(2, dim=-1)
+        torch.mul(dh, gate.forward(z_gate), out=dz_linear)
+        dz_gate.copy_(gate.backward(dh.mul_(z_linear), z_gate))
+        return dz
+
+    return Activation(forward, backward, gate.fused, gated=True)
+
+
+_GELU = Activation(F.gelu, lambda dh, z: aten.gelu_backward(dh, z))
+_GELU_TANH = Activation(
+    lambda z: F.gelu(z, approximate="tanh"),
+    lambda dh, z: aten.gelu_backward(dh, z, approximate="tanh"),
+)
+_SILU = Activation(F.silu, aten.silu_backward)
 
 ACTIVATIONS = {
     "relu": Activation(
         F.relu, lambda dh, z: aten.threshold_backward.grad_input(dh, z, 0, grad_input=dh)
     ),
-    "gelu": Activation(F.gelu, lambda dh, z: aten.gelu_backward(dh, z)),
-    "gelu_tanh": Activation(
-        lambda z: F.gelu(z, approximate="tanh"),
-        lambda dh, z: aten.gelu_backward(dh, z, approximate="tanh"),
-    ),
-    "silu": Activation(F.silu, aten.silu_backward),
+    "gelu": _GELU,
+    "gelu_tanh": _GELU_TANH,
+    "quick_gelu": Activation(_quick_gelu, _quick_gelu_backward),
+    "silu": _SILU,
+    "swiglu": _gated(_SILU),
+    "geglu": _gated(_GELU),
+    "geglu_tanh": _gated(_GELU_TANH),
 }

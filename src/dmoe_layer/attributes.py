@@ -69,10 +69,12 @@ def checked_copy(attributes: Any) -> Attributes:
 
     Raises:
         TypeError: if they are not integers.
-        ValueError: if they have more than two dimensions, or no column.
+        ValueError: if they have more than two dimensions, or no column, or no values to be looked
+            at, being on the meta device.
     """
     values = as_attributes(attributes).values.detach()
-    _check_form(values)
+    check_form(values)
+    _refuse_meta(values)
     values = values.to(torch.int64, copy=True)
     return Attributes(values, _bounds_2N(values))
 
@@ -111,7 +113,17 @@ def _bounds_2N(values: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(values_BN, dim=0)).to("cpu")
 
 
-def _check_form(values: Tensor) -> None:
+def _refuse_meta(values: Tensor) -> None:
+    if values.device.type == "meta":
+        raise ValueError(
+            f"attributes: got shape {tuple(values.shape)} on the meta device, where tensors have "
+            "no values, and there is nothing to route by. Hand over their values, on the CPU; x "
+            "may be on any device."
+        )
+
+
+def check_form(values: Tensor) -> None:
+    """Raises unless attributes are integers, (), (batch,), or (batch, n) with n of at least 1."""
     shape = tuple(values.shape)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(
@@ -162,7 +174,7 @@ def check_attributes(
             "plain mixture of experts that does not look at them. Set attribute_sizes, or pass "
             "none."
         )
-    _check_form(attributes)
+    check_form(attributes)
     values_BN = _columns(attributes)
     shape = tuple(attributes.shape)
     n = values_BN.shape[1] if sizes is None else len(sizes)
@@ -175,20 +187,43 @@ def check_attributes(
     if values_BN.shape[0] not in (1, batch):
         raise ValueError(
             f"attributes: got shape {shape} for a batch of {batch} samples: expected {expected}, "
-            "or a batch of 1 that applies to every sample."
+            f"or a batch of 1 that applies to every sample.{_likely_cause(x, batch, values_BN)}"
         )
     bounds = _bounds_2N(attributes) if bounds_2N is None else bounds_2N
     _check_values(values_BN, bounds, sizes, unknown)
     values_BN = values_BN.to(x.device, torch.int64, non_blocking=True)
-    return values_BN.expand(batch, n).clone()
+    return values_BN.expand(batch, n).clone(memory_format=torch.contiguous_format)
 
 
 @check_attributes.register_fake
 def _(x, batch, attributes, bounds_2N, sizes, unknown):  # type: ignore[no-untyped-def]
     # Promises the right shape even for wrong input: the error is the real operator's to raise,
-    # at run time, where it reaches the user as it is.
+    # at run time, where it reaches the user as it is. But this is also what PyTorch runs for good
+    # where any tensor is on meta, and x's own values would then be routed by what nobody has set.
+    if attributes is not None and x.device.type != "meta":
+        _refuse_meta(attributes)
     n = len(sizes) if sizes else _columns(attributes).shape[1]
     return x.new_empty((batch, n), dtype=torch.int64)
+
+
+def _likely_cause(x: Tensor, batch: int, values_BN: Tensor) -> str:
+    """What may have brought another number of rows than of attributes, and what helps."""
+    rows, cause = values_BN.shape[0], ""
+    if rows > 1 and batch > rows and batch % rows == 0:
+        each = batch // rows
+        cause += (
+            f" {batch} is {each} x {rows}: the model may have flattened its tokens, or put windows "
+            f"of its images, into the batch axis before this layer, {each} rows a sample. Hand "
+            "each row its sample's value: routing(attributes.repeat_interleave("
+            f"{each}, dim=0)) if each sample's rows stand together; of sliding windows, "
+            "dmoe_layer.window_attributes knows the sample."
+        )
+    if rows > 1 and x.ndim == 3 and x.shape[1] == rows:
+        cause += (
+            f" There are {rows} tokens, as many as attributes: in a sequence-first model, (tokens, "
+            "batch, dim), DMoE(batch_dim=1) finds the samples."
+        )
+    return cause
 
 
 def _check_values(

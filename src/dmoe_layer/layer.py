@@ -24,6 +24,7 @@ from .read_mlp import read_mlp
 from .router import AttributeRouter, BackendRoute
 from .scope import current_attributes, record
 from .tensors import ExpertOptions, ExpertWeights, Routing
+from .upcycling import upcycled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,7 +52,8 @@ class DMoE(LazyDim):
             attribute with that many values) or a tuple (several attributes).
         unknown: what the attribute value -1 does: "error", "average" or "learned".
         hidden_dim: width H inside an expert; None for 4·dim.
-        activation: "relu", "gelu", "gelu_tanh" or "silu".
+        activation: "relu", "gelu", "gelu_tanh", "quick_gelu" (OpenAI CLIP's) or "silu"; or gated,
+            act(gate) · linear in place of act: "swiglu", "geglu" or "geglu_tanh".
         bias: whether the experts have biases; the router keeps its own.
         dropout: probability of zeroing an entry of an expert's output in training, rounded to
             1/65536. It is kept in the ``nn.Dropout`` named ``dropout``, whose ``p`` and
@@ -68,7 +70,9 @@ class DMoE(LazyDim):
         device, dtype: of the parameters.
 
     Parameters, one tensor for all experts, so that an idle expert still gets a zero gradient:
-        w1_EHD (E, H, D), w1_bias (E, H), w2_EDH (E, D, H), w2_bias (E, D), and the router's.
+        w1_EHD (E, H, D), w1_bias (E, H), w2_EDH (E, D, H), w2_bias (E, D), and the router's. If
+        gated, w1_EHD is (E, 2H, D) and its bias (E, 2H): H rows of the gate, then H of the linear
+        half.
 
     Raises:
         ValueError, TypeError: for options that do not fit, at construction.
@@ -83,6 +87,7 @@ class DMoE(LazyDim):
     """
 
     _dim_from = "w1_EHD"
+    _is_overwritten = False
     _former_names: ClassVar = {"b1_EH": "w1_bias", "b2_ED": "w2_bias"}
     w1_EHD: Tensor
     w1_bias: Tensor | None
@@ -165,8 +170,9 @@ class DMoE(LazyDim):
         loses that one: an expert has one dropout, at its end.
 
         Args:
-            mlp: a block D -> H -> D with one of the known activations between its two linear
-                layers (``nn.Linear``, or Hugging Face's ``Conv1D``).
+            mlp: a block D -> H -> D with one of the known activations between its linear layers:
+                two, or of a gated MLP two or three. They are ``nn.Linear``, Hugging Face's
+                ``Conv1D``, or convolutions of size 1, for which ``channel_dim`` is 1.
             n_experts: E.
             k: experts a token.
             options: further arguments of :class:`DMoE`; ``dropout`` replaces the MLP's.
@@ -184,38 +190,15 @@ class DMoE(LazyDim):
             >>> torch.allclose(DMoE.from_mlp(mlp, k=3)(x), mlp(x), atol=1e-5)
             True
         """
-        decided = {"dim", "hidden_dim", "activation", "bias", "zero_init", "device", "dtype"}
-        if clash := sorted(decided & options.keys()):
-            raise TypeError(f"from_mlp: {', '.join(clash)} is decided by the MLP; leave it out.")
-        block = read_mlp(mlp, upcycle=True, dropout=options.pop("dropout", None))
-        layer = cls(
-            block.dim,
-            n_experts=n_experts,
-            k=k,
-            hidden_dim=block.hidden_dim,
-            activation=block.activation,
-            bias=block.b1_H is not None or block.b2_D is not None,
-            dropout=block.dropout,
-            device=block.device,
-            dtype=block.dtype,
-            **options,
-        )
-        with torch.no_grad():
-            for new_EX, old_X in (
-                (layer.w1_EHD, block.w1_HD),
-                (layer.w1_bias, block.b1_H),
-                (layer.w2_EDH, block.w2_DH),
-                (layer.w2_bias, block.b2_D),
-            ):
-                if new_EX is not None:
-                    new_EX.zero_() if old_X is None else new_EX.copy_(old_X.expand_as(new_EX))
-        return layer.train(mlp.training)
+        read = read_mlp(mlp, upcycle=True, dropout=options.pop("dropout", None))
+        return upcycled(cls, read, n_experts=n_experts, k=k, **options).train(mlp.training)
 
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
         n_experts, hidden = self.n_experts, self.hidden_dim or 4 * dim
+        first = 2 * hidden if ACTIVATIONS[self.activation].gated else hidden
         shapes: dict[str, tuple[int, ...]] = {
-            "w1_EHD": (n_experts, hidden, dim),
-            "w1_bias": (n_experts, hidden),
+            "w1_EHD": (n_experts, first, dim),
+            "w1_bias": (n_experts, first),
             "w2_EDH": (n_experts, dim, hidden),
             "w2_bias": (n_experts, dim),
         }
@@ -226,7 +209,7 @@ class DMoE(LazyDim):
 
         A layer that does not know its width yet has nothing to draw.
         """
-        if self.dim is None:
+        if self.dim is None or self._is_overwritten:
             return
         for weight, bias in ((self.w1_EHD, self.w1_bias), (self.w2_EDH, self.w2_bias)):
             bound = 1 / math.sqrt(weight.shape[-1])

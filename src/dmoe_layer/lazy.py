@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ._torch_private import stop_being_lazy
 from .operators import draw_seed, seeded_generator
+from .pretrained import Pretrained
 
 # Two threads may make the first call of one module; the second finds it finished, and checks only.
 _MATERIALIZING = threading.Lock()
@@ -43,7 +44,7 @@ def _advice(asked: str) -> str:
     )
 
 
-class LazyDim(LazyModuleMixin, nn.Module):
+class LazyDim(LazyModuleMixin, Pretrained):
     """Holds parameters whose shapes depend on ``dim``, known at construction or later.
 
     A subclass says in ``_shapes(dim)`` which parameters it has, calls ``_create_parameters`` at
@@ -60,9 +61,6 @@ class LazyDim(LazyModuleMixin, nn.Module):
 
     @abstractmethod
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]: ...
-
-    @abstractmethod
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None: ...
 
     @property
     def dim(self) -> int | None:
@@ -81,6 +79,7 @@ class LazyDim(LazyModuleMixin, nn.Module):
                 else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             )
             self.register_parameter(name, parameter)
+        self._expect_values()
         # Drawn here, so that the first call leaves the global generator alone: when activation
         # checkpointing repeats that call, it must find the same noise without drawing weights.
         if dim is None:
@@ -109,6 +108,7 @@ class LazyDim(LazyModuleMixin, nn.Module):
             if prefix + former in state_dict:
                 state_dict.setdefault(prefix + name, state_dict.pop(prefix + former))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._has_values = True
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .linears import (
+    describe_convolution,
+    is_1x1_convolution,
+    is_spatial_convolution,
+    widths_of,
+)
 
 # These only pass on what they get, or drop of it what training drops.
 _TRANSPARENT = (
@@ -20,6 +28,11 @@ _TRANSPARENT = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
+_BATCH, _TOKENS = 4, 16
+# What stands in for an argument that a block requires beside its input: mostly that is the height
+# or width of a map, and 16 tokens are one of 4 x 4.
+_MADE_UP = 4
+_SIZES = ("h", "w", "height", "width")
 
 
 class Probe:
@@ -31,20 +44,22 @@ class Probe:
 
     Args:
         mlp: the block.
-        names: of its two linear layers.
+        names: of its linear layers, the last one last.
 
     Attributes:
-        linears: the copy's two linear layers.
-        x: (8, 16, D), what the copy is given.
+        linears: the copy's linear layers.
+        x: (4, 16, D), the tokens that the copy is given.
+        form: what makes of them the layout in which it is given them.
         inputs, outputs: by name, what went into and came out of each linear layer in the last run.
-        others: names of the other modules that ran before the first linear layer, between the two,
-            and after the second.
+        others: names of the other modules that ran before the first linear layer, between the
+            linear layers, and after the last.
+        made_up: the arguments beside the tokens that the copy requires, and what it is given.
 
     Raises:
         ValueError: the block cannot be copied.
     """
 
-    def __init__(self, mlp: nn.Module, names: tuple[str, str]) -> None:
+    def __init__(self, mlp: nn.Module, names: tuple[str, ...]) -> None:
         self._kind, self.names = type(mlp).__name__, names
         generator = torch.Generator("cpu").manual_seed(0)
         self._module = _copy_of(mlp, generator)
@@ -57,8 +72,11 @@ class Probe:
                 note = functools.partial(self._note, name)
                 module.register_forward_hook(note, with_kwargs=True)
         # From small to large, to meet an activation around 0 and where it saturates or is cut.
-        size_T1 = torch.logspace(-3, 2, 16, dtype=torch.float64, device="cpu")[:, None]
-        self.x = _random((8, 16, widths_of(self.linears[0])[0]), generator) * size_T1
+        size_T1 = torch.logspace(-3, 2, _TOKENS, dtype=torch.float64, device="cpu")[:, None]
+        self.x = _random((_BATCH, _TOKENS, widths_of(self.linears[0])[0]), generator) * size_T1
+        self.form: Callable[[Tensor], Tensor] = lambda x_BTD: x_BTD
+        self._more, self._named = _arguments_of(self._module)
+        self.made_up = {**self._more, **self._named}
 
     def run(self, *, training: bool) -> Tensor:
         """The copy's output, always with the same random numbers.
@@ -67,33 +85,72 @@ class Probe:
             ValueError: it cannot be run on one tensor, or returns something else.
         """
         self.inputs, self.outputs, self.others = {}, {}, [[]]
+        x = self.form(self.x.clone())
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.default_generator.manual_seed(0)
-                y = self._module.train(training)(self.x.clone())
+                y = self._module.train(training)(x, *self._more.values(), **self._named)
             if not isinstance(y, Tensor):
                 raise TypeError(f"it returned {type(y).__name__}, expected one tensor")
         except Exception as error:
-            given = f"one tensor of shape (batch, tokens, {self.x.shape[-1]})"
-            raise ValueError(f"{self._kind}: could not run it on {given}: {error}") from error
+            width, maps = self.x.shape[2], is_1x1_convolution(self.linears[0])
+            given = (
+                f"one tensor of shape (batch, {f'{width}, ...' if maps else f'tokens, {width}'})"
+            )
+            more = f" and {self.shown_made_up()}" if self.made_up else ""
+            raise ValueError(f"{self._kind}: could not run it on {given}{more}: {error}") from error
         return y
 
-    def ran_in_order(self) -> bool:
-        """Whether each linear layer ran once, the first one first."""
-        return tuple(self.inputs) == self.names and len(self.others) == 3
+    def shown_made_up(self) -> str:
+        """The arguments beside the tokens, in an error's words."""
+        sizes = [f"{n}={v}" for n, v in self.made_up.items() if n.lower() in _SIZES]
+        others = [repr(name) for name in self.made_up if name.lower() not in _SIZES]
+        if others:
+            sizes.append(f"{_MADE_UP} for what could not be made up ({', '.join(others)})")
+        return ", ".join(sizes)
 
-    def is_pointwise(self) -> bool:
-        """Whether an input of the second layer depends on one output of the first layer only."""
-        z_BTH, h_BTH = self.outputs[self.names[0]], self.inputs[self.names[1]]
-        if z_BTH.shape != h_BTH.shape or not h_BTH.requires_grad:
-            return z_BTH.shape == h_BTH.shape
-        # The largest of a token with neighbours: hardly one where the activation is flat.
-        token = z_BTH.shape[1] // 2
-        place = (1, token, int(h_BTH[1, token].argmax()))
+    def rows(self, t: Tensor) -> Tensor:
+        """(N, channels), a row for every token, of whatever layout a block has made."""
+        t = t.movedim(1, -1) if is_1x1_convolution(self.linears[0]) else t
+        return t.reshape(-1, t.shape[-1])
+
+    def ran_in_order(self) -> bool:
+        """Whether each linear layer ran once, the last one last."""
+        ran = [*self.inputs]
+        once = len(self.others) == len(self.names) + 1 and {*ran} == {*self.names}
+        return once and ran[-1] == self.names[-1]
+
+    def mixes_tokens(self) -> bool:
+        """Whether an input of the last linear layer depends on other tokens than its own."""
+        *first, last = self.names
+        between = [*(self.outputs[name] for name in first), self.inputs[last]]
+        if any(self.rows(t).shape[0] != _BATCH * _TOKENS for t in between):
+            return True
+        (token, _), slopes = self._slopes()
+        return any(_without_row(slope, token).any() for slope in slopes)
+
+    def mixes_units(self) -> bool:
+        """Whether an input of the last linear layer depends on several units of one before.
+
+        Of a layer that is twice as wide as the last one's input it may be one unit in each half.
+        """
+        (token, unit), slopes = self._slopes()
+        width = widths_of(self.linears[-1])[0]
+        return any(_without_row(s[token].view(-1, width).T, unit).any() for s in slopes)
+
+    def _slopes(self) -> tuple[tuple[int, int], list[Tensor]]:
+        """Where one input of the last linear layer stands, and its slopes by what came before."""
+        *first, last = self.names
         with torch.enable_grad():
-            (slope_BTH,) = torch.autograd.grad(h_BTH[place], z_BTH, materialize_grads=True)
-        slope_BTH[place] = 0
-        return not slope_BTH.any()
+            h_NH = self.rows(self.inputs[last])
+            # The largest of a token with neighbours: hardly one where the activation is flat.
+            token = _TOKENS + _TOKENS // 2
+            place = (token, int(h_NH[token].argmax()))
+            if not h_NH.requires_grad:
+                return place, []
+            z = [self.outputs[name] for name in first]
+            slopes = torch.autograd.grad(h_NH[place], z, retain_graph=True, materialize_grads=True)
+        return place, [self.rows(slope) for slope in slopes]
 
     def _note(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """Notes what passes through a module; a forward hook."""
@@ -104,8 +161,23 @@ class Probe:
             self.others.append([])
             return output.clone()  # An activation may work in place.
         if not isinstance(module, _TRANSPARENT):
-            self.others[-1].append(f"{name!r} {type(module).__name__}")
+            described = f"{name!r} {type(module).__name__}"
+            if is_spatial_convolution(module):
+                described += f", a {describe_convolution(module)}"
+            self.others[-1].append(described)
         return None
+
+
+def _arguments_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a module requires beside its first argument, by place and by name."""
+    try:
+        parameters = [*inspect.signature(module.forward).parameters.values()]
+    except (TypeError, ValueError):  # it is no Python function
+        return {}, {}
+    required = [p for p in parameters if p.default is p.empty]
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    more = {p.name: _MADE_UP for p in required if p.kind in by_place and p is not parameters[0]}
+    return more, {p.name: _MADE_UP for p in required if p.kind is p.KEYWORD_ONLY}
 
 
 def _copy_of(mlp: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -118,6 +190,9 @@ def _copy_of(mlp: nn.Module, generator: torch.Generator) -> nn.Module:
         for parameter in mlp.parameters():
             if parameter.is_floating_point():
                 memo[id(parameter)] = nn.Parameter(_random(parameter.shape, generator))
+        for buffer in mlp.buffers():
+            if buffer.is_meta:  # A table of indices, say, in which zeros are as good as any.
+                memo[id(buffer)] = torch.zeros_like(buffer, device="cpu")
         return copy.deepcopy(mlp, memo).to("cpu", torch.float64)
     except Exception as error:
         kind = type(mlp).__name__
@@ -129,31 +204,11 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return values.uniform_(-1, 1, generator=generator)  # an eighth of the cost of normal
 
 
+def _without_row(rows: Tensor, row: int) -> Tensor:
+    return torch.cat([rows[:row], rows[row + 1 :]])
+
+
 def same_output(a: Tensor, b: Tensor) -> bool:
     """Whether two results of a probe are those of one formula."""
     # A block that casts to fp32 inside is off by 1e-7; GELU and its tanh form differ by 5e-4.
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-6)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer; Hugging Face's GPT-2 family has its own, ``Conv1D``."""
-    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    return is_conv1d or isinstance(module, nn.Linear)
-
-
-def widths_of(linear: Any) -> tuple[int, int]:
-    """(in, out), without a look at a weight that is computed when looked at."""
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    width_in, width_out = linear.weight.shape
-    return width_in, width_out
-
-
-def weight_of(linear: Any) -> Tensor:
-    """(out, in), as ``nn.Linear`` has it; ``Conv1D``'s is stored transposed."""
-    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.mT
-
-
-def apply_linear(linear: Any, x: Tensor) -> Tensor:
-    """What a linear layer's weight and bias say, whatever it does itself."""
-    return F.linear(x, weight_of(linear), linear.bias)

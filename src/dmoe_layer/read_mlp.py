@@ -1,10 +1,7 @@
-"""Reads a two-layer MLP that somebody else wrote: its weights, activation and dropout.
+"""Reads an MLP that somebody else wrote: its weights, activation and dropout.
 
-What a block computes is not read from its code, which may be anything, but tried. A copy of it
-gets random weights and runs on a random input, in double precision on the CPU (``probe``). The
-output is held against w2·act(w1·x + b1) + b2 for every activation that is known here. So an
-activation that is a plain function is found too, and no residual, norm, scale or hook is
-overlooked: with any of them the output is another. The block itself is neither run nor changed.
+Its widths are those of its linear layers. What it computes is tried (``trial``), on a copy: the
+block itself is neither run nor changed.
 """
 
 from __future__ import annotations
@@ -16,22 +13,41 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .activations import ACTIVATIONS
-from .probe import Probe, apply_linear, is_linear, same_output, weight_of, widths_of
+from .kinds import Trials
+from .linears import (
+    bias_of,
+    describe_convolution,
+    is_1x1_convolution,
+    is_linear,
+    is_spatial_convolution,
+    shown_linears,
+    weight_of,
+    weight_shape_of,
+    widths_of,
+)
+from .trial import Layers, Reading, try_block
 
-ADVICE = (
-    "Where an MLP is no module of its own, as in torch.nn.TransformerEncoderLayer and BERT, move "
-    "it into one first."
+_NO_MODULE = (
+    "Where an MLP is no module of its own, match the layer on which its linear layers stand, such "
+    "as a torch.nn.TransformerEncoderLayer or a layer of BERT, or move it into a module first."
+)
+_CONVOLUTIONAL = (
+    "Networks of convolutions have none; their experts go behind a stage: insert_after(model, "
+    "pattern, ...) puts a DMoE(channel_dim=1, residual=True) behind each module that matches."
 )
 
 
 class Mlp(NamedTuple):
-    """A two-layer MLP, weights as (out, in). All that follows dtype is for upcycling only."""
+    """A two-layer MLP, weights as (out, in). All that follows channel_dim is for upcycling only.
+
+    Of a gated one the rows of w1 and b1 are those of the gate, then those of the linear half.
+    """
 
     dim: int
     hidden_dim: int
     device: torch.device
     dtype: torch.dtype
+    channel_dim: int
     w1_HD: Tensor | None = None
     b1_H: Tensor | None = None
     w2_DH: Tensor | None = None
@@ -40,8 +56,54 @@ class Mlp(NamedTuple):
     dropout: float = 0.0
 
 
-def find_linears(mlp: nn.Module) -> tuple[str, str]:
-    """The names of the two linear layers of a block D -> H -> D; looks only, runs nothing.
+def read_mlp(
+    mlp: nn.Module, *, upcycle: bool, dropout: float | None = None, trials: Trials | None = None
+) -> Mlp:
+    """The widths, device and dtype of a two-layer MLP; to ``upcycle`` it, all that it computes.
+
+    Args:
+        mlp: the block.
+        upcycle: whether its weights and activation are wanted too; then it must have one of the
+            activations that are known here.
+        dropout: replaces the block's rate, which then is not read.
+        trials: those of blocks before, which may spare that of this one.
+
+    Raises:
+        ValueError: saying which part is not that of such an MLP, or why it could not be run.
+    """
+    layers = find_layers(mlp)
+    parts = {name: mlp.get_submodule(name) for name in layers.names}
+    if upcycle:
+        for name, linear in parts.items():
+            _require_parameters(mlp, name, linear)
+    looks = {name: _looks_of(mlp, name, linear) for name, linear in parts.items()}
+    (name, (dtype, device)), *rest = looks.items()
+    for other, (other_dtype, other_device) in rest if upcycle else ():
+        if (other_dtype, other_device) != (dtype, device):
+            raise ValueError(
+                f"{type(mlp).__name__}: could not read it as one MLP: {name!r} is {dtype} on "
+                f"{device}, {other!r} is {other_dtype} on {other_device}."
+            )
+    channel_dim = 1 if is_1x1_convolution(parts[name]) else -1
+    read = Mlp(layers.dim, layers.hidden_dim, device, dtype, channel_dim)
+    with_rate = upcycle and dropout is None
+
+    def trial() -> Reading:
+        return try_block(mlp, layers, upcycle=upcycle, with_rate=with_rate)
+
+    reading = (trials or Trials()).of(mlp, trial, upcycle, with_rate)
+    if not upcycle:
+        return read
+    *first, last = (parts[name] for name in reading.names)
+    w1_HD, b1_H = _joined(first, layers.hidden_dim if reading.gate_last else 0)
+    return read._replace(
+        w1_HD=w1_HD, b1_H=b1_H, w2_DH=weight_of(last), b2_D=bias_of(last),
+        activation=reading.activation, dropout=reading.dropout if dropout is None else dropout,
+    )  # fmt: skip
+
+
+def find_layers(mlp: nn.Module) -> Layers:
+    """The linear layers of a block D -> H -> D, gated or not; looks only, runs nothing.
 
     Raises:
         ValueError: saying what keeps the block from being one.
@@ -52,64 +114,70 @@ def find_linears(mlp: nn.Module) -> tuple[str, str]:
     found = {name: module for name, module in mlp.named_modules() if is_linear(module)}
     for name, linear in found.items():
         _require_plain_weight(f"{kind}: could not read {name or 'it'!r}", linear)
-    widths = [widths_of(linear) for linear in found.values()]
-    if len(found) == 2 and widths[0] == widths[1][::-1]:
-        first, second = found
-        return first, second
-    raise ValueError(
-        f"{kind}: expected a two-layer MLP D -> H -> D, {_found_instead(mlp, found, widths)}"
-    )
-
-
-def read_mlp(mlp: nn.Module, *, upcycle: bool, dropout: float | None = None) -> Mlp:
-    """The widths, device and dtype of a two-layer MLP; to ``upcycle`` it, all that it computes.
-
-    Args:
-        mlp: the block.
-        upcycle: whether its weights and activation are wanted too; then it must have one of the
-            activations that are known here.
-        dropout: replaces the block's rate, which then is not read.
-
-    Raises:
-        ValueError: saying which part is not that of such an MLP, or why it could not be run.
-    """
-    kind, names = type(mlp).__name__, find_linears(mlp)
-    linears: list[Any] = [mlp.get_submodule(name) for name in names]
-    first, second = linears
-    w1, w2 = next(first.parameters()), next(second.parameters())
-    if upcycle:
-        for name, linear in zip(names, linears, strict=True):
-            _require_parameters(f"{kind}: could not read", name, linear)
-        if (w1.dtype, w1.device) != (w2.dtype, w2.device):
+    layers = _as_layers({name: widths_of(linear) for name, linear in found.items()})
+    if layers is None or len({is_1x1_convolution(linear) for linear in found.values()}) > 1:
+        raise ValueError(f"{kind}: expected a two-layer MLP D -> H -> D, {_found_instead(mlp)}")
+    for name, module in mlp.named_modules():
+        if is_spatial_convolution(module):
+            between = " and ".join(map(repr, layers.names))
             raise ValueError(
-                f"{kind}: could not read it as one MLP: {names[0]!r} is {w1.dtype} on "
-                f"{w1.device}, {names[1]!r} is {w2.dtype} on {w2.device}."
+                f"{kind}: could not read it as a two-layer MLP: beside or between {between} stands "
+                f"a {describe_convolution(module)} ({name!r} {type(module).__name__}), so that no "
+                "token goes through it alone."
             )
-    probe = Probe(mlp, names)
-    output = probe.run(training=False)
-    activation = _activation_of(probe, output)
-    if activation is None and (fault := _fault_of(probe, output, upcycle)):
-        raise ValueError(f"{kind}: could not read it as a two-layer MLP: {fault}.")
-    dim, hidden_dim = widths_of(first)
-    if not upcycle or activation is None:
-        return Mlp(dim, hidden_dim, w1.device, w1.dtype)
-    if dropout is None:
-        dropout = _dropout_of(kind, probe, output)
-    return Mlp(
-        dim, hidden_dim, w1.device, w1.dtype,
-        weight_of(first), first.bias, weight_of(second), second.bias, activation, dropout,
-    )  # fmt: skip
+    return layers
+
+
+def _as_layers(widths: dict[str, tuple[int, int]]) -> Layers | None:
+    """The order in which linear layers of such widths make an MLP, if they do."""
+    for last in reversed(widths):
+        first = tuple(name for name in widths if name != last)
+        hidden_dim, dim = widths[last]
+        found = [widths[name] for name in first]
+        if found == [(dim, hidden_dim)]:
+            return Layers(first, last, dim, hidden_dim, gated=False)
+        if found in ([(dim, 2 * hidden_dim)], [(dim, hidden_dim)] * 2):
+            return Layers(first, last, dim, hidden_dim, gated=True)
+    return None
+
+
+def advice_for(module: nn.Module) -> str:
+    """What to do with a module in which no MLP was found."""
+    spatial = sum(map(is_spatial_convolution, module.modules()))
+    linear = sum(isinstance(each, nn.Linear) for each in module.modules())
+    return _CONVOLUTIONAL if spatial > linear else _NO_MODULE
+
+
+@torch.no_grad()
+def _joined(linears: list[Any], n_rolled: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the first layers as one, with the last so many rows moved to the front."""
+    weights, biases = [weight_of(linear) for linear in linears], [bias_of(x) for x in linears]
+    if len(linears) == 1 and not n_rolled:
+        return weights[0], biases[0]
+    weight_HD = torch.cat(weights).roll(n_rolled, 0)
+    if all(bias is None for bias in biases):
+        return weight_HD, None
+    filled = [
+        weight.new_zeros(weight.shape[0]) if bias is None else bias
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    return weight_HD, torch.cat(filled).roll(n_rolled, 0)
 
 
 def _require_plain_weight(label: str, linear: nn.Module) -> None:
     """Raises unless a linear layer's own weight has its shape; one that is computed is not read."""
+    for name, _ in linear.named_buffers(recurse=False):
+        if name in ("weight", "bias"):
+            raise ValueError(
+                f"{label}: its {name} is a buffer, expected an nn.Parameter. Is it quantized? If "
+                "it is frozen, make it a parameter with requires_grad=False."
+            )
     weight = dict(linear.named_parameters(recurse=False)).get("weight")
     if weight is None:
         return
     if is_lazy(weight):
         raise ValueError(f"{label}: it has no shape yet. Run the model once first.")
-    width_in, width_out = widths_of(linear)
-    shape = (width_out, width_in) if isinstance(linear, nn.Linear) else (width_in, width_out)
+    shape = weight_shape_of(linear)
     if weight.shape != shape or not weight.is_floating_point():
         raise ValueError(
             f"{label}: its weight is {weight.dtype} of shape {tuple(weight.shape)}, expected "
@@ -117,7 +185,7 @@ def _require_plain_weight(label: str, linear: nn.Module) -> None:
         )
 
 
-def _require_parameters(label: str, name: str, linear: nn.Module) -> None:
+def _require_parameters(mlp: nn.Module, name: str, linear: nn.Module) -> None:
     """Raises unless a linear layer's weight and bias are parameters of its own."""
     # Without a look at a computed one: spectral_norm, for one, changes its buffers at each.
     computed = None
@@ -127,78 +195,25 @@ def _require_parameters(label: str, name: str, linear: nn.Module) -> None:
         computed = "bias"
     if computed:
         raise ValueError(
-            f"{label} '{name}.{computed}': it is no parameter but computed from others "
-            "(weight_norm, pruning, LoRA). Make it one first, for instance with "
-            "torch.nn.utils.parametrize.remove_parametrizations."
+            f"{type(mlp).__name__}: could not read '{name}.{computed}': it is no parameter but "
+            "computed from others (weight_norm, pruning, LoRA). Make it one first, for instance "
+            "with torch.nn.utils.parametrize.remove_parametrizations."
         )
 
 
-def _found_instead(
-    mlp: nn.Module, found: dict[str, nn.Module], widths: list[tuple[int, int]]
-) -> str:
-    """What a block has in the place of two linear layers that fit, in an error's words."""
-    texts = [f"{n or 'itself'!r} {d} -> {h}" for n, (d, h) in zip(found, widths, strict=True)]
-    if not texts:
-        texts = ["inside:", *sorted({type(m).__name__ for m in mlp.children()})]
-    shown = ", ".join(texts[:6]) + (", ..." if len(texts) > 6 else "")
-    doubled = len(found) == 2 and widths[0][1] == 2 * widths[1][0]
-    paired = len(found) == 3 and any(widths.count(w) == 2 and w[::-1] in widths for w in widths)
-    hint = f"Match the module that holds the MLP and nothing else. {ADVICE}"
-    if doubled or paired:
-        hint = "Such widths are the mark of a gated MLP (GLU)."
-    return f"found {len(found)} linear layers ({shown}). {hint}"
+def _looks_of(mlp: nn.Module, name: str, linear: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of a linear layer."""
+    for parameter in linear.parameters():
+        return parameter.dtype, parameter.device
+    raise ValueError(f"{type(mlp).__name__}: could not read {name!r}: it has no parameters.")
 
 
-def _activation_of(probe: Probe, output: Tensor) -> str | None:
-    """The activation with which the formula gives the probe's output."""
-    first, second = probe.linears
-    z = apply_linear(first, probe.x)
-    for name, activation in ACTIVATIONS.items():
-        if same_output(output, apply_linear(second, activation.forward(z))):
-            return name
-    return None
-
-
-def _fault_of(probe: Probe, output: Tensor, upcycle: bool) -> str | None:
-    """The first thing by which a block is no MLP, in the order in which data pass through it.
-
-    Its activation is a fault only to upcycle it: new experts have one of their own.
-    """
-    first, second = probe.names
-    others = [f" (modules there: {', '.join(o)})" if o else "" for o in probe.others]
-    if probe.ran_in_order():
-        before, between, after = others
-        if not same_output(probe.inputs[first], probe.x):
-            return f"{first!r} is not given the block's input{before}"
-        if not probe.is_pointwise():
-            what = f"what stands between {first!r} and {second!r} mixes hidden units or tokens"
-            return what + between
-        if not same_output(output, probe.outputs[second]):
-            what = f"its output is not that of {second!r}{after}: it may hold a residual, a norm, "
-            return f"{what}a scale or a hook"
-        if upcycle:
-            for name, linear in zip(probe.names, probe.linears, strict=True):
-                if not same_output(probe.outputs[name], apply_linear(linear, probe.inputs[name])):
-                    return f"{name!r} does not compute what its weight and bias say (a hook? LoRA?)"
-    if not upcycle:
-        return None
-    between = others[1] if len(others) > 1 else others[0]
-    return f"between its linear layers stands none of {', '.join(ACTIVATIONS)}{between}"
-
-
-def _dropout_of(kind: str, probe: Probe, output: Tensor) -> float:
-    """The rate of the dropout behind the second linear layer, from what it makes of its output."""
-    name = probe.names[1]
-    after = probe.run(training=True)
-    before = probe.outputs.get(name, output)  # what was dropped before does not count
-    before = (before if before.numel() == output.numel() else output).reshape(after.shape)
-    kept = after != 0
-    share_kept = (before[kept] / after[kept]).detach()
-    uneven = not same_output(share_kept, share_kept.mean().expand_as(share_kept))
-    some_sample_lost = bool(kept.any()) and not kept.flatten(1).any(dim=1).all()  # DropPath
-    if uneven or some_sample_lost:
-        raise ValueError(
-            f"{kind}: could not read its dropout: in training, what follows {name!r} does more "
-            "than to drop some values and scale the others. Give a rate to use instead."
-        )
-    return round(1 - float(share_kept.mean()), 6) if kept.any() else 1.0
+def _found_instead(mlp: nn.Module) -> str:
+    """What a block has in the place of linear layers that fit, in an error's words."""
+    inside = sorted({type(module).__name__ for module in mlp.children()})
+    shown = shown_linears(mlp) or f"inside: {', '.join(inside[:6]) or 'nothing'}"
+    advice = f" {advice_for(mlp)}" if inside else ""
+    return (
+        f"found {sum(map(is_linear, mlp.modules()))} linear layers ({shown}). Match the module "
+        f"that holds the MLP and nothing else.{advice}"
+    )

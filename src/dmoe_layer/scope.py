@@ -11,24 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch_private import backward_pass
+from ._torch_private import backward_pass, constant_for_dynamo, program_capture
 from .attributes import UNKNOWN_POLICIES, Attributes, as_sizes, check_attributes, checked_copy
-from .checks import check_choice
-from .losses import count_assignments, importance_loss, load_balancing_loss, router_z_loss
+from .checks import check_choice, check_flag, describe
+from .losses import importance_loss, load_balancing_loss, router_z_loss
+from .recorded import Recorded, calls_in_order, load_table
 from .tensors import Routing
-
-
-class _Recorded:
-    """One recorded call and the one before it; the first of a chain is empty.
-
-    A chain and not a list: torch.compile guards on a list's length and on every item in it, and
-    would compile each of a model's blocks anew for its place in the list.
-    """
-
-    def __init__(self, routed: Any, sizes: tuple[int, ...] | None, before: Any) -> None:
-        self.routed: Routing = routed
-        self.sizes = sizes
-        self.before: _Recorded = before
 
 
 class _Current(threading.local):
@@ -49,13 +37,21 @@ class routing:
         attributes: integers, (batch,), or (batch, n) for n attributes; a batch of 1 or a scalar
             applies to every sample; -1 is unknown. None: only records. They are copied when the
             scope opens; on a GPU that costs the one wait of the whole pass.
+        record: False keeps no routing, for prediction: what a call has routed is let go of when
+            it returns. There are no losses and no load table of such a scope.
 
     An inner scope hides the outer one, its attributes and its record. The scope belongs to the
     thread that opened it. Routings keep their autograd graph, so let go of the scope after the
     step; in evaluation use ``torch.no_grad()``.
 
+    A program that ``torch.export``, ``torch.jit.trace`` or ``make_fx`` captures must open its
+    scope itself, from attributes that are an input of it: those of a scope around the capture
+    would be frozen into it, and are refused. ``torch.compile`` follows any scope.
+
     Raises:
-        TypeError, ValueError: for attributes that are no integers, or of more than 2 dimensions.
+        TypeError, ValueError: for attributes that are no integers, have no values, or are of more
+            than 2 dimensions.
+        RuntimeError: inside, where a program that is being captured reads the attributes.
 
     Example:
         >>> import torch
@@ -68,12 +64,16 @@ class routing:
         torch.Size([3, 8])
     """
 
-    def __init__(self, attributes: Any = None) -> None:
+    def __init__(self, attributes: Any = None, *, record: bool = True) -> None:
+        check_flag("record", record)
         self._attributes = None if attributes is None else checked_copy(attributes)
-        self._last_call = _Recorded(None, None, None)
+        self._last_call = Recorded(None, None, None)
         self._is_open = False
         self._outer: routing | None = None
         self._opened_in_pass = -1
+        self._records = record
+        # That of its making and not of its opening: there its attributes were copied.
+        self._made_in_capture = program_capture()
 
     def __enter__(self) -> routing:
         if self._is_open:
@@ -111,7 +111,7 @@ class routing:
 
         Raises:
             MissingAttributesError: if no scope with attributes is open.
-            ValueError, TypeError: for attributes that do not fit.
+            ValueError, TypeError: for attributes or arguments that do not fit.
 
         Example:
             >>> import torch
@@ -122,28 +122,48 @@ class routing:
                     [2]])
         """
         check_choice("unknown", unknown, UNKNOWN_POLICIES)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {describe(x)}, expected a tensor (batch, ...).")
+        if x.ndim == 0:
+            raise ValueError(f"x: got {describe(x)}, expected (batch, ...): a row for each sample.")
+        sizes = as_sizes(attribute_sizes)
+        if sizes is None:
+            raise TypeError(
+                "attribute_sizes: got None, expected how many values each attribute has, an int or "
+                "a tuple of ints."
+            )
         values, bounds = current_attributes() or (None, None)
-        sizes = list(as_sizes(attribute_sizes) or ())
-        return check_attributes(x, x.shape[0], values, bounds, sizes, unknown)
+        return check_attributes(x, x.shape[0], values, bounds, list(sizes), unknown)
 
     @property
     def routings(self) -> list[Routing]:
-        """What every DMoE call inside the scope routed, in call order."""
-        return [call.routed for call in self._calls()]
+        """What every DMoE call inside the scope routed, in call order; none with record=False."""
+        return [call.routed for call in calls_in_order(self._last_call)]
 
     def load_balancing_loss(self, *, per_attribute: bool = False) -> Tensor:
         """Mean over the calls of :func:`load_balancing_loss`; 0 if there was no call.
 
         With ``per_attribute`` each call's is the mean over the attribute values present.
+
+        Raises:
+            RuntimeError: the scope keeps no record.
         """
         return self._mean(load_balancing_loss, per_attribute=per_attribute)
 
     def importance_loss(self) -> Tensor:
-        """Mean over the calls of :func:`importance_loss`; 0 if there was no call."""
+        """Mean over the calls of :func:`importance_loss`; 0 if there was no call.
+
+        Raises:
+            RuntimeError: the scope keeps no record.
+        """
         return self._mean(importance_loss)
 
     def router_z_loss(self) -> Tensor:
-        """Mean over the calls of :func:`router_z_loss`; 0 if there was no call."""
+        """Mean over the calls of :func:`router_z_loss`; 0 if there was no call.
+
+        Raises:
+            RuntimeError: the scope keeps no record.
+        """
         return self._mean(router_z_loss)
 
     def load_table(self, *, per_call: bool = False, attribute: int = 0) -> Tensor:
@@ -162,34 +182,20 @@ class routing:
         Raises:
             ValueError: if there was no call, if the calls have different numbers of experts, or
                 if there is no such attribute.
+            RuntimeError: the scope keeps no record.
         """
-        calls = self._calls()
-        n_experts = sorted({call.routed.logits.shape[-1] for call in calls})
-        if len(n_experts) != 1:
-            raise ValueError(
-                "load_table: no DMoE was called inside this scope."
-                if not calls
-                else f"load_table: the calls have different numbers of experts, {n_experts}; "
-                "look at `routings` one by one."
-            )
-        # Without attributes at all, one row for everybody; beside calls that have some, none.
-        some = any(call.routed.attributes is not None for call in calls)
-        values = [_values_of(call.routed, attribute, default=-1 if some else 0) for call in calls]
-        n_values = max(_n_values(call, v, attribute) for call, v in zip(calls, values, strict=True))
-        counts = [_count(call.routed, v, n_values) for call, v in zip(calls, values, strict=True)]
-        # A model may be spread over devices.
-        counts_CAE = torch.stack([count.to(counts[0].device) for count in counts])
-        counts_CAE = counts_CAE if per_call else counts_CAE.sum(dim=0)
-        return counts_CAE.float() / counts_CAE.sum(dim=-1, keepdim=True).clamp(min=1)
+        self._require_record("load_table")
+        return load_table(calls_in_order(self._last_call), per_call, attribute)
 
-    def _calls(self) -> list[_Recorded]:
-        calls, call = [], self._last_call
-        while call.before is not None:
-            calls.append(call)
-            call = call.before
-        return calls[::-1]
+    def _require_record(self, reader: str) -> None:
+        if not self._records:
+            raise RuntimeError(
+                f"{reader}: this scope was opened with record=False and has kept no routing; open "
+                "it with `routing(attributes)` to have a record."
+            )
 
     def _mean(self, loss_of: Callable[..., Tensor], **options: Any) -> Tensor:
+        self._require_record(loss_of.__name__)
         losses = [loss_of(routed, **options) for routed in self.routings]
         if not losses:
             return torch.zeros(())
@@ -197,16 +203,43 @@ class routing:
 
 
 def current_attributes() -> Attributes | None:
-    """The attributes of this thread's open scope, if it has any."""
+    """The attributes of this thread's open scope, if it has any.
+
+    Raises:
+        RuntimeError: a program is being captured, and the scope is none of its own.
+    """
     scope = _current.scope
-    return None if scope is None else scope._attributes
+    if scope is None or scope._attributes is None:
+        return None
+    if program_capture() is not scope._made_in_capture:
+        _refuse_to_freeze()
+    return scope._attributes
+
+
+@constant_for_dynamo  # which buries the text of an error that it has traced
+def _refuse_to_freeze() -> None:
+    raise RuntimeError(
+        "routing: a program is being captured (by torch.export, torch.jit.trace, make_fx or "
+        "torch.onnx), and reads the attributes of a scope that was opened outside of it. They "
+        "would be frozen into the program, which would route everybody's samples by them. Make "
+        "them an input of it: pass `layer(x, attributes)`, or capture, outside of any scope, a "
+        "module that opens the scope itself:\n"
+        "    def forward(self, x, attributes):\n"
+        "        with routing(attributes):\n"
+        "            return self.model(x)"
+    )
 
 
 def record(routed: Routing, sizes: tuple[int, ...] | None) -> None:
-    """Adds a call to this thread's open scope, unless it is a recompute."""
+    """Adds a call to this thread's open scope, if it keeps a record.
+
+    Neither a recompute nor a call that is being captured is one of the scope around it.
+    """
     scope = _current.scope
-    if scope is not None and _pass_now() == scope._opened_in_pass:
-        scope._last_call = _Recorded(routed, sizes, scope._last_call)
+    if scope is None or not scope._records:
+        return
+    if _pass_now() == scope._opened_in_pass and program_capture() is scope._made_in_capture:
+        scope._last_call = Recorded(routed, sizes, scope._last_call)
 
 
 def _pass_now() -> int:
@@ -221,12 +254,13 @@ def _pass_now() -> int:
 def _without_record(scope: routing | None) -> routing | None:
     """A scope of the same attributes whose record nobody reads.
 
-    Not a flag: a compiled block that is recomputed reads the current scope and nothing else.
+    It records if the other does: a compiled block reads that, and shall be recomputed by the
+    graph that has computed it.
     """
     if scope is None:
         return None
-    twin = routing()
-    twin._attributes = scope._attributes
+    twin = routing(record=scope._records)
+    twin._attributes, twin._made_in_capture = scope._attributes, scope._made_in_capture
     return twin
 
 
@@ -282,26 +316,3 @@ def carry_routing(fn: Callable[..., Any] | None = None) -> Any:
             return fn(*args, **kwargs)
 
     return carried
-
-
-def _values_of(routed: Routing, attribute: int, default: int) -> Tensor:
-    """Each token's value of one attribute, or the default where there are none: (T,)."""
-    values = routed.attributes
-    if values is None:
-        values = routed.expert_indices.new_full((len(routed.logits),), default)
-    n = 1 if values.ndim == 1 else values.shape[1]
-    if not 0 <= attribute < n and not (routed.attributes is None and default == -1):
-        raise ValueError(f"attribute: got {attribute}, expected 0 .. {n - 1}.")
-    return values if values.ndim == 1 else values[:, attribute]
-
-
-def _n_values(call: _Recorded, values_T: Tensor, attribute: int) -> int:
-    if call.sizes is not None:
-        return call.sizes[attribute]
-    return max(int(values_T.max()) + 1, 1) if len(values_T) else 1
-
-
-def _count(routed: Routing, values_T: Tensor, n_values: int) -> Tensor:
-    # Row 0 takes the unknown, and is dropped.
-    shape = (n_values + 1, routed.logits.shape[-1])
-    return count_assignments(routed.expert_indices, values_T + 1, shape)[1:]

@@ -35,6 +35,11 @@ class Routing(NamedTuple):
     attributes: Tensor | None = None
 
 
+# By which pickle finds it again. It was defined there, and a file that holds one names the place:
+# so those of an older layout load here, and those of this one load there.
+Routing.__module__ = "dmoe_layer.router"
+
+
 class RouterWeights(NamedTuple):
     """A row for every router, clean (0) and noise (1) weights side by side."""
 
@@ -43,7 +48,10 @@ class RouterWeights(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-    """All experts' two layers; without biases ``b1_EH`` and ``b2_ED`` are None."""
+    """All experts' two layers; without biases ``b1_EH`` and ``b2_ED`` are None.
+
+    Of gated experts w1 is (E, 2H, D) and b1 (E, 2H): H rows of the gate, then H of the linear half.
+    """
 
     w1_EHD: Tensor
     b1_EH: Tensor | None

@@ -23,7 +23,7 @@ def test_an_upcycled_model_computes_what_the_old_one_did_whatever_k_is(model):
         # The whole model might hide an MLP behind a norm or a small scale: block by block too.
         for was, now in ((old.get_submodule(name), new.get_submodule(name)) for name in names):
             tokens_BTD = torch.randn(2, 7, now.dim)
-            assert_close(now(tokens_BTD, torch.tensor([1, 0])), was(tokens_BTD.clone()))
+            assert_close(now(tokens_BTD, attributes=torch.tensor([1, 0])), was(tokens_BTD.clone()))
 
 
 def test_a_missing_bias_upcycles_to_zero():

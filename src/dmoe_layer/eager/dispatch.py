@@ -61,7 +61,7 @@ class Dispatch:
         starts = range(0, tokens, step)
         # A byte sorts several times faster than an int64, and most often holds the keys.
         small = torch.uint8 if len(starts) * n_experts <= 256 else torch.int32
-        keys_TK = expert_indices_TK.to(small, copy=True)
+        keys_TK = expert_indices_TK.to(small, copy=True, memory_format=torch.contiguous_format)
         for i, start in enumerate(starts):
             keys_TK[start : start + step] += i * n_experts
         keys = keys_TK.view(-1)

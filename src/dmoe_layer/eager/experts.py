@@ -171,7 +171,10 @@ class _ExpertPass:
         return _gather(self.x_TD, self.dispatch.token_of_row[block.rows], self._block_XD)
 
     def hidden(self, expert: _Expert, x_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden layer before and after its activation; of ReLU twice the latter."""
+        """The hidden layer before and after its activation; of ReLU twice the latter.
+
+        Before a gated activation it is twice as wide.
+        """
         z_RH = linear(x_RD, expert.w1_HD, expert.b1_H, relu=self.relu)
         return z_RH, self.activate(z_RH)
 
@@ -217,7 +220,8 @@ class _Gradients:
             chunk: the block's.
             block: whose rows.
             dy_CD: the output's gradient, of the chunk's tokens.
-            z_all: (R, H), what forward kept of the hidden layer; None: it is computed again.
+            z_all: (R, H) or, if gated, (R, 2H), what forward kept of the hidden layer; None: it
+                is computed again.
         """
         call, rows, expert = self.call, block.size, self.call.expert_of(block)
         tokens_R = call.dispatch.token_of_row[block.rows] - chunk.tokens.start

@@ -94,8 +94,9 @@ def router_logits_backward(
             slope_TE = tokens.project(w_B2ED[:, 1], b_B2E[:, 1]).sigmoid_()
             dnoise_TE = slope_TE.mul_(_noise(dlogits_TE, seed)).mul_(dlogits_TE)
             dscores.append(tokens.by_sample(dnoise_TE))
-        dw_A2ED, db_A2E = (torch.zeros_like(p, dtype=tokens.dtype) for p in (w_A2ED, b_A2E))
-        dx_BTD = torch.zeros_like(tokens.x_BTD)
+        # Not zeros_like, which lays out as its input is.
+        dw_A2ED, db_A2E = (p.new_zeros(p.shape, dtype=tokens.dtype) for p in (w_A2ED, b_A2E))
+        dx_BTD = tokens.x_BTD.new_zeros(tokens.x_BTD.shape)
         for i, dscores_BTE in enumerate(dscores):
             tokens.add_to_routers(dw_A2ED[:, i], dscores_BTE.mT @ tokens.x_BTD)
             tokens.add_to_routers(db_A2E[:, i], dscores_BTE.sum(dim=1))
@@ -192,7 +193,9 @@ def _score_dtype(x: Tensor, w_A2ED: Tensor) -> torch.dtype:
 
 
 def _noise(like_TE: Tensor, seed: Tensor) -> Tensor:
-    return torch.empty_like(like_TE).normal_(generator=seeded_generator(like_TE.device, seed))
+    # Numbers are drawn in the order of memory: forward and backward must lay it out alike.
+    noise_TE = like_TE.new_empty(like_TE.shape)
+    return noise_TE.normal_(generator=seeded_generator(like_TE.device, seed))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

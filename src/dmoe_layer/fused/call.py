@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dropout import in_steps
 from ..tensors import ExpertOptions, ExpertWeights
 from .kernels import sums
-from .launch import block_size, gemm_precision, launch
+from .launch import block_size, contiguous, gemm_precision, launch
 from .router import SortedPairs
 
 # Programs that fill a GPU of 132 multiprocessors a few times.
@@ -43,8 +43,7 @@ class ExpertCall:
         options: ExpertOptions,
     ) -> None:
         activation, dropout, seed, self.dtype = options
-        self.x, self.gates = x_TD.contiguous(), gates_TK
-        self.order, self.offsets = pairs
+        self.x, self.gates, self.order, self.offsets = contiguous(x_TD, gates_TK, *pairs)
         self.w1, self.w2 = (self._operand(p) for p in (weights.w1_EHD, weights.w2_EDH))
         self.b1, self.b2 = (
             None if b is None else self._operand(b) for b in (weights.b1_EH, weights.b2_ED)

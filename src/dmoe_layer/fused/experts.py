@@ -12,6 +12,7 @@ from ..operators import refuse_double_backward
 from ..tensors import ExpertOptions, ExpertWeights
 from . import narrow, wide
 from .call import ExpertCall
+from .launch import contiguous
 from .router import SortedPairs
 
 
@@ -60,7 +61,8 @@ def _fused_experts(
 @_fused_experts.register_fake
 def _(x_TD, order_R, offsets, gates_TK, w1_EHD, *options):  # type: ignore[no-untyped-def]
     *_, dtype, keep_hidden = options
-    shape = (order_R.shape[0], w1_EHD.shape[1]) if keep_hidden else (0,)
+    keeps = keep_hidden and x_TD.shape[1] > narrow.NARROW
+    shape = (order_R.shape[0], w1_EHD.shape[1]) if keeps else (0,)
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(shape, dtype=dtype)
 
 
@@ -90,16 +92,17 @@ def fused_experts_backward(
     weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
     options = ExpertOptions(activation, dropout, seed, dtype)
     call = ExpertCall(x_TD, SortedPairs(order_R, offsets), gates_TK, weights, options)
-    dy_TD = dy_TD.contiguous()
+    dy_TD, hidden_RH = contiguous(dy_TD, hidden_RH)
     if narrow.fuses_backward(call.dim, dtype):
         found = narrow.backward(call, dy_TD, of_rows, of_weights)
     else:
         found = wide.backward(call, dy_TD, hidden_RH, of_rows, of_weights)
-    dx = call.sum_slots(found.slots) if of_rows else _nothing(x_TD)
-    dgates = found.dgates if of_rows else _nothing(x_TD)
+    dx = call.sum_slots(found.slots) if of_rows else _nothing(x_TD, x_TD.dtype)
+    dgates = found.dgates.to(gates_TK.dtype) if of_rows else _nothing(x_TD, gates_TK.dtype)
+    own = w1_EHD.dtype
     dweights: list[Tensor] | list[None] = found.weights or [None] * 4
     dw1, db1, dw2, db2 = (
-        _nothing(x_TD) if gradient is None or parameter is None else gradient.to(w1_EHD.dtype)
+        _nothing(x_TD, own) if gradient is None or parameter is None else gradient.to(own)
         for gradient, parameter in zip(dweights, weights, strict=True)
     )
     return dx, dgates, dw1, db1, dw2, db2
@@ -108,16 +111,17 @@ def fused_experts_backward(
 @fused_experts_backward.register_fake
 def _(dy_TD, hidden, x_TD, order_R, offsets, gates_TK, w1, b1, w2, b2, *options):  # type: ignore[no-untyped-def]
     of_rows, of_weights = options[-2:]
-    wanted = (of_rows, of_rows, *[of_weights] * 4)
+    of_tokens = [(t, t.dtype, of_rows) for t in (x_TD, gates_TK)]
+    of_parameters = [(p, w1.dtype, of_weights) for p in (w1, b1, w2, b2)]
     return tuple(
-        torch.empty_like(t) if t is not None and is_wanted else x_TD.new_empty((0,))
-        for t, is_wanted in zip((x_TD, gates_TK, w1, b1, w2, b2), wanted, strict=True)
+        x_TD.new_empty(t.shape, dtype=dtype) if t is not None and wanted else _nothing(x_TD, dtype)
+        for t, dtype, wanted in (*of_tokens, *of_parameters)
     )
 
 
-def _nothing(x_TD: Tensor) -> Tensor:
+def _nothing(x_TD: Tensor, dtype: torch.dtype) -> Tensor:
     """In place of a gradient that nobody wants: an operator's outputs are always tensors."""
-    return x_TD.new_empty((0,))
+    return x_TD.new_empty((0,), dtype=dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

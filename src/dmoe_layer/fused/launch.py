@@ -24,6 +24,11 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **op
         kernel[grid](*plain, **options, enable_fp_fusion=True)
 
 
+def contiguous(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors as kernels read them, without gaps and in order; None stays None."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 def block_size(size: int, least: int = 16) -> int:
     """The power of two that a block needs to hold ``size``; a GEMM's side is at least 16."""
     return max(least, triton.next_power_of_2(size))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..operators import refuse_double_backward
 from ..tensors import RouterWeights, Routing
 from .kernels import routing as kernels
-from .launch import block_size, launch, most_tiles, sum_by_row, sum_chunks, triton_dtype
+from .launch import block_size, contiguous, launch, most_tiles, sum_by_row, sum_chunks, triton_dtype
 
 # A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
 CHUNKS = 1024
@@ -53,7 +53,7 @@ def _fused_route(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits (T, E), experts and gates (T, k), and the two tensors of ``SortedPairs``."""
-    x, w_A2ED, b_A2E = x.contiguous(), w_A2ED.contiguous(), b_A2E.contiguous()
+    x, w_A2ED, b_A2E, rows_BN = contiguous(x, w_A2ED, b_A2E, rows_BN)
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     tokens, n_experts, dim = samples.tokens, w_A2ED.shape[2], x.shape[-1]
     n_tiles = most_tiles(tokens, samples.tile, samples.count)
@@ -104,7 +104,8 @@ def fused_route_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w and b."""
-    x, w_A2ED, b_A2E = x.contiguous(), w_A2ED.contiguous(), b_A2E.contiguous()
+    dlogits, dgates, indices, gates = contiguous(dlogits, dgates, indices, gates)
+    x, w_A2ED, b_A2E, rows_BN = contiguous(x, w_A2ED, b_A2E, rows_BN)
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     n_experts, dim = w_A2ED.shape[2], x.shape[-1]
     # A chunk's share of dw is 2·E·D numbers, and a quarter of its tokens' x at most.
@@ -115,9 +116,7 @@ def fused_route_backward(
     shares = [x.new_empty((n_chunks, *p.shape[1:]), dtype=torch.float32) for p in (w_A2ED, b_A2E)]
     launch(
         kernels.route_backward_kernel, (n_chunks, -(-dim // samples.scoring["DIM"])), x,
-        None if dlogits is None else dlogits.contiguous(),
-        None if dgates is None else dgates.contiguous(),
-        indices, gates, x, w_A2ED, b_A2E, rows_BN, samples.offsets, dx, *shares,
+        dlogits, dgates, indices, gates, x, w_A2ED, b_A2E, rows_BN, samples.offsets, dx, *shares,
         samples.count, chunk, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
         K=indices.shape[1], NOISY=seed is not None,
         **{**samples.blocks, **samples.scoring, **samples.backward},
@@ -133,7 +132,7 @@ def fused_route_backward(
 
 @fused_route_backward.register_fake
 def _(dlogits, dgates, indices, gates, x, w_A2ED, b_A2E, *options):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(t) for t in (x, w_A2ED, b_A2E))
+    return tuple(t.new_empty(t.shape) for t in (x, w_A2ED, b_A2E))
 
 
 class _Samples:

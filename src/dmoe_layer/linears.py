@@ -1,0 +1,87 @@
+"""The linear layers of foreign blocks, whatever their class: what they weigh, and what they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is one linear layer for every token by itself.
+
+    That is ``nn.Linear``, a 1x1 convolution, and the ``Conv1D`` of Hugging Face's GPT-2 family.
+    """
+    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return is_conv1d or isinstance(module, nn.Linear) or is_1x1_convolution(module)
+
+
+def is_1x1_convolution(module: nn.Module) -> bool:
+    return (
+        isinstance(module, _CONVOLUTIONS)
+        and set(module.kernel_size) == set(module.stride) == {1}
+        and (isinstance(module.padding, str) or not any(module.padding))
+        and module.groups == 1
+    )
+
+
+def is_spatial_convolution(module: nn.Module) -> bool:
+    """Whether it is a convolution that is no linear layer for every token by itself."""
+    return isinstance(module, _CONVOLUTIONS + _TRANSPOSED) and not is_1x1_convolution(module)
+
+
+def describe_convolution(convolution: Any) -> str:
+    """A convolution in an error's words, such as "depthwise 3x3 convolution"."""
+    depthwise = 1 < convolution.groups == convolution.in_channels
+    size = "x".join(map(str, convolution.kernel_size))
+    return f"{'depthwise ' * depthwise}{size} convolution"
+
+
+def shown_linears(block: nn.Module) -> str:
+    """The linear layers of a block in an error's words, such as "'fc1' 8 -> 32, 'fc2' 32 -> 8"."""
+    found = [(name, module) for name, module in block.named_modules() if is_linear(module)]
+    texts = [f"{name or 'itself'!r} {' -> '.join(map(str, widths_of(m)))}" for name, m in found]
+    return ", ".join(texts[:6]) + (", ..." if len(texts) > 6 else "")
+
+
+def widths_of(linear: Any) -> tuple[int, int]:
+    """(in, out), without a look at a weight that is computed when looked at."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    if isinstance(linear, _CONVOLUTIONS):
+        return linear.in_channels, linear.out_channels
+    width_in, width_out = linear.weight.shape
+    return width_in, width_out
+
+
+def weight_shape_of(linear: Any) -> tuple[int, ...]:
+    """The shape that its weight should have."""
+    width_in, width_out = widths_of(linear)
+    if isinstance(linear, _CONVOLUTIONS):
+        return (width_out, width_in, *linear.kernel_size)
+    return (width_out, width_in) if isinstance(linear, nn.Linear) else (width_in, width_out)
+
+
+def weight_of(linear: Any) -> Tensor:
+    """(out, in), as ``nn.Linear`` has it; ``Conv1D``'s is stored transposed."""
+    weight: Tensor = linear.weight
+    if isinstance(linear, _CONVOLUTIONS):
+        return weight.flatten(1)
+    return weight if isinstance(linear, nn.Linear) else weight.mT
+
+
+def bias_of(linear: Any) -> Tensor | None:
+    """(out,), or None, also where there is not even the name."""
+    bias: Tensor | None = getattr(linear, "bias", None)
+    return bias
+
+
+def apply_linear(linear: Any, x: Tensor) -> Tensor:
+    """What a linear layer's weight and bias say of its input, whatever it does itself."""
+    if isinstance(linear, _CONVOLUTIONS):
+        return F.linear(x.movedim(1, -1), weight_of(linear), bias_of(linear)).movedim(-1, 1)
+    return F.linear(x, weight_of(linear), bias_of(linear))
