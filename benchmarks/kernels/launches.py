@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from dmoe_layer.activations import ACTIVATIONS
 from dmoe_layer.backend import load
 from dmoe_layer.tensors import ExpertOptions, ExpertWeights, RouterWeights
 
@@ -51,11 +52,12 @@ def _step(dim: int, dtype: torch.dtype, activation: str, n_experts: int, k: int)
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
     hidden, seed = HIDDEN_RATIO * dim, torch.tensor(2**61)
+    first = 2 * hidden if ACTIVATIONS[activation].gated else hidden
     x_BTD, rows_BN = parameter(2, _TOKENS // 2, dim), torch.zeros(2, 1, dtype=torch.long)
     router = RouterWeights(parameter(_VALUES, 2, n_experts, dim), parameter(_VALUES, 2, n_experts))
     weights = ExpertWeights(
-        w1_EHD=parameter(n_experts, hidden, dim),
-        b1_EH=parameter(n_experts, hidden),
+        w1_EHD=parameter(n_experts, first, dim),
+        b1_EH=parameter(n_experts, first),
         w2_EDH=parameter(n_experts, dim, hidden),
         b2_ED=parameter(n_experts, dim),
     )

@@ -40,6 +40,8 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
         element: bytes of a number.
     """
     h, row = HIDDEN_RATIO * d, d * element
+    gated = bool(options.get("GATED"))
+    first = 2 * h if gated else h  # rows of w1
 
     def fill(size: int, block: str) -> float:
         return size / (math.ceil(size / options[block]) * options[block])
@@ -57,25 +59,31 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
             return Work(0, 1, K * row, row, options["ROWS"])
         case "mlp_kernel":
             useful = fill(d, "DIM") * fill(h, "HIDDEN")
-            return Work(4 * d * h, useful, row + 8, row, options["ROWS"])
+            return Work(2 * d * (first + h), useful, row + 8, row, options["ROWS"])
         case "mlp_backward_kernel":
             of_rows, of_weights = bool(options["OF_ROWS"]), bool(options["OF_WEIGHTS"])
             # Both need the hidden layer and its gradient, which are computed once.
-            gemms = 3 * of_rows + 4 * of_weights - 2 * (of_rows and of_weights)
+            of_first = 2 * of_rows + 2 * of_weights - (of_rows and of_weights)
+            of_second = of_rows + 2 * of_weights - (of_rows and of_weights)
             useful = fill(d, "DIM") * fill(h, "HIDDEN")
             written = (row + 4) * of_rows
-            return Work(2 * gemms * d * h, useful, 2 * row + 8, written, options["ROWS"])
+            operations = 2 * d * (of_first * first + of_second * h)
+            return Work(operations, useful, 2 * row + 8, written, options["ROWS"])
         case "hidden_kernel":
-            return Work(2 * d * h, fill(h, "COLUMNS"), row, h * element, options["ROWS"])
+            written = (first + h if gated else h) * element
+            return Work(2 * d * first, fill(first, "COLUMNS"), row, written, options["ROWS"])
         case "output_kernel":
-            return Work(2 * d * h, fill(d, "COLUMNS"), h * element, row, options["ROWS"])
+            depth = options["hidden"]  # of a product with w1 its rows
+            return Work(2 * d * depth, fill(d, "COLUMNS"), depth * element, row, options["ROWS"])
         case "gather_gradient_kernel":
             return Work(0, 1, row, 2 * row, options["ROWS"])
         case "hidden_backward_kernel":
-            read = row + h * element
-            return Work(2 * d * h, fill(h, "COLUMNS"), read, h * element, options["ROWS"])
+            read, written = row + first * element, (first + h if gated else h) * element
+            return Work(2 * d * h, fill(h, "COLUMNS"), read, written, options["ROWS"])
         case "weight_backward_kernel":
-            return Work(2 * d * h, fill(d, "COLUMNS"), row + h * element, 0, options["ROWS"])
+            sides = options["a_columns"], options["b_columns"]
+            read = sum(sides) * element
+            return Work(2 * math.prod(sides), fill(d, "COLUMNS"), read, 0, options["ROWS"])
         case _:
             return None
 

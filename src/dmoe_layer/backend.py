@@ -118,17 +118,19 @@ def explain(layer: Any, x: Tensor) -> str:
         choice = choose(layer, x_BTD, dtype)
     except RuntimeError as error:
         return f"error: {error}"
-    reason = _kernels_for(x_BTD.shape[-1], dtype) if choice.backend == "triton" else choice.reason
+    reason = choice.reason
+    if choice.backend == "triton":
+        reason = _kernels_for(x_BTD.shape[-1], dtype, layer.activation)
     return f"{choice.backend}: {reason}"
 
 
-def _kernels_for(dim: int, dtype: torch.dtype) -> str:
+def _kernels_for(dim: int, dtype: torch.dtype, activation: str) -> str:
     """Which of the Triton kernels compute experts of this width, in words."""
-    from .fused.narrow import NARROW, fuses_backward
+    from .fused.narrow import fuses_backward, fuses_forward
 
-    if dim > NARROW:
+    if not fuses_forward(dim, dtype, activation):
         return f"D = {dim} is wide, grouped matrix products with the hidden layer between them"
-    but = "" if fuses_backward(dim, dtype) else " but in backward"
+    but = "" if fuses_backward(dim, dtype, activation) else " but in backward"
     return f"D = {dim} is narrow, the hidden layer stays in registers{but}"
 
 

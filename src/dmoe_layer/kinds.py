@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 Told = TypeVar("Told")
-# Values that are alike if they look alike. (repr tells -0.0 from 0.0, and True from 1.)
+# Values that are alike if they look alike: repr tells -0.0 from 0.0, True from 1 and 1 from "1".
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -70,7 +70,7 @@ def _of_module(module: nn.Module, seen: dict[int, int]) -> Hashable:
 def _of_value(value: Any, seen: dict[int, int]) -> Hashable:
     kind = type(value)
     if kind in _PLAIN:
-        return kind, repr(value)
+        return repr(value)
     if id(value) in seen:  # a parameter in two places, or a list within itself
         return "again", seen[id(value)]
     seen[id(value)] = len(seen)
@@ -79,7 +79,7 @@ def _of_value(value: Any, seen: dict[int, int]) -> Hashable:
     if kind in (dict, OrderedDict):
         return kind, tuple((_of_value(k, seen), _of_value(v, seen)) for k, v in value.items())
     if kind in (set, frozenset) and all(type(v) in _PLAIN for v in value):
-        return kind, frozenset((type(v), repr(v)) for v in value)
+        return kind, frozenset(map(repr, value))
     if kind is nn.Parameter and value.is_floating_point():
         looks = value.shape, value.dtype, value.device, value.layout, value.requires_grad
         return kind, looks, _of_value(vars(value), seen)

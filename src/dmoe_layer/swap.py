@@ -92,6 +92,11 @@ def swap_mlps(
     replaced or, if one cannot be read, none. Hooks on a block go with it, and the new parameters
     require gradients even where the old were frozen.
 
+    A block may be gated (SwiGLU, GEGLU), of one linear layer D -> 2·H or of two D -> H; H is then
+    the layer's ``hidden_dim``. Its linear layers may be convolutions of size 1 on maps
+    (B, C, ...); the layer then has ``channel_dim=1``. A copy of the block is tried, and of blocks
+    that differ in nothing but their weights, one is.
+
     A match may also be a host on which an MLP's linear layers stand, as on
     ``torch.nn.TransformerEncoderLayer`` (``linear1``, ``activation``, ``linear2``), on Hugging
     Face's OPT and Whisper (``fc1``, ``activation_fn``, ``fc2``), BERT and VideoMAE
@@ -99,7 +104,8 @@ def swap_mlps(
     or one after another in an ``nn.Sequential``. The layer then takes the place of the first one;
     activation and second one become ``nn.Identity``. The host's own dropouts, all of them, now
     act on the layer's output, so that the layer's own is 0 unless given. Where the host is
-    sequence-first the layer has ``batch_dim=1``.
+    sequence-first the layer has ``batch_dim=1``. Give the model that holds all of a
+    ``torch.nn.TransformerEncoder``, which must leave its fast path too.
 
     Args:
         model: any module that has MLP blocks D -> H -> D inside.

@@ -83,6 +83,18 @@ def test_layers_that_a_checkpoint_lacks_are_drawn(checkpoint):
     assert run(model, images()).isfinite().all()
 
 
+def test_layers_on_a_host_are_drawn_too(tmp_path):
+    BertModel(BertConfig(vocab_size=20, **TEXT)).save_pretrained(tmp_path)
+    model, info = SwappedBert.from_pretrained(tmp_path, output_loading_info=True)
+    layers = layers_of(model)
+    assert len(layers) == 2
+    for layer in layers:
+        assert_drawn(layer)
+    # All that was there is where it was, but for the two linear layers of each host.
+    assert len(info["unexpected_keys"]) == 4 * len(layers)
+    assert run(model, words()).isfinite().all()
+
+
 def test_zero_init_holds_there_too(checkpoint):
     class Zero(ViTModel):
         def __init__(self, config):

@@ -221,6 +221,11 @@ UNLIKE = {
     "shared or not": (
         lambda: nn.Sequential(shared, shared), lambda: nn.Sequential(shared, copy.deepcopy(shared))
     ),
+    "shared or not, without parameters": (
+        lambda: nn.Sequential(*[nn.ReLU()] * 2), lambda: nn.Sequential(nn.ReLU(), nn.ReLU())
+    ),
+    "1 and '1'": (lambda: with_attribute(1), lambda: with_attribute("1")),
+    "sets": (lambda: with_attribute({1}), lambda: with_attribute({"1"})),
     "names": (
         lambda: nn.Sequential(collections.OrderedDict(a=nn.ReLU())),
         lambda: nn.Sequential(collections.OrderedDict(b=nn.ReLU())),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..dropout import in_steps
 from ..tensors import ExpertOptions, ExpertWeights
 from .kernels import sums
@@ -49,14 +50,16 @@ class ExpertCall:
             None if b is None else self._operand(b) for b in (weights.b1_EH, weights.b2_ED)
         )
         self.parameter_dtype = weights.w1_EHD.dtype
-        self.n_experts, self.hidden, self.dim = weights.w1_EHD.shape
+        self.n_experts, self.dim, self.hidden = weights.w2_EDH.shape
+        self.first_rows = weights.w1_EHD.shape[1]  # an expert's: H, or 2H of a gated one
+        self.gated = ACTIVATIONS[activation].gated
         self.rows, self.k = len(self.order), gates_TK.shape[1]
         self.relu = activation == "relu"
         dropped, scale = in_steps(dropout, seed)
         self.drop_args = (0 if seed is None else int(seed), dropped, scale)
         # Options of the kernels, each for those that take it.
         self.drop_opts = {"DROP": dropped > 0}
-        self.act_opts = {"ACTIVATION": activation}
+        self.act_opts = {"ACTIVATION": activation, "GATED": self.gated}
         self.sizes = {"n_experts": self.n_experts, "dim": self.dim, "hidden": self.hidden}
         self.expert_opts = {"EXPERTS": block_size(self.n_experts, 2)}
         self.gemm_opts = {**self.expert_opts, "PRECISION": gemm_precision()}

@@ -28,7 +28,8 @@ def experts(
     ``pairs`` is the router's sort by expert. Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), with
     operands in ``options.dtype`` and sums in fp32.
     """
-    keep = x_TD.shape[1] > narrow.NARROW and keeps_hidden(x_TD, gates_TK, weights)
+    is_narrow = narrow.fuses_forward(x_TD.shape[1], options.dtype, options.activation)
+    keep = not is_narrow and keeps_hidden(x_TD, gates_TK, weights)
     return _fused_experts(x_TD, *pairs, gates_TK, *weights, *options, keep)[0]
 
 
@@ -52,7 +53,7 @@ def _fused_experts(
     weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
     options = ExpertOptions(activation, dropout, seed, dtype)
     call = ExpertCall(x_TD, SortedPairs(order_R, offsets), gates_TK, weights, options)
-    if call.dim <= narrow.NARROW:
+    if narrow.fuses_forward(call.dim, dtype, activation):
         return call.sum_slots(narrow.forward(call)), call.empty(0)
     slots, hidden = wide.forward(call, keep_hidden)
     return call.sum_slots(slots), hidden
@@ -93,7 +94,7 @@ def fused_experts_backward(
     options = ExpertOptions(activation, dropout, seed, dtype)
     call = ExpertCall(x_TD, SortedPairs(order_R, offsets), gates_TK, weights, options)
     dy_TD, hidden_RH = contiguous(dy_TD, hidden_RH)
-    if narrow.fuses_backward(call.dim, dtype):
+    if narrow.fuses_backward(call.dim, dtype, activation):
         found = narrow.backward(call, dy_TD, of_rows, of_weights)
     else:
         found = wide.backward(call, dy_TD, hidden_RH, of_rows, of_weights)

@@ -11,19 +11,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import narrow
 from .launch import block_size, launch, most_tiles, sum_chunks
 
-# The widest that fits into registers without spilling.
-NARROW = 128
 
+def fuses_forward(dim: int, dtype: torch.dtype, activation: str) -> bool:
+    """Whether experts of this width fit into registers without spilling.
 
-def fuses_backward(dim: int, dtype: torch.dtype) -> bool:
-    """Whether the gradients of experts of this width fit into registers too.
-
-    Numbers of fp32, each split into three of tf32, take more of them.
+    Numbers of fp32, each split into three of tf32, take more of them, and so do the two halves of
+    gated experts.
     """
+    gated = ACTIVATIONS[activation].gated
+    return dim <= (64 if gated and dtype == torch.float32 else 128)
+
+
+def fuses_backward(dim: int, dtype: torch.dtype, activation: str) -> bool:
+    """Whether their gradients fit too."""
+    if ACTIVATIONS[activation].gated:
+        return dim <= 32 and dtype != torch.float32
     return dim <= (32 if dtype == torch.float32 else 64)
 
 
@@ -54,17 +61,23 @@ def _forward_blocks(call: ExpertCall) -> _Blocks:
     if call.dtype == torch.float32:
         if call.dim <= 32:
             return _Blocks(64, 32, 4, 2)
-        return _Blocks(64, 32, 8) if call.dim <= 64 else _Blocks(32, 32, 8)
+        if call.dim <= 64:
+            return _Blocks(64, 16 if call.gated else 32, 8)
+        return _Blocks(32, 32, 8)
     # More rows share the weights that a program reads; D = 24's hidden layer is three times 32.
     if call.dim <= 32:
         return _Blocks(128, 32, 4)
-    return _Blocks(128, 64, 8, 2) if call.dim <= 64 else _Blocks(64, 32, 8)
+    if call.dim <= 64:
+        return _Blocks(128, 32 if call.gated else 64, 8, 2)
+    return _Blocks(128, 16, 8) if call.gated else _Blocks(64, 32, 8)
 
 
 def _backward_blocks(call: ExpertCall) -> tuple[_Blocks, _Blocks]:
     """For the gradients of rows, and of weights: these sum a slice's in registers."""
     if call.dtype == torch.float32:
         return _Blocks(64, 32, 4), _Blocks(32, 16, 8)
+    if call.gated:
+        return _Blocks(64, 32, 4), _Blocks(64, 32, 4)
     return _Blocks(64, 32, 4), _Blocks(64, 64, 4) if call.dim <= 32 else _Blocks(128, 64, 8)
 
 
@@ -102,10 +115,12 @@ def backward(call: ExpertCall, dy: Tensor, of_rows: bool, of_weights: bool) -> B
         return BackwardOutputs(slots, dgates, [])
     slices = -(-call.hidden // blocks.hidden)
     # The shares of all chunks together are about as large as x: no more chunks than that.
-    chunk = max(call.rows * slices // PROGRAMS, 2 * call.k * call.hidden, blocks.rows)
+    least = call.k * (call.first_rows + call.hidden)
+    chunk = max(call.rows * slices // PROGRAMS, least, blocks.rows)
     chunk = -(-chunk // blocks.rows) * blocks.rows
     n_chunks = most_tiles(call.rows, chunk, call.n_experts)
-    shapes = ((call.hidden, call.dim), (call.hidden,), (call.dim, call.hidden), (call.dim,))
+    first, second = (call.first_rows, call.dim), (call.dim, call.hidden)
+    shapes = (first, first[:1], second, second[:1])
     shares = [call.empty(n_chunks, *shape, dtype=torch.float32) for shape in shapes]
     run(blocks, chunk, slices, at_once, *shares)
     return BackwardOutputs(

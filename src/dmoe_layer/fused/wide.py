@@ -33,10 +33,10 @@ class Segment(NamedTuple):
 
 def segments(call: ExpertCall, at_once: bool) -> Iterator[Segment]:
     """All rows at once; or so many that their hidden layer is about as large as x."""
-    if at_once or call.rows * call.hidden <= call.x.numel():
+    if at_once or call.rows * call.first_rows <= call.x.numel():
         yield Segment(0, call.rows, call.offsets)
         return
-    most = max(call.x.numel() // call.hidden, LEAST_ROWS)
+    most = max(call.x.numel() // call.first_rows, LEAST_ROWS)
     for first in range(0, call.rows, most):
         rows = min(most, call.rows - first)
         yield Segment(first, rows, call.offsets.clamp(first, first + rows))
@@ -73,12 +73,15 @@ def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
-    """The hidden layer of a segment before and after its activation; of ReLU twice the latter."""
+    """The hidden layer of a segment before and after its activation; of ReLU twice the latter.
+
+    Before a gated activation it is twice as wide.
+    """
     blocks = _gemm_blocks(call)
     h = call.empty(segment.rows, call.hidden)
-    z = h if call.relu else torch.empty_like(h)
+    z = h if call.relu else call.empty(segment.rows, call.first_rows)
     launch(
-        wide.hidden_kernel, _programs(call, segment, call.hidden, blocks), h,
+        wide.hidden_kernel, _programs(call, segment, call.first_rows, blocks), h,
         call.x, call.order, segment.offsets, call.w1, call.b1, None if call.relu else z, h,
         segment.first, K=call.k, **call.sizes, **call.gemm_opts, **call.act_opts, **blocks,
     )  # fmt: skip
@@ -95,14 +98,14 @@ def _rows_product(
     bias: Tensor | None = None,
     gates: Tensor | None = None,
 ) -> None:
-    """slots[pair] = weight · row, (D, H) by H; with gates also bias, dropout and gate."""
-    blocks = _gemm_blocks(call)
+    """slots[pair] = weight · row, (D, n) by n numbers; with gates also bias, dropout and gate."""
+    blocks, sizes = _gemm_blocks(call), {**call.sizes, "hidden": rows.shape[1]}
     launch(
         wide.output_kernel, _programs(call, segment, call.dim, blocks), rows,
         rows, call.order, segment.offsets, weight, bias, gates, slots, segment.first,
         *call.drop_args, stride_d=strides[0], stride_h=strides[1],
         DROP=gates is not None and call.drop_opts["DROP"],
-        **call.sizes, **call.gemm_opts, **blocks,
+        **sizes, **call.gemm_opts, **blocks,
     )  # fmt: skip
 
 
@@ -111,12 +114,13 @@ def backward(
 ) -> BackwardOutputs:
     """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``.
 
-    ``kept`` is the hidden layer, (R, H), or empty.
+    ``kept`` is the hidden layer, (R, H) or, if gated, (R, 2H); or empty.
     """
     blocks = _gemm_blocks(call)
     # Half as many columns, for da, z and h stand in registers together: with all of them Triton 3.7
-    # spills on compute capability 8.0, even where the activation is ReLU.
-    sliced = {**blocks, "COLUMNS": 64}
+    # spills on compute capability 8.0, even where the activation is ReLU. With both halves of a
+    # gated expert's z, half of that again.
+    sliced = {**blocks, "COLUMNS": 32 if call.gated else 64}
     slots = call.empty(call.rows, call.dim)
     dgates = call.empty(1 + -(-call.hidden // sliced["COLUMNS"]), call.rows, dtype=torch.float32)
     totals: list[Tensor] = []
@@ -130,7 +134,7 @@ def backward(
             ROWS=32, COLUMNS=128, **call.expert_opts, **call.drop_opts,
         )  # fmt: skip
         z = kept if len(kept) else _hidden(call, segment)[0]
-        h = z if call.relu else torch.empty_like(z)
+        h = z if call.relu else call.empty(segment.rows, call.hidden)
         dz = torch.empty_like(z)
         launch(
             wide.hidden_backward_kernel, _programs(call, segment, call.hidden, sliced), dy,

@@ -43,32 +43,39 @@ def sigmoid(z):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """The activation of z in fp32."""
+    """The activation of z in fp32; of a gated one that of its gate."""
     if ACTIVATION == "relu":
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh" or ACTIVATION == "geglu_tanh":
         # (1 + tanh(u)) / 2 is the logistic function of 2u.
         return z * sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACTIVATION == "quick_gelu":
+        return z * sigmoid(1.702 * z)
     else:
-        tl.static_assert(ACTIVATION == "silu", "the kernels have no such activation")
+        known: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "swiglu"
+        tl.static_assert(known, "the kernels have no such activation")
         return z * sigmoid(z)
 
 
 @triton.jit
 def slope(z, da, ACTIVATION: tl.constexpr):
-    """da times the activation's derivative at z, in fp32."""
+    """da times the activation's derivative at z, in fp32; of a gated one that of its gate."""
     if ACTIVATION == "relu":
         return tl.where(z > 0, da, 0.0)
-    elif ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
         normal = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return da * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * normal)
-    elif ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh" or ACTIVATION == "geglu_tanh":
         s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
         return da * (s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z))
+    elif ACTIVATION == "quick_gelu":
+        s = sigmoid(1.702 * z)
+        return da * (s + z * s * (1 - s) * 1.702)
     else:
-        tl.static_assert(ACTIVATION == "silu", "the kernels have no such activation")
+        known: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "swiglu"
+        tl.static_assert(known, "the kernels have no such activation")
         s = sigmoid(z)
         return da * (s + z * s * (1 - s))
 

@@ -11,15 +11,25 @@ from .common import activate, dot, kept, rows_of_tile, slope
 
 
 @triton.jit
-def _slice(w1_ptr, b1_ptr, w2_ptr, h, d, hidden, dim):
-    """One expert's w1 [H, D], b1 [H] and w2 [H, D] for the hidden units h."""
+def _slice_of_first(w1_ptr, b1_ptr, h, d, hidden, dim, HALF: tl.constexpr):
+    """One expert's w1 [H, D] and b1 [H] for the hidden units h.
+
+    Of a gated expert HALF 0 is the gate and 1 the linear half.
+    """
     live_hd = (h < hidden)[:, None] & (d < dim)[None, :]
-    w1_HD = tl.load(w1_ptr + h[:, None] * dim + d[None, :], mask=live_hd, other=0)
-    w2_HD = tl.load(w2_ptr + d[None, :] * hidden + h[:, None], mask=live_hd, other=0)
+    row = HALF * hidden + h
+    w1_HD = tl.load(w1_ptr + row[:, None] * dim + d[None, :], mask=live_hd, other=0)
     b1_H = tl.zeros([h.shape[0]], tl.float32)
     if b1_ptr is not None:
-        b1_H += tl.load(b1_ptr + h, mask=h < hidden, other=0)
-    return w1_HD, b1_H, w2_HD
+        b1_H += tl.load(b1_ptr + row, mask=h < hidden, other=0)
+    return w1_HD, b1_H
+
+
+@triton.jit
+def _slice_of_second(w2_ptr, h, d, hidden, dim):
+    """One expert's w2 [H, D] for the hidden units h."""
+    live_hd = (h < hidden)[:, None] & (d < dim)[None, :]
+    return tl.load(w2_ptr + d[None, :] * hidden + h[:, None], mask=live_hd, other=0)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -27,7 +37,7 @@ def mlp_kernel(
     x_ptr, order_ptr, offsets_ptr, gates_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, slots_ptr,
     seed, threshold, scale,
     n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr,
-    ACTIVATION: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """slots[pair] = gate · Dropout(w2 · act(w1 · x + b1) + b2) for each row of a tile."""
@@ -43,17 +53,22 @@ def mlp_kernel(
     dtype: tl.constexpr = w1_ptr.dtype.element_ty
     at = (pair // K)[:, None] * dim + d[None, :]
     x_RD = tl.load(x_ptr + at, mask=live_rd, other=0).to(dtype)
-    w1_ptr += expert.to(tl.int64) * hidden * dim
+    first_rows: tl.constexpr = 2 * hidden if GATED else hidden
+    w1_ptr += expert.to(tl.int64) * first_rows * dim
     w2_ptr += expert.to(tl.int64) * hidden * dim
     if b1_ptr is not None:
-        b1_ptr += expert * hidden
+        b1_ptr += expert * first_rows
     y_RD = tl.zeros([ROWS, DIM], tl.float32)
     for first_h in range(0, hidden, HIDDEN):
         h = first_h + tl.arange(0, HIDDEN)
-        w1_HD, b1_H, w2_HD = _slice(w1_ptr, b1_ptr, w2_ptr, h, d, hidden, dim)
+        w1_HD, b1_H = _slice_of_first(w1_ptr, b1_ptr, h, d, hidden, dim, 0)
         z_RH = dot(x_RD, tl.trans(w1_HD), None, PRECISION) + b1_H[None, :]
-        h_RH = activate(z_RH, ACTIVATION).to(dtype)
-        y_RD = dot(h_RH, w2_HD, y_RD, PRECISION)
+        h_RH = activate(z_RH, ACTIVATION)
+        if GATED:
+            w1_HD, b1_H = _slice_of_first(w1_ptr, b1_ptr, h, d, hidden, dim, 1)
+            h_RH *= dot(x_RD, tl.trans(w1_HD), None, PRECISION) + b1_H[None, :]
+        w2_HD = _slice_of_second(w2_ptr, h, d, hidden, dim)
+        y_RD = dot(h_RH.to(dtype), w2_HD, y_RD, PRECISION)
     if b2_ptr is not None:
         y_RD += tl.load(b2_ptr + expert * dim + d, mask=live_d, other=0)[None, :]
     if DROP:
@@ -70,7 +85,7 @@ def mlp_backward_kernel(
     chunk_rows, seed, threshold, scale,
     n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr,
     OF_ROWS: tl.constexpr, OF_WEIGHTS: tl.constexpr,
-    ACTIVATION: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients for a chunk of one expert's rows; the hidden layer is computed again.
@@ -91,16 +106,18 @@ def mlp_backward_kernel(
     dtype: tl.constexpr = w1_ptr.dtype.element_ty
     d = tl.arange(0, DIM)
     live_d = d < dim
-    w1_ptr += expert.to(tl.int64) * hidden * dim
+    first_rows: tl.constexpr = 2 * hidden if GATED else hidden
+    w1_ptr += expert.to(tl.int64) * first_rows * dim
     w2_ptr += expert.to(tl.int64) * hidden * dim
     if b1_ptr is not None:
-        b1_ptr += expert * hidden
+        b1_ptr += expert * first_rows
     start_h = tl.program_id(1) * HIDDEN
     stop_h = start_h + HIDDEN if OF_WEIGHTS else hidden
     if OF_WEIGHTS:
         # One slice, read once for all tiles.
         h = start_h + tl.arange(0, HIDDEN)
-        w1_HD, b1_H, w2_HD = _slice(w1_ptr, b1_ptr, w2_ptr, h, d, hidden, dim)
+        w1_HD, b1_H = _slice_of_first(w1_ptr, b1_ptr, h, d, hidden, dim, 0)
+        w2_HD = _slice_of_second(w2_ptr, h, d, hidden, dim)
         dw1_HD = tl.zeros([HIDDEN, DIM], tl.float32)
         dw2_HD = tl.zeros([HIDDEN, DIM], tl.float32)
         # Sums over rows are products with ones: a reduction would shuffle at every tile.
@@ -108,6 +125,10 @@ def mlp_backward_kernel(
         ones_RG = tl.full([ROWS, 16], 1, tl.float32).to(dtype)
         db1_HG = tl.zeros([HIDDEN, 16], tl.float32)
         db2_DG = tl.zeros([DIM, 16], tl.float32)
+        if GATED:
+            linear_HD, linear_b_H = _slice_of_first(w1_ptr, b1_ptr, h, d, hidden, dim, 1)
+            dlinear_HD = tl.zeros([HIDDEN, DIM], tl.float32)
+            dlinear_b_HG = tl.zeros([HIDDEN, 16], tl.float32)
     for tile in range(first, last, ROWS):
         row = tile + tl.arange(0, ROWS).to(tl.int64)
         live = row < last
@@ -130,31 +151,53 @@ def mlp_backward_kernel(
         for first_h in range(start_h, stop_h, HIDDEN):
             if not OF_WEIGHTS:
                 h = first_h + tl.arange(0, HIDDEN)
-                w1_HD, b1_H, w2_HD = _slice(w1_ptr, b1_ptr, w2_ptr, h, d, hidden, dim)
+                w1_HD, b1_H = _slice_of_first(w1_ptr, b1_ptr, h, d, hidden, dim, 0)
+                w2_HD = _slice_of_second(w2_ptr, h, d, hidden, dim)
+                if GATED:
+                    linear_HD, linear_b_H = _slice_of_first(w1_ptr, b1_ptr, h, d, hidden, dim, 1)
             z_RH = dot(x_RD, tl.trans(w1_HD), None, PRECISION) + b1_H[None, :]
             da_RH = dot(do_RD, tl.trans(w2_HD), None, PRECISION)
             h_RH = activate(z_RH, ACTIVATION)
-            dz_RH = (slope(z_RH, da_RH, ACTIVATION) * gate[:, None]).to(dtype)
+            if GATED:
+                linear_RH = dot(x_RD, tl.trans(linear_HD), None, PRECISION) + linear_b_H[None, :]
+                dlinear_RH = (da_RH * h_RH * gate[:, None]).to(dtype)
+                h_RH *= linear_RH
+                dz_RH = slope(z_RH, da_RH * linear_RH, ACTIVATION)
+            else:
+                dz_RH = slope(z_RH, da_RH, ACTIVATION)
+            dz_RH = (dz_RH * gate[:, None]).to(dtype)
             if OF_ROWS:
                 dgate += tl.sum(da_RH * h_RH, axis=1)
                 dx_RD = dot(dz_RH, w1_HD, dx_RD, PRECISION)
+                if GATED:
+                    dx_RD = dot(dlinear_RH, linear_HD, dx_RD, PRECISION)
             if OF_WEIGHTS:
                 dz_HR = tl.trans(dz_RH)
                 dw1_HD = dot(dz_HR, x_RD, dw1_HD, PRECISION)
                 dw2_HD = dot(tl.trans(h_RH.to(dtype)), gated_RD, dw2_HD, PRECISION)
                 db1_HG = dot(dz_HR, ones_RG, db1_HG, PRECISION)
+                if GATED:
+                    dlinear_HR = tl.trans(dlinear_RH)
+                    dlinear_HD = dot(dlinear_HR, x_RD, dlinear_HD, PRECISION)
+                    dlinear_b_HG = dot(dlinear_HR, ones_RG, dlinear_b_HG, PRECISION)
         if OF_ROWS:
             tl.store(dgates_ptr + pair, dgate * scale, mask=live)
             at = pair[:, None] * dim + d[None, :]
             tl.store(slots_ptr + at, dx_RD.to(slots_ptr.dtype.element_ty), mask=live_rd)
     if OF_WEIGHTS:
         h = start_h + tl.arange(0, HIDDEN)
-        at = (chunk * hidden + h)[:, None] * dim + d[None, :]
+        row = chunk * first_rows + h
+        at = row[:, None] * dim + d[None, :]
         live_hd = (h < hidden)[:, None] & live_d[None, :]
         tl.store(dw1_ptr + at, dw1_HD, mask=live_hd)
+        # Sixteen columns, all equal.
+        tl.store(db1_ptr + row, tl.max(db1_HG, axis=1), mask=h < hidden)
+        if GATED:
+            row += hidden
+            at = row[:, None] * dim + d[None, :]
+            tl.store(dw1_ptr + at, dlinear_HD, mask=live_hd)
+            tl.store(db1_ptr + row, tl.max(dlinear_b_HG, axis=1), mask=h < hidden)
         at = (chunk * dim + d)[None, :] * hidden + h[:, None]
         tl.store(dw2_ptr + at, dw2_HD, mask=live_hd)
-        # Sixteen columns, all equal.
-        tl.store(db1_ptr + chunk * hidden + h, tl.max(db1_HG, axis=1), mask=h < hidden)
         if start_h == 0:
             tl.store(db2_ptr + chunk * dim + d, tl.max(db2_DG, axis=1), mask=live_d)

@@ -37,28 +37,44 @@ def _product(
 def hidden_kernel(
     x_ptr, order_ptr, offsets_ptr, w1_ptr, b1_ptr, z_ptr, h_ptr, base,
     n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """h[row] = act(w1 · x + b1), and z[row], what it is the activation of, where z is wanted."""
-    tile = tl.program_id(0) // tl.cdiv(hidden, COLUMNS)
-    n = (tl.program_id(0) % tl.cdiv(hidden, COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
+    """h[row] = act(w1 · x + b1), and z[row], what it is the activation of, where z is wanted.
+
+    Columns of a gated expert's product are those of the gate and of the linear half by turns, so
+    that what belongs together is in the same thread.
+    """
+    first_rows: tl.constexpr = 2 * hidden if GATED else hidden
+    UNITS: tl.constexpr = COLUMNS // 2 if GATED else COLUMNS
+    tile = tl.program_id(0) // tl.cdiv(hidden, UNITS)
+    first_unit = (tl.program_id(0) % tl.cdiv(hidden, UNITS)) * UNITS
+    n = tl.arange(0, COLUMNS)
+    n = first_unit + n // 2 + n % 2 * hidden if GATED else first_unit + n
     expert, first, last = rows_of_tile(offsets_ptr, n_experts, tile, ROWS, EXPERTS)
     if expert >= n_experts:
         return
     row = first + tl.arange(0, ROWS)
     live = row < last
     token = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64) // K
-    w1_ptr += expert.to(tl.int64) * hidden * dim
-    z = _product(x_ptr, token, live, w1_ptr, dim, 1, n, hidden, dim, PRECISION, DEPTH)
+    w1_ptr += expert.to(tl.int64) * first_rows * dim
+    z = _product(x_ptr, token, live, w1_ptr, dim, 1, n, first_rows, dim, PRECISION, DEPTH)
     if b1_ptr is not None:
-        z += tl.load(b1_ptr + expert * hidden + n, mask=n < hidden, other=0)[None, :]
+        z += tl.load(b1_ptr + expert * first_rows + n, mask=n < first_rows, other=0)[None, :]
     z = z.to(h_ptr.dtype.element_ty)
-    at = (row - base)[:, None] * hidden + n[None, :]
-    inside = live[:, None] & (n < hidden)[None, :]
+    unit = first_unit + tl.arange(0, UNITS)
+    inside = live[:, None] & (unit < hidden)[None, :]
+    at = (row - base)[:, None] * first_rows + unit[None, :]
+    if GATED:
+        z, linear = tl.split(tl.reshape(z, [ROWS, UNITS, 2]))
+        if z_ptr is not None:
+            tl.store(z_ptr + at + hidden, linear, mask=inside)
     if z_ptr is not None:
         tl.store(z_ptr + at, z, mask=inside)
     h = activate(z.to(tl.float32), ACTIVATION)
+    if GATED:
+        h *= linear.to(tl.float32)
+    at = (row - base)[:, None] * hidden + unit[None, :]
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -134,8 +150,8 @@ def hidden_backward_kernel(
     do_ptr, order_ptr, offsets_ptr, gates_ptr, w2_ptr, z_ptr, h_ptr, dz_ptr, dgates_ptr,
     base, n_pairs, scale,
     n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """dz[row]; h[row] where it is not at hand; and this slice's <do · w2, h>, in dgates[1 + slice].
 
@@ -153,14 +169,23 @@ def hidden_backward_kernel(
     da = _product(do_ptr, row - base, live, w2_ptr, 1, hidden, n, hidden, dim, PRECISION, DEPTH)
     inside = live[:, None] & (n < hidden)[None, :]
     at = (row - base)[:, None] * hidden + n[None, :]
-    z = tl.load(z_ptr + at, mask=inside, other=0).to(tl.float32)
+    first_rows: tl.constexpr = 2 * hidden if GATED else hidden
+    at_z = (row - base)[:, None] * first_rows + n[None, :]
+    z = tl.load(z_ptr + at_z, mask=inside, other=0).to(tl.float32)
     h = activate(z, ACTIVATION)
-    if h_ptr is not None:
-        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
     pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
     gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
-    dz = slope(z, da, ACTIVATION) * gate[:, None]
-    tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    if GATED:
+        dlinear = da * h * gate[:, None]
+        tl.store(dz_ptr + at_z + hidden, dlinear.to(dz_ptr.dtype.element_ty), mask=inside)
+        linear = tl.load(z_ptr + at_z + hidden, mask=inside, other=0).to(tl.float32)
+        h *= linear
+        dz = slope(z, da * linear, ACTIVATION) * gate[:, None]
+    else:
+        dz = slope(z, da, ACTIVATION) * gate[:, None]
+    tl.store(dz_ptr + at_z, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    if h_ptr is not None:
+        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
     dgate = tl.sum(da * h, axis=1) * scale
     tl.store(dgates_ptr + (1 + part).to(tl.int64) * n_pairs + pair, dgate, mask=live)
 
