@@ -1,6 +1,6 @@
 """What PyTorch has but does not promise: every private name that this package calls stands here.
 
-Each was seen in PyTorch 2.8, 2.10, 2.11, 2.13 and 2.15. Where one is gone, what needs it takes a
+Each was seen in all of PyTorch 2.8 to 2.15. Where one is gone, what needs it takes a
 slower road or raises an error that says so. (``lazy.py`` overrides three private methods of
 PyTorch's lazy modules, and says there what happens when their names change.)
 """
