@@ -53,6 +53,13 @@ def test_low_precision_kernels_equal_the_naive_loop(activation, dtype, case):
     check(case, activation, dtype)
 
 
+@pytest.mark.parametrize("case", ["narrow, in slices", "narrow, odd"])
+def test_gradients_in_registers_equal_the_naive_loop_in_fp32_too(case, monkeypatch):
+    # Compiled, they would spill in fp32, so that they are never computed so; but formulas show.
+    monkeypatch.setattr(narrow, "fuses_backward", lambda *_: True)
+    check(case, "swiglu", torch.float32)
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(24, torch.bfloat16), (40, torch.float32)])
 def test_gated_rows_in_many_tiles_and_chunks_equal_the_naive_loop(dim, dtype, monkeypatch):
     for module in (narrow, wide):
