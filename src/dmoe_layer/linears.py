@@ -21,17 +21,18 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_1x1_convolution(module: nn.Module) -> bool:
-    return (
-        isinstance(module, _CONVOLUTIONS)
-        and set(module.kernel_size) == set(module.stride) == {1}
-        and (isinstance(module.padding, str) or not any(module.padding))
-        and module.groups == 1
-    )
+    return isinstance(module, _CONVOLUTIONS) and _is_1x1(module) and module.groups == 1
 
 
 def is_spatial_convolution(module: nn.Module) -> bool:
-    """Whether it is a convolution that is no linear layer for every token by itself."""
-    return isinstance(module, _CONVOLUTIONS + _TRANSPOSED) and not is_1x1_convolution(module)
+    """Whether it is a convolution that makes a token of several, or several of one."""
+    return isinstance(module, _CONVOLUTIONS + _TRANSPOSED) and not _is_1x1(module)
+
+
+def _is_1x1(convolution: Any) -> bool:
+    """Whether it takes every token by itself, and leaves all where they are."""
+    unpadded = isinstance(convolution.padding, str) or not any(convolution.padding)
+    return unpadded and {*convolution.kernel_size, *convolution.stride} == {1}
 
 
 def describe_convolution(convolution: Any) -> str:

@@ -130,10 +130,19 @@ class WithoutBias(nn.Linear):
         return x @ self.weight.T
 
 
+class Broken(Mlp):
+    """Overwrites what its backward needs."""
+
+    def forward(self, x):
+        z = self.fc1(x)
+        return self.fc2(z.tanh().mul_(z))
+
+
 @pytest.mark.parametrize("upcycle", [False, True])
 @pytest.mark.parametrize(
     ("block", "words"),
     [
+        (Broken(), "Broken: could not run it backward: .*modified by an inplace operation"),
         (Pair(), "Pair: could not run it .*: it returned tuple, expected one tensor"),
         (Flat(), r"Flat: .*of \(4, 16, 8\) it made \(64, 8\)"),
         (Pooled(), r"Pooled: .*of \(4, 16, 8\) it made \(4, 1, 8\)"),
@@ -192,6 +201,33 @@ def test_a_block_of_functions_is_not_swapped_with_its_residual(act, around, word
 @pytest.mark.parametrize("act", [QuickGelu, hf.activations.QuickGELUActivation])
 def test_openai_clips_quick_gelu_upcycles(act):
     assert_upcycles(mlp(act()), "quick_gelu", tokens())
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_block_that_casts_inside_is_read_at_any_width(act, gated):
+    acts = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "quick_gelu": QuickGelu()}
+    acts["gelu_tanh"] = lambda z: F.gelu(z, approximate="tanh")
+
+    class Casting(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first, self.last = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            if gated:
+                self.linear = nn.Linear(width, 4 * width)
+
+        def forward(self, x):
+            h = acts[act](self.first(x).float())
+            h = h * self.linear(x).float() if gated else h
+            return self.last(h.to(x.dtype))
+
+    names = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"} if gated else {act: act}
+    for width in (8, 64, 256):
+        if act in names:
+            assert DMoE.from_mlp(Casting(width), 2, 1).activation == names[act]
+            continue
+        with pytest.raises(ValueError, match="none of swiglu"):
+            DMoE.from_mlp(Casting(width))
 
 
 def test_openai_clips_image_tower_upcycles():

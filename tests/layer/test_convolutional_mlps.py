@@ -77,7 +77,7 @@ def test_an_activation_that_learns_gives_way_to_new_experts():
 
 @pytest.mark.parametrize(
     "options",
-    [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "groups": 2}, {"kernel_size": 3}],
+    [{"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "groups": 2}, {"kernel_size": 3}],
 )
 @pytest.mark.parametrize("upcycle", [False, True])
 def test_other_convolutions_are_no_linear_layers(options, upcycle):
@@ -92,6 +92,16 @@ def test_a_convolution_of_size_1_that_moves_its_tokens_is_none_either(options):
     block = nn.Sequential(nn.Conv2d(D, H, 1, **options), nn.GELU(), nn.Conv2d(H, D, 1))
     with refused(block, "found 1 linear layers"):
         DMoE.from_mlp(block)
+
+
+def test_a_grouped_convolution_is_no_linear_layer_but_may_stand_between_two():
+    block = nn.Sequential(nn.Conv2d(D, H, 1, groups=2), nn.GELU(), nn.Conv2d(H, D, 1))
+    with refused(block, "found 1 linear layers"):
+        DMoE.from_mlp(block)
+    between = nn.Sequential(pointwise(2)(D, H), nn.Conv2d(H, H, 1, groups=2), pointwise(2)(H, D))
+    with refused(between, "between '0' and '2' mixes hidden units or tokens"):
+        DMoE.from_mlp(between)
+    assert swap_mlps(nn.Sequential(between), "0") == ["0"]
 
 
 def test_padding_by_name_is_none_for_a_convolution_of_size_1():
@@ -148,6 +158,25 @@ def test_what_mixes_neighbours_is_no_mlp(block, words, upcycle):
     model = nn.Sequential(block)
     with refused(model, f"0: {type(block).__name__}: could not read .*{words}"):
         swap_mlps(model, "0", upcycle=upcycle)
+
+
+class Shifted(nn.Module):
+    """Moves some units on to the next token, and leaves the others."""
+
+    def __init__(self, n_shifted):
+        super().__init__()
+        self.n_shifted = n_shifted
+
+    def forward(self, x):
+        return torch.cat([x[..., : self.n_shifted].roll(1, 1), x[..., self.n_shifted :]], -1)
+
+
+@pytest.mark.parametrize("upcycle", [False, True])
+@pytest.mark.parametrize("n_shifted", [1, H - 1])
+def test_a_shift_of_some_units_is_found(n_shifted, upcycle):
+    model = nn.Sequential(nn.ModuleDict({"mlp": mlp(Shifted(n_shifted))}))
+    with refused(model, "between '0' and '2' mixes hidden units or tokens"):
+        swap_mlps(model, "0.mlp", upcycle=upcycle)
 
 
 class OnMaps(nn.Sequential):

@@ -45,6 +45,12 @@ def test_a_compiled_step_counts_the_same():
     assert counted(lambda: compiled(x, GOOD).sum().backward()) == flops(SHAPE, "forward+backward")
 
 
+def test_gated_experts_have_half_as_much_again():
+    layer, x = layer_and_x(activation="swiglu")
+    assert counted(lambda: layer(x, GOOD)) == ROUTER + 3 * PRODUCT
+    assert counted(lambda: layer(x, GOOD).sum().backward()) == 3 * (ROUTER + 3 * PRODUCT)
+
+
 def test_without_noise_its_router_is_not_counted():
     layer, x = layer_and_x(noise="never")
     step = flops(SHAPE, "forward+backward") - 3 * ROUTER // 2

@@ -22,12 +22,12 @@ def router_inputs(ragged=False):
     return x, w, b, rows, counts, torch.tensor(5)
 
 
-def experts_inputs(keep):
-    tokens = SAMPLES * TOKENS
-    shapes = ((EXPERTS, HIDDEN, DIM), (EXPERTS, HIDDEN), (EXPERTS, DIM, HIDDEN), (EXPERTS, DIM))
+def experts_inputs(keep, activation="gelu"):
+    tokens, wide = SAMPLES * TOKENS, HIDDEN * (2 if activation == "swiglu" else 1)
+    shapes = ((EXPERTS, wide, DIM), (EXPERTS, wide), (EXPERTS, DIM, HIDDEN), (EXPERTS, DIM))
     weights = [torch.randn(shape) for shape in shapes]
     indices = torch.arange(2 * tokens).view(tokens, 2) % EXPERTS
-    options = ("gelu", 0.1, torch.tensor(5), torch.float32, keep)
+    options = (activation, 0.1, torch.tensor(5), torch.float32, keep)
     return torch.randn(tokens, DIM), indices, torch.rand(tokens, 2), *weights, *options
 
 
@@ -66,6 +66,11 @@ def calls():
         ),
         "experts' backward, kept": (
             OPS.experts_backward, (dy, z, *experts_inputs(True), [True] * 6),
+        ),
+        "gated experts, kept": (OPS.experts, trained(experts_inputs(True, "swiglu"))),
+        "gated experts' backward, kept": (
+            OPS.experts_backward,
+            (dy, torch.cat([z, z], 1), *experts_inputs(True, "swiglu"), [True] * 6),
         ),
         "experts' backward, in part": (
             OPS.experts_backward, (dy, z[:0], *experts_inputs(False), some),

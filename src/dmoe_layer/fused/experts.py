@@ -61,8 +61,8 @@ def _fused_experts(
 
 @_fused_experts.register_fake
 def _(x_TD, order_R, offsets, gates_TK, w1_EHD, *options):  # type: ignore[no-untyped-def]
-    *_, dtype, keep_hidden = options
-    keeps = keep_hidden and x_TD.shape[1] > narrow.NARROW
+    *_, activation, _, _, dtype, keep_hidden = options
+    keeps = keep_hidden and not narrow.fuses_forward(x_TD.shape[1], dtype, activation)
     shape = (order_R.shape[0], w1_EHD.shape[1]) if keeps else (0,)
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(shape, dtype=dtype)
 

@@ -37,6 +37,11 @@ def test_a_step_of_wide_kernels_without_noise_counts_as_that_of_plain_pytorch():
     assert counted(ours, x) == counted(eager, x) > 0
 
 
+def test_a_step_of_gated_kernels_counts_half_as_much_again():
+    layer, _ = pair(**SIZES, activation="swiglu")
+    assert counted(layer, make_x()) == 3 * ROUTER + 9 * PRODUCT
+
+
 @pytest.mark.parametrize(
     ("frozen", "count"),
     [(("x", "router"), ROUTER + 5 * PRODUCT), (("w1_", "w2_"), 3 * ROUTER + 4 * PRODUCT)],

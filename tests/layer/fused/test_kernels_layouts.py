@@ -33,21 +33,22 @@ def route_backward(ragged=False):
     return router.fused_route_backward, (*grads, indices, gates, *given, rows, counts, seed)
 
 
-def experts_inputs(dim):
+def experts_inputs(dim, activation="gelu"):
+    wide = HIDDEN * (2 if activation == "swiglu" else 1)
     _, (_, _, gates, order, offsets) = routed(dim)
-    shapes = ((EXPERTS, HIDDEN, dim), (EXPERTS, HIDDEN), (EXPERTS, dim, HIDDEN), (EXPERTS, dim))
+    shapes = ((EXPERTS, wide, dim), (EXPERTS, wide), (EXPERTS, dim, HIDDEN), (EXPERTS, dim))
     dtypes = (torch.float32, torch.bfloat16) * 2  # biases in another, as their gradients are not
     weights = [
         torch.randn(s, device=HERE, dtype=dtype, requires_grad=True)
         for s, dtype in zip(shapes, dtypes, strict=True)
     ]
     x = torch.randn(SAMPLES * TOKENS, dim, device=HERE, requires_grad=True)
-    options = ("gelu", 0.1, torch.tensor(2**50), torch.float32)
+    options = (activation, 0.1, torch.tensor(2**50), torch.float32)
     return (x, order, offsets, gates.requires_grad_(), *weights), options
 
 
-def experts_forward(dim):
-    inputs, options = experts_inputs(dim)
+def experts_forward(*sizes):
+    inputs, options = experts_inputs(*sizes)
     return experts._fused_experts, (*inputs, *options, True)
 
 
@@ -66,6 +67,9 @@ CALLS = {
     "route's backward, ragged": lambda: route_backward(ragged=True),
     "narrow": lambda: experts_forward(NARROW),
     "wide": lambda: experts_forward(WIDE),
+    "narrow, gated": lambda: experts_forward(NARROW, "swiglu"),
+    # Of gated experts in fp32 the wide kernels take these.
+    "wide, gated": lambda: experts_forward(65, "swiglu"),
     "narrow, backward": lambda: experts_backward(NARROW),
     "narrow, backward of rows": lambda: experts_backward(NARROW, of_weights=False),
     "narrow, backward of weights": lambda: experts_backward(NARROW, of_rows=False),
