@@ -111,7 +111,8 @@ def test_killed_and_resumed_a_run_on_volumes_ends_as_if_it_had_never_stopped(rec
 @needs_fork
 def test_two_processes_train_on_volumes_as_one(recipe, tmp_path, monkeypatch):
     # Nothing random, and all but the loss in fp64: see test_training.
-    monkeypatch.setattr(resunet3d, "DMoE", functools.partial(resunet3d.DMoE, dropout=0.0))
+    insert_after = functools.partial(resunet3d.insert_after, dropout=0.0)
+    monkeypatch.setattr(resunet3d, "insert_after", insert_after)
     forward = resunet3d.ResUNet3D.forward
     monkeypatch.setattr(
         resunet3d.ResUNet3D, "forward", lambda self, image: forward(self, image.double())
