@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ._torch_private import drop_forward_hooks
+from .foreign.matching import as_predicate, outermost
 from .layer import DMoE
-from .matching import as_predicate, outermost
 
 _CONVOLUTIONS = (
     nn.Conv1d,

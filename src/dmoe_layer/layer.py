@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS
 from .backend import BACKENDS, autocast_dtype, choose, load
 from .checks import check_choice, check_count, check_device, check_flag, describe
+from .foreign.read_mlp import read_mlp
 from .lazy import LazyDim
 from .operators import draw_seed
-from .read_mlp import read_mlp
 from .router import AttributeRouter, BackendRoute
 from .scope import current_attributes, record
 from .tensors import ExpertOptions, ExpertWeights, Routing

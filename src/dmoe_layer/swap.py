@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .checks import check_flag, describe
-from .hosts import (
+from .foreign.hosts import (
     HostMlp,
     as_block,
     find_host_mlps,
@@ -19,10 +19,10 @@ from .hosts import (
     replace_host_mlp,
     try_host_mlp,
 )
-from .kinds import Trials
+from .foreign.kinds import Trials
+from .foreign.matching import as_predicate, outermost
+from .foreign.read_mlp import Mlp, advice_for, read_mlp
 from .layer import DMoE
-from .matching import as_predicate, outermost
-from .read_mlp import Mlp, advice_for, read_mlp
 from .tensors import Routing
 from .upcycling import upcycled
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .read_mlp import Mlp
+from .foreign.read_mlp import Mlp
 
 Layer = TypeVar("Layer", bound=nn.Module)
 

@@ -15,8 +15,9 @@ from monai.networks.nets import ViT
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from dmoe_layer import DMoE, kinds, read_mlp, swap_mlps, trial
-from dmoe_layer.kinds import kind_of
+from dmoe_layer import DMoE, swap_mlps
+from dmoe_layer.foreign import kinds, read_mlp, trial
+from dmoe_layer.foreign.kinds import kind_of
 
 
 @pytest.fixture

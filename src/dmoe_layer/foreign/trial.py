@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS
+from ..activations import ACTIVATIONS
 from .linears import apply_linear, is_1x1_convolution, shown_linears
 from .probe import Probe, same_output
 

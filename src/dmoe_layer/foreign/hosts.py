@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS
+from ..activations import ACTIVATIONS
 from .linears import apply_linear, is_linear, widths_of
 from .probe import Probe, same_output
 
