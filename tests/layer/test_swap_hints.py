@@ -7,7 +7,8 @@ from harness.mlps import SMALL, TEXT, Block, D, H, hugging_face, mlp, refused
 from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import nn
 
-from dmoe_layer import swap_mlps, trial
+from dmoe_layer import swap_mlps
+from dmoe_layer.foreign import trial
 
 CONVNEXT = {"num_channels": 1, "hidden_sizes": [8, 8], "depths": [2, 2], "num_stages": 2}
 
