@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmoe_layer import DMoE
-
 from ..data.loading import train_batches
 from ..models.inference import forward_with_attributes
 from ..recipes.recipe import Recipe
@@ -38,25 +36,18 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
         image: channels, rows and columns.
         n_attributes: number of attributes of the data.
     """
-    experts = 0
-
-    def count(layer: DMoE, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # PyTorch's counter does not see inside of DMoE, whose operators are its own: two products
-        # with each of k experts' weights, and the router's scores (with their noise, twice).
-        nonlocal experts
-        tokens = output.numel() // output.shape[layer.channel_dim]
-        n_experts, hidden, dim = layer.w1_EHD.shape
-        scores = n_experts * dim * (2 if layer.router.noise == "always" else 1)
-        experts += tokens * (2 * layer.k * dim * hidden + scores)
+    merging = 0
 
     def count_merging(block: Merged, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # Once an image: the weights of k experts, and the scores. Their products it does see.
-        count(block.experts, inputs, output[:1, :1, :1])
+        # Once an image, the weights of k experts: a sum of rows, which the counter does not see.
+        nonlocal merging
+        _, hidden, dim = block.experts.w1_EHD.shape
+        merging += 2 * block.experts.k * dim * hidden
 
     hooks = [
-        module.register_forward_hook(count if isinstance(module, DMoE) else count_merging)
+        module.register_forward_hook(count_merging)
         for module in model.modules()
-        if isinstance(module, DMoE | Merged)
+        if isinstance(module, Merged)
     ]
     image_1CHW = torch.zeros(1, *image)
     told_1A = torch.zeros(1, n_attributes, dtype=torch.int64)
@@ -67,7 +58,7 @@ def multiply_adds(model: nn.Module, image: tuple[int, int, int], n_attributes: i
     finally:
         for hook in hooks:
             hook.remove()
-    return counter.get_total_flops() // 2 + experts
+    return counter.get_total_flops() // 2 + merging
 
 
 def step_milliseconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:

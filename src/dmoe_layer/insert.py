@@ -25,6 +25,8 @@ _CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+# By these a forward of one's own may run all children, and so a new one, one after another.
+_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 # Of the image that a copy on meta is tried with. It costs nothing there, and leaves more than one
 # pixel after six halvings, which instance norms ask for.
 _SIDE = 128
@@ -54,7 +56,8 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
     the module's output (B, C, ...) is a token, and the experts' answer is added to it. Modules,
     parameters and hooks keep their names and places; the layer is the matched module's child
     ``moe``. It is run by a forward hook, after those that are there, and handed the keyword
-    ``mask=`` if the module is called with one. ``nn.Sequential`` runs it as its last child.
+    ``mask=`` if the module is called with one. ``nn.Sequential`` runs it as its last child. The
+    model must call the module itself: behind one whose parts it calls one by one no experts run.
 
     Each layer takes its device, dtype and train/eval state from the module before it, and its
     width from a trial: a copy on "meta" is given an image of as many channels as the module's
@@ -116,10 +119,7 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
     with contextlib.ExitStack() as stack:  # should one fail, those before it are taken out again
         stack.callback(_forget_compiled)
         for module, (layer, runs_layer) in layers.items():
-            if hasattr(module, "moe"):  # a place that is kept free, with None
-                stack.callback(module.register_module, "moe", None)
-            else:
-                stack.callback(delattr, module, "moe")
+            stack.callback(_take_out, module, hasattr(module, "moe"))
             module.register_module("moe", layer)
             if not runs_layer:
                 hook = module.register_forward_hook(add_experts, with_kwargs=True)
@@ -127,6 +127,14 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
         undo = stack.pop_all().close
     _forget_compiled()
     return Inserted(names, undo)
+
+
+def _take_out(module: nn.Module, place_was_kept: bool) -> None:
+    """Takes out the layer, or what has come in its place since."""
+    if place_was_kept:
+        module.register_module("moe", None)
+    else:
+        module._modules.pop("moe", None)
 
 
 def add_experts(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor:
@@ -164,7 +172,9 @@ def _make_layer(model: nn.Module, module: nn.Module, options: dict[str, Any]) ->
     width = None
     if trial is None:
         runs_layer = type(module).forward is nn.Sequential.forward
-        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and not runs_layer:
+        container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        read = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+        if not runs_layer and (container or not _CHILDREN.isdisjoint(read)):
             raise ValueError(_runs_children(module))
     else:
         runs_layer = trial.runs_layer

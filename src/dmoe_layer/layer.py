@@ -288,9 +288,9 @@ class DMoE(LazyDim):
         # The router is called as a module, so that its hooks run: offloading brings it in by one.
         route = BackendRoute(backend.route)
         routing = self.router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
-        # Somebody may have put an nn.Identity in its place.
+        # Somebody may have put an nn.Identity in its place, or None.
         p = getattr(self.dropout, "p", 0.0)
-        seed = draw_seed() if self.dropout.training and p > 0 else None
+        seed = draw_seed() if p > 0 and self.dropout.training else None
         weights = ExpertWeights(self.w1_EHD, self.w1_bias, self.w2_EDH, self.w2_bias)
         options = ExpertOptions(self.activation, p, seed, dtype)
         # Of plain PyTorch the plan is the routing itself, as the router's hooks have left it.

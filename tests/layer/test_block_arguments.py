@@ -142,7 +142,6 @@ class Broken(Mlp):
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        (Broken(), "Broken: could not run it backward: .*modified by an inplace operation"),
         (Pair(), "Pair: could not run it .*: it returned tuple, expected one tensor"),
         (Flat(), r"Flat: .*of \(4, 16, 8\) it made \(64, 8\)"),
         (Pooled(), r"Pooled: .*of \(4, 16, 8\) it made \(4, 1, 8\)"),
@@ -160,6 +159,13 @@ def test_what_cannot_be_read_is_refused_in_clear_words(block, words, upcycle):
     model = nn.Sequential(block)
     with refused(model, f"0: .*{words}"):
         swap_mlps(model, "0", upcycle=upcycle)
+
+
+def test_a_block_without_a_backward_gives_way_to_new_experts_only():
+    model = nn.Sequential(Broken())
+    with refused(model, "0: Broken: could not run it backward: .*modified by an inplace operation"):
+        swap_mlps(model, "0", upcycle=True)
+    assert swap_mlps(model, "0") == ["0"]
 
 
 def test_a_linear_layer_without_the_name_of_a_bias_has_none():

@@ -87,8 +87,9 @@ def test_the_rate_of_the_dropout_module_counts():
     assert torch.equal(told(layer), told(layer))
     layer.dropout.p = 1.0
     assert not told(layer).any()
-    layer.dropout = nn.Identity()
-    assert torch.equal(told(layer), told(layer.eval()))
+    for nothing in (nn.Identity(), None):
+        layer.train().dropout = nothing
+        assert torch.equal(told(layer), told(layer.eval()))
 
 
 def test_a_lazy_layer_says_that_it_must_run_once():

@@ -269,3 +269,14 @@ def test_two_insertions_are_undone_in_any_order():
     assert [hasattr(stage, "moe") for stage in model.stages] == [False, True]
     second()
     assert repr(model) == shown
+
+
+def test_undo_takes_out_what_has_come_in_a_layers_place_too():
+    model = Net()
+    shown = repr(model)
+    for change in (lambda stage: delattr(stage, "moe"), lambda s: setattr(s, "moe", nn.ReLU())):
+        _, undo = insert_after(model, "stages.*")
+        change(model.stages[0])
+        undo()
+        assert repr(model) == shown
+        assert not any(module._forward_hooks for module in model.modules())

@@ -152,6 +152,16 @@ def test_a_module_that_would_run_the_experts_among_its_children(kind):
     refused(model, "stages.*", ValueError, f"^stages.1: {kind.__name__} runs its children")
 
 
+def test_a_module_that_was_not_tried_and_may_run_its_children_in_a_row():
+    class Behind(nn.Module):
+        def forward(self, x, skip):
+            for module in self.children():
+                x = module(x)
+            return x + skip
+
+    refused(Net(Behind()), "stages.1", ValueError, "^stages.1: Behind runs its children")
+
+
 def test_a_module_that_runs_its_children_in_a_row_runs_the_layer_once():
     model = nn.Sequential(nn.Conv2d(1, 4, 1), Walk()).eval()
     x = torch.randn(2, 1, 8, 8)

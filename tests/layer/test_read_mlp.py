@@ -134,6 +134,22 @@ def test_a_norm_beside_the_mlp_is_not_read_as_part_of_it(block, words):
         DMoE.from_mlp(block)
 
 
+@pytest.mark.parametrize("upcycle", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "mixes",
+    [
+        lambda h: h + h.roll(1, 1),
+        lambda h: h * h.mean(1, keepdim=True).detach(),
+        lambda h: h - h.amax(0, keepdim=True).detach(),
+    ],
+)
+def test_what_mixes_tokens_is_found_in_every_mode_of_autograd(mixes, mode, upcycle):
+    model = Block(mlp(Do(lambda h: mixes(F.gelu(h)))))
+    with mode(), refused(model, "mlp: .*between '0' and '2' mixes hidden units or tokens"):
+        swap_mlps(model, "mlp", upcycle=upcycle)
+
+
 @pytest.mark.parametrize("act", UNKNOWN_ACTIVATIONS)
 def test_an_unknown_activation_does_not_upcycle_but_gives_way_to_new_experts(act):
     build, name = UNKNOWN_ACTIVATIONS[act]

@@ -127,38 +127,42 @@ class Probe:
         between = [*(self.outputs[name] for name in first), self.inputs[last]]
         if any(self.rows(t).shape[0] != _BATCH * _TOKENS for t in between):
             return True
-        # All units, no two alike, since some may be moved from token to token and others not.
-        n_units = widths_of(self.linears[-1])[0]
-        weights_H = torch.linspace(1, 2, n_units, dtype=torch.float64, device="cpu")
-        slopes = self._slopes(lambda h_H: h_H @ weights_H)
-        return any(_without_row(slope_NH, _TOKEN).any() for slope_NH in slopes)
+        return self.others_change(lambda output: self.inputs[last])
+
+    def others_change(self, look: Callable[[Tensor], Tensor]) -> bool:
+        """Whether something of other tokens changes with one token.
+
+        Tried, not derived: what a block has detached has no gradient. ``look`` is given the output
+        of a run, and returns what is looked at.
+        """
+        noted = self.x, self.inputs, self.outputs, self.others
+        before = look(self.run(training=False))
+        self.x = self.x.clone()
+        self.x.view(-1, self.x.shape[2])[_TOKEN] += 1
+        changed_NH = self.rows(look(self.run(training=False))) != self.rows(before)
+        self.x, self.inputs, self.outputs, self.others = noted
+        return bool(_without_row(changed_NH, _TOKEN).any())
 
     def mixes_units(self) -> bool:
         """Whether an input of the last linear layer depends on several units of one before.
 
         Of a layer that is twice as wide as the last one's input it may be one unit in each half.
         """
-        # The largest: hardly one where the activation is flat.
-        unit = int(self.rows(self.inputs[self.names[-1]])[_TOKEN].argmax())
-        width = widths_of(self.linears[-1])[0]
-        slopes = self._slopes(lambda h_H: h_H[unit])
-        return any(_without_row(s[_TOKEN].view(-1, width).T, unit).any() for s in slopes)
-
-    def _slopes(self, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Slopes of a number made of one token's last input, by what the layers before put out."""
         *first, last = self.names
-        with torch.enable_grad():
-            h_NH = self.rows(self.inputs[last])
-            if not h_NH.requires_grad:
-                return []
-            z = [self.outputs[name] for name in first]
-            try:
-                slopes = torch.autograd.grad(
-                    of(h_NH[_TOKEN]), z, retain_graph=True, materialize_grads=True
-                )
-            except RuntimeError as error:
-                raise ValueError(f"{self._kind}: could not run it backward: {error}") from error
-        return [self.rows(slope) for slope in slopes]
+        h_NH, z = self.rows(self.inputs[last]), [self.outputs[name] for name in first]
+        if not h_NH.requires_grad:
+            return False
+        # The largest: hardly one where the activation is flat.
+        unit = int(h_NH[_TOKEN].argmax())
+        try:
+            slopes = torch.autograd.grad(
+                h_NH[_TOKEN, unit], z, retain_graph=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{self._kind}: could not run it backward: {error}") from error
+        width = widths_of(self.linears[-1])[0]
+        parts = [self.rows(slope)[_TOKEN].view(-1, width).T for slope in slopes]
+        return any(_without_row(part, unit).any() for part in parts)
 
     def _note(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """Notes what passes through a module; a forward hook."""

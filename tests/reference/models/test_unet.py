@@ -30,7 +30,7 @@ class TestUNet(UNetTests):
 
 
 def multiply_adds(model):
-    """Of all that FlopCounterMode sees, which is all but experts."""
+    """Of all that FlopCounterMode sees."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run(model.eval(), images(1, (16, 16)), KNOWN[:1])
     return counter.get_total_flops() // 2
