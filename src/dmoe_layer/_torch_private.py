@@ -59,6 +59,8 @@ def onednn_linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if linear is None:
         return F.linear(x_RI, w_OI, b_O)
+    # It reads a bias as if without gaps.
+    b_O = None if b_O is None else b_O.contiguous()
     y_RO: Tensor = linear(x_RI, w_OI, b_O, "none", [], "")
     return y_RO
 

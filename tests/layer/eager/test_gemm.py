@@ -22,6 +22,8 @@ def test_onednns_products_are_exact_and_keep_a_rows_bits(inner, out, rows):
         y = gemm.linear(x, weight, b, relu=True)
         assert_close(y, true, torch.float32, "linear")
         assert torch.equal(gemm.linear(x[7 : 7 + rows], weight, b, relu=True), y[7 : 7 + rows])
+    with_gaps = torch.stack([b, b + 1], dim=1)[:, 0]
+    assert torch.equal(gemm.linear(x, w, with_gaps), gemm.linear(x, w, b))
     x[0, 0] = math.nan
     assert torch.isnan(gemm.linear(x, w, b, relu=True)[0]).all()
     g, x = torch.randn(rows, out), x[64:]
