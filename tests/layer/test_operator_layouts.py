@@ -126,13 +126,13 @@ def test_a_network_of_another_layout_trains_as_the_contiguous_one(compiled):
 
 @pytest.mark.parametrize("name", ["w1_EHD", "w1_bias", "w2_EDH", "w2_bias", "router.bias"])
 def test_a_transposed_parameter_computes_what_a_contiguous_one_does(name):
-    layer = DMoE(16, n_experts=4, hidden_dim=32, noise="never", dropout=0.0)
-    x = torch.randn(2, 64, 16, requires_grad=True)
-    y = layer(x)
+    layer = DMoE(16, n_experts=4, hidden_dim=32, attribute_sizes=3, noise="never", dropout=0.0)
+    x, site = torch.randn(2, 64, 16, requires_grad=True), torch.tensor([0, 2])
+    y = layer(x, site)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     parameter = layer.get_parameter(name)
     parameter.data = parameter.data.movedim(0, -1).contiguous().movedim(-1, 0)
     assert not parameter.is_contiguous()
-    assert_close(layer(x), y, torch.float32, "y")
-    layer(x).square().sum().backward()
+    assert_close(layer(x, site), y, torch.float32, "y")
+    layer(x, site).square().sum().backward()
     assert_close(x.grad, dx, torch.float32, "dx")
