@@ -18,7 +18,7 @@ class MissingAttributesError(ValueError):
     """A layer or router with ``attribute_sizes`` was called, and nobody said which attributes.
 
     Open ``with routing(attributes):`` around the forward pass, or pass
-    ``layer(x, attributes)``. There is no default route: a sample sent through the router of
+    ``layer(x, attributes=...)``. There is no default route: a sample sent through the router of
     somebody else's attribute value would be wrong without a sign of it.
 
     Example:
@@ -165,8 +165,8 @@ def check_attributes(
     if attributes is None:
         raise MissingAttributesError(
             f"attributes: got none, but attribute_sizes={_show(sizes)} routes by attribute. Pass "
-            "them, `layer(x, attributes)`, or open `with routing(attributes):` around the forward "
-            "pass of a model with DMoE layers."
+            "them, `layer(x, attributes=...)`, or open `with routing(attributes):` around the "
+            "forward pass of a model with DMoE layers."
         )
     if sizes == []:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -35,6 +36,16 @@ def check_device(x: Tensor, parameter: Tensor, owner: str) -> None:
         raise ValueError(
             f"x: is on {x.device}, but the {owner}'s parameters are on {parameter.device}. Move "
             "one with .to(device); parameters on meta must be loaded first."
+        )
+
+
+def check_is_no_proxy(x: Any) -> None:
+    """Raises for what ``torch.fx.symbolic_trace`` hands a layer in the place of a tensor."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "x: got a torch.fx.Proxy: what a DMoE does depends on values, which a symbolic trace "
+            "does not have. Use torch.export, or keep the layer whole: a torch.fx.Tracer whose "
+            "is_leaf_module says so of every DMoE."
         )
 
 

@@ -81,8 +81,9 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
         The names of the new layers, and a function that takes them out: ``(names, undo)``.
 
     Raises:
-        ValueError: if nothing matches (naming what could have), or if a matching module is never
-            called, as ``nn.ModuleList`` is, returns anything but one tensor, or has a ``moe``.
+        ValueError: if nothing matches (naming what could have), or if a matching module is of a
+            kind that is never called, as ``nn.ModuleList``, returns anything but one tensor, or
+            has a ``moe``.
         TypeError: for a model, pattern or option of another kind; and, when the model is run, for
             a module that was not tried here and does not return one tensor.
 

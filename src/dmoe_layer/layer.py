@@ -9,7 +9,7 @@ product and comes out.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
 from .backend import BACKENDS, autocast_dtype, choose, load
-from .checks import check_choice, check_count, check_device, check_flag, describe
+from .checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_flag,
+    check_is_no_proxy,
+    describe,
+)
 from .foreign.read_mlp import read_mlp
 from .lazy import LazyDim
 from .operators import draw_seed
@@ -88,7 +95,6 @@ class DMoE(LazyDim):
 
     _dim_from = "w1_EHD"
     _is_overwritten = False
-    _former_names: ClassVar = {"b1_EH": "w1_bias", "b2_ED": "w2_bias"}
     w1_EHD: Tensor
     w1_bias: Tensor | None
     w2_EDH: Tensor
@@ -310,12 +316,7 @@ class DMoE(LazyDim):
         return x.movedim((self.batch_dim, self.channel_dim), (0, -1))
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
-        if isinstance(x, torch.fx.Proxy):
-            raise TypeError(
-                "x: got a torch.fx.Proxy: what a DMoE does depends on values, which a symbolic "
-                "trace does not have. Use torch.export, or keep the layer whole: a torch.fx.Tracer "
-                "whose is_leaf_module says so of every DMoE."
-            )
+        check_is_no_proxy(x)
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x: got {describe(x)}, expected a floating-point tensor.")
         axis = self.channel_dim + x.ndim if self.channel_dim < 0 else self.channel_dim

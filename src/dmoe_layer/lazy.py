@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ._torch_private import stop_being_lazy
 from .operators import draw_seed, seeded_generator
-from .pretrained import Pretrained
+from .pretrained import FORMER_NAMES, Pretrained
 
 # Two threads may make the first call of one module; the second finds it finished, and checks only.
 _MATERIALIZING = threading.Lock()
@@ -27,6 +27,13 @@ class UnshapedParameter(UninitializedParameter):
     @property
     def shape(self) -> Any:  # type: ignore[override]
         raise RuntimeError(_advice("shape"))
+
+    @property
+    def ndim(self) -> Any:  # type: ignore[override]
+        raise RuntimeError(_advice("ndim"))
+
+    def share_memory_(self) -> Any:
+        raise RuntimeError(_advice("share_memory_"))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,8 +63,6 @@ class LazyDim(LazyModuleMixin, Pretrained):
     """
 
     _dim_from: str
-    # Names that parameters once had, so that older state_dicts load.
-    _former_names: ClassVar[dict[str, str]]
 
     @abstractmethod
     def _shapes(self, dim: int) -> dict[str, tuple[int, ...]]: ...
@@ -104,9 +109,10 @@ class LazyDim(LazyModuleMixin, Pretrained):
                 self.reset_parameters(seeded_generator(device, self._init_seed))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for former, name in self._former_names.items():
-            if prefix + former in state_dict:
-                state_dict.setdefault(prefix + name, state_dict.pop(prefix + former))
+        for former, name in FORMER_NAMES.items():
+            # With both there, the new one may be but the model's own value, filled in by a loader.
+            if prefix + former in state_dict and prefix + name not in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + former)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._has_values = True
 

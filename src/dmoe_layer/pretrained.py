@@ -12,6 +12,9 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
+# What from_pretrained must rename in checkpoints of before; lazy.py does for load_state_dict.
+FORMER_NAMES = {"b1_EH": "w1_bias", "b2_ED": "w2_bias", "b_A2E": "bias"}
+
 
 class Pretrained(nn.Module):
     """Draws the parameters that a checkpoint lacks, when transformers loads the model around it."""
@@ -53,6 +56,12 @@ class Pretrained(nn.Module):
                 "experts start as an MLP (upcycle=True), and the MLP had no weights yet when it "
                 "was replaced. Load the model with its MLPs, then swap: model = "
                 "from_pretrained(...); swap_mlps(model, ..., upcycle=True)."
+            )
+        if missing and all(name.endswith("bias") for name in missing):
+            raise RuntimeError(
+                f"from_pretrained: the checkpoint has the weights of a {type(self).__name__}, but "
+                f"no {', '.join(missing)}. Biases had other names once: rename them, "
+                f"from_pretrained(..., key_mapping={FORMER_NAMES})."
             )
         self.reset_parameters()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attributes import UNKNOWN_POLICIES, as_attributes, as_sizes, check_attributes, per_token
-from .checks import check_choice, check_count, check_device, describe
+from .checks import check_choice, check_count, check_device, check_is_no_proxy, describe
 from .eager.router import route as eager_route
 from .lazy import LazyDim
 from .operators import draw_seed, refuse_functional_derivatives
@@ -92,7 +92,6 @@ class AttributeRouter(LazyDim):
     """
 
     _dim_from = "w_A2ED"
-    _former_names: ClassVar = {"b_A2E": "bias"}
     w_A2ED: Tensor
     bias: Tensor
 
@@ -215,6 +214,7 @@ class AttributeRouter(LazyDim):
         return check_attributes(x, batch, values, bounds_2N, sizes, self.unknown)
 
     def _check_input(self, x: Tensor, tokens_per_sample: Tensor | None) -> None:
+        check_is_no_proxy(x)
         ragged = tokens_per_sample is not None
         form = f"({'tokens' if ragged else 'B, T'}, {self.dim or 'dim'})"
         if not isinstance(x, Tensor) or not x.is_floating_point():

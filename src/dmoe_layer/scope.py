@@ -90,7 +90,8 @@ class routing:
     @property
     def attributes(self) -> Tensor | None:
         """A copy of the attributes, int64, in the shape that was given."""
-        return None if self._attributes is None else self._attributes.values.clone()
+        readable = _readable(self)
+        return None if readable is None else readable.values.clone()
 
     @staticmethod
     def attribute_values(
@@ -208,10 +209,11 @@ def current_attributes() -> Attributes | None:
     Raises:
         RuntimeError: a program is being captured, and the scope is none of its own.
     """
-    scope = _current.scope
-    if scope is None or scope._attributes is None:
-        return None
-    if program_capture() is not scope._made_in_capture:
+    return None if _current.scope is None else _readable(_current.scope)
+
+
+def _readable(scope: routing) -> Attributes | None:
+    if scope._attributes is not None and program_capture() is not scope._made_in_capture:
         _refuse_to_freeze()
     return scope._attributes
 
@@ -222,7 +224,7 @@ def _refuse_to_freeze() -> None:
         "routing: a program is being captured (by torch.export, torch.jit.trace, make_fx or "
         "torch.onnx), and reads the attributes of a scope that was opened outside of it. They "
         "would be frozen into the program, which would route everybody's samples by them. Make "
-        "them an input of it: pass `layer(x, attributes)`, or capture, outside of any scope, a "
+        "them an input of it: pass `layer(x, attributes=...)`, or capture, outside of any scope, a "
         "module that opens the scope itself:\n"
         "    def forward(self, x, attributes):\n"
         "        with routing(attributes):\n"

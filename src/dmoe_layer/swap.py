@@ -37,10 +37,12 @@ class SwappedDMoE(DMoE):
     parameter of that name.
 
     Raises:
-        TypeError: for a second tensor. It is never read as attributes.
+        TypeError: for an argument that the old block did not take, and for a second tensor, which
+            is never read as attributes.
     """
 
     _block_parameters: tuple[str, ...] = ("x",)
+    _block_took_more = False  # than those, by *args or **kwargs
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Routing]:
         names = self._block_parameters
@@ -58,6 +60,13 @@ class SwappedDMoE(DMoE):
                 f"arguments {', '.join(kwargs) or '()'}."
             )
         for name, value in (*given[1:], *kwargs.items()):
+            if name not in names and not self._block_took_more:
+                raise TypeError(
+                    f"forward: got an argument {name!r} ({describe(value)}), which the block had "
+                    f"no place for whose this layer has taken; it took {', '.join(names)}. "
+                    "Attributes come from `with routing(attributes):`, or by name, "
+                    "layer(x, attributes=...)."
+                )
             if _holds_tensor(value):
                 raise TypeError(
                     f"forward: got a second tensor, argument {name!r} ({describe(value)}). A DMoE "
@@ -243,15 +252,16 @@ def _replacement(block: nn.Module, match: _Match, upcycle: bool) -> SwappedDMoE:
         }
         layer = SwappedDMoE(mlp.dim, **{**kept, **options})
     old = block if match.host_mlp is None else block.get_submodule(match.host_mlp.first)
-    layer._block_parameters = _parameters_of(old)
+    layer._block_parameters, layer._block_took_more = _parameters_of(old)
     return layer.train(old.training)
 
 
-def _parameters_of(block: nn.Module) -> tuple[str, ...]:
-    """The names by which a block may be given what it takes."""
+def _parameters_of(block: nn.Module) -> tuple[tuple[str, ...], bool]:
+    """The names by which a block may be given what it takes, and whether it takes others too."""
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(block.forward).parameters.values()
-    return tuple(each.name for each in parameters if each.kind not in starred) or ("x",)
+    names = tuple(each.name for each in parameters if each.kind not in starred) or ("x",)
+    return names, any(each.kind in starred for each in parameters)
 
 
 def _hint(
@@ -271,6 +281,9 @@ def _hint(
         with contextlib.suppress(ValueError):
             match = _read(module, upcycle, options, trials)
             (mlps if match.host_mlp is None else hosts).append(name)
+    if not mlps and not hosts and upcycle:
+        hint = _hint(model, pattern, named, False, options)
+        return f" No block can be upcycled. Without upcycle=True:{hint}"
     if not mlps and not hosts:
         return f" The model has no block that is a two-layer MLP. {advice_for(model)}"
     if isinstance(pattern, str):

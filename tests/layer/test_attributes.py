@@ -61,7 +61,7 @@ def test_no_scope_is_left_behind_by_one_that_failed_to_open():
 def test_missing_attributes_are_never_guessed(within, dim):
     layer = make(dim)
     x = make_x()
-    quotes = "attribute_sizes=3", "with routing(attributes)", "layer(x, attributes)"
+    quotes = "attribute_sizes=3", "with routing(attributes)", "layer(x, attributes=...)"
     assert_refused(layer, lambda: layer(x), MissingAttributesError, *quotes, within=within)
 
 

@@ -53,7 +53,7 @@ def layer():
 
 
 def refused():
-    ways = r"pass `layer\(x, attributes\)`(.|\n)*with routing\(attributes\):\n"
+    ways = r"pass `layer\(x, attributes=\.\.\.\)`(.|\n)*with routing\(attributes\):\n"
     return pytest.raises(RuntimeError, match=ways)
 
 
@@ -119,8 +119,10 @@ def test_what_a_scope_tells_modules_of_ones_own_is_not_frozen_either():
             return shifts(x)
 
     x = torch.zeros(4, 1)
-    with routing(GOOD), refused():
+    with routing(GOOD) as scope, refused():
         make_fx(shifts)(x)
+    with refused():
+        make_fx(lambda x: x + scope.attributes[:, None])(x)
     program = make_fx(opens)(x, GOOD)
     assert program(x, OTHER).flatten().tolist() == OTHER.tolist()
 

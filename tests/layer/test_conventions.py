@@ -57,13 +57,22 @@ def test_a_state_dict_with_the_former_names_loads(lazy):
     assert torch.equal(told(layer), told(trained))
     assert set(FORMER.values()) <= state.keys()  # the caller's dict is left alone
     model, router = host(), AttributeRouter(6, attribute_sizes=3)
-    model.load_state_dict({**model.state_dict(), **{f"1.{n}": v for n, v in state.items()}})
+    others = {n: v for n, v in model.state_dict().items() if not n.startswith("1.")}
+    model.load_state_dict({**others, **{f"1.{n}": v for n, v in state.items()}})
+    assert torch.equal(model[1].w2_bias, trained.w2_bias)
     router.load_state_dict(
         {n.removeprefix("router."): v for n, v in state.items() if "router" in n}
     )
     assert torch.equal(router.bias, trained.router.bias)
     with pytest.raises(RuntimeError, match="w1_bias"):
         DMoE(6, attribute_sizes=3, hidden_dim=5).load_state_dict(state)
+
+
+def test_a_former_name_beside_its_new_one_is_not_passed_over():
+    layer = DMoE(6, attribute_sizes=3)
+    both = {**layer.state_dict(), "b1_EH": torch.ones(8, 24)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"b1_EH"'):
+        layer.load_state_dict(both)
 
 
 def test_dropout_is_found_by_its_class_and_switched_by_itself():
@@ -96,6 +105,8 @@ def test_a_lazy_layer_says_that_it_must_run_once():
     for what in (
         lambda layer: sum(p.numel() for p in layer.parameters()),
         lambda layer: [p.shape for p in layer.parameters()],
+        lambda layer: [p for p in layer.parameters() if p.ndim <= 1],
+        lambda layer: layer.share_memory(),
         lambda layer: layer.to_empty(device="cpu"),
         lambda layer: AveragedModel(layer).update_parameters(layer),
         lambda layer: nn.utils.parameters_to_vector(layer.parameters()),
@@ -127,7 +138,7 @@ def test_distributed_training_of_a_lazy_layer_is_refused():
 
 
 def test_what_cannot_capture_a_layer_is_told_what_can():
-    for model in (DMoE(6), host()):
+    for model in (DMoE(6), host(), AttributeRouter(6)):
         with pytest.raises(RuntimeError, match=r"Use torch\.export"):
             torch.jit.script(model)
         with pytest.raises(TypeError, match="is_leaf_module"):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTModel
 
 from dmoe_layer import DMoE, routing, swap_mlps
+from dmoe_layer.pretrained import FORMER_NAMES
 
 SITES = torch.tensor([0, 2])
 
@@ -124,7 +125,7 @@ def test_a_swapped_model_is_saved_and_loaded_exactly(kind, dtype, tmp_path):
     assert torch.equal(run(loaded, x), run(model, x))
 
 
-@pytest.mark.parametrize("lost", ["router", "w1_EHD", "w2_bias"])
+@pytest.mark.parametrize("lost", ["router", "w1_EHD"])
 def test_of_a_layer_that_is_there_in_part_the_rest_alone_is_drawn(lost, tmp_path):
     model = Swapped(ViTConfig(**IMAGE))
     state = {n: p for n, p in model.state_dict().items() if lost not in n}
@@ -136,6 +137,23 @@ def test_of_a_layer_that_is_there_in_part_the_rest_alone_is_drawn(lost, tmp_path
         assert torch.equal(parameter, model.state_dict()[name]) == (name in state), name
     for layer in layers_of(loaded):
         assert_drawn(layer)
+
+
+def test_a_checkpoint_with_the_former_names_of_biases_is_not_drawn_over(tmp_path):
+    model = Swapped(ViTConfig(**IMAGE))
+    state = dict(model.state_dict())
+    for former, name in FORMER_NAMES.items():
+        for key in [k for k in state if k.endswith(f".mlp.{name}") or k.endswith(f"router.{name}")]:
+            state[key.removesuffix(name) + former] = state.pop(key)
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(
+        RuntimeError, match=r"no .*bias.*key_mapping=\{'b1_EH': 'w1_bias'"
+    ) as refusal:
+        Swapped.from_pretrained(tmp_path)
+    assert str(FORMER_NAMES) in str(refusal.value)
+    loaded = Swapped.from_pretrained(tmp_path, key_mapping=FORMER_NAMES)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter), name
 
 
 def test_upcycling_an_mlp_that_is_not_loaded_yet_fails_with_the_way(checkpoint):

@@ -309,3 +309,10 @@ def test_stochastic_depth_is_not_taken_for_dropout():
         with pytest.raises(ValueError, match="could not read its dropout"):
             DMoE.from_mlp(DropPathMlp())
     assert DMoE.from_mlp(DropPathMlp(), dropout=0.3).dropout.p == 0.3
+
+
+def test_dropout_of_whole_channels_is_not_taken_for_that_of_entries():
+    convolutions = nn.Conv2d(D, H, 1), nn.GELU(), nn.Conv2d(H, D, 1)
+    with pytest.raises(ValueError, match="could not read its dropout"):
+        DMoE.from_mlp(nn.Sequential(*convolutions, nn.Dropout2d(0.3)))
+    assert DMoE.from_mlp(nn.Sequential(*convolutions, nn.Dropout(0.3))).dropout.p == 0.3

@@ -38,6 +38,12 @@ def test_only_what_would_be_taken_is_named():
             swap_mlps(model, name)
 
 
+def test_where_nothing_can_be_upcycled_new_experts_are_offered():
+    model = nn.ModuleDict({"mlp": mlp(nn.Mish())})
+    with refused(model, r"No block can be upcycled\. Without upcycle=True: Close candidates: mlp"):
+        swap_mlps(model, "ffn", upcycle=True)
+
+
 def test_what_would_not_be_upcycled_is_named_only_without_upcycling():
     model = nn.ModuleDict({"known": mlp(), "unknown": mlp(nn.Mish())})
     with refused(model, r"Close candidates: known\.$"):

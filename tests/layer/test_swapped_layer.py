@@ -183,3 +183,17 @@ def test_tokens_that_were_moved_into_the_batch_name_the_cause_and_the_way(sizes)
     # Where it cannot be the cause it is not said to be.
     with routing(torch.tensor([0, 1, 2])), pytest.raises(ValueError, match=r"every sample\.$"):
         host(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda mlp, x: mlp(x, [0, 2]), "'2'"),
+        (lambda mlp, x: mlp(x, attribute=[0, 2]), "'attribute'"),
+        (lambda mlp, x: mlp(x, SITES.numpy()), "'2'"),
+    ],
+)
+def test_what_the_old_block_did_not_take_is_refused(call, name):
+    host = swapped(call, mlp=nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D)))
+    with routing(SITES), pytest.raises(TypeError, match=f"got an argument {name} .*it took input"):
+        host(tokens())

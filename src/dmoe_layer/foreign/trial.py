@@ -155,7 +155,8 @@ def _fault_of(probe: Probe, layers: Layers, output: Tensor, upcycle: bool) -> st
     known = ", ".join(
         n for n, activation in ACTIVATIONS.items() if activation.gated is layers.gated
     )
-    return f"between its linear layers stands none of {known}{between}"
+    only = "only new experts, without upcycling, can take the place of that"
+    return f"between its linear layers stands none of {known}{between}; {only}"
 
 
 def _fault_of_functional(probe: Probe, output: Tensor) -> str | None:
@@ -190,7 +191,10 @@ def _dropout_of(kind: str, probe: Probe, output: Tensor) -> float:
     kept_by_sample = kept.flatten(1)
     a_sample_lost = not kept_by_sample.any(dim=1).all()
     none_lost = bool(kept.all()) and rate * kept.numel() > 30  # of dropout, once in e³⁰ times
-    if uneven or a_sample_lost or none_lost:
+    # Dropout of whole channels keeps or drops a channel in all tokens of a sample.
+    kept_BTD = probe.rows(kept).view(len(probe.x), -1, probe.x.shape[2])
+    by_channel = rate > 0 and bool((kept_BTD.all(dim=1) | ~kept_BTD.any(dim=1)).all())
+    if uneven or a_sample_lost or none_lost or by_channel:
         raise ValueError(
             f"{kind}: could not read its dropout: in training, what follows {name!r} does more "
             "than to drop some values and scale the others. Give a rate to use instead."
