@@ -202,6 +202,38 @@ def test_a_causal_host_is_known_for_what_it_is_too():
         assert model[0].linear1.batch_dim == int(not batch_first)
 
 
+class Turned(nn.TransformerEncoderLayer):
+    """Is called with the batch on one axis, and computes with it on the other."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Backwards(Turned):
+    """A token knows those behind it alone."""
+
+    def forward(self, x):
+        length = x.shape[0 if self.self_attn.batch_first else 1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype).T
+        y = nn.TransformerEncoderLayer.forward(self, x.transpose(0, 1), mask)
+        return y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("inside_batch_first", [False, True])
+@pytest.mark.parametrize("kind", [Turned, Backwards])
+def test_the_axis_is_that_of_the_tokens_where_the_layer_stands(kind, inside_batch_first):
+    model = nn.Sequential(kind(16, 2, 32, batch_first=inside_batch_first)).eval()
+    swap_mlps(model, "0", attribute_sizes=3)
+    assert model[0].linear1.batch_dim == int(not inside_batch_first)
+    x, sites = torch.randn(3, 3, 16), torch.tensor([0, 2, 1])
+    with torch.no_grad(), routing(sites):
+        together = model(x)
+    for i, site in enumerate(sites):  # as many tokens as samples
+        one = (slice(None), slice(i, i + 1)) if inside_batch_first else slice(i, i + 1)
+        with torch.no_grad(), routing(site):
+            assert_close(together[one], model(x[one]))
+
+
 @pytest.mark.parametrize("dim", [6, 11, 14])
 def test_a_softmax_of_large_tokens_does_not_hide_which_axis_is_the_samples(dim):
     model = nn.Sequential(nn.TransformerEncoderLayer(dim, 1, 8))

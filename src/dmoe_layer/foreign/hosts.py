@@ -242,8 +242,8 @@ class _HostProbe(Probe):
     def batch_axis(self) -> int:
         """Which axis of the first linear layer's input tells the samples apart: 0, or 1.
 
-        Of the last token there it is asked on which of the host's tokens it depends: all of them
-        are of its own sample. Where it depends on none but itself it is 0, as everywhere.
+        Tokens of one sample depend on tokens of the host that they have in common; those of two
+        samples have none. Where nothing tells the axes apart it is 0, as everywhere.
         """
         x_BTD = self.x
         # Small ones: softmax of large ones is one of them alone, and hides the others.
@@ -251,12 +251,16 @@ class _HostProbe(Probe):
         self.x = small.requires_grad_()
         self.run(training=False)
         given, self.x = self.inputs[self.names[0]], x_BTD
-        if given.shape != x_BTD.shape or not given.requires_grad:
+        if given.ndim != 3 or not given.requires_grad:
             return 0
-        (slope_BTD,) = torch.autograd.grad(given[-1, -1].sum(), small)
-        seen_BT = slope_BTD.ne(0).any(dim=-1)
-        # Axis 1 is that of the samples if the token knows others of its column, and no others.
-        return int(bool(seen_BT[:-1, -1].any()) and not seen_BT[:, :-1].any())
+
+        def seen_by(i: int, j: int) -> Tensor:
+            (slope_BTD,) = torch.autograd.grad(given[i, j].sum(), small, retain_graph=True)
+            return slope_BTD.ne(0).any(dim=-1)
+
+        last = seen_by(-1, -1)
+        along_0, along_1 = ((seen_by(*place) & last).any() for place in ((0, -1), (-1, 0)))
+        return int(bool(along_0) and not along_1)
 
     def run_without_mlp(self, activation: str) -> Tensor:
         """The host's output with the formula of the MLP in its place."""
