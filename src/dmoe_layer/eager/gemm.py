@@ -28,8 +28,8 @@ MIN_GEMM_ROWS = 8
 ROWS = 16
 
 # PyTorch brings its own oneDNN. Those of 2.8, 2.10 and 2.11 give a row other bits beside another
-# number of rows, on processors without AVX-512 nearly always; those of 2.13 and 2.15 do not (2.9,
-# 2.12 and 2.14 were not tried). BLAS keeps a row's bits with all five, and is taken before 2.13.
+# number of rows, on processors without AVX-512 nearly always; those of 2.13, 2.14 and 2.15 do
+# not (2.9 and 2.12 were not asked). BLAS keeps a row's bits with all, and is taken before 2.13.
 ONEDNN_KEEPS_BITS = torch.__version__ >= "2.13"
 
 
