@@ -31,9 +31,10 @@ bench: .venv/bench
 gpu:
 	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
 
-# One thread a process: the tests are small, and as many of them run at once as there are cores.
+# One thread a process: the tests are small, and as many of them run at once as there are cores. Who
+# is done takes over tests that wait for another process: those of the kernels are long.
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/test
 	$(BIN)/ruff check .
