@@ -73,23 +73,6 @@ def test_w1_and_its_bias_have_both_halves_and_are_drawn_as_linear_layers_are(nam
     assert sorted(shapes) == [(3, 9, 400), (3, 800, 9)]
 
 
-@pytest.mark.parametrize("name", GATED)
-def test_a_gated_layer_passes_gradcheck(name):
-    options = {"n_experts": 3, "k": 2, "attribute_sizes": (2, 2), "hidden_dim": 5}
-    layer = DMoE(4, **options, activation=name).double()
-    attributes = torch.tensor([[0, 1], [1, 1]])
-    names = [n for n, _ in layer.named_parameters()]
-
-    def run(x, *parameters):
-        torch.manual_seed(0)  # the same noise and dropout in every evaluation
-        params = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(layer, params, (x, attributes))
-
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    inputs = (x, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
-    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-
-
 @pytest.mark.parametrize(("tokens", "keeps"), [(384, True), (392, False)])
 def test_both_halves_are_kept_while_no_larger_than_weights_and_gradients(tokens, keeps):
     # 2 · tokens · 2H numbers, beside 2 · 2 · 3HD of both layers' weights and gradients.
