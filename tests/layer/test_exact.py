@@ -5,14 +5,13 @@ from functools import partial
 import naive
 import pytest
 import torch
-from harness.exactness import assert_close, configurations, run_both
+from harness.exactness import assert_close, blocks_of, configurations, run_both
 from harness.layers import eval_layer
 from hypothesis import given, settings
 from torch.autograd import forward_ad
 
 from dmoe_layer import DMoE
 from dmoe_layer.activations import ACTIVATIONS
-from dmoe_layer.eager import dispatch
 
 
 def test_the_naive_loop_knows_every_activation():
@@ -23,11 +22,8 @@ def test_the_naive_loop_knows_every_activation():
 @given(configurations())
 def test_double_precision_equals_the_naive_loop(configuration):
     options, call = configuration
-    original, dispatch.BLOCK_ROWS = dispatch.BLOCK_ROWS, call["block_rows"]
-    try:
+    with blocks_of(call["block_rows"]):
         pairs = run_both(options, call, torch.float64)
-    finally:
-        dispatch.BLOCK_ROWS = original
     for what, (found, true) in pairs.items():
         assert_close(found, true, torch.float64, what)
 

@@ -1,11 +1,15 @@
-"""The experts' MLPs in plain PyTorch, forward and backward, block by block of one expert's rows.
+"""The experts' MLPs in plain PyTorch, forward and backward: chunks of tokens, blocks of rows.
 
-Where tokens are many, the hidden layer of a block is not kept: backward computes it again, and
-draws the same dropout from the seed.
+A chunk's tokens are gathered expert by expert, each expert computes its rows a block at a time,
+and the rows are summed back into the tokens. Where tokens are many, the hidden layer of a block is
+not kept: backward computes it again, and draws the same dropout from the seed. Everything is
+computed in few buffers that are used again and again: fresh memory costs the system's time, and a
+block that stays in the processor's cache costs less than one that does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +21,13 @@ from ..dropout import Dropout
 from ..hidden_layer import keeps_hidden
 from ..operators import refuse_double_backward
 from ..tensors import ExpertOptions, ExpertWeights
-from .dispatch import Block, Chunk, Dispatch
-from .gemm import linear, round_rows, sum_of_products
+from .dispatch import Block, Dispatch
+from .gemm import add_product, least_rows, linear, most_padding
+from .memory import Scratch, new_empty
+
+# The hidden layer of a block of rows has about so many entries, 4 MiB in fp32, that it stays in the
+# cache; yet a block has at least so many rows that a product's fixed costs do not count.
+BLOCK_ENTRIES, LEAST_BLOCK_ROWS = 2**20, 1024
 
 
 def experts(
@@ -57,18 +66,19 @@ def _experts(
     options = ExpertOptions(activation, dropout, seed, dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
         call = _ExpertPass(x_TD, expert_indices_TK, weights, options)
+        z_RH = new_empty(x_TD, _hidden_shape(expert_indices_TK, w1_EHD, keep_hidden), dtype)
         scaled_gates_TK = gates_TK * call.drop.scale
-        y_TD = x_TD.new_empty(x_TD.shape)
-        z_RH = x_TD.new_empty(_hidden_shape(expert_indices_TK, w1_EHD, keep_hidden), dtype=dtype)
-        for chunk in call.dispatch.chunks:
-            for block in chunk.blocks:
+        y_TD, rows_XD = new_empty(x_TD, x_TD.shape), call.row_buffer()
+        for chunk in call.chunks():
+            call.gather(x_TD, chunk, rows_XD)
+            for block in chunk.dispatch.blocks:
                 expert = call.expert_of(block)
-                z, h_RH = call.hidden(expert, call.rows_of_x(block))
+                z_XH, h_XH = call.hidden(expert, rows_XD[block.padded])
                 if keep_hidden:
-                    z_RH[block.rows] = z[: block.size]
-                o_RD = linear(h_RH, expert.w2_DH, expert.b2_D)[: block.size]
-                call.put_rows(chunk, block, call.drop(o_RD))
-            y_TD[chunk.tokens] = call.combine(chunk, scaled_gates_TK)
+                    z_RH[chunk.rows][block.rows] = z_XH[: block.size]
+                call.write(rows_XD, block, h_XH, expert.w2_DH, expert.b2_D)
+            o_RD = call.drop(rows_XD[: chunk.size])
+            y_TD[chunk.tokens] = chunk.dispatch.combine(o_RD, scaled_gates_TK[chunk.tokens])
         return y_TD, z_RH
 
 
@@ -102,12 +112,8 @@ def experts_backward(
     with torch.autocast(x_TD.device.type, enabled=False):
         call = _ExpertPass(x_TD, expert_indices_TK, weights, options)
         gradients = _Gradients(call, gates_TK, needed)
-        for chunk in call.dispatch.chunks:
-            # A sum's gradient is expanded from one number, and rows of that are picked slowly.
-            dy_CD = dy_TD[chunk.tokens].contiguous()
-            for block in chunk.blocks:
-                gradients.add_block(chunk, block, dy_CD, z_RH if keep_hidden else None)
-            gradients.end_chunk(chunk)
+        for chunk in call.chunks():
+            gradients.add_chunk(chunk, dy_TD, z_RH[chunk.rows] if keep_hidden else None)
         return gradients.results()
 
 
@@ -130,6 +136,18 @@ class _Expert(NamedTuple):
     b2_D: Tensor | None
 
 
+class _Chunk(NamedTuple):
+    """Tokens that are dispatched and combined together."""
+
+    tokens: slice
+    rows: slice
+    dispatch: Dispatch
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
 class _ExpertPass:
     """What forward and backward of one call do alike: rows in, hidden layer, rows out."""
 
@@ -141,20 +159,48 @@ class _ExpertPass:
         options: ExpertOptions,
     ) -> None:
         self.x_TD, self.weights, self.dtype = x_TD, weights, options.dtype
+        self.indices_TK = expert_indices_TK
         self.relu, self.activation = options.activation == "relu", ACTIVATIONS[options.activation]
-        self.dispatch = Dispatch(expert_indices_TK, len(weights.w1_EHD))
         self.drop = Dropout(options.dropout, options.seed, x_TD.device)
-        # One buffer for the tokens of a block, and one for the rows of a chunk.
-        self._block_XD = self.block_buffer()
-        most = max(
-            (chunk.rows.stop - chunk.rows.start for chunk in self.dispatch.chunks), default=0
-        )
-        self._chunk_XD = x_TD.new_empty((most, x_TD.shape[1]), dtype=self.dtype)
+        (tokens, k), (n_experts, first, _) = expert_indices_TK.shape, weights.w1_EHD.shape
+        self.block_rows = max(LEAST_BLOCK_ROWS, BLOCK_ENTRIES // first)
+        # A full block of every expert, if all have the same load.
+        self.chunk_tokens = max(self.block_rows * n_experts // k, 1)
+        self._least_rows = least_rows(weights.w1_EHD, weights.w2_EDH, options.dtype)
+        self._most_rows = min(tokens, self.chunk_tokens) * k
+        self._z_XH, self._o_XD = self.scratch(first), self.scratch(x_TD.shape[1])
 
-    def block_buffer(self) -> Tensor:
-        """Room for the rows of the largest block."""
-        most = round_rows(max((block.size for block in self.dispatch.blocks), default=0))
-        return self.x_TD.new_empty((most, self.x_TD.shape[1]), dtype=self.dtype)
+    def chunks(self) -> Iterator[_Chunk]:
+        (tokens, k), n_experts = self.indices_TK.shape, self.weights.w1_EHD.shape[0]
+        for start in range(0, tokens, self.chunk_tokens):
+            stop = min(start + self.chunk_tokens, tokens)
+            indices_CK = self.indices_TK[start:stop]
+            dispatch = Dispatch(indices_CK, n_experts, self.block_rows, self._least_rows)
+            yield _Chunk(slice(start, stop), slice(start * k, stop * k), dispatch)
+
+    def scratch(self, width: int, dtype: torch.dtype | None = None) -> Scratch:
+        """Room for a block's rows, in the dtype that is computed in or another."""
+        rows = min(self._most_rows, self.block_rows)
+        return Scratch(self.x_TD, rows + most_padding(rows), width, dtype or self.dtype)
+
+    def row_buffer(self) -> Tensor:
+        """Room for a chunk's rows. The padding of a block reaches into the next one's rows, and
+        that of the last one beyond them all.
+        """
+        rows, beyond = self._most_rows, most_padding(min(self._most_rows, self.block_rows))
+        buffer_XD = new_empty(self.x_TD, (rows + beyond, self.x_TD.shape[1]), self.dtype)
+        buffer_XD[rows:].zero_()
+        return buffer_XD
+
+    def gather(self, source_TD: Tensor, chunk: _Chunk, rows_XD: Tensor) -> None:
+        """Writes each row's token to a row buffer."""
+        # A sum's gradient is expanded from one number, and rows of that are picked slowly.
+        source_CD = source_TD[chunk.tokens].contiguous()
+        tokens_R, rows_RD = chunk.dispatch.token_of_row, rows_XD[: chunk.size]
+        if source_CD.dtype == rows_RD.dtype:
+            torch.index_select(source_CD, 0, tokens_R, out=rows_RD)
+        else:
+            rows_RD.copy_(source_CD.index_select(0, tokens_R))
 
     def expert_of(self, block: Block) -> _Expert:
         w1_EHD, b1_EH, w2_EDH, b2_ED = self.weights
@@ -166,103 +212,111 @@ class _ExpertPass:
             None if b2_ED is None else b2_ED[e].to(dtype),
         )
 
-    def rows_of_x(self, block: Block) -> Tensor:
-        """The tokens of a block, padded; to be used before the next block's are asked for."""
-        return _gather(self.x_TD, self.dispatch.token_of_row[block.rows], self._block_XD)
-
-    def hidden(self, expert: _Expert, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden(self, expert: _Expert, x_XD: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden layer before and after its activation; of ReLU twice the latter.
 
-        Before a gated activation it is twice as wide.
+        Before a gated activation it is twice as wide. The next block's may overwrite it.
         """
-        z_RH = linear(x_RD, expert.w1_HD, expert.b1_H, relu=self.relu)
-        return z_RH, self.activate(z_RH)
+        z_XH = linear(x_XD, expert.w1_HD, expert.b1_H, scratch=self._z_XH)
+        if self.relu:
+            z_XH.relu_()
+        return z_XH, self.activate(z_XH)
 
-    def activate(self, z_RH: Tensor) -> Tensor:
-        return z_RH if self.relu else self.activation.forward(z_RH)
+    def activate(self, z_XH: Tensor) -> Tensor:
+        return z_XH if self.relu else self.activation.forward(z_XH)
 
-    def put_rows(self, chunk: Chunk, block: Block, rows_RD: Tensor) -> None:
-        """Lets a block's rows wait for the others of their chunk."""
-        first = chunk.rows.start
-        self._chunk_XD[block.start - first : block.stop - first] = rows_RD
-
-    def combine(self, chunk: Chunk, scaled_gates_TK: Tensor | None = None) -> Tensor:
-        return self.dispatch.combine(chunk, self._chunk_XD, scaled_gates_TK)
+    def write(
+        self, rows_XD: Tensor, block: Block, h_XH: Tensor, w_DH: Tensor, b_D: Tensor | None
+    ) -> None:
+        """Overwrites a block's rows in a row buffer with h·wᵀ + b, and none of the next one's."""
+        o_XD = linear(h_XH, w_DH, b_D, scratch=self._o_XD)
+        rows_XD[block.rows] = o_XD[: block.size]
 
 
 class _Gradients:
-    """The gradients of one call, which blocks add to; those that nobody needs stay empty.
+    """The gradients of one call, which chunks add to; those that nobody needs stay empty.
 
     With dO the gradient of a token's output after dropout, g its gate and dA = dO·w2:
 
         dg = <dA, h> + <dO, b2>        (SonicMoE's formula: the expert's output is not needed)
-        dw2 = Σ g·dO ⊗ h    db2 = Σ g·dO    dz = act'(z) · g·dA
-        dw1 = Σ dz ⊗ x      db1 = Σ dz      dx = dz·w1
+        dw2 = Σ g·dO ⊗ h    db2 = Σ g·dO    dz = act'(z) · dA
+        dw1 = Σ dz ⊗ g·x    db1 = Σ g·dz    dx = Σ g·(dz·w1)
     """
 
     def __init__(self, call: _ExpertPass, gates_TK: Tensor, needed: list[bool]) -> None:
         self.call = call
         self.need_x, self.need_gates, need_w1, need_b1, need_w2, need_b2 = needed
         self.need_dz = self.need_x or need_w1 or need_b1
-        scaled_TK = gates_TK * call.drop.scale
-        self.gates_R = scaled_TK.reshape(-1)[call.dispatch.order]
-        self.dgates_R = torch.empty_like(self.gates_R)
-        self.dx_TD = call.x_TD.new_empty(call.x_TD.shape if self.need_x else (0,))
+        self.gates_TK = gates_TK * call.drop.scale
+        self.dgates_TK = gates_TK.new_empty(gates_TK.shape if self.need_gates else (0,))
+        self.dx_TD = new_empty(call.x_TD, call.x_TD.shape if self.need_x else (0,))
         w1_EHD, b1_EH, w2_EDH, b2_ED = call.weights
         self.w1, self.b1 = _Sum(w1_EHD, need_w1, w1_EHD), _Sum(b1_EH, need_b1, w1_EHD)
         self.w2, self.b2 = _Sum(w2_EDH, need_w2, w1_EHD), _Sum(b2_ED, need_b2, w1_EHD)
-        self._do_XD = call.block_buffer()
+        self._x_XD, self._do_XD = call.row_buffer(), call.row_buffer()
+        hidden = w2_EDH.shape[2]
+        self._dh_XH = call.scratch(hidden)
+        self._product_XH = call.scratch(hidden, gates_TK.dtype)
 
-    def add_block(self, chunk: Chunk, block: Block, dy_CD: Tensor, z_all: Tensor | None) -> None:
-        """Adds what the rows of a block contribute.
+    def add_chunk(self, chunk: _Chunk, dy_TD: Tensor, z_RH: Tensor | None) -> None:
+        """Adds what the tokens of a chunk contribute.
 
         Args:
-            chunk: the block's.
-            block: whose rows.
-            dy_CD: the output's gradient, of the chunk's tokens.
-            z_all: (R, H) or, if gated, (R, 2H), what forward kept of the hidden layer; None: it
-                is computed again.
+            chunk: whose tokens.
+            dy_TD: the output's gradient, of all tokens.
+            z_RH: what forward kept of the chunk's hidden layer, (R, H) or, if gated, (R, 2H);
+                None: it is computed again.
         """
-        call, rows, expert = self.call, block.size, self.call.expert_of(block)
-        tokens_R = call.dispatch.token_of_row[block.rows] - chunk.tokens.start
-        do_RD = _gather(dy_CD, tokens_R, self._do_XD)
-        call.drop(do_RD[:rows])
-        x_RD = call.rows_of_x(block)
-        if z_all is None:
-            z_RH, h_RH = call.hidden(expert, x_RD)
-        else:
-            z_RH = F.pad(z_all[block.rows], (0, 0, 0, len(x_RD) - rows))
-            h_RH = call.activate(z_RH)
-        dh_RH = linear(do_RD, expert.w2_DH.mT)
+        call = self.call
+        call.gather(call.x_TD, chunk, self._x_XD)
+        call.gather(dy_TD, chunk, self._do_XD)
+        call.drop(self._do_XD[: chunk.size])
+        gates_CK = self.gates_TK[chunk.tokens]
+        gates_R = gates_CK.reshape(-1)[chunk.dispatch.order]
+        dgates_R = torch.empty_like(gates_R)
+        for block in chunk.dispatch.blocks:
+            kept_XH = None if z_RH is None else _padded(z_RH, block)
+            self._add_block(block, gates_R[block.rows], dgates_R[block.rows], kept_XH)
         if self.need_gates:
-            dgates_R = self.dgates_R[block.rows]
-            torch.sum(dh_RH[:rows].to(dgates_R.dtype) * h_RH[:rows], dim=1, out=dgates_R)
+            self.dgates_TK[chunk.tokens] = chunk.dispatch.by_pair(dgates_R)
+        if self.need_x:
+            dx_RD = self._x_XD[: chunk.size]
+            self.dx_TD[chunk.tokens] = chunk.dispatch.combine(dx_RD, gates_CK)
+
+    def _add_block(
+        self, block: Block, gates_R: Tensor, dgates_R: Tensor, z_XH: Tensor | None
+    ) -> None:
+        """Adds what the rows of a block contribute, and leaves dx in the place of x."""
+        call, rows, expert = self.call, block.size, self.call.expert_of(block)
+        x_RD, do_RD = self._x_XD[block.rows], self._do_XD[block.rows]
+        do_XD = self._do_XD[block.padded]
+        if z_XH is None:
+            z_XH, h_XH = call.hidden(expert, self._x_XD[block.padded])
+        else:
+            h_XH = call.activate(z_XH)
+        dh_XH = linear(do_XD, expert.w2_DH.mT, scratch=self._dh_XH)
+        h_RH, dh_RH = h_XH[:rows], dh_XH[:rows]
+        if self.need_gates:
+            own_RH = dh_RH.to(dgates_R.dtype)
+            torch.sum(torch.mul(own_RH, h_RH, out=self._product_XH.rows(rows)), dim=1, out=dgates_R)
             if expert.b2_D is not None:
-                dgates_R += (do_RD[:rows] * expert.b2_D).sum(dim=1, dtype=dgates_R.dtype)
-        gates_R1 = self.gates_R[block.rows, None].to(call.dtype)
-        do_RD[:rows] *= gates_R1
+                dgates_R += (do_RD * expert.b2_D).sum(dim=1, dtype=dgates_R.dtype)
+        gates_R1 = gates_R[:, None].to(call.dtype)
+        do_RD *= gates_R1
         self.w2.add_product(block, do_RD, h_RH)
         self.b2.add_rows(block, do_RD)
         if not self.need_dz:
             return
-        dh_RH[:rows] *= gates_R1
-        dz_RH = call.activation.backward(dh_RH, z_RH)
-        self.w1.add_product(block, dz_RH, x_RD)
-        self.b1.add_rows(block, dz_RH)
+        dz_XH = call.activation.backward(dh_XH, z_XH)
+        x_RD *= gates_R1
+        self.w1.add_product(block, dz_XH[:rows], x_RD)
+        self.b1.add_weighted_rows(block, dz_XH[:rows], gates_R1)
         if self.need_x:
-            call.put_rows(chunk, block, linear(dz_RH, expert.w1_HD.mT)[:rows])
-
-    def end_chunk(self, chunk: Chunk) -> None:
-        """Sums the rows of dx into the chunk's tokens."""
-        if self.need_x:
-            self.dx_TD[chunk.tokens] = self.call.combine(chunk)
+            call.write(self._x_XD, block, dz_XH, expert.w1_HD.mT, None)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dgates = self.dgates_R.new_empty((0,))
-        if self.need_gates:
-            dgates = self.dgates_R[self.call.dispatch.rows_TK] * self.call.drop.scale
         sums = (self.w1.result(), self.b1.result(), self.w2.result(), self.b2.result())
-        return self.dx_TD, dgates, *sums
+        return self.dx_TD, self.dgates_TK.mul_(self.call.drop.scale), *sums
 
 
 class _Sum:
@@ -275,22 +329,35 @@ class _Sum:
     def __init__(self, parameter: Tensor | None, needed: bool, like: Tensor) -> None:
         self.needed, self.own = needed, like.dtype
         shape = (0,) if parameter is None or not needed else parameter.shape
-        self.total = like.new_empty(shape, dtype=torch.promote_types(self.own, torch.float32))
+        self.total = new_empty(like, shape, torch.promote_types(self.own, torch.float32))
         self.idle = set(range(shape[0]))
 
     def add_product(self, block: Block, a_RO: Tensor, b_RI: Tensor) -> None:
         """Adds aᵀ·b to the block's expert's."""
         if self.needed:
-            self._add(block.expert, sum_of_products(a_RO, b_RI))
+            add_product(self.total[block.expert], a_RO, b_RI, first=self._is_first(block.expert))
 
     def add_rows(self, block: Block, rows_RO: Tensor) -> None:
         """Adds the sum of the rows."""
         if self.needed:
             self._add(block.expert, rows_RO.sum(dim=0, dtype=self.total.dtype))
 
+    def add_weighted_rows(self, block: Block, rows_RO: Tensor, weights_R1: Tensor) -> None:
+        """Adds the weighted sum of the rows."""
+        if not self.needed:
+            return
+        if rows_RO.dtype == self.total.dtype:
+            self._add(block.expert, rows_RO.mT @ weights_R1[:, 0])
+        else:
+            self._add(block.expert, (rows_RO * weights_R1).sum(dim=0, dtype=self.total.dtype))
+
+    def _is_first(self, expert: int) -> bool:
+        first = expert in self.idle
+        self.idle.discard(expert)
+        return first
+
     def _add(self, expert: int, term: Tensor) -> None:
-        if expert in self.idle:
-            self.idle.remove(expert)
+        if self._is_first(expert):
             self.total[expert] = term
         else:
             self.total[expert] += term
@@ -306,16 +373,11 @@ def _hidden_shape(expert_indices_TK: Tensor, w1_EHD: Tensor, keep: bool) -> tupl
     return (expert_indices_TK.numel() if keep else 0), w1_EHD.shape[1]
 
 
-def _gather(source_TD: Tensor, tokens_R: Tensor, buffer_XD: Tensor) -> Tensor:
-    """The tokens' rows, in the buffer, and zeros below them up to a size that products like."""
-    rows = len(tokens_R)
-    rows_RD = buffer_XD[: round_rows(rows)]
-    if source_TD.dtype == buffer_XD.dtype:
-        torch.index_select(source_TD, 0, tokens_R, out=rows_RD[:rows])
-    else:
-        rows_RD[:rows] = source_TD.index_select(0, tokens_R)
-    rows_RD[rows:].zero_()
-    return rows_RD
+def _padded(z_RH: Tensor, block: Block) -> Tensor:
+    """A block's rows and its padding, which ends where the rows end."""
+    z_XH = z_RH[block.padded]
+    missing = block.padded.stop - block.start - z_XH.shape[0]
+    return F.pad(z_XH, (0, 0, 0, missing)) if missing else z_XH
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,18 +1,32 @@
-"""The matrix products of a block, by oneDNN where it does them as exactly as BLAS and sooner.
+"""The matrix products of a block, each by oneDNN or by BLAS, as machine and width say.
 
-PyTorch hands fp32 products on a CPU to BLAS, which is MKL on x86, and MKL uses half of the vector
-width of a processor that is not Intel's: measured on an AMD EPYC, oneDNN needs half of its time at
-every width from 24 to 768. Linear layers reach oneDNN through the operator that torch.compile's
-code calls, and the weights' gradients as those of a convolution of width one.
+PyTorch hands fp32 products on a CPU to BLAS, which is MKL on x86. A linear layer reaches oneDNN
+through the operator that torch.compile's code calls, a weight's gradient as that of a convolution
+of width one. Measured with PyTorch 2.13 and two threads, in GFLOP/s, BLAS against oneDNN::
+
+    AMD EPYC                                24 → 96    192 → 768   768 → 3072   gradient 192 → 768
+    Zen 5: AVX-512, 512 bits at once        of oneDNN's half at every width, gradients too
+    Zen 4: AVX-512, 256 bits at once        128, 155   177, 199    167, 204     184, 178
+    Zen 4 held to AVX2                      128, 160   181, 163    166, 187     183, 65
+
+In the layer BLAS gains from the buffers that it writes to, and from fewer fixed costs a call, so
+that oneDNN pays from a width on. Intel's processors were not measured and are taken to be like
+Zen 4; what is neither x86 nor knows AVX2 computes with BLAS. Nothing is timed while a program
+runs: on one machine the bits of a result are always the same.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch_private import onednn_linear
+from .memory import Scratch
+from .processor import Processor, processor
 
 # BLAS rounds otherwise in GEMMs of a few rows. A sample's output shall not depend on how many rows
 # of its batch-mates stand beside its own, and where that can be had not even in the last bit, so
@@ -21,54 +35,153 @@ from .._torch_private import onednn_linear
 # and widths from 16 to 192; with 2, 16 or 40 experts one in ten differs by its last bit.
 MIN_GEMM_ROWS = 8
 
-# A product's rows are a multiple of this, padded with zeros: a convolution of at least 16 images
-# goes to oneDNN at any number of threads, and rows keep their bits whatever the number of others
-# (see MIN_GEMM_ROWS; oneDNN's do from 2 rows on, measured at widths from 1 to 4096 and up to 48
-# threads).
+# The rows of an expert's product are a multiple of this. With other numbers MKL may leave a thread
+# fewer than 4 rows and rounds those otherwise (measured with 1 to 16 threads, widths 9 to 3072).
 ROWS = 16
 
 # PyTorch brings its own oneDNN. Those of 2.8, 2.10 and 2.11 give a row other bits beside another
 # number of rows, on processors without AVX-512 nearly always; those of 2.13, 2.14 and 2.15 do
-# not (2.9 and 2.12 were not asked). BLAS keeps a row's bits with all, and is taken before 2.13.
+# not, from 2 rows on (2.9 and 2.12 were not asked). Before 2.13 BLAS is taken.
 ONEDNN_KEEPS_BITS = torch.__version__ >= "2.13"
 
 
-def round_rows(rows: int) -> int:
-    """``rows`` rounded up to one of 32 sizes an octave: oneDNN compiles each size it meets."""
+class Roads(NamedTuple):
+    """Which products go to oneDNN; all others go to BLAS.
+
+    Attributes:
+        width: linear layers whose smaller width is at least this; None: none.
+        transposed_rows: of those with a transposed weight, which backward has, only products of
+            at most so many rows; None: all.
+        gradients: whether the gradients of the weights of such widths go too.
+    """
+
+    width: int | None
+    transposed_rows: int | None = None
+    gradients: bool = False
+
+    def __str__(self) -> str:
+        if self.width is None:
+            return "BLAS"
+        rows = (
+            "" if self.transposed_rows is None else f" (transposed: to {self.transposed_rows} rows)"
+        )
+        gradients = "oneDNN" if self.gradients else "BLAS"
+        return f"linear layers oneDNN from width {self.width} on{rows}, gradients {gradients}"
+
+
+def roads_of(cpu: Processor) -> Roads:
+    """The rule."""
+    if cpu.architecture != "x86" or cpu.capability not in ("AVX2", "AVX512"):
+        return Roads(None)
+    if cpu.capability == "AVX2":
+        return Roads(256, transposed_rows=128)
+    if cpu.vendor == "AuthenticAMD" and cpu.family >= 26:
+        return Roads(16, gradients=True)
+    return Roads(128)
+
+
+@cache
+def roads() -> Roads:
+    """This machine's."""
+    if not ONEDNN_KEEPS_BITS or not torch.backends.mkldnn.is_available():
+        return Roads(None)
+    return roads_of(processor())
+
+
+def road() -> str:
+    """Which products this machine's fp32 layers compute by which library, in words."""
+    return str(roads())
+
+
+def least_rows(w1_EHD: Tensor, w2_EDH: Tensor, dtype: torch.dtype) -> int:
+    """How many rows experts' products in ``dtype`` have at least: for oneDNN 2 are enough."""
+    widths = (*w1_EHD.shape[1:], *w2_EDH.shape[1:])
+    return 2 if _by_onednn(w1_EHD.device, dtype, *widths) else ROWS
+
+
+def round_rows(rows: int, least: int) -> int:
+    """``rows`` rounded up, so that a row keeps its bits, to one of few: oneDNN compiles each.
+
+    From ``ROWS`` on 32 an octave. What is beyond ``rows`` is read and computed, and never used.
+
+    >>> [round_rows(rows, 2) for rows in (1, 3, 17, 1000)], round_rows(1, 16)
+    ([2, 4, 32, 1008], 16)
+    """
+    if rows <= ROWS:
+        return max(least, 1 << (rows - 1).bit_length())
     step = max(ROWS, 2 ** (rows.bit_length() - 6) if rows >= 64 else 0)
     return -(-rows // step) * step
 
 
-def linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None = None, relu: bool = False) -> Tensor:
-    """x·wᵀ + b, and ReLU of that if asked. The weight may be a transposed view."""
-    multiply = onednn_linear if _by_onednn(x_RI, w_OI) else F.linear
-    y_RO = multiply(x_RI, w_OI, b_O)
-    return y_RO.relu_() if relu else y_RO  # oneDNN's own ReLU makes 0 of a NaN
+def most_padding(rows: int) -> int:
+    """At least ``round_rows(r, least) - r`` for every r up to ``rows``."""
+    return max(ROWS, rows // 32)
 
 
-def sum_of_products(a_RO: Tensor, b_RI: Tensor) -> Tensor:
-    """aᵀ·b: (O, I), the gradient of a weight."""
-    if not _by_onednn(a_RO, b_RI):
-        return a_RO.mT @ b_RI
+def linear(
+    x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None = None, *, scratch: Scratch | None = None
+) -> Tensor:
+    """x·wᵀ + b. The weight may be a transposed view.
+
+    BLAS writes to ``scratch`` if there is one, and oneDNN to a tensor of its own.
+    """
+    if _linear_by_onednn(x_RI, w_OI):
+        return onednn_linear(x_RI, w_OI, b_O)
+    if scratch is None:
+        return F.linear(x_RI, w_OI, b_O)
+    out_RO = scratch.rows(x_RI.shape[0])
+    if b_O is None:
+        return torch.mm(x_RI, w_OI.mT, out=out_RO)
+    return torch.addmm(b_O, x_RI, w_OI.mT, out=out_RO)
+
+
+def add_product(total_OI: Tensor, a_RO: Tensor, b_RI: Tensor, *, first: bool) -> None:
+    """Adds aᵀ·b, a weight's gradient, to the total; the first term overwrites what is there."""
+    if a_RO.dtype != total_OI.dtype:
+        term_OI = a_RO.mT @ b_RI
+    elif roads().gradients and _by_onednn(a_RO.device, a_RO.dtype, *a_RO.shape, b_RI.shape[1]):
+        term_OI = _product_by_onednn(a_RO, b_RI)
+    elif first:
+        torch.mm(a_RO.mT, b_RI, out=total_OI)
+        return
+    else:
+        total_OI.addmm_(a_RO.mT, b_RI)
+        return
+    if first:
+        total_OI.copy_(term_OI)
+    else:
+        total_OI += term_OI
+
+
+def _product_by_onednn(a_RO: Tensor, b_RI: Tensor) -> Tensor:
     rows, out, inner = *a_RO.shape, b_RI.shape[1]
-    if rows < max(out, inner):
+    # A convolution of at least 16 images goes to oneDNN at any number of threads.
+    whole = rows // ROWS * ROWS
+    if rows < max(ROWS, out, inner):
         return onednn_linear(a_RO.mT, b_RI.mT, None)
     # Many rows for a small sum: the convolution splits the rows among the threads.
-    images = (a_RO.view(ROWS, -1, 1, out), b_RI.view(ROWS, -1, 1, inner))
+    images = (a_RO[:whole].view(ROWS, -1, 1, out), b_RI[:whole].view(ROWS, -1, 1, inner))
     channels_last = [image.permute(0, 3, 1, 2) for image in images]
     w_OI11 = a_RO.new_empty(out, inner, 1, 1)
     stride, padding, dilation, transposed, groups = [1, 1], [0, 0], [1, 1], False, 1
     options = (None, stride, padding, dilation, transposed, padding, groups, [False, True, False])
     _, dw_OI11, _ = torch.ops.aten.convolution_backward(*channels_last, w_OI11, *options)
-    return dw_OI11.view(out, inner)
+    return dw_OI11.view(out, inner).addmm_(a_RO[whole:].mT, b_RI[whole:])
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
+def _linear_by_onednn(x_RI: Tensor, w_OI: Tensor) -> bool:
+    most = roads().transposed_rows
+    if most is not None and x_RI.shape[0] > most and not w_OI.is_contiguous():
+        return False
+    return _by_onednn(x_RI.device, x_RI.dtype, *w_OI.shape)
+
+
+def _by_onednn(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
+    least = roads().width
     return (
-        ONEDNN_KEEPS_BITS
-        and a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and min(*a.shape, *b.shape) >= 16  # the floats in a vector
-        and torch.backends.mkldnn.is_available()
+        least is not None
+        and min(widths) >= least
+        and dtype == torch.float32
+        and device.type == "cpu"
         and bool(torch.backends.mkldnn.enabled)
     )

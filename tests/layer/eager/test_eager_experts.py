@@ -5,22 +5,23 @@ import math
 import naive
 import pytest
 import torch
+from harness.exactness import blocks_of
 from harness.saved import gradients_and_largest_saved
 
 from dmoe_layer import DMoE
-from dmoe_layer.eager import dispatch, experts
+from dmoe_layer.eager import experts
 
 
 @pytest.mark.parametrize("activation", sorted(naive.ACTIVATIONS))
 def test_a_kept_hidden_layer_gives_the_same_as_one_computed_again(activation, monkeypatch):
     layer = DMoE(128, hidden_dim=160, n_experts=3, activation=activation, noise="never")
     x = torch.randn(2, 100, 128, requires_grad=True)
-    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 40)
-    found, kept = gradients_and_largest_saved(layer, x)
-    # Before its activation; of a gated one both halves.
-    assert kept == 2 * 200 * layer.w1_EHD.shape[1]
-    monkeypatch.setattr(experts, "keeps_hidden", lambda *_: False)
-    again, kept = gradients_and_largest_saved(layer, x)
+    with blocks_of(40):
+        found, kept = gradients_and_largest_saved(layer, x)
+        # Before its activation; of a gated one both halves.
+        assert kept == 2 * 200 * layer.w1_EHD.shape[1]
+        monkeypatch.setattr(experts, "keeps_hidden", lambda *_: False)
+        again, kept = gradients_and_largest_saved(layer, x)
     assert kept <= 2 * 200
     for a, b in zip(found, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -53,14 +54,14 @@ def test_without_gradients_no_hidden_layer_is_kept(mode, monkeypatch):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("spoiled", [0, 1])
 def test_a_nan_in_one_expert_reaches_no_gradient_of_the_other(spoiled, keep, monkeypatch):
-    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 50)
     monkeypatch.setattr(experts, "keeps_hidden", lambda *_: keep)
     layer, x = DMoE(128, n_experts=2, k=1, noise="never"), torch.randn(1, 301, 128)
     with torch.no_grad():
         layer.w1_bias[spoiled] = math.nan
-    y, routing = layer(x, return_routing=True)
-    assert len(routing.expert_indices.unique()) == 2
-    y.sum().backward()
+    with blocks_of(50):
+        y, routing = layer(x, return_routing=True)
+        assert len(routing.expert_indices.unique()) == 2
+        y.sum().backward()
     for parameter in (layer.w1_EHD, layer.w1_bias, layer.w2_EDH, layer.w2_bias):
         assert torch.isfinite(parameter.grad[1 - spoiled]).all()
     assert torch.isnan(layer.w2_EDH.grad[spoiled]).all()

@@ -1,4 +1,4 @@
-"""The eager backend's matrix products: exact, and with the same bits beside any other rows."""
+"""The eager products: exact on every road, and with the same bits beside any other rows."""
 
 import math
 
@@ -9,40 +9,108 @@ from harness.saved import gradients_and_largest_saved
 
 from dmoe_layer import DMoE
 from dmoe_layer.eager import gemm
+from dmoe_layer.eager.gemm import Roads
+from dmoe_layer.eager.memory import Scratch
+from dmoe_layer.eager.processor import Processor, processor
+
+needs_onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and gemm.ONEDNN_KEEPS_BITS and processor().vendor),
+    reason="needs a oneDNN that keeps bits, on x86",
+)
+# Every rule's road, whatever this machine's own is.
+ROADS = [
+    Roads(None),
+    pytest.param(Roads(128), marks=needs_onednn),
+    pytest.param(Roads(256, transposed_rows=128), marks=needs_onednn),
+    pytest.param(Roads(16, gradients=True), marks=needs_onednn),
+]
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-@pytest.mark.parametrize(("inner", "out"), [(16, 64), (24, 96), (96, 24), (200, 40), (768, 192)])
+@pytest.fixture(params=ROADS, ids=str)
+def roads(request, monkeypatch):
+    monkeypatch.setattr(gemm, "roads", lambda: request.param)
+    return request.param
+
+
+def test_the_road_depends_on_the_processor():
+    zen_5 = Processor("x86", "AuthenticAMD", 26, "AVX512")
+    assert gemm.roads_of(zen_5) == Roads(16, gradients=True)
+    assert gemm.roads_of(zen_5._replace(family=25)) == Roads(128)
+    assert gemm.roads_of(zen_5._replace(vendor="GenuineIntel", family=6)) == Roads(128)
+    assert gemm.roads_of(zen_5._replace(capability="AVX2")) == Roads(256, transposed_rows=128)
+    assert gemm.roads_of(zen_5._replace(capability="DEFAULT")) == Roads(None)
+    assert gemm.roads_of(Processor("aarch64", "", 0, "SVE256")) == Roads(None)
+
+
+@pytest.mark.parametrize(("inner", "out"), [(16, 64), (96, 24), (200, 140), (768, 256)])
 @pytest.mark.parametrize("rows", [16, 80, 1024])
-def test_onednns_products_are_exact_and_keep_a_rows_bits(inner, out, rows):
+def test_products_are_exact_and_keep_a_rows_bits(inner, out, rows, roads):
     x, w, b = torch.randn(rows + 64, inner), torch.randn(out, inner), torch.randn(out)
-    true = (x.double() @ w.double().mT + b.double()).relu()
+    true = x.double() @ w.double().mT + b.double()
     for weight in (w, w.mT.contiguous().mT):
-        assert gemm._by_onednn(x, weight) == gemm.ONEDNN_KEEPS_BITS
-        y = gemm.linear(x, weight, b, relu=True)
+        y = gemm.linear(x, weight, b, scratch=Scratch(x, rows + 70, out, x.dtype))
         assert_close(y, true, torch.float32, "linear")
-        assert torch.equal(gemm.linear(x[7 : 7 + rows], weight, b, relu=True), y[7 : 7 + rows])
+        if not roads.transposed_rows:
+            part = gemm.linear(x[7 : 7 + rows], weight, b)
+            assert torch.equal(part, y[7 : 7 + rows])
+        assert_close(gemm.linear(x, weight), true - b.double(), torch.float32, "without bias")
     with_gaps = torch.stack([b, b + 1], dim=1)[:, 0]
     assert torch.equal(gemm.linear(x, w, with_gaps), gemm.linear(x, w, b))
-    x[0, 0] = math.nan
-    assert torch.isnan(gemm.linear(x, w, b, relu=True)[0]).all()
-    g, x = torch.randn(rows, out), x[64:]
-    dw = gemm.sum_of_products(g, x[:rows])
-    assert_close(dw, g.double().mT @ x[:rows].double(), torch.float32, "dw")
 
 
-def test_without_onednn_the_layer_gives_the_same():
-    layer, x = DMoE(24, noise="never"), torch.randn(2, 300, 24, requires_grad=True)
+@pytest.mark.parametrize(("inner", "out"), [(16, 64), (96, 24), (200, 140)])
+@pytest.mark.parametrize("rows", [1, 15, 83, 1030])
+def test_the_sum_of_products_is_exact_whether_it_is_the_first_or_not(inner, out, rows, roads):
+    a, b = torch.randn(rows, out), torch.randn(rows, inner)
+    true = a.double().mT @ b.double()
+    total = torch.full((out, inner), math.nan)
+    gemm.add_product(total, a, b, first=True)
+    assert_close(total, true, torch.float32, "first")
+    gemm.add_product(total, a, b, first=False)
+    assert_close(total, 2 * true, torch.float32, "second")
+
+
+@pytest.mark.parametrize(("dim", "tokens"), [(24, 300), (256, 150)])
+def test_every_road_gives_the_layers_output_and_gradients(dim, tokens, roads, monkeypatch):
+    layer, x = DMoE(dim, noise="never"), torch.randn(2, tokens, dim, requires_grad=True)
     found, _ = gradients_and_largest_saved(layer, x)
+    monkeypatch.setattr(gemm, "roads", lambda: Roads(None))
+    plain, _ = gradients_and_largest_saved(layer, x)
+    for i, (a, b) in enumerate(zip(found, plain, strict=True)):
+        assert_close(a, b, torch.float32, f"tensor {i}")
+
+
+@pytest.mark.parametrize("dim", [24, 256])
+def test_a_sample_keeps_its_bits_beside_any_others_on_every_road(dim, roads):
+    layer, x = DMoE(dim, attribute_sizes=3).eval(), torch.randn(5, 37, dim)
+    attributes = torch.tensor([0, 1, 2, 1, 0])
+    y = layer(x, attributes)
+    for few in ([0], [3], [1, 4]):
+        assert torch.equal(layer(x[few], attributes[few]), y[few])
+    one_token = layer(x[:, :1], attributes)
+    assert torch.equal(layer(x[2:3, :1], attributes[2:3]), one_token[2:3])
+
+
+def test_a_nan_stays_a_nan_in_the_hidden_layer(roads):
+    layer, x = DMoE(256, n_experts=2, k=1, noise="never"), torch.randn(1, 40, 256)
+    x[0, 3, 0] = math.nan
+    y = layer(x)
+    assert torch.isnan(y[0, 3]).all()
+    assert torch.isfinite(y[0, torch.arange(40) != 3]).all()
+
+
+def test_without_onednn_blas_computes():
+    weight = torch.randn(256, 256)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not gemm._by_onednn(layer.w1_EHD[0], layer.w1_EHD[0])
-        other, _ = gradients_and_largest_saved(layer, x)
-    for a, b in zip(found, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert not gemm._linear_by_onednn(weight, weight)
+        assert gemm.least_rows(weight[None], weight[None], torch.float32) == gemm.ROWS
 
 
-def test_the_rows_of_padded_blocks_are_few_sizes_and_little_more():
+@pytest.mark.parametrize("least", [2, 16])
+def test_the_rows_of_padded_blocks_are_few_sizes_and_little_more(least):
     for rows in range(1, 10_000):
-        assert rows <= gemm.round_rows(rows) <= max(rows + 15, rows * 33 / 32)
-        assert gemm.round_rows(rows) % 16 == 0
-    assert len({gemm.round_rows(rows) for rows in range(4097, 8193)}) == 32
+        padded = gemm.round_rows(rows, least)
+        assert max(rows, least) <= padded <= max(2 * rows, rows * 33 / 32, 16)
+        assert padded - rows <= gemm.most_padding(rows)
+        assert padded % 16 == 0 or (padded < 16 and least == 2)
+    assert len({gemm.round_rows(rows, least) for rows in range(4097, 8193)}) == 32

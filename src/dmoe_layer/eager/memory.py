@@ -1,0 +1,60 @@
+"""Large tensors on a CPU, in memory that the system hands out in few and large pages."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Smaller ones come from memory that the process has touched before: glibc maps none of them afresh.
+LEAST_BYTES = 2**25
+# Linux's name for "in huge pages, please"; Python's mmap knows it on Linux alone.
+_MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+
+
+def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty(shape)``, of which a large one costs fewer page faults.
+
+    A tensor of many MiB is fresh memory in every call, and the system clears and maps it as it is
+    written for the first time: 4 KiB at a time by default, which took a fifth of a training step
+    at the width of a ViT. Where Linux leaves huge pages to be asked for (its default), this asks
+    for 2 MiB at a time. Elsewhere it changes nothing, and the numbers are the same anyway.
+    """
+    empty = like.new_empty(shape, dtype=dtype)
+    if _advise is not None and empty.device.type == "cpu" and empty.nbytes >= LEAST_BYTES:
+        start = -(-empty.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = empty.data_ptr() + empty.nbytes - start
+        _advise(start, length, _MADV_HUGEPAGE)  # whether it was followed or not: no matter
+    return empty
+
+
+class Scratch:
+    """Rows of one width that are written again and again; nothing before they first are."""
+
+    def __init__(self, like: Tensor, rows: int, width: int, dtype: torch.dtype) -> None:
+        self._like, self._shape, self._dtype = like, (rows, width), dtype
+        self._buffer: Tensor | None = None
+
+    def rows(self, rows: int) -> Tensor:
+        """The first ``rows``, with whatever stands in them."""
+        if self._buffer is None:
+            self._buffer = new_empty(self._like, self._shape, self._dtype)
+        return self._buffer[:rows]
+
+
+def _system_call() -> Callable[..., int] | None:
+    if _MADV_HUGEPAGE is None or not sys.platform.startswith("linux"):
+        return None
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise
+
+
+_advise = _system_call()
