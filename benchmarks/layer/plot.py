@@ -50,7 +50,7 @@ def write_plot(rows: list[LayerRow], path: Path) -> bool:
     where = "CPU only: " if row.device == "cpu" else ""
     figure.suptitle(
         f"Forward and backward of one layer, d = {SWEEP_DIM}, {N_EXPERTS} experts, {K} a token, "
-        f"{row.dtype} ({where}{row.machine}, {row.date})",
+        f"{row.dtype}\n{where}{row.hardware()}, {row.date}",
         fontsize=10,
     )
     image = io.BytesIO()

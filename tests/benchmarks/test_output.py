@@ -27,8 +27,9 @@ def test_the_csv_holds_every_column_and_comes_back(tmp_path):
         read = list(csv.DictReader(file))
     assert list(read[0]) == [field.name for field in dataclasses.fields(LayerRow)]
     assert [(r["provider"], r["which"]) for r in read] == [
-        ("eager", "forward"), ("eager", "forward+backward"), ("eager", "router"), ("triton", ""),
-        ("mask-loop", "forward"), ("mask-loop", "forward+backward"),
+        ("eager", "forward"), ("eager", "forward+backward"), ("eager", "eval"), ("eager", "router"),
+        ("triton", ""),
+        ("mask-loop", "forward"), ("mask-loop", "forward+backward"), ("mask-loop", "eval"),
     ]  # fmt: skip
     for written, got in zip(rows, read, strict=True):
         for name in read[0]:
@@ -38,7 +39,8 @@ def test_the_csv_holds_every_column_and_comes_back(tmp_path):
             else:
                 assert got[name] == ("" if value is None else str(value))
         assert got["torch"] == torch.__version__
-        assert all(got[name] for name in ("date", "commit", "machine", "threads", "python"))
+        assert all(got[name] for name in ("date", "commit", "machine", "capability", "road"))
+        assert all(got[name] for name in ("threads", "python"))
     assert [file.name for file in tmp_path.iterdir()] == ["run.csv"]
 
 

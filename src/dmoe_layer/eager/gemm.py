@@ -63,6 +63,11 @@ def sum_of_products(a_RO: Tensor, b_RI: Tensor) -> Tensor:
     return dw_OI11.view(out, inner)
 
 
+def road() -> str:
+    """Which library computes the products of wide fp32 layers on this machine's CPU."""
+    return "oneDNN" if _by_onednn(*[torch.empty(16, 16, dtype=torch.float32)] * 2) else "BLAS"
+
+
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
         ONEDNN_KEEPS_BITS
