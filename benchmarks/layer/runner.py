@@ -41,7 +41,7 @@ def measure_shape(shape: Shape, providers: list[Provider], run: LayerRun) -> lis
         try:
             found[provider.name] = _prepare(provider, problem, watch)
         except Exception as error:
-            reasons[provider.name] = _reason(error)
+            reasons[provider.name] = reason(error)
     layers = {name: checked.layer for name, checked in found.items()}
     tasks = step_tasks(layers, problem, watch)
     rounds = run.rounds or rounds_that_fit(tasks, SECONDS, LEAST_ROUNDS, MOST_ROUNDS)
@@ -72,7 +72,8 @@ def _prepare(provider: Provider, problem: Problem, watch: Stopwatch) -> Checked:
     return Checked(layer, error, step_memory(layer, problem))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a provider was not timed, as its row's status says it."""
     first_line = (str(error).splitlines() or [""])[0]
     if isinstance(error, WrongResult):
         return f"wrong ({first_line}), not timed"

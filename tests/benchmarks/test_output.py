@@ -8,6 +8,7 @@ import torch
 from harness.benchmark_runs import row_of, rows_of
 
 from benchmarks import output
+from benchmarks.growth.rows import GrowthRow
 from benchmarks.kernels.report import KernelRow
 from benchmarks.layer.command import PROVIDERS
 from benchmarks.layer.rows import LayerRow
@@ -15,7 +16,11 @@ from benchmarks.machine import commit
 from benchmarks.volumes.rows import VolumeRow
 from reference_models.study.csv_table import Table
 
-ROW_OF = {"kernels": KernelRow, "volumes": VolumeRow}  # by a file's first word; others hold layers
+ROW_OF = {
+    "growth": GrowthRow,
+    "kernels": KernelRow,
+    "volumes": VolumeRow,
+}  # by a file's first word; others hold layers
 
 
 def test_the_csv_holds_every_column_and_comes_back(tmp_path):
