@@ -148,7 +148,8 @@ def min_bytes(shape: Shape, which: str, element_size: int, *, routes: bool = Tru
     Forward: x read, y written, every parameter read. Backward: x and y's gradient read, x's
     gradient written, every parameter read and its gradient written. Router alone: x and the
     router's parameters read, k int64 indices, k fp32 gates and E fp32 logits a token written.
-    Eval: forward without the noise router's parameters.
+    Eval: forward without the noise router's parameters. Of T tokens fewer than E / k, the
+    parameters of k·T experts count.
 
     >>> min_bytes(Shape("", 1, 10, 3, 1), "router", 4)  # 4·(30 + 64) + 10·(16 + 8 + 32)
     936
@@ -158,8 +159,9 @@ def min_bytes(shape: Shape, which: str, element_size: int, *, routes: bool = Tru
     router = routers * shape.values * shape.experts * (d + 1)
     if which.startswith("router"):
         return element_size * (t * d + router) + t * (8 * shape.k + 4 * shape.k + 4 * shape.experts)
-    # A dense MLP of equal active FLOPs has k experts' weights.
-    parameters = router + (shape.experts if routes else shape.k) * (2 * d * h + h + d)
+    # A dense MLP of equal active FLOPs has k experts' weights; few tokens cannot reach all experts.
+    used = min(shape.experts, shape.k * t) if routes else shape.k
+    parameters = router + used * (2 * d * h + h + d)
     forward = 2 * t * d + parameters
     both = forward + 3 * t * d + 2 * parameters
     return element_size * (both if which == "forward+backward" else forward)

@@ -45,6 +45,11 @@ def test_formulas_know_the_number_of_experts_and_how_many_a_token_takes():
     assert min_bytes(shape, "forward", 4, routes=False) == 4 * (60 + 3 * (2 * 3 * 12 + 12 + 3))
 
 
+def test_one_token_reads_the_experts_that_it_takes():
+    shape = Shape("", 1, 1, 3, 1)
+    assert min_bytes(shape, "forward", 4) == 4 * (6 + 2 * 8 * 4 + 2 * (2 * 3 * 12 + 12 + 3))
+
+
 def test_stage_0_has_the_tokens_of_a_halved_volume():
     stages = {shape.name: shape for shape in GPU_SHAPES["goals"] + GPU_SHAPES["stages"]}
     sides = [(192, 192, 64), (96, 96, 32), (48, 48, 16), (24, 24, 8), (12, 12, 4)]
