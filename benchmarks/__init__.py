@@ -1,6 +1,6 @@
-"""Benchmarks: of the layer, of the 3D network's training step, and a report of the kernels.
+"""Benchmarks: of the layer, how its cost grows, of the 3D network, and a report of the kernels.
 
-``python -m benchmarks``, ``python -m benchmarks.volumes``, ``python -m benchmarks.kernels``.
+``python -m benchmarks``, ``benchmarks.growth``, ``benchmarks.volumes``, ``benchmarks.kernels``.
 """
 
 import os

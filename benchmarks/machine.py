@@ -6,27 +6,47 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from dmoe_layer.eager.gemm import road
 from reference_models.machine import processor_name
 
 ROOT = Path(__file__).parent.parent
+CPUINFO = Path("/proc/cpuinfo")
+# By these a library is held to fewer instructions than the processor has. oneDNN has two names.
+HELD_BY = (
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+_MODEL = {"family": "cpu family", "model": "model"}
 
 
 @dataclass(frozen=True)
 class RunFacts:
     """The first columns of every row: what all rows of a run share.
 
-    ``load`` is the load average before the run: near 0, or others took part of the machine.
+    ``machine`` says too by what its libraries are held to fewer instructions than it has.
+    ``vendor`` is the processor's, with family and model where the system tells. ``capability``:
+    the instruction set that PyTorch uses, or a GPU's compute capability. ``road``: which library
+    computed the layer's products. What a file was written without is empty, and vendor and road
+    are on a GPU. ``load`` is the load average before the run: near 0, or others took part of the
+    machine.
     """
 
     date: str
     commit: str
     machine: str
+    vendor: str
+    capability: str
+    road: str
     threads: str
     python: str
     torch: str
@@ -38,6 +58,15 @@ class RunFacts:
     def one_line(self) -> str:
         """All of them, as a command prints them before it measures."""
         return ", ".join(f"{name} {value or 'none'}" for name, value in asdict(self).items())
+
+    def hardware(self) -> str:
+        """Machine, vendor, instruction set and road, as the README shows them."""
+        details = "; ".join(text for text in (self.vendor, self.capability) if text)
+        return (
+            self.machine
+            + (f" ({details})" if details else "")
+            + (f"; our products by {self.road}" if self.road else "")
+        )
 
     def software(self) -> str:
         """Threads, versions, date and commit, as the README shows them."""
@@ -53,10 +82,15 @@ class RunFacts:
 
 def run_facts(device: torch.device, dtype: torch.dtype) -> RunFacts:
     """Those of this machine, now."""
+    on_cpu = device.type == "cpu"
     return RunFacts(
         date=datetime.date.today().isoformat(),
         commit=commit(ROOT),
-        machine=machine_name(device),
+        machine=machine_name(device) + (held_to(os.environ) if on_cpu else ""),
+        vendor=vendor() if on_cpu else "",
+        capability=capability(device),
+        # Products of other dtypes have one road each, PyTorch's own.
+        road=("" if not on_cpu else road() if dtype == torch.float32 else "plain PyTorch"),
         threads=str(torch.get_num_threads()),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -91,6 +125,58 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {os.cpu_count()} cores"
+
+
+def capability(device: torch.device) -> str:
+    """The instruction set that PyTorch uses on the CPU, or the GPU's compute capability."""
+    if device.type == "cuda":
+        return ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def device_kind(device: torch.device) -> str:
+    """What figures depend on and files are named by: "cuda", "cpu-avx2", "cpu-avx512", ..."""
+    if device.type == "cuda":
+        return "cuda"
+    return f"cpu-{re.sub('[^a-z0-9]+', '-', capability(device).lower())}"
+
+
+def vendor() -> str:
+    """The processor's, with family and model where Linux lists them; else what the system says."""
+    listed: dict[str, str] = {}
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            listed.setdefault(name.strip(), value.strip())
+    if "vendor_id" not in listed:
+        return platform.processor() or platform.machine()
+    words = [listed["vendor_id"]]
+    words += [f"{name} {listed[f]}" for name, f in _MODEL.items() if f in listed]
+    return " ".join(words)
+
+
+def held_to(environment: Mapping[str, str]) -> str:
+    """Which variables hold which libraries to fewer instructions; empty where none does.
+
+    >>> held_to({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "HOME": "/root"})
+    ', held to AVX2 by ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY'
+    """
+    names: dict[str, list[str]] = {}
+    for name in HELD_BY:
+        if environment.get(name):
+            names.setdefault(environment[name].upper(), []).append(name)
+    return "".join(f", held to {isa} by {' and '.join(by)}" for isa, by in names.items())
+
+
+def free_bytes() -> float:
+    """The memory that programs can still have; without end where Linux does not tell."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return float("inf")
+    line = next(
+        x for x in info.read_text(encoding="utf-8").splitlines() if x.startswith("MemAvailable")
+    )
+    return 1024 * int(line.split()[1])
 
 
 def _git(folder: Path, *words: str) -> str:

@@ -12,11 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 # Larger than any GPU's L2 cache: written before each timed step, so that none starts warm.
 _FLUSH_BYTES = 256 * 2**20
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,26 @@ class Stopwatch:
 
 
 def interleaved(
-    tasks: Mapping[str, Callable[[], list[float]]], rounds: int, seed: int = 0
-) -> dict[str, list[list[float]]]:
+    tasks: Mapping[Name, Callable[[], list[float]]], rounds: int, seed: int = 0
+) -> dict[Name, list[list[float]]]:
     """Runs every task once a round, in a new order each time; tasks come warmed up.
 
     So that whatever else the machine does meets all tasks alike.
     """
     order = random.Random(seed)
-    laps: dict[str, list[list[float]]] = {name: [] for name in tasks}
+    laps: dict[Name, list[list[float]]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name in order.sample(list(tasks), len(tasks)):
             laps[name].append(tasks[name]())
     return laps
+
+
+def rounds_that_fit(
+    tasks: Mapping[Name, Callable[[], list[float]]], seconds: float, least: int, most: int
+) -> int:
+    """As many rounds as take about ``seconds``, by one that does not count; ``least`` to ``most``.
+
+    A median of steps of a millisecond needs many rounds, steps of a second are the same every time.
+    """
+    once = sum(laps[-1] for (laps,) in interleaved(tasks, 1).values())
+    return most if once * most <= seconds else max(least, int(seconds / once))

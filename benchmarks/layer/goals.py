@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from reference_models.markdown import markdown_table
 
 from .rows import OUR_BACKENDS, LayerRow, timed_rows
-from .step import PASSES
+from .step import EVAL, PASSES, TRAINING
 
-# Shape: forward and forward+backward against the boolean-mask loop; fp32, two threads.
+# All goals of CPUs are set for fp32 and so many threads.
+THREADS = 2
+# By instruction set and shape, times faster than the boolean-mask loop: forward and
+# forward+backward. On other instruction sets nobody has measured what can be had.
 _CPU_SPEED = {
-    "stage-0-cut": (1.8, 1.7),
-    "wide-48": (1.7, 1.4),
-    "wide-192": (1.2, 1.15),
-    "2d-cut": (1.0, 1.0),
+    "AVX2": {
+        "stage-0-cut": (2.2, 2.0),
+        "wide-48": (1.8, 1.5),
+        "wide-192": (1.5, 1.25),
+        "2d-cut": (1.2, 1.1),
+        "sweep-2048": (1.1, 1.1),
+        "small-196": (1.1, 1.1),
+    },
+    "AVX512": {
+        "stage-0-cut": (2.8, 2.4),
+        "wide-48": (2.7, 2.2),
+        "wide-192": (2.2, 1.8),
+        "2d-cut": (2.0, 1.6),
+        "sweep-2048": (1.1, 1.1),
+        "small-196": (1.1, 1.1),
+    },
 }
+# Shape: share of the boolean-mask loop's peak memory in forward+backward.
 _CPU_MEMORY = {"stage-0-cut": 0.35}
+# Shape and pass: time beside the dense MLP of equal active FLOPs.
+_CPU_DENSE = {
+    ("sweep-2048", "forward+backward"): 2.0,
+    ("small-196", EVAL): 1.35,
+    ("pooled-1", EVAL): 3.0,
+}
+# At every shape and in every pass: time beside the fastest of these.
+_CPU_RIVALS = ("mask-loop", "gemm-loop", "grouped-mm", "transformers", "st-moe")
+_CPU_BEHIND = 1.05
 _ROUTER_SHARE = 0.70
 _NOT_PEERS = (*OUR_BACKENDS, "mask-loop", "dense", "st-moe")
 
@@ -91,10 +116,10 @@ def goals_table(rows: list[LayerRow]) -> str:
         )
     table = markdown_table(["shape", "what", "measured", "goal", ""], lines)
     row = rows[0]
-    if row.device == "cpu" and (row.threads, row.dtype) != ("2", "float32"):
+    if row.device == "cpu" and (row.threads, row.dtype) != (str(THREADS), "float32"):
         table += (
-            f"\n\nThe goals are set for 2 threads and float32; this run had {row.threads} and "
-            f"{row.dtype}."
+            f"\n\nThe goals are set for {THREADS} threads and float32; this run had "
+            f"{row.threads} and {row.dtype}."
         )
     return table
 
@@ -104,7 +129,8 @@ class _Measured:
 
     def __init__(self, rows: list[LayerRow]) -> None:
         self.timed = timed_rows(rows)
-        self.shapes = {row.shape for row in rows}
+        self.shapes = list(dict.fromkeys(row.shape for row in rows))
+        self.capability = rows[0].capability
 
     def ours(self, shape: str, which: str) -> LayerRow | None:
         """The kernels where they were timed, else plain PyTorch."""
@@ -113,12 +139,24 @@ class _Measured:
 
     def best_peer(self, shape: str, which: str) -> str | None:
         """The fastest provider of the same maths that is not ours."""
-        times = {
-            provider: row.median_ms
-            for (at, provider, pass_), row in self.timed.items()
-            if (at, pass_) == (shape, which) and provider not in _NOT_PEERS and row.median_ms
-        }
+        peers = {provider for _, provider, _ in self.timed if provider not in _NOT_PEERS}
+        return self.fastest(shape, which, peers)
+
+    def fastest(self, shape: str, which: str, providers: Iterable[str]) -> str | None:
+        """The fastest of these that were timed."""
+        rows = {name: self.timed.get((shape, name, which)) for name in providers}
+        times = {name: row.median_ms for name, row in rows.items() if row and row.median_ms}
         return min(times, key=lambda name: times[name], default=None)
+
+    def behind(self, shape: str) -> tuple[float, str] | None:
+        """The worst of our passes beside the fastest rival's: time over its time, and which."""
+        found = []
+        for which in PASSES:
+            rival = self.fastest(shape, which, _CPU_RIVALS)
+            ratio = self.ratio(shape, rival, which, _time) if rival else None
+            if ratio:
+                found.append((1 / ratio, f"{which} beside {rival}"))
+        return max(found, default=None)
 
     def ratio(
         self, shape: str, other: str, which: str, of: Callable[[LayerRow], float | None]
@@ -133,10 +171,9 @@ class _Measured:
 
 def _cpu_goals(found: _Measured) -> list[Goal]:
     result = []
-    for shape, bounds in _CPU_SPEED.items():
-        if shape not in found.shapes:
-            continue
-        for which, bound in zip(PASSES, bounds, strict=True):
+    speed = _CPU_SPEED.get(found.capability, {})
+    for shape in found.shapes:
+        for which, bound in zip(TRAINING, speed.get(shape, ()), strict=False):
             ratio = found.ratio(shape, "mask-loop", which, _time)
             result.append(Goal(shape, f"{which}, times faster than mask-loop", ratio, bound))
         if shape in _CPU_MEMORY:
@@ -144,6 +181,16 @@ def _cpu_goals(found: _Measured) -> list[Goal]:
             share = None if inverse is None else 1 / inverse
             what = "peak memory of forward+backward, share of mask-loop's"
             result.append(Goal(shape, what, share, _CPU_MEMORY[shape], at_most=True))
+        for (at, which), bound in _CPU_DENSE.items():
+            if at == shape:
+                ratio = found.ratio(shape, "dense", which, _time)
+                times = None if ratio is None else 1 / ratio
+                what = f"{which}, × the time of a dense MLP of equal active FLOPs"
+                result.append(Goal(shape, what, times, bound, at_most=True))
+        if worst := found.behind(shape):
+            times, where = worst
+            what = f"× the time of the fastest other, at worst: {where}"
+            result.append(Goal(shape, what, times, _CPU_BEHIND, at_most=True))
     return result
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmoe_layer import DMoE
 
-from ..paper import DROPOUT, N_EXPERTS, K
+from ..paper import DROPOUT
 from .problem import Problem
 from .provider import Layer, Provider, Unavailable, gradient
 
@@ -23,8 +23,8 @@ class Ours(Layer):
             raise Unavailable("the kernels run on a GPU; Triton's interpreter is not timed")
         self.layer = DMoE(
             problem.shape.dim,
-            n_experts=N_EXPERTS,
-            k=K,
+            n_experts=problem.shape.experts,
+            k=problem.shape.k,
             attribute_sizes=problem.shape.values,
             dropout=DROPOUT,
             backend=backend,

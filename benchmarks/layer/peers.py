@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..paper import N_EXPERTS, K, experts_of_modules
+from ..paper import experts_of_modules
 from .problem import Problem
 from .provider import Layer, Provider, Routed, Unavailable
 
@@ -36,7 +36,7 @@ class Transformers(Routed):
         class Experts(nn.Module):
             def __init__(self, config: Any) -> None:
                 super().__init__()
-                self.num_experts, self.act_fn = N_EXPERTS, F.relu
+                self.num_experts, self.act_fn = owner.n_experts, F.relu
                 self.up_proj, self.up_proj_bias = owner.w1_EHD, owner.w1_bias
                 self.down_proj, self.down_proj_bias = owner.w2_EDH, owner.w2_bias
 
@@ -60,8 +60,8 @@ class ScatterMoE(Routed):
         self.mlp = MLP(
             input_size=problem.shape.dim,
             hidden_size=problem.shape.hidden,
-            num_experts=N_EXPERTS,
-            top_k=K,
+            num_experts=self.n_experts,
+            top_k=self.k,
             bias=True,
             activation=nn.ReLU(),
         )
@@ -88,13 +88,13 @@ class SonicMoE(Routed):
         y_TD, _ = self.run(
             x_TD,
             gates_TK.flatten(),
-            token_R.repeat_interleave(K),
+            token_R.repeat_interleave(self.k),
             indices_TK.flatten().int(),
             self.w1_EHD.permute(1, 2, 0),
             self.w1_bias,
             self.w2_EDH.permute(1, 2, 0),
             self.w2_bias,
-            E=N_EXPERTS,
+            E=self.n_experts,
             stream_id=torch.cuda.current_stream().cuda_stream,
             activation_type=self.relu,
             is_inference_mode_enabled=not torch.is_grad_enabled(),
@@ -118,8 +118,8 @@ class MegaBlocks(Routed):
                 bias=False,
                 return_bias=False,
                 activation_fn=F.relu,
-                moe_num_experts=N_EXPERTS,
-                moe_top_k=K,
+                moe_num_experts=self.n_experts,
+                moe_top_k=self.k,
                 moe_loss_weight=0.0,
                 memory_optimized_mlp=True,
                 mlp_impl="grouped",
@@ -154,13 +154,14 @@ class StMoe(Layer):
         super().__init__()
         shape = problem.shape
         self.group = _group(shape.tokens)
-        capacity = max(int(self.group * 1.25 / N_EXPERTS), 4)
-        needed = 2 * shape.total_tokens * N_EXPERTS * capacity * problem.x_BTD.element_size()
+        capacity = max(int(self.group * 1.25 / shape.experts), 4)
+        needed = 2 * shape.total_tokens * shape.experts * capacity * problem.x_BTD.element_size()
         if needed > _MOST_DISPATCH_BYTES:
             raise Unavailable(f"its dispatch tensors would take {needed / 2**30:.1f} GiB")
         weights = {name: weight.float() for name, weight in problem.weights.items()}
         experts = experts_of_modules(weights)
-        self.moe = MoE(shape.dim, num_experts=N_EXPERTS, gating_top_n=K, experts=experts)
+        sizes = {"num_experts": shape.experts, "gating_top_n": shape.k}
+        self.moe = MoE(shape.dim, **sizes, experts=experts)
         self.moe.to(problem.device)
         self.autocast = torch.autocast(
             problem.device.type, problem.dtype, enabled=problem.dtype != torch.float32

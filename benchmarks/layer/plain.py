@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..paper import N_EXPERTS, K, MaskLoop, mlp
+from ..paper import MaskLoop, mlp
 from .problem import Problem
 from .provider import Layer, Provider, Routed, Unavailable, gradient
 
@@ -15,7 +15,7 @@ class PaperLayer(MaskLoop, Layer):
     """The paper's way, as a provider."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.weights)
+        super().__init__(problem.weights, problem.shape.k)
 
     def w1_grad(self) -> Tensor:
         return torch.stack([gradient(expert.get_parameter("0.weight")) for expert in self.experts])
@@ -26,8 +26,8 @@ class GemmLoop(Routed):
 
     def experts(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
         expert_R, order_R = indices_TK.flatten().to(torch.uint8).sort(stable=True)
-        token_R = order_R // K
-        counts = torch.bincount(expert_R, minlength=N_EXPERTS).tolist()
+        token_R = order_R // self.k
+        counts = torch.bincount(expert_R, minlength=self.n_experts).tolist()
         outs = []
         for e, x_RD in enumerate(x_TD.index_select(0, token_R).split(counts)):
             h_RH = F.linear(x_RD, self.w1_EHD[e], self.w1_bias[e]).relu_()
@@ -46,8 +46,8 @@ class GroupedMm(Routed):
 
     def experts(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
         expert_R, order_R = indices_TK.flatten().sort()
-        token_R = order_R // K
-        edges_E = torch.arange(N_EXPERTS, device=x_TD.device)
+        token_R = order_R // self.k
+        edges_E = torch.arange(self.n_experts, device=x_TD.device)
         offsets_E = torch.searchsorted(expert_R, edges_E, right=True).int()
         x_RD = x_TD.index_select(0, token_R)
         z_RH = F.grouped_mm(x_RD, self.w1_EHD.mT, offs=offsets_E)
@@ -62,11 +62,11 @@ class Dense(Layer):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
-        weights = problem.weights
+        weights, k = problem.weights, problem.shape.k
         self.net = mlp(
-            weights["w1_EHD"][:K].flatten(0, 1),
-            weights["w1_bias"][:K].flatten(),
-            weights["w2_EDH"][:K].movedim(0, 1).flatten(1),
+            weights["w1_EHD"][:k].flatten(0, 1),
+            weights["w1_bias"][:k].flatten(),
+            weights["w2_EDH"][:k].movedim(0, 1).flatten(1),
             weights["w2_bias"][0],
         )
 

@@ -15,7 +15,7 @@ from .shapes import SWEEP_DIM
 
 # Ours stand out; the others keep one colour each, whatever else a run has. The colours are those
 # of Okabe and Ito, which colour-blind readers can tell apart.
-_STYLES: dict[str, tuple[str, str]] = {
+STYLES: dict[str, tuple[str, str]] = {
     "eager": ("#D55E00", "-"),
     "triton": ("#D55E00", "--"),
     "mask-loop": ("#000000", "-"),
@@ -50,7 +50,7 @@ def write_plot(rows: list[LayerRow], path: Path) -> bool:
     where = "CPU only: " if row.device == "cpu" else ""
     figure.suptitle(
         f"Forward and backward of one layer, d = {SWEEP_DIM}, {N_EXPERTS} experts, {K} a token, "
-        f"{row.dtype} ({where}{row.machine}, {row.date})",
+        f"{row.dtype}\n{where}{row.hardware()}, {row.date}",
         fontsize=10,
     )
     image = io.BytesIO()
@@ -73,7 +73,7 @@ def curves(rows: list[LayerRow]) -> Curves:
 
 def _draw(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
     for name, points in lines.items():
-        colour, dashes = _STYLES.get(name, _OTHER_STYLE)
+        colour, dashes = STYLES.get(name, _OTHER_STYLE)
         ours = name in OUR_BACKENDS
         axes.plot(
             *zip(*points, strict=True),
@@ -107,7 +107,7 @@ def _label_ends(axes: Any, ends: dict[str, tuple[int, float]]) -> None:
             xytext=(1.04, (y - low) / (high - low)),
             textcoords="axes fraction",
             arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6, "shrinkB": 4},
-            color=_STYLES.get(name, _OTHER_STYLE)[0],
+            color=STYLES.get(name, _OTHER_STYLE)[0],
             fontweight="bold" if name in OUR_BACKENDS else "normal",
             fontsize=9,
             va="center",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmoe_layer import DMoE
 
-from ..paper import N_EXPERTS, K
+from ..paper import K
 from .shapes import Shape
 
 CHECKED_TOKENS = 256
@@ -48,7 +48,7 @@ class Problem:
     def random(cls, shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
         """The same numbers for the same seed. Attributes stay on the CPU, as a loader has them."""
         torch.manual_seed(seed)
-        layer = DMoE(shape.dim, n_experts=N_EXPERTS, k=K, attribute_sizes=shape.values)
+        layer = DMoE(shape.dim, n_experts=shape.experts, k=shape.k, attribute_sizes=shape.values)
         weights = {n: p.detach().to(device, dtype) for n, p in layer.state_dict().items()}
         size = (shape.batch, shape.tokens, shape.dim)
         x_BTD, dy_BTD = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
@@ -69,7 +69,9 @@ class Problem:
             tokens_T = self.checked_tokens()
             dy_TD = self.dy_BTD.flatten(0, 1)[tokens_T].double()
             x_TD, values_T = self._tokens_and_values(tokens_T)
-            self._answers[bias] = true_answer(x_TD, values_T, dy_TD, self.weights, bias=bias)
+            self._answers[bias] = true_answer(
+                x_TD, values_T, dy_TD, self.weights, k=self.shape.k, bias=bias
+            )
         return self._answers[bias]
 
     def checked_tokens(self) -> Tensor:
@@ -79,14 +81,15 @@ class Problem:
             candidates_T = torch.randperm(total)[: 2 * CHECKED_TOKENS].to(self.device)
             x_TD, values_T = self._tokens_and_values(candidates_T)
             scores_TE = _scores(x_TD, values_T, self.weights)
-            best_TK = scores_TE.topk(K + 1, dim=-1)
-            lead_T = best_TK.values[:, K - 1] - best_TK.values[:, K]
-            clear_T = lead_T > _MARGIN[self.dtype]
+            ranked_TE = scores_TE.sort(dim=-1, descending=True)
+            k = self.shape.k
+            lead_T = (ranked_TE.values[:, k - 1 : -1] - ranked_TE.values[:, k:])[:, :1]
+            clear_T = (lead_T > _MARGIN[self.dtype]).all(dim=-1)  # also where all are chosen
             if kink := _KINK.get(self.dtype):
                 for biased in (True, False):
                     z_TEH = _hidden(x_TD, self.weights, bias=biased)
                     near_TE = z_TEH.abs().amin(dim=-1) < kink
-                    clear_T &= ~near_TE.gather(1, best_TK.indices[:, :K]).any(dim=-1)
+                    clear_T &= ~near_TE.gather(1, ranked_TE.indices[:, :k]).any(dim=-1)
             self._tokens = candidates_T[clear_T][:CHECKED_TOKENS]
             if not len(self._tokens):
                 raise ValueError(f"shape: got {self.shape}, which has no token to check with.")
@@ -98,13 +101,19 @@ class Problem:
 
 
 def true_answer(
-    x_TD: Tensor, values_T: Tensor, dy_TD: Tensor, weights: dict[str, Tensor], *, bias: bool = True
+    x_TD: Tensor,
+    values_T: Tensor,
+    dy_TD: Tensor,
+    weights: dict[str, Tensor],
+    *,
+    k: int = K,
+    bias: bool = True,
 ) -> Answer:
     """Every expert on every token in fp64, weighted with the gates: the formula, written out."""
     x_TD = x_TD.double().requires_grad_()
     weights = {**weights, "w1_EHD": weights["w1_EHD"].double().requires_grad_()}
     scores_TE = _scores(x_TD, values_T, weights)
-    best_TK = scores_TE.topk(K, dim=-1)
+    best_TK = scores_TE.topk(k, dim=-1)
     gates_TE = torch.zeros_like(scores_TE).scatter(
         1, best_TK.indices, best_TK.values.softmax(dim=-1)
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmoe_layer import AttributeRouter
 
-from ..paper import DROPOUT, N_EXPERTS, K
+from ..paper import DROPOUT
 from .problem import Problem
 
 
@@ -57,10 +57,11 @@ class Routed(Layer):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
+        shape, weights = problem.shape, problem.weights
+        self.n_experts, self.k = shape.experts, shape.k
         self.router = AttributeRouter(
-            problem.shape.dim, N_EXPERTS, K, attribute_sizes=problem.shape.values
+            shape.dim, self.n_experts, self.k, attribute_sizes=shape.values
         )
-        weights = problem.weights
         self.router.to(problem.device, problem.dtype)
         self.router.load_state_dict(
             {name: weights[f"router.{name}"] for name in ("w_A2ED", "bias")}

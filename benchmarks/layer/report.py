@@ -7,6 +7,7 @@ from reference_models.markdown import markdown_table
 from ..output import brief, median_and_quartiles
 from .goals import goals_table
 from .rows import OUR_BACKENDS, LayerRow, timed_rows
+from .step import PASSES
 
 # Within this factor two medians are a draw.
 _EQUAL = 1.02
@@ -54,8 +55,8 @@ def section(rows: list[LayerRow], stem: str) -> str:
         f"{timed.roofline_gbytes_per_s:.0f} GB/s"
     )
     conditions = (
-        f"{row.cpu_warning()}{row.machine}; {row.dtype}, {row.software()}, "
-        f"{timed.rounds} rounds, load before the run {row.load}{measured}."
+        f"{row.cpu_warning()}{row.hardware()}; {row.dtype}, {row.software()}, "
+        f"{_rounds(rows)} rounds, load before the run {row.load}{measured}."
     )
     parts = [conditions, results_table(rows), goals_table(rows), losses(rows)]
     parts.append(f"All figures: [`results/{stem}.csv`](results/{stem}.csv).")
@@ -64,7 +65,7 @@ def section(rows: list[LayerRow], stem: str) -> str:
 
 
 def results_table(rows: list[LayerRow]) -> str:
-    """A line a shape, a column a provider: ms of forward / forward+backward, peak MiB."""
+    """A line a shape, a column a provider: ms of all ``PASSES``, peak MiB of forward+backward."""
     timed = timed_rows(rows)
     providers = list(dict.fromkeys(provider for _, provider, _ in timed))
     shapes = {row.shape: f"{row.shape}: {row.batch}×{row.tokens}×{row.dim}" for row in rows}
@@ -72,9 +73,7 @@ def results_table(rows: list[LayerRow]) -> str:
     for shape, title in shapes.items():
         cells = [title]
         for provider in providers:
-            forward = timed.get((shape, provider, "forward"))
-            both = timed.get((shape, provider, "forward+backward"))
-            cells.append(_cell(forward, both))
+            cells.append(_cell([timed.get((shape, provider, which)) for which in PASSES]))
         lines.append(cells)
     return markdown_table(["shape", *providers], lines)
 
@@ -99,10 +98,18 @@ def losses(rows: list[LayerRow]) -> str:
     return "\n".join([title, "", *lines])
 
 
-def _cell(forward: LayerRow | None, both: LayerRow | None) -> str:
-    if forward is None or both is None or both.peak_bytes is None:
+def _rounds(rows: list[LayerRow]) -> str:
+    """Of the shape with the fewest to that with the most."""
+    found = sorted({row.rounds for row in rows if row.rounds is not None})
+    return " to ".join(map(str, dict.fromkeys([*found[:1], *found[-1:]])))
+
+
+def _cell(passes: list[LayerRow | None]) -> str:
+    """Of one provider and shape; a file of an older run may lack a pass."""
+    times = ["—" if row is None else brief(row.median_ms or 0.0) for row in passes]
+    both = passes[PASSES.index("forward+backward")]
+    if both is None or both.peak_bytes is None:
         return "—"
-    times = [brief(row.median_ms or 0.0) for row in (forward, both)]
     return f"{' / '.join(times)} ms, {brief(both.peak_bytes / 2**20)} MiB"
 
 

@@ -12,7 +12,7 @@ from ..measure import Spread
 from .provider import Provider
 from .roofline import Roofline
 from .shapes import Shape, flops, min_bytes
-from .step import StepMemory
+from .step import EVAL, StepMemory
 
 # The providers that are this package's layer, the faster one first.
 OUR_BACKENDS = ("triton", "eager")
@@ -59,12 +59,12 @@ class LayerRow(RunFacts):
 
 @dataclass(frozen=True)
 class LayerRun:
-    """What all shapes of a run share."""
+    """What all shapes of a run share. ``rounds`` None: as the runner finds them for each shape."""
 
     facts: RunFacts
     device: torch.device
     dtype: torch.dtype
-    rounds: int
+    rounds: int | None
     roofline: Roofline
 
 
@@ -100,7 +100,7 @@ def timed_row(
 
     Args:
         loop: the time of mask-loop's same pass, where it was timed.
-        memory: of the training step; None for the router alone.
+        memory: of training step and call in eval mode; None for the router alone.
         error: ``check.relative_error``; None for other maths.
     """
     row = replace(
@@ -129,6 +129,8 @@ def timed_row(
         )
     if memory and which == "forward":
         row = replace(row, peak_bytes=memory.forward_peak)
+    elif memory and which == EVAL:
+        row = replace(row, peak_bytes=memory.eval_peak)
     elif memory:
         unit = shape.total_tokens * shape.dim * element
         row = replace(

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from ..measure import Spread, Stopwatch, interleaved
+from ..measure import Spread, Stopwatch, interleaved, rounds_that_fit
 from ..profiled import kernel_seconds
 from .check import WrongResult, check
 from .ours import Ours
@@ -16,7 +16,11 @@ from .problem import Problem
 from .provider import Layer, Provider, Unavailable
 from .rows import LayerRow, LayerRun, timed_row, untimed_row
 from .shapes import Shape
-from .step import PASSES, StepMemory, step_laps, step_memory
+from .step import EVAL, TRAINING, StepMemory, eval_laps, step_laps, step_memory
+
+# Where no number of rounds was asked for: a shape's rounds take about so many seconds.
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 20.0, 5, 50
+Tasks = dict[tuple[str, str], Callable[[], list[float]]]
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,12 @@ def measure_shape(shape: Shape, providers: list[Provider], run: LayerRun) -> lis
         try:
             found[provider.name] = _prepare(provider, problem, watch)
         except Exception as error:
-            reasons[provider.name] = _reason(error)
+            reasons[provider.name] = reason(error)
     layers = {name: checked.layer for name, checked in found.items()}
-    steps = _step_spreads(layers, problem, watch, run.rounds)
-    routers = _router_spreads(layers, problem, watch, run.rounds)
+    tasks = step_tasks(layers, problem, watch)
+    rounds = run.rounds or rounds_that_fit(tasks, SECONDS, LEAST_ROUNDS, MOST_ROUNDS)
+    steps = step_spreads(tasks, rounds)
+    routers = _router_spreads(layers, problem, watch, rounds)
 
     rows = []
     for provider in providers:
@@ -62,10 +68,12 @@ def _prepare(provider: Provider, problem: Problem, watch: Stopwatch) -> Checked:
     layer = provider.build(problem)
     error = check(layer, provider, problem)
     step_laps(watch, layer.train(), problem)  # compiles and tunes what has to be
+    eval_laps(watch, layer, problem)
     return Checked(layer, error, step_memory(layer, problem))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a provider was not timed, as its row's status says it."""
     first_line = (str(error).splitlines() or [""])[0]
     if isinstance(error, WrongResult):
         return f"wrong ({first_line}), not timed"
@@ -76,15 +84,22 @@ def _reason(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {first_line}"
 
 
-def _step_spreads(
-    layers: dict[str, Layer], problem: Problem, watch: Stopwatch, rounds: int
-) -> dict[str, dict[str, Spread]]:
-    """By provider, of each of ``PASSES``."""
-    tasks = {name: partial(step_laps, watch, layer, problem) for name, layer in layers.items()}
-    spreads = {}
-    for name, laps in interleaved(tasks, rounds).items():
-        passes = zip(PASSES, zip(*laps, strict=True), strict=True)
-        spreads[name] = {which: Spread.of([*seconds]) for which, seconds in passes}
+def step_tasks(layers: dict[str, Layer], problem: Problem, watch: Stopwatch) -> Tasks:
+    """What takes turns: each layer's training step, and each layer's call in eval mode."""
+    tasks: Tasks = {}
+    for name, layer in layers.items():
+        tasks[name, TRAINING[-1]] = partial(step_laps, watch, layer, problem)
+        tasks[name, EVAL] = partial(eval_laps, watch, layer, problem)
+    return tasks
+
+
+def step_spreads(tasks: Tasks, rounds: int) -> dict[str, dict[str, Spread]]:
+    """By layer, of each of ``PASSES``."""
+    spreads: dict[str, dict[str, Spread]] = {}
+    for (name, which), laps in interleaved(tasks, rounds).items():
+        passes = (EVAL,) if which == EVAL else TRAINING
+        for at, seconds in zip(passes, zip(*laps, strict=True), strict=True):
+            spreads.setdefault(name, {})[at] = Spread.of([*seconds])
     return spreads
 
 

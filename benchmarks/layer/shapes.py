@@ -11,13 +11,18 @@ from ..paper import HIDDEN_RATIO, N_EXPERTS, K
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of samples with ``tokens`` tokens each, of width ``dim``; ``values`` routers."""
+    """A batch of samples with ``tokens`` tokens each, of width ``dim``; ``values`` routers.
+
+    ``experts`` of which each token takes ``k``.
+    """
 
     name: str
     batch: int
     tokens: int
     dim: int
     values: int
+    experts: int = N_EXPERTS
+    k: int = K
 
     @property
     def total_tokens(self) -> int:
@@ -61,6 +66,14 @@ CPU_SHAPES = {
     ],
     "stages": [Shape("stage-1", 1, _STAGE_TOKENS[1], 24, 4), *_stages(2, 2)],
     "sweep": _sweep(1024, 4096, 16384),
+    # One image in a ViT-B, one window and one image in a Swin; features of 64 images and of one.
+    "small": [
+        Shape("small-196", 1, 196, 768, 3),
+        Shape("small-49", 1, 49, 384, 3),
+        Shape("small-1024", 1, 1024, 96, 4),
+        Shape("pooled-64", 64, 1, 768, 3),
+        Shape("pooled-1", 1, 1, 768, 3),
+    ],
 }
 GPU_SHAPES = {
     "goals": [
@@ -115,15 +128,17 @@ def flops(shape: Shape, which: str, *, routes: bool = True) -> int:
     """Multiply-adds counted as two, without softmax, noise and activations.
 
     Forward: 2·(2·k·T·D·H) for the experts, 2·2·E·D·T for the clean and the noise router. Backward:
-    twice that; what a layer recomputes is not counted. ``routes=False`` leaves the router out.
+    twice that; what a layer recomputes is not counted. Eval: forward without the noise router.
+    ``routes=False`` leaves the router out.
 
     >>> flops(Shape("", 1, 10, 3, 1), "forward")  # 2·2·2·10·3·12 + 2·2·8·3·10
     3840
     """
-    router = 2 * 2 * N_EXPERTS * shape.dim * shape.total_tokens if routes else 0
+    routers = 0 if not routes else 1 if which == "eval" else 2
+    router = routers * 2 * shape.experts * shape.dim * shape.total_tokens
     if which.startswith("router"):
         return router
-    experts = 2 * (2 * K * shape.total_tokens * shape.dim * shape.hidden)
+    experts = 2 * (2 * shape.k * shape.total_tokens * shape.dim * shape.hidden)
     return (experts + router) * (3 if which == "forward+backward" else 1)
 
 
@@ -133,16 +148,20 @@ def min_bytes(shape: Shape, which: str, element_size: int, *, routes: bool = Tru
     Forward: x read, y written, every parameter read. Backward: x and y's gradient read, x's
     gradient written, every parameter read and its gradient written. Router alone: x and the
     router's parameters read, k int64 indices, k fp32 gates and E fp32 logits a token written.
+    Eval: forward without the noise router's parameters. Of T tokens fewer than E / k, the
+    parameters of k·T experts count.
 
     >>> min_bytes(Shape("", 1, 10, 3, 1), "router", 4)  # 4·(30 + 64) + 10·(16 + 8 + 32)
     936
     """
     d, h, t = shape.dim, shape.hidden, shape.total_tokens
-    router = shape.values * 2 * N_EXPERTS * (d + 1) if routes else 0
+    routers = 0 if not routes else 1 if which == "eval" else 2
+    router = routers * shape.values * shape.experts * (d + 1)
     if which.startswith("router"):
-        return element_size * (t * d + router) + t * (8 * K + 4 * K + 4 * N_EXPERTS)
-    # A dense MLP of equal active FLOPs has k experts' weights.
-    parameters = router + (N_EXPERTS if routes else K) * (2 * d * h + h + d)
+        return element_size * (t * d + router) + t * (8 * shape.k + 4 * shape.k + 4 * shape.experts)
+    # A dense MLP of equal active FLOPs has k experts' weights; few tokens cannot reach all experts.
+    used = min(shape.experts, shape.k * t) if routes else shape.k
+    parameters = router + used * (2 * d * h + h + d)
     forward = 2 * t * d + parameters
     both = forward + 3 * t * d + 2 * parameters
     return element_size * (both if which == "forward+backward" else forward)

@@ -90,7 +90,9 @@ def table(rows: list[VolumeRow]) -> str:
 def section(rows: list[VolumeRow]) -> str:
     """What the README shows of a run: where, and the tables of its dtypes."""
     row = rows[0]
-    parts = [f"{row.cpu_warning()}{row.machine}; {row.software()}, load before the run {row.load}."]
+    parts = [
+        f"{row.cpu_warning()}{row.hardware()}; {row.software()}, load before the run {row.load}."
+    ]
     for dtype in dict.fromkeys(row.dtype for row in rows):
         parts += [f"{dtype}:", table([row for row in rows if row.dtype == dtype])]
     name = f"results/volumes-{row.device}.csv"

@@ -6,11 +6,10 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from ..machine import RunFacts
+from ..machine import RunFacts, free_bytes
 from ..measure import Spread, Stopwatch, interleaved
 from .rows import VolumeRow, unmeasured_row, with_ratios, with_time
 from .steps import COMPARED_WITH, Patch, Step
@@ -76,17 +75,7 @@ def _too_large(name: str, patch: Patch, smaller: list[VolumeRow]) -> str:
     if not known:
         return ""
     largest = max(known)
-    needed, free = known[largest] * patch.voxels / largest, _free_bytes()
+    needed, free = known[largest] * patch.voxels / largest, free_bytes()
     if needed <= _AT_MOST * free:
         return ""
     return f"left out: would take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-
-
-def _free_bytes() -> float:
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return float("inf")
-    line = next(
-        x for x in info.read_text(encoding="utf-8").splitlines() if x.startswith("MemAvailable")
-    )
-    return 1024 * int(line.split()[1])

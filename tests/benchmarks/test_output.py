@@ -8,6 +8,7 @@ import torch
 from harness.benchmark_runs import row_of, rows_of
 
 from benchmarks import output
+from benchmarks.growth.rows import GrowthRow
 from benchmarks.kernels.report import KernelRow
 from benchmarks.layer.command import PROVIDERS
 from benchmarks.layer.rows import LayerRow
@@ -15,7 +16,11 @@ from benchmarks.machine import commit
 from benchmarks.volumes.rows import VolumeRow
 from reference_models.study.csv_table import Table
 
-ROW_OF = {"kernels": KernelRow, "volumes": VolumeRow}  # by a file's first word; others hold layers
+ROW_OF = {
+    "growth": GrowthRow,
+    "kernels": KernelRow,
+    "volumes": VolumeRow,
+}  # by a file's first word; others hold layers
 
 
 def test_the_csv_holds_every_column_and_comes_back(tmp_path):
@@ -27,8 +32,9 @@ def test_the_csv_holds_every_column_and_comes_back(tmp_path):
         read = list(csv.DictReader(file))
     assert list(read[0]) == [field.name for field in dataclasses.fields(LayerRow)]
     assert [(r["provider"], r["which"]) for r in read] == [
-        ("eager", "forward"), ("eager", "forward+backward"), ("eager", "router"), ("triton", ""),
-        ("mask-loop", "forward"), ("mask-loop", "forward+backward"),
+        ("eager", "forward"), ("eager", "forward+backward"), ("eager", "eval"), ("eager", "router"),
+        ("triton", ""),
+        ("mask-loop", "forward"), ("mask-loop", "forward+backward"), ("mask-loop", "eval"),
     ]  # fmt: skip
     for written, got in zip(rows, read, strict=True):
         for name in read[0]:
@@ -38,7 +44,8 @@ def test_the_csv_holds_every_column_and_comes_back(tmp_path):
             else:
                 assert got[name] == ("" if value is None else str(value))
         assert got["torch"] == torch.__version__
-        assert all(got[name] for name in ("date", "commit", "machine", "threads", "python"))
+        assert all(got[name] for name in ("date", "commit", "machine", "capability", "road"))
+        assert all(got[name] for name in ("threads", "python"))
     assert [file.name for file in tmp_path.iterdir()] == ["run.csv"]
 
 

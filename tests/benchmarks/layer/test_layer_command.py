@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.benchmark_runs import row_of
 
 from benchmarks import output
 from benchmarks.layer import command
+from benchmarks.layer.roofline import Roofline
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,13 +54,65 @@ def test_a_readme_without_marks_is_a_sentence_and_the_figures_are_kept(
     readme.write_text("no marks", encoding="utf-8")
     monkeypatch.setattr(output, "README", readme)
     monkeypatch.setattr(output, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(command, "all_shapes", lambda device: [])
     monkeypatch.setattr(command, "PROVIDERS", {"mask-loop": command.PROVIDERS["mask-loop"]})
     words = ["--device", "cpu", "--shapes", "1x32x16x1", "--rounds", "1"]
     assert command.main(words) == 2
-    assert "README.md: got none of <!-- cpu: begin -->" in capsys.readouterr().err
+    assert "README.md: got none of <!-- cpu-avx2: begin -->" in capsys.readouterr().err
     assert readme.read_text(encoding="utf-8") == "no marks"
-    assert (tmp_path / "cpu-float32.csv").exists()
+    assert (tmp_path / "cpu-avx2-float32.csv").exists()
+
+
+# A run of all that the page shows, as it shows it, may write there.
+@pytest.mark.parametrize(
+    ("words", "capability", "whole"),
+    [
+        ([], "AVX2", True),
+        ([], "AVX512", True),
+        (["--threads", "2"], "AVX2", True),
+        (["--threads", "1"], "AVX2", False),
+        (["--threads", "4"], "AVX2", False),
+        (["--quick"], "AVX2", False),
+        (["--dtype", "bfloat16"], "AVX2", False),
+        (["--shapes", "goals"], "AVX2", False),
+        ([], "DEFAULT", False),  # of which the page has no section
+    ],
+)
+def test_the_page_is_for_whole_runs_as_it_shows_them(words, capability, whole, monkeypatch):
+    class Chosen(Exception):
+        pass
+
+    def chosen(out, whole):
+        raise Chosen(whole)
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(command.ResultsFolder, "chosen", chosen)
+    with pytest.raises(Chosen) as asked:
+        command.main(["--device", "cpu", *words])
+    assert asked.value.args == (whole,)
+
+
+@pytest.mark.parametrize(
+    ("words", "shapes", "rounds"),
+    [
+        (["--quick"], ["quick-24", "quick-48"], 2),
+        (["--quick", "--shapes", "stage-4"], ["stage-4"], 2),
+        (["--quick", "--shapes", "stage-4", "--rounds", "3"], ["stage-4"], 3),
+        (["--shapes", "stage-4"], ["stage-4"], None),  # by the runner's rule
+    ],
+)
+def test_quick_shapes_and_rounds_combine(words, shapes, rounds, monkeypatch, tmp_path):
+    measured = []
+
+    def measure(shape, providers, run):
+        measured.append((shape.name, run.rounds))
+        return [row_of(shape=shape.name, provider="eager", which="eval")]
+
+    monkeypatch.setattr(command, "measure_shape", measure)
+    monkeypatch.setattr(command, "measure_roofline", lambda *_: Roofline(1e9, 1e9))
+    assert command.main(["--device", "cpu", "--out", str(tmp_path), *words]) == 0
+    assert measured == [(shape, rounds) for shape in shapes]
 
 
 def test_the_command_needs_nothing_of_the_reference_extra():
@@ -86,12 +140,14 @@ def test_a_small_run_goes_from_the_command_to_table_csv_and_plot(tmp_path):
         "CPU only",
         "Measured limits",
         "| mask-loop | forward+backward |",
+        "| mask-loop | eval |",
         "unavailable",
     ):
         assert words in done.stdout
     assert "wrong" not in done.stdout
     assert "failed" not in done.stdout
-    names = ["cpu-float32.csv", "cpu-float32.png"]
+    kind = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    names = [f"{kind}-float32.csv", f"{kind}-float32.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / names[1]).read_bytes().startswith(b"\x89PNG")
     with (tmp_path / names[0]).open(newline="", encoding="utf-8") as file:

@@ -27,9 +27,27 @@ def test_flops_and_bytes_are_the_stated_formulas():
     parameters = 4 * 2 * 8 * 4 + 8 * (2 * 3 * 12 + 12 + 3)
     assert min_bytes(shape, "forward", 2) == 2 * (60 + parameters)
     assert min_bytes(shape, "forward+backward", 2) == 2 * (150 + 3 * parameters)
+    # In eval mode half of the router, that which makes the noise, is neither computed nor read.
+    assert flops(shape, "eval") == experts + router // 2
+    assert flops(shape, "eval", routes=False) == 2880
+    assert min_bytes(shape, "eval", 2) == 2 * (60 + parameters - 4 * 8 * 4)
     assert min_bytes(shape, "router", 2) == 2 * (30 + 256) + 10 * (16 + 8 + 32)
     # The dense MLP: its FLOPs are k experts', so are its weights (its second bias is one expert's).
     assert min_bytes(shape, "forward", 4, routes=False) == 4 * (60 + 2 * (2 * 3 * 12 + 12 + 3))
+
+
+def test_formulas_know_the_number_of_experts_and_how_many_a_token_takes():
+    shape = Shape("", 2, 5, 3, 4, experts=16, k=3)
+    assert flops(shape, "forward") == 2 * (2 * 3 * 10 * 3 * 12) + 2 * 2 * 16 * 3 * 10
+    parameters = 4 * 2 * 16 * 4 + 16 * (2 * 3 * 12 + 12 + 3)
+    assert min_bytes(shape, "forward", 2) == 2 * (60 + parameters)
+    assert min_bytes(shape, "router", 2) == 2 * (30 + 512) + 10 * (24 + 12 + 64)
+    assert min_bytes(shape, "forward", 4, routes=False) == 4 * (60 + 3 * (2 * 3 * 12 + 12 + 3))
+
+
+def test_one_token_reads_the_experts_that_it_takes():
+    shape = Shape("", 1, 1, 3, 1)
+    assert min_bytes(shape, "forward", 4) == 4 * (6 + 2 * 8 * 4 + 2 * (2 * 3 * 12 + 12 + 3))
 
 
 def test_stage_0_has_the_tokens_of_a_halved_volume():
@@ -50,7 +68,7 @@ def test_figures_divide_the_formulas_by_the_median():
         "forward+backward",
         Spread(0.5, 0.4, 0.7, 5),
         loop=Spread(1.0, 1.0, 1.0, 5),
-        memory=StepMemory(forward_peak=1, peak=80_000, held=40_000, excess=20_000),
+        memory=StepMemory(forward_peak=1, peak=80_000, held=40_000, excess=20_000, eval_peak=2),
         error=1e-6,
     )
     work, moved = (
@@ -64,6 +82,13 @@ def test_figures_divide_the_formulas_by_the_median():
     assert found.gbytes_per_s == pytest.approx(moved / 0.5 / 1e9)
     assert found.roofline_share == pytest.approx(max(work / 1e11, moved / 1e10) / 0.5)
     assert (found.peak_bytes, found.held_td, found.excess_td) == (80_000, 1.0, 0.5)
+
+
+def test_small_shapes_are_single_images_and_single_tokens():
+    sizes = [(s.batch, s.tokens, s.dim) for s in CPU_SHAPES["small"]]
+    assert sizes == [(1, 196, 768), (1, 49, 384), (1, 1024, 96), (64, 1, 768), (1, 1, 768)]
+    assert all(3 <= shape.values <= 4 for shape in CPU_SHAPES["small"])
+    assert {*parse_shapes("small", "cpu")} <= {*parse_shapes("all", "cpu")}
 
 
 def test_shapes_are_named_grouped_or_spelled_out():

@@ -48,7 +48,7 @@ def test_a_provider_that_raises_says_why_and_the_others_go_on():
     def build(problem):
         raise RuntimeError("no such kernel\nand a long trace")
 
-    broken, loop, _ = rows_of(Provider("broken", build), Provider("mask-loop", PaperLayer))
+    broken, loop, *_ = rows_of(Provider("broken", build), Provider("mask-loop", PaperLayer))
     assert broken.status == "failed: RuntimeError: no such kernel"
     assert loop.status == "timed"
     (missing,) = rows_of(next(p for p in PEERS if p.name == "scattermoe"))

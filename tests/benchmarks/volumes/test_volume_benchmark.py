@@ -95,13 +95,13 @@ def test_memory_counts_what_the_network_keeps():
 
 def test_what_would_not_fit_is_left_out_and_said(monkeypatch):
     smaller = rows_of(networks=["dense", "ours"])
-    monkeypatch.setattr(runner, "_free_bytes", lambda: 2.0 * smaller[0].peak_bytes)
+    monkeypatch.setattr(runner, "free_bytes", lambda: 2.0 * smaller[0].peak_bytes)
     larger = Patch(1, (192, 64, 32))
     (row,) = rows_of(larger, networks=["dense"], smaller=smaller)
     assert row.status.startswith("left out: would take")
     assert (row.peak_bytes, row.median_ms) == (None, None)
     assert "left out" in table([row])
-    monkeypatch.setattr(runner, "_free_bytes", lambda: 2.0**50)
+    monkeypatch.setattr(runner, "free_bytes", lambda: 2.0**50)
     assert runner._too_large("dense", larger, smaller) == ""
 
 

@@ -1,0 +1,1 @@
+"""How cost grows with tokens, experts, k, attribute values and width: `benchmarks.growth`."""
