@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -54,14 +53,17 @@ def in_functional_derivative(x: Tensor) -> bool:
     return kinds.Jvp in active or (torch.is_grad_enabled() and kinds.Grad in active)
 
 
+def has_onednn_linear() -> bool:
+    """Whether :func:`onednn_linear` can be called: PyTorch has oneDNN, and its operator."""
+    built = bool(torch.backends.mkldnn.is_available())
+    return built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def onednn_linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
-    """x·wᵀ + b by oneDNN, whose operator torch.compile's code calls; by BLAS where it is gone."""
-    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if linear is None:
-        return F.linear(x_RI, w_OI, b_O)
+    """x·wᵀ + b by oneDNN, whose operator torch.compile's code calls."""
     # It reads a bias as if without gaps.
     b_O = None if b_O is None else b_O.contiguous()
-    y_RO: Tensor = linear(x_RI, w_OI, b_O, "none", [], "")
+    y_RO: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, w_OI, b_O, "none", [], "")
     return y_RO
 
 

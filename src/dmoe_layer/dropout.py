@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +19,7 @@ def in_steps(p: float, seed: Tensor | None) -> tuple[int, float]:
     return dropped, 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
 
 
-# Entries that are drawn at once, few enough for their bits to stay in the cache.
+# Entries that a CPU draws at once: their bits, and these as floats, take 1.5 MiB of its cache.
 _ENTRIES = 2**18
 
 
@@ -32,27 +36,32 @@ class Dropout:
         dropped, self.scale = in_steps(p, seed)
         self.all_dropped = dropped == 2**16
         self.threshold = dropped - 2**15
-        self.generator = seeded_generator(device, seed) if seed is not None and dropped else None
-        self._words = torch.empty(0, dtype=torch.int64, device=device)
+        self._draw = _words(seed, device) if seed is not None and dropped else None
+        self._at_once = _ENTRIES if device.type == "cpu" else 2**62
         self._kept = torch.empty(0, device=device)
 
     def __call__(self, rows_RD: Tensor) -> Tensor:
         """Zeroes in place; the rows stand without gaps."""
-        if self.generator is None:
+        if self._draw is None:
             return rows_RD
         if self.all_dropped:
             return rows_RD.zero_()
-        entries = rows_RD.view(-1)
-        for part in entries.split(_ENTRIES):
-            self._drop(part)
+        for entries in rows_RD.view(-1).split(self._at_once) if rows_RD.numel() else ():
+            size = entries.shape[0]
+            bits = self._draw((size + 3) // 4).view(torch.int16)[:size]
+            if self._kept.shape[0] < size or self._kept.dtype != entries.dtype:
+                self._kept = torch.empty_like(entries)
+            # Compared in place, then converted: bools would cost several times as much.
+            entries.mul_(self._kept[:size].copy_(bits.ge_(self.threshold)))
         return rows_RD
 
-    def _drop(self, entries: Tensor) -> None:
-        if self._kept.shape[0] < entries.shape[0] or self._kept.dtype != entries.dtype:
-            self._kept = torch.empty_like(entries)
-            self._words = self._words.new_empty((entries.shape[0] + 3) // 4)
-        words = self._words[: (entries.shape[0] + 3) // 4]
-        bits = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)
-        # Compared in place, then converted: bools would cost several times as much.
-        kept = self._kept[: entries.shape[0]].copy_(bits.ge_(self.threshold)[: entries.shape[0]])
-        entries.mul_(kept)
+
+def _words(seed: Tensor, device: torch.device) -> Callable[[int], Tensor]:
+    """Draws so many random int64, and then the next ones."""
+    if device.type == "cpu":
+        # In half of the time of PyTorch's generator, which is one thread's work too.
+        raw = np.random.SFC64(int(seed)).random_raw
+        return lambda words: torch.from_numpy(raw(words).view(np.int64))
+    generator = seeded_generator(device, seed)
+    empty = partial(torch.empty, dtype=torch.int64, device=device)
+    return lambda words: empty(words).random_(-(2**63), None, generator=generator)

@@ -22,12 +22,20 @@ from ..hidden_layer import keeps_hidden
 from ..operators import refuse_double_backward
 from ..tensors import ExpertOptions, ExpertWeights
 from .dispatch import Block, Dispatch
-from .gemm import add_product, least_rows, linear, most_padding
+from .gemm import (
+    add_product,
+    least_rows,
+    linear,
+    linear_backward,
+    most_padding,
+    weighted_sum,
+)
 from .memory import Scratch, new_empty
 
-# The hidden layer of a block of rows has about so many entries, 4 MiB in fp32, that it stays in the
-# cache; yet a block has at least so many rows that a product's fixed costs do not count.
-BLOCK_ENTRIES, LEAST_BLOCK_ROWS = 2**20, 1024
+# On a CPU the hidden layer of a block has about so many entries, 4 MiB in fp32: it stays in the
+# cache. Yet a block has so many rows that a product's fixed costs do not count, and no more than
+# others gain from. Other devices have blocks of the most rows.
+BLOCK_ENTRIES, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 2**20, 1024, 8192
 
 
 def experts(
@@ -76,7 +84,8 @@ def _experts(
                 z_XH, h_XH = call.hidden(expert, rows_XD[block.padded])
                 if keep_hidden:
                     z_RH[chunk.rows][block.rows] = z_XH[: block.size]
-                call.write(rows_XD, block, h_XH, expert.w2_DH, expert.b2_D)
+                o_XD = linear(h_XH, expert.w2_DH, expert.b2_D, call.o_scratch)
+                rows_XD[block.rows] = o_XD[: block.size]
             o_RD = call.drop(rows_XD[: chunk.size])
             y_TD[chunk.tokens] = chunk.dispatch.combine(o_RD, scaled_gates_TK[chunk.tokens])
         return y_TD, z_RH
@@ -162,13 +171,17 @@ class _ExpertPass:
         self.indices_TK = expert_indices_TK
         self.relu, self.activation = options.activation == "relu", ACTIVATIONS[options.activation]
         self.drop = Dropout(options.dropout, options.seed, x_TD.device)
-        (tokens, k), (n_experts, first, _) = expert_indices_TK.shape, weights.w1_EHD.shape
-        self.block_rows = max(LEAST_BLOCK_ROWS, BLOCK_ENTRIES // first)
+        (tokens, k), (n_experts, hidden, dim) = expert_indices_TK.shape, weights.w1_EHD.shape
+        self.block_rows = MOST_BLOCK_ROWS
+        if x_TD.device.type == "cpu":
+            fitting = BLOCK_ENTRIES // max(hidden, dim)
+            self.block_rows = min(max(fitting, LEAST_BLOCK_ROWS), MOST_BLOCK_ROWS)
         # A full block of every expert, if all have the same load.
         self.chunk_tokens = max(self.block_rows * n_experts // k, 1)
         self._least_rows = least_rows(weights.w1_EHD, weights.w2_EDH, options.dtype)
         self._most_rows = min(tokens, self.chunk_tokens) * k
-        self._z_XH, self._o_XD = self.scratch(first), self.scratch(x_TD.shape[1])
+        self._z_scratch, self.o_scratch = self.scratch(hidden), self.scratch(dim)
+        self._last: tuple[int, _Expert] | None = None
 
     def chunks(self) -> Iterator[_Chunk]:
         (tokens, k), n_experts = self.indices_TK.shape, self.weights.w1_EHD.shape[0]
@@ -180,12 +193,11 @@ class _ExpertPass:
 
     def scratch(self, width: int, dtype: torch.dtype | None = None) -> Scratch:
         """Room for a block's rows, in the dtype that is computed in or another."""
-        rows = min(self._most_rows, self.block_rows)
-        return Scratch(self.x_TD, rows + most_padding(rows), width, dtype or self.dtype)
+        return Scratch(self.x_TD, width, dtype or self.dtype)
 
     def row_buffer(self) -> Tensor:
-        """Room for a chunk's rows. The padding of a block reaches into the next one's rows, and
-        that of the last one beyond them all.
+        """Room for a chunk's rows. A block's padding reaches into the next one's, and the last
+        block's beyond them all, where zeros keep the processor from slow numbers.
         """
         rows, beyond = self._most_rows, most_padding(min(self._most_rows, self.block_rows))
         buffer_XD = new_empty(self.x_TD, (rows + beyond, self.x_TD.shape[1]), self.dtype)
@@ -203,34 +215,31 @@ class _ExpertPass:
             rows_RD.copy_(source_CD.index_select(0, tokens_R))
 
     def expert_of(self, block: Block) -> _Expert:
-        w1_EHD, b1_EH, w2_EDH, b2_ED = self.weights
-        e, dtype = block.expert, self.dtype
-        return _Expert(
-            w1_EHD[e].to(dtype),
-            None if b1_EH is None else b1_EH[e].to(dtype),
-            w2_EDH[e].to(dtype),
-            None if b2_ED is None else b2_ED[e].to(dtype),
-        )
+        """The block's expert's weights; blocks of one expert follow each other."""
+        if self._last is None or self._last[0] != block.expert:
+            w1_EHD, b1_EH, w2_EDH, b2_ED = self.weights
+            e, dtype = block.expert, self.dtype
+            expert = _Expert(
+                w1_EHD[e].to(dtype),
+                None if b1_EH is None else b1_EH[e].to(dtype),
+                w2_EDH[e].to(dtype),
+                None if b2_ED is None else b2_ED[e].to(dtype),
+            )
+            self._last = (block.expert, expert)
+        return self._last[1]
 
     def hidden(self, expert: _Expert, x_XD: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden layer before and after its activation; of ReLU twice the latter.
 
         Before a gated activation it is twice as wide. The next block's may overwrite it.
         """
-        z_XH = linear(x_XD, expert.w1_HD, expert.b1_H, scratch=self._z_XH)
+        z_XH = linear(x_XD, expert.w1_HD, expert.b1_H, self._z_scratch)
         if self.relu:
             z_XH.relu_()
         return z_XH, self.activate(z_XH)
 
     def activate(self, z_XH: Tensor) -> Tensor:
         return z_XH if self.relu else self.activation.forward(z_XH)
-
-    def write(
-        self, rows_XD: Tensor, block: Block, h_XH: Tensor, w_DH: Tensor, b_D: Tensor | None
-    ) -> None:
-        """Overwrites a block's rows in a row buffer with h·wᵀ + b, and none of the next one's."""
-        o_XD = linear(h_XH, w_DH, b_D, scratch=self._o_XD)
-        rows_XD[block.rows] = o_XD[: block.size]
 
 
 class _Gradients:
@@ -255,8 +264,8 @@ class _Gradients:
         self.w2, self.b2 = _Sum(w2_EDH, need_w2, w1_EHD), _Sum(b2_ED, need_b2, w1_EHD)
         self._x_XD, self._do_XD = call.row_buffer(), call.row_buffer()
         hidden = w2_EDH.shape[2]
-        self._dh_XH = call.scratch(hidden)
-        self._product_XH = call.scratch(hidden, gates_TK.dtype)
+        self._dh_scratch = call.scratch(hidden)
+        self._product_scratch = call.scratch(hidden, gates_TK.dtype)
 
     def add_chunk(self, chunk: _Chunk, dy_TD: Tensor, z_RH: Tensor | None) -> None:
         """Adds what the tokens of a chunk contribute.
@@ -275,8 +284,12 @@ class _Gradients:
         gates_R = gates_CK.reshape(-1)[chunk.dispatch.order]
         dgates_R = torch.empty_like(gates_R)
         for block in chunk.dispatch.blocks:
-            kept_XH = None if z_RH is None else _padded(z_RH, block)
-            self._add_block(block, gates_R[block.rows], dgates_R[block.rows], kept_XH)
+            z_XH = None
+            if z_RH is not None:
+                z_XH = z_RH[block.padded]
+                if missing := block.padded_stop - block.start - z_XH.shape[0]:
+                    z_XH = F.pad(z_XH, (0, 0, 0, missing))  # beyond the last block's rows
+            self._add_block(block, gates_R[block.rows], dgates_R[block.rows], z_XH)
         if self.need_gates:
             self.dgates_TK[chunk.tokens] = chunk.dispatch.by_pair(dgates_R)
         if self.need_x:
@@ -294,11 +307,13 @@ class _Gradients:
             z_XH, h_XH = call.hidden(expert, self._x_XD[block.padded])
         else:
             h_XH = call.activate(z_XH)
-        dh_XH = linear(do_XD, expert.w2_DH.mT, scratch=self._dh_XH)
+        dh_XH = linear_backward(do_XD, expert.w2_DH, self._dh_scratch)
         h_RH, dh_RH = h_XH[:rows], dh_XH[:rows]
         if self.need_gates:
             own_RH = dh_RH.to(dgates_R.dtype)
-            torch.sum(torch.mul(own_RH, h_RH, out=self._product_XH.rows(rows)), dim=1, out=dgates_R)
+            torch.sum(
+                torch.mul(own_RH, h_RH, out=self._product_scratch.rows(rows)), dim=1, out=dgates_R
+            )
             if expert.b2_D is not None:
                 dgates_R += (do_RD * expert.b2_D).sum(dim=1, dtype=dgates_R.dtype)
         gates_R1 = gates_R[:, None].to(call.dtype)
@@ -310,9 +325,9 @@ class _Gradients:
         dz_XH = call.activation.backward(dh_XH, z_XH)
         x_RD *= gates_R1
         self.w1.add_product(block, dz_XH[:rows], x_RD)
-        self.b1.add_weighted_rows(block, dz_XH[:rows], gates_R1)
+        self.b1.add_weighted_rows(block, dz_XH[:rows], gates_R1[:, 0])
         if self.need_x:
-            call.write(self._x_XD, block, dz_XH, expert.w1_HD.mT, None)
+            x_RD.copy_(linear_backward(dz_XH, expert.w1_HD, call.o_scratch)[:rows])
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         sums = (self.w1.result(), self.b1.result(), self.w2.result(), self.b2.result())
@@ -342,14 +357,15 @@ class _Sum:
         if self.needed:
             self._add(block.expert, rows_RO.sum(dim=0, dtype=self.total.dtype))
 
-    def add_weighted_rows(self, block: Block, rows_RO: Tensor, weights_R1: Tensor) -> None:
+    def add_weighted_rows(self, block: Block, rows_RO: Tensor, weights_R: Tensor) -> None:
         """Adds the weighted sum of the rows."""
         if not self.needed:
             return
         if rows_RO.dtype == self.total.dtype:
-            self._add(block.expert, rows_RO.mT @ weights_R1[:, 0])
+            self._add(block.expert, weighted_sum(rows_RO, weights_R))
         else:
-            self._add(block.expert, (rows_RO * weights_R1).sum(dim=0, dtype=self.total.dtype))
+            weighted_RO = rows_RO * weights_R[:, None]
+            self._add(block.expert, weighted_RO.sum(dim=0, dtype=self.total.dtype))
 
     def _is_first(self, expert: int) -> bool:
         first = expert in self.idle
@@ -371,13 +387,6 @@ class _Sum:
 
 def _hidden_shape(expert_indices_TK: Tensor, w1_EHD: Tensor, keep: bool) -> tuple[int, int]:
     return (expert_indices_TK.numel() if keep else 0), w1_EHD.shape[1]
-
-
-def _padded(z_RH: Tensor, block: Block) -> Tensor:
-    """A block's rows and its padding, which ends where the rows end."""
-    z_XH = z_RH[block.padded]
-    missing = block.padded.stop - block.start - z_XH.shape[0]
-    return F.pad(z_XH, (0, 0, 0, missing)) if missing else z_XH
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,18 +1,23 @@
-"""The matrix products of a block, each by oneDNN or by BLAS, as machine and width say.
+"""The matrix products of a block, each by oneDNN or by BLAS, as processor and width say.
 
 PyTorch hands fp32 products on a CPU to BLAS, which is MKL on x86. A linear layer reaches oneDNN
 through the operator that torch.compile's code calls, a weight's gradient as that of a convolution
-of width one. Measured with PyTorch 2.13 and two threads, in GFLOP/s, BLAS against oneDNN::
+of width one. Products alone, PyTorch 2.13, two threads of an AMD EPYC, GFLOP/s of BLAS and oneDNN::
 
-    AMD EPYC                                24 → 96    192 → 768   768 → 3072   gradient 192 → 768
-    Zen 5: AVX-512, 512 bits at once        of oneDNN's half at every width, gradients too
-    Zen 4: AVX-512, 256 bits at once        128, 155   177, 199    167, 204     184, 178
-    Zen 4 held to AVX2                      128, 160   181, 163    166, 187     183, 65
+                             16384 rows   4096 rows    392 rows      gradient of
+                             24 → 96      192 → 768    768 → 3072    192 → 768
+    Zen 4 (AVX-512)          128, 155     177, 199     167, 204      184, 178
+    Zen 4 held to AVX2       128, 160     181, 163     166, 187      183, 65
 
-In the layer BLAS gains from the buffers that it writes to, and from fewer fixed costs a call, so
-that oneDNN pays from a width on. Intel's processors were not measured and are taken to be like
-Zen 4; what is neither x86 nor knows AVX2 computes with BLAS. Nothing is timed while a program
-runs: on one machine the bits of a result are always the same.
+In the layer BLAS gains from the buffers that it writes to and has less to prepare in each call.
+Forward and backward of the whole layer, all products by BLAS against linear layers by oneDNN, took
+1.00, 1.08 and 1.11 times as long at a width of 192, 384 (few tokens) and 768 with AVX2, and 1.03,
+1.05 and 1.11 with AVX-512; below, BLAS is level or ahead. With AVX2 a transposed weight costs
+oneDNN a tenth more than BLAS if there are hundreds of rows, and less if there are few. On Zen 5,
+whose vectors of 512 bits are computed at once, MKL uses half of the width, and oneDNN needed half
+of BLAS' time at every width from 24 to 768, gradients included. Intel's processors were not
+measured and are taken to be like Zen 4; what is neither x86 nor knows AVX2 computes with BLAS.
+Nothing is timed while a program runs: on one machine the bits of a result are always the same.
 """
 
 from __future__ import annotations
@@ -21,10 +26,9 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch_private import onednn_linear
+from .._torch_private import has_onednn_linear, onednn_linear
 from .memory import Scratch
 from .processor import Processor, processor
 
@@ -36,13 +40,17 @@ from .processor import Processor, processor
 MIN_GEMM_ROWS = 8
 
 # The rows of an expert's product are a multiple of this. With other numbers MKL may leave a thread
-# fewer than 4 rows and rounds those otherwise (measured with 1 to 16 threads, widths 9 to 3072).
+# fewer than 4 rows, and rounds those otherwise. Measured on an AMD EPYC with 1 to 48 threads and
+# widths from 9 to 3072; Intel's processors were not asked.
 ROWS = 16
 
 # PyTorch brings its own oneDNN. Those of 2.8, 2.10 and 2.11 give a row other bits beside another
 # number of rows, on processors without AVX-512 nearly always; those of 2.13, 2.14 and 2.15 do
 # not, from 2 rows on (2.9 and 2.12 were not asked). Before 2.13 BLAS is taken.
 ONEDNN_KEEPS_BITS = torch.__version__ >= "2.13"
+
+
+_SUMMED_ROWS = 512
 
 
 class Roads(NamedTuple):
@@ -70,7 +78,7 @@ class Roads(NamedTuple):
 
 
 def roads_of(cpu: Processor) -> Roads:
-    """The rule."""
+    """The rule, from the figures above."""
     if cpu.architecture != "x86" or cpu.capability not in ("AVX2", "AVX512"):
         return Roads(None)
     if cpu.capability == "AVX2":
@@ -83,7 +91,7 @@ def roads_of(cpu: Processor) -> Roads:
 @cache
 def roads() -> Roads:
     """This machine's."""
-    if not ONEDNN_KEEPS_BITS or not torch.backends.mkldnn.is_available():
+    if not ONEDNN_KEEPS_BITS or not has_onednn_linear():
         return Roads(None)
     return roads_of(processor())
 
@@ -118,21 +126,23 @@ def most_padding(rows: int) -> int:
     return max(ROWS, rows // 32)
 
 
-def linear(
-    x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None = None, *, scratch: Scratch | None = None
-) -> Tensor:
-    """x·wᵀ + b. The weight may be a transposed view.
-
-    BLAS writes to ``scratch`` if there is one, and oneDNN to a tensor of its own.
-    """
-    if _linear_by_onednn(x_RI, w_OI):
+def linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None, scratch: Scratch) -> Tensor:
+    """x·wᵀ + b, which BLAS writes to ``scratch``, and oneDNN to a tensor of its own."""
+    if _by_onednn(x_RI.device, x_RI.dtype, *w_OI.shape):
         return onednn_linear(x_RI, w_OI, b_O)
-    if scratch is None:
-        return F.linear(x_RI, w_OI, b_O)
     out_RO = scratch.rows(x_RI.shape[0])
     if b_O is None:
         return torch.mm(x_RI, w_OI.mT, out=out_RO)
     return torch.addmm(b_O, x_RI, w_OI.mT, out=out_RO)
+
+
+def linear_backward(dy_RO: Tensor, w_OI: Tensor, scratch: Scratch) -> Tensor:
+    """dy·w, the gradient of the input of a linear layer; where it is written as :func:`linear`."""
+    most = roads().transposed_rows
+    few = most is None or dy_RO.shape[0] <= most
+    if few and _by_onednn(dy_RO.device, dy_RO.dtype, *w_OI.shape):
+        return onednn_linear(dy_RO, w_OI.mT, None)
+    return torch.mm(dy_RO, w_OI, out=scratch.rows(dy_RO.shape[0]))
 
 
 def add_product(total_OI: Tensor, a_RO: Tensor, b_RI: Tensor, *, first: bool) -> None:
@@ -153,11 +163,20 @@ def add_product(total_OI: Tensor, a_RO: Tensor, b_RI: Tensor, *, first: bool) ->
         total_OI += term_OI
 
 
+def weighted_sum(rows_RO: Tensor, weights_R: Tensor) -> Tensor:
+    """Σ weight · row, (O,), in parts: BLAS adds row to row, and so many would cost digits."""
+    parts = rows_RO.shape[0] // _SUMMED_ROWS
+    whole = parts * _SUMMED_ROWS
+    by_part = rows_RO[:whole].view(parts, _SUMMED_ROWS, rows_RO.shape[1])
+    weights_P1R = weights_R[:whole].view(parts, 1, _SUMMED_ROWS)
+    return (weights_P1R @ by_part).sum(dim=(0, 1)) + weights_R[whole:] @ rows_RO[whole:]
+
+
 def _product_by_onednn(a_RO: Tensor, b_RI: Tensor) -> Tensor:
     rows, out, inner = *a_RO.shape, b_RI.shape[1]
     # A convolution of at least 16 images goes to oneDNN at any number of threads.
     whole = rows // ROWS * ROWS
-    if rows < max(ROWS, out, inner):
+    if rows < max(out, inner):
         return onednn_linear(a_RO.mT, b_RI.mT, None)
     # Many rows for a small sum: the convolution splits the rows among the threads.
     images = (a_RO[:whole].view(ROWS, -1, 1, out), b_RI[:whole].view(ROWS, -1, 1, inner))
@@ -167,13 +186,6 @@ def _product_by_onednn(a_RO: Tensor, b_RI: Tensor) -> Tensor:
     options = (None, stride, padding, dilation, transposed, padding, groups, [False, True, False])
     _, dw_OI11, _ = torch.ops.aten.convolution_backward(*channels_last, w_OI11, *options)
     return dw_OI11.view(out, inner).addmm_(a_RO[whole:].mT, b_RI[whole:])
-
-
-def _linear_by_onednn(x_RI: Tensor, w_OI: Tensor) -> bool:
-    most = roads().transposed_rows
-    if most is not None and x_RI.shape[0] > most and not w_OI.is_contiguous():
-        return False
-    return _by_onednn(x_RI.device, x_RI.dtype, *w_OI.shape)
 
 
 def _by_onednn(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Smaller ones come from memory that the process has touched before: glibc maps none of them afresh.
+# From here on glibc always maps fresh memory; smaller tensors mostly get some that was used before.
 LEAST_BYTES = 2**25
 # Linux's name for "in huge pages, please"; Python's mmap knows it on Linux alone.
 _MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -33,16 +33,17 @@ def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = No
 
 
 class Scratch:
-    """Rows of one width that are written again and again; nothing before they first are."""
+    """Rows of one width that are written again and again."""
 
-    def __init__(self, like: Tensor, rows: int, width: int, dtype: torch.dtype) -> None:
-        self._like, self._shape, self._dtype = like, (rows, width), dtype
-        self._buffer: Tensor | None = None
+    def __init__(self, like: Tensor, width: int, dtype: torch.dtype) -> None:
+        self._buffer = like.new_empty((0, width), dtype=dtype)
 
     def rows(self, rows: int) -> Tensor:
-        """The first ``rows``, with whatever stands in them."""
-        if self._buffer is None:
-            self._buffer = new_empty(self._like, self._shape, self._dtype)
+        """The first ``rows``, with whatever stands in them; more than ever before are new."""
+        if rows > self._buffer.shape[0]:
+            width = self._buffer.shape[1]
+            self._buffer = self._buffer[:0].clone()  # gives the old ones back first
+            self._buffer = new_empty(self._buffer, (rows, width))
         return self._buffer[:rows]
 
 

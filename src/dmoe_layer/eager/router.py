@@ -88,19 +88,25 @@ def router_logits_backward(
     with torch.autocast(x.device.type, enabled=False):
         tokens = _Tokens(x, w_A2ED, rows_BN, tokens_per_sample)
         w_B2ED, b_B2E = tokens.routers(w_A2ED), tokens.routers(b_A2E)
-        dscores = [tokens.by_sample(dlogits_TE)]
+        # Clean scores, then the noise's scale, side by side: one product for each gradient.
+        scores = 1 if seed is None else 2
+        n_experts = w_A2ED.shape[2]
+        dscores_TSE = dlogits_TE.new_empty((dlogits_TE.shape[0], scores, n_experts))
+        dscores_TSE[:, 0] = dlogits_TE
         if seed is not None:
             # softplus' is the logistic function.
             slope_TE = tokens.project(w_B2ED[:, 1], b_B2E[:, 1]).sigmoid_()
-            dnoise_TE = slope_TE.mul_(_noise(dlogits_TE, seed)).mul_(dlogits_TE)
-            dscores.append(tokens.by_sample(dnoise_TE))
+            dnoise_TE = slope_TE.mul_(_noise(dlogits_TE, seed))
+            torch.mul(dnoise_TE, dlogits_TE, out=dscores_TSE[:, 1])
+        dscores_BTX = tokens.by_sample(dscores_TSE.flatten(1))
         # Not zeros_like, which lays out as its input is.
         dw_A2ED, db_A2E = (p.new_zeros(p.shape, dtype=tokens.dtype) for p in (w_A2ED, b_A2E))
-        dx_BTD = tokens.x_BTD.new_zeros(tokens.x_BTD.shape)
-        for i, dscores_BTE in enumerate(dscores):
-            tokens.add_to_routers(dw_A2ED[:, i], dscores_BTE.mT @ tokens.x_BTD)
-            tokens.add_to_routers(db_A2E[:, i], dscores_BTE.sum(dim=1))
-            dx_BTD.baddbmm_(dscores_BTE, w_B2ED[:, i])
+        dw_BXD = dscores_BTX.mT @ tokens.x_BTD
+        db_BX = dscores_BTX.sum(dim=1)
+        shape = (scores, n_experts)
+        tokens.add_to_routers(dw_A2ED[:, :scores], dw_BXD.unflatten(1, shape))
+        tokens.add_to_routers(db_A2E[:, :scores], db_BX.unflatten(1, shape))
+        dx_BTD = dscores_BTX @ w_B2ED[:, :scores].flatten(1, 2)
         dx = tokens.packed(dx_BTD).to(x.dtype).reshape(x.shape)
         return dx, dw_A2ED.to(w_A2ED.dtype), db_A2E.to(b_A2E.dtype)
 

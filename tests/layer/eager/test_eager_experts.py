@@ -5,11 +5,12 @@ import math
 import naive
 import pytest
 import torch
-from harness.exactness import blocks_of
+from harness.exactness import assert_close, blocks_of
 from harness.saved import gradients_and_largest_saved
 
 from dmoe_layer import DMoE
-from dmoe_layer.eager import experts
+from dmoe_layer.dropout import Dropout
+from dmoe_layer.eager import dispatch, experts
 
 
 @pytest.mark.parametrize("activation", sorted(naive.ACTIVATIONS))
@@ -65,3 +66,32 @@ def test_a_nan_in_one_expert_reaches_no_gradient_of_the_other(spoiled, keep, mon
     for parameter in (layer.w1_EHD, layer.w1_bias, layer.w2_EDH, layer.w2_bias):
         assert torch.isfinite(parameter.grad[1 - spoiled]).all()
     assert torch.isnan(layer.w2_EDH.grad[spoiled]).all()
+
+
+def test_chunks_and_blocks_change_no_result():
+    # The last chunk is shorter than the others, whose rows still stand in the buffers.
+    layer = DMoE(24, n_experts=3, dropout=0.0, noise="never")
+    x = torch.randn(2, 101, 24, requires_grad=True)
+    one, _ = gradients_and_largest_saved(layer, x)
+    with blocks_of(16):
+        many, _ = gradients_and_largest_saved(layer, x)
+    for i, (a, b) in enumerate(zip(many, one, strict=True)):
+        assert_close(a, b, torch.float32, f"tensor {i}")
+
+
+def test_dropout_of_many_entries_is_drawn_again_to_the_bit():
+    rows, seed = torch.ones(1000, 701), torch.tensor(7)
+    first = Dropout(0.3, seed, rows.device)(rows.clone())
+    assert torch.equal(first, Dropout(0.3, seed, rows.device)(rows.clone()))
+    assert abs(first.mean().item() - 0.7) < 0.003
+    # Each part of the entries has other draws.
+    parts = first.view(-1).split(2**18)
+    assert len(parts) == 3
+    assert not torch.equal(parts[0], parts[1])
+
+
+def test_a_block_has_at_most_so_many_rows_however_narrow_the_hidden_layer_is(monkeypatch):
+    sizes, original = [], dispatch.Block
+    monkeypatch.setattr(dispatch, "Block", lambda *b: sizes.append(b[2] - b[1]) or original(*b))
+    DMoE(2, n_experts=1, k=1, hidden_dim=1)(torch.randn(1, 40_000, 2))
+    assert max(sizes) == experts.MOST_BLOCK_ROWS

@@ -8,13 +8,14 @@ from harness.exactness import assert_close
 from harness.saved import gradients_and_largest_saved
 
 from dmoe_layer import DMoE
+from dmoe_layer._torch_private import has_onednn_linear
 from dmoe_layer.eager import gemm
 from dmoe_layer.eager.gemm import Roads
 from dmoe_layer.eager.memory import Scratch
 from dmoe_layer.eager.processor import Processor, processor
 
 needs_onednn = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and gemm.ONEDNN_KEEPS_BITS and processor().vendor),
+    not (has_onednn_linear() and gemm.ONEDNN_KEEPS_BITS and processor().architecture == "x86"),
     reason="needs a oneDNN that keeps bits, on x86",
 )
 # Every rule's road, whatever this machine's own is.
@@ -42,20 +43,59 @@ def test_the_road_depends_on_the_processor():
     assert gemm.roads_of(Processor("aarch64", "", 0, "SVE256")) == Roads(None)
 
 
+@pytest.fixture
+def onednns_calls(monkeypatch):
+    """The shapes of the products that go to oneDNN's linear operator."""
+    calls, original = [], gemm.onednn_linear
+
+    def spy(x, w, b):
+        calls.append((x.shape[0], *w.shape))
+        return original(x, w, b)
+
+    monkeypatch.setattr(gemm, "onednn_linear", spy)
+    return calls
+
+
 @pytest.mark.parametrize(("inner", "out"), [(16, 64), (96, 24), (200, 140), (768, 256)])
 @pytest.mark.parametrize("rows", [16, 80, 1024])
-def test_products_are_exact_and_keep_a_rows_bits(inner, out, rows, roads):
+def test_products_are_exact_and_keep_a_rows_bits(inner, out, rows, roads, onednns_calls):
     x, w, b = torch.randn(rows + 64, inner), torch.randn(out, inner), torch.randn(out)
-    true = x.double() @ w.double().mT + b.double()
-    for weight in (w, w.mT.contiguous().mT):
-        y = gemm.linear(x, weight, b, scratch=Scratch(x, rows + 70, out, x.dtype))
-        assert_close(y, true, torch.float32, "linear")
-        if not roads.transposed_rows:
-            part = gemm.linear(x[7 : 7 + rows], weight, b)
-            assert torch.equal(part, y[7 : 7 + rows])
-        assert_close(gemm.linear(x, weight), true - b.double(), torch.float32, "without bias")
+    scratch = Scratch(x, out, x.dtype)
+    y = gemm.linear(x, w, b, scratch).clone()
+    assert_close(y, x.double() @ w.double().mT + b.double(), torch.float32, "linear")
+    assert torch.equal(gemm.linear(x[7 : 7 + rows], w, b, scratch), y[7 : 7 + rows])
     with_gaps = torch.stack([b, b + 1], dim=1)[:, 0]
-    assert torch.equal(gemm.linear(x, w, with_gaps), gemm.linear(x, w, b))
+    assert torch.equal(gemm.linear(x, w, with_gaps, scratch), y)
+    by_onednn = roads.width is not None and min(inner, out) >= roads.width
+    assert len(onednns_calls) == (3 if by_onednn else 0)
+    onednns_calls.clear()
+    dy = torch.randn(rows, out)
+    dx = gemm.linear_backward(dy, w, Scratch(x, inner, x.dtype))
+    assert_close(dx, dy.double() @ w.double(), torch.float32, "backward")
+    few = roads.transposed_rows is None or rows <= roads.transposed_rows
+    assert len(onednns_calls) == (1 if by_onednn and few else 0)
+
+
+@pytest.mark.parametrize("width", [9, 24, 47])
+def test_blas_keeps_a_rows_bits_with_many_threads(width):
+    x, w, b = torch.randn(500, width), torch.randn(4 * width, width), torch.randn(4 * width)
+    scratch, threads = Scratch(x, 4 * width, x.dtype), torch.get_num_threads()
+    try:
+        for many in (3, 32):
+            torch.set_num_threads(many)
+            y = gemm.linear(x, w, b, scratch).clone()
+            for rows in (16, 48, 64, 208):
+                assert torch.equal(gemm.linear(x[3 : 3 + rows], w, b, scratch), y[3 : 3 + rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 511, 512, 100_000])
+def test_a_weighted_sum_of_many_rows_keeps_its_digits(rows):
+    values, weights = torch.rand(rows, 8), torch.rand(rows)
+    true = (values.double() * weights.double()[:, None]).sum(dim=0)
+    found = gemm.weighted_sum(values, weights)
+    assert ((found - true).abs() <= 1e-6 * true).all()
 
 
 @pytest.mark.parametrize(("inner", "out"), [(16, 64), (96, 24), (200, 140)])
@@ -70,10 +110,15 @@ def test_the_sum_of_products_is_exact_whether_it_is_the_first_or_not(inner, out,
     assert_close(total, 2 * true, torch.float32, "second")
 
 
-@pytest.mark.parametrize(("dim", "tokens"), [(24, 300), (256, 150)])
-def test_every_road_gives_the_layers_output_and_gradients(dim, tokens, roads, monkeypatch):
-    layer, x = DMoE(dim, noise="never"), torch.randn(2, tokens, dim, requires_grad=True)
+@pytest.mark.parametrize(("dim", "tokens"), [(24, 300), (256, 900)])
+def test_every_road_gives_the_layers_output_and_gradients(
+    dim, tokens, roads, onednns_calls, monkeypatch
+):
+    # Not ReLU, whose kink a rounding may step over.
+    layer = DMoE(dim, noise="never", activation="gelu")
+    x = torch.randn(2, tokens, dim, requires_grad=True)
     found, _ = gradients_and_largest_saved(layer, x)
+    assert bool(onednns_calls) == (roads.width is not None and dim >= roads.width)
     monkeypatch.setattr(gemm, "roads", lambda: Roads(None))
     plain, _ = gradients_and_largest_saved(layer, x)
     for i, (a, b) in enumerate(zip(found, plain, strict=True)):
@@ -99,11 +144,11 @@ def test_a_nan_stays_a_nan_in_the_hidden_layer(roads):
     assert torch.isfinite(y[0, torch.arange(40) != 3]).all()
 
 
-def test_without_onednn_blas_computes():
-    weight = torch.randn(256, 256)
+def test_without_onednn_blas_computes(onednns_calls, monkeypatch):
+    monkeypatch.setattr(gemm, "roads", lambda: Roads(16))
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not gemm._linear_by_onednn(weight, weight)
-        assert gemm.least_rows(weight[None], weight[None], torch.float32) == gemm.ROWS
+        DMoE(32)(torch.randn(1, 40, 32)).sum().backward()
+    assert onednns_calls == []
 
 
 @pytest.mark.parametrize("least", [2, 16])
