@@ -89,15 +89,15 @@ def router_logits_backward(
         tokens = _Tokens(x, w_A2ED, rows_BN, tokens_per_sample)
         w_B2ED, b_B2E = tokens.routers(w_A2ED), tokens.routers(b_A2E)
         # Clean scores, then the noise's scale, side by side: one product for each gradient.
-        scores = 1 if seed is None else 2
-        n_experts = w_A2ED.shape[2]
+        scores, n_experts = 1 if seed is None else 2, w_A2ED.shape[2]
         dscores_TSE = dlogits_TE.new_empty((dlogits_TE.shape[0], scores, n_experts))
         dscores_TSE[:, 0] = dlogits_TE
         if seed is not None:
             # softplus' is the logistic function.
             slope_TE = tokens.project(w_B2ED[:, 1], b_B2E[:, 1]).sigmoid_()
-            dnoise_TE = slope_TE.mul_(_noise(dlogits_TE, seed))
-            torch.mul(dnoise_TE, dlogits_TE, out=dscores_TSE[:, 1])
+            slope_TE.mul_(_noise(dlogits_TE, seed))
+            torch.mul(slope_TE, dlogits_TE, out=dscores_TSE[:, 1])
+            del slope_TE  # before x's gradient, the largest of all, is there
         dscores_BTX = tokens.by_sample(dscores_TSE.flatten(1))
         # Not zeros_like, which lays out as its input is.
         dw_A2ED, db_A2E = (p.new_zeros(p.shape, dtype=tokens.dtype) for p in (w_A2ED, b_A2E))
