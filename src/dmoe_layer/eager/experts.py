@@ -35,7 +35,7 @@ from .memory import Scratch, new_empty
 # On a CPU the hidden layer of a block has about so many entries, 4 MiB in fp32: it stays in the
 # cache. Yet a block has so many rows that a product's fixed costs do not count, and no more than
 # others gain from. Other devices have blocks of the most rows.
-BLOCK_ENTRIES, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 2**20, 1024, 8192
+BLOCK_ENTRIES, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 2**20, 2048, 8192
 
 
 def experts(
