@@ -81,7 +81,7 @@ def _experts(
             call.gather(x_TD, chunk, rows_XD)
             for block in chunk.dispatch.blocks:
                 expert = call.expert_of(block)
-                z_XH, h_XH = call.hidden(expert, rows_XD[block.padded])
+                z_XH, h_XH = call.hidden(expert, call.operand(rows_XD, block))
                 if keep_hidden:
                     z_RH[chunk.rows][block.rows] = z_XH[: block.size]
                 o_XD = linear(h_XH, expert.w2_DH, expert.b2_D, call.o_scratch)
@@ -214,6 +214,16 @@ class _ExpertPass:
         else:
             rows_RD.copy_(source_CD.index_select(0, tokens_R))
 
+    def operand(self, rows_XD: Tensor, block: Block) -> Tensor:
+        """A block's rows and padding as a product's operand.
+
+        Of odd widths a copy, which starts where memory is aligned: MKL rounds otherwise where it
+        is not, and where a block starts depends on a sample's batch-mates.
+        """
+        block_XD = rows_XD[block.padded]
+        aligned = rows_XD.shape[1] * rows_XD.element_size() % 16 == 0
+        return block_XD if aligned else block_XD.clone()
+
     def expert_of(self, block: Block) -> _Expert:
         """The block's expert's weights; blocks of one expert follow each other."""
         if self._last is None or self._last[0] != block.expert:
@@ -302,9 +312,9 @@ class _Gradients:
         """Adds what the rows of a block contribute, and leaves dx in the place of x."""
         call, rows, expert = self.call, block.size, self.call.expert_of(block)
         x_RD, do_RD = self._x_XD[block.rows], self._do_XD[block.rows]
-        do_XD = self._do_XD[block.padded]
+        do_XD = call.operand(self._do_XD, block)
         if z_XH is None:
-            z_XH, h_XH = call.hidden(expert, self._x_XD[block.padded])
+            z_XH, h_XH = call.hidden(expert, call.operand(self._x_XD, block))
         else:
             h_XH = call.activate(z_XH)
         dh_XH = linear_backward(do_XD, expert.w2_DH, self._dh_scratch)
