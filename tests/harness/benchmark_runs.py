@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from benchmarks.layer.roofline import Roofline
@@ -27,3 +28,18 @@ def row_of(**changes):
     texts = {f.name: "" for f in dataclasses.fields(LayerRow) if f.type == "str"}
     timed = {"dtype": "float32", "threads": "2", "status": "timed", "median_ms": 1.0}
     return LayerRow(**{**texts, **shared, **timed, **changes})
+
+
+def asks_for_the_page(command, words, monkeypatch):
+    """Whether a run of a command may write where the page shows it; it ends before it measures."""
+
+    class Chosen(Exception):
+        pass
+
+    def chosen(out, whole):
+        raise Chosen(whole)
+
+    monkeypatch.setattr(command.ResultsFolder, "chosen", chosen)
+    with pytest.raises(Chosen) as asked:
+        command.main(words)
+    return asked.value.args[0]

@@ -9,15 +9,20 @@ of width one. Products alone, PyTorch 2.13, two threads of an AMD EPYC, GFLOP/s 
     Zen 4 (AVX-512)          128, 155     177, 199     167, 204      184, 178
     Zen 4 held to AVX2       128, 160     181, 163     166, 187      183, 65
 
-In the layer BLAS gains from the buffers that it writes to and has less to prepare in each call.
-Forward and backward of the whole layer, all products by BLAS against linear layers by oneDNN, took
-1.00, 1.08 and 1.11 times as long at a width of 192, 384 (few tokens) and 768 with AVX2, and 1.03,
-1.05 and 1.11 with AVX-512; below, BLAS is level or ahead. With AVX2 a transposed weight costs
-oneDNN a tenth more than BLAS if there are hundreds of rows, and less if there are few. On Zen 5,
-whose vectors of 512 bits are computed at once, MKL uses half of the width, and oneDNN needed half
-of BLAS' time at every width from 24 to 768, gradients included. Intel's processors were not
-measured and are taken to be like Zen 4; what is neither x86 nor knows AVX2 computes with BLAS.
-Nothing is timed while a program runs: on one machine the bits of a result are always the same.
+In the layer BLAS gains from the buffers that it writes to and has less to prepare in each call, and
+below the widths of the rule it is level or ahead. With all products by BLAS the layer's time is so
+many times that of the rule, forward and backward, then eval (medians of seven steps in turns)::
+
+                             2 × 8192 × 192    8 × 196 × 768    1 × 49 × 384
+    Zen 4 (AVX-512)          1.06, 1.04        1.09, 1.11       1.20, 1.19
+    Zen 4 held to AVX2       1.00, 1.01        0.97, 1.05       1.09, 1.03
+
+With AVX2 a transposed weight costs oneDNN more than BLAS if there are hundreds of rows, and less if
+there are few. On Zen 5, whose vectors of 512 bits are computed at once, MKL uses half of the width,
+and oneDNN needed half of BLAS' time at every width from 24 to 768, gradients included. Intel's
+processors were not measured and are taken to be like Zen 4; what is neither x86 nor knows AVX2
+computes with BLAS. Nothing is timed while a program runs: on one machine the bits of a result are
+always the same.
 """
 
 from __future__ import annotations
@@ -50,7 +55,7 @@ ROWS = 16
 # not, from 2 rows on (2.9 and 2.12 were not asked). Before 2.13 BLAS is taken.
 ONEDNN_KEEPS_BITS = torch.__version__ >= "2.13"
 
-
+# Rows that are added one after the other: fp32 loses about a digit and a half in so many.
 _SUMMED_ROWS = 512
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from harness.benchmark_runs import FACTS
+from harness.benchmark_runs import FACTS, asks_for_the_page
 
 from benchmarks.growth import command, measuring
 from benchmarks.growth.axes import Axis, axes
@@ -209,17 +209,8 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys, monkeypatch):
 def test_the_page_is_for_whole_runs_on_what_it_has_a_section_for(
     words, capability, whole, monkeypatch
 ):
-    class Chosen(Exception):
-        pass
-
-    def chosen(out, whole):
-        raise Chosen(whole)
-
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(command.ResultsFolder, "chosen", chosen)
-    with pytest.raises(Chosen) as asked:
-        command.main(words)
-    assert asked.value.args == (whole,)
+    assert asks_for_the_page(command, words, monkeypatch) == whole
 
 
 @pytest.mark.parametrize("word", ["--rounds", "--threads"])

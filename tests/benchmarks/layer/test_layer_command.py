@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness.benchmark_runs import row_of
+from harness.benchmark_runs import asks_for_the_page, row_of
 
 from benchmarks import output
 from benchmarks.layer import command
@@ -80,17 +80,8 @@ def test_a_readme_without_marks_is_a_sentence_and_the_figures_are_kept(
     ],
 )
 def test_the_page_is_for_whole_runs_as_it_shows_them(words, capability, whole, monkeypatch):
-    class Chosen(Exception):
-        pass
-
-    def chosen(out, whole):
-        raise Chosen(whole)
-
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(command.ResultsFolder, "chosen", chosen)
-    with pytest.raises(Chosen) as asked:
-        command.main(["--device", "cpu", *words])
-    assert asked.value.args == (whole,)
+    assert asks_for_the_page(command, ["--device", "cpu", *words], monkeypatch) == whole
 
 
 @pytest.mark.parametrize(
