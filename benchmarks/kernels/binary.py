@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .launches import Launch
+from .loops import instructions_by_depth
 
 _TYPES = {
     torch.float32: "fp32",
@@ -22,16 +23,25 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+# Of compute capability 8, 9 and 10.
+_MATRIX = r"\b(?:H?G?MMA|UTC\w*MMA)\.[\w.]*"
 
 
 class Binary(NamedTuple):
-    """What a program of a compiled kernel takes; registers are a thread's."""
+    """What a program of a compiled kernel takes; registers are a thread's.
+
+    Attributes:
+        instructions: a warp's, outside of loops, in loops, in loops inside of loops.
+        loads_ahead: whether it copies to shared memory while it computes.
+    """
 
     warps: int
     registers: int
     stack_bytes: int
     shared_bytes: int
     matrix_instructions: str
+    instructions: tuple[int, ...]
+    loads_ahead: bool
 
 
 def read_binary(launch: Launch, capability: int) -> Binary:
@@ -48,7 +58,9 @@ def read_binary(launch: Launch, capability: int) -> Binary:
         registers=numbers["REG"],
         stack_bytes=numbers["STACK"] + numbers["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        matrix_instructions=" ".join(sorted(set(re.findall(r"\bH?G?MMA\.[\w.]*", code)))),
+        matrix_instructions=" ".join(sorted(set(re.findall(_MATRIX, code)))),
+        instructions=instructions_by_depth(code),
+        loads_ahead=bool(re.search(r"\b(LDGSTS|UBLKCP|UTMALDG)", code)),
     )
 
 

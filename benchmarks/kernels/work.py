@@ -9,10 +9,13 @@ tile's loads under way, and ``LATENCY`` passes until they arrive).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from ..paper import HIDDEN_RATIO, N_EXPERTS, K
 from .gpus import GPU
+from .launches import Launch
 
 LATENCY = 700e-9  # seconds
 
@@ -86,6 +89,52 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
             return Work(2 * math.prod(sides), fill(d, "COLUMNS"), read, 0, options["ROWS"])
         case _:
             return None
+
+
+def warp_instructions(launch: Launch, by_depth: Sequence[int]) -> float:
+    """What the launch's warps run together, each loop as often as the launch's sizes say.
+
+    Args:
+        by_depth: of the binary, ``loops.instructions_by_depth``.
+    """
+    total, times = 0.0, 1.0
+    for count, passes in zip_longest(by_depth, (1, *trips(launch)), fillvalue=1):
+        times *= passes
+        total += count * times
+    return launch.programs * launch.options.get("num_warps", 4) * total
+
+
+def trips(launch: Launch) -> tuple[float, ...]:
+    """How often a program passes its loop, and the loop inside of it, on average.
+
+    Of loops that the compiler unrolls the binary has none, and nothing is multiplied.
+    """
+    options = launch.options
+
+    def cut(size: float, block: str) -> int:
+        return math.ceil(size / options[block])
+
+    match launch.kernel.__name__:
+        case "mlp_kernel":
+            return (cut(options["hidden"], "HIDDEN"),)
+        case "mlp_backward_kernel":
+            slices = 1 if options["OF_WEIGHTS"] else cut(options["hidden"], "HIDDEN")
+            return cut(launch.value("chunk_rows"), "ROWS"), slices
+        case "route_kernel":
+            return (cut(options["dim"], "DIM"),)
+        case "route_backward_kernel":
+            return cut(launch.value("chunk_tokens"), "TOKENS"), cut(options["dim"], "DIM")
+        case "hidden_kernel" | "hidden_backward_kernel":
+            return (cut(options["dim"], "DEPTH"),)
+        case "output_kernel":
+            return (cut(options["hidden"], "DEPTH"),)
+        case "gather_gradient_kernel":
+            return (cut(options["dim"], "COLUMNS"),)
+        case "weight_backward_kernel":
+            rows = launch.value("order_ptr").shape[0] / options["n_experts"]
+            return (cut(launch.value("chunk_rows") if options["SPLIT"] else rows, "ROWS"),)
+        case _:
+            return ()
 
 
 def roofline_share(work: Work, flops: float, gpu: GPU, resident: int) -> float:

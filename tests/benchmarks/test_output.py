@@ -13,8 +13,9 @@ from benchmarks.kernels.report import KernelRow
 from benchmarks.layer.command import PROVIDERS
 from benchmarks.layer.rows import LayerRow
 from benchmarks.machine import commit
-from benchmarks.volumes.rows import VolumeRow
 from reference_models.study.csv_table import Table
+
+VolumeRow = pytest.importorskip("benchmarks.volumes.rows", exc_type=ImportError).VolumeRow
 
 ROW_OF = {
     "growth": GrowthRow,
