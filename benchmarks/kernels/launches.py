@@ -7,7 +7,7 @@ What needs Triton is imported when it is called: not every system has it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,20 +94,9 @@ class LayerStep:
         )  # fmt: skip
 
     def launches(self) -> list[Launch]:
-        """Those of the step, in their order. Nothing is computed, and no memory touched."""
-        from triton.runtime import JITFunction
-
+        """Those of the step, in their order."""
         launches: list[Launch] = []
-
-        def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            launches.append(Launch(kernel, arguments, options, grid))
-
-        # In place of what Triton does for ``kernel[grid](...)``, and as if x were on a GPU.
-        with (
-            mock.patch.object(JITFunction, "run", record),
-            mock.patch.object(backend, "_obstacle_of_machine", return_value=""),
-            other_blocks(self.blocks),
-        ):
+        with intercepted(launches.append), other_blocks(self.blocks):
             self._run()
         return launches
 
@@ -132,6 +121,25 @@ class LayerStep:
         y, routing = layer(x.requires_grad_(), attributes_B, return_routing=True)
         outputs = [y, routing.logits] if self.balanced else [y]
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+
+@contextmanager
+def intercepted(take: Callable[[Launch], object]) -> Iterator[None]:
+    """Gives ``take`` what is launched inside. Nothing is computed, and no memory touched.
+
+    As if x were on a GPU; it is on the CPU.
+    """
+    from triton.runtime import JITFunction
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        take(Launch(kernel, arguments, options, grid))
+
+    # In place of what Triton does for ``kernel[grid](...)``.
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(backend, "_obstacle_of_machine", return_value=""),
+    ):
+        yield
 
 
 def fused_activations() -> list[str]:

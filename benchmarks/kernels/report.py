@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,9 +25,9 @@ REPORTED = {80: tuple(DTYPES), 86: ("bf16",), 89: ("bf16",), 90: tuple(DTYPES), 
 class KernelRow:
     """A line of the CSV; what a row does not have is None, and empty in the file.
 
-    Registers are a thread's. ``stack_bytes`` are what spills. ``instructions``: those of the
-    program; ``instructions_a_token``: what all warps of the launch run together, by the model of
-    ``work``, over the tokens. ``occupancy``: resident warps over the multiprocessor's, as registers
+    ``launches``: how many of a step are alike. Registers are a thread's. ``stack_bytes`` are what
+    spills. ``instructions``: those of the program; ``instructions_a_token``: what all warps of one
+    launch run together, by the model of ``work``, over the tokens. ``occupancy``: resident warps over the multiprocessor's, as registers
     and shared memory allow. ``roofline``: the share of it that the launch allows, by the same
     model; none of the small reductions.
     """
@@ -36,6 +37,7 @@ class KernelRow:
     dim: int
     kernel: str
     variant: str
+    launches: int
     warps: int
     registers: int
     stack_bytes: int
@@ -57,8 +59,8 @@ def kernel_rows(steps: Iterable[LayerStep], capability: int) -> Iterator[KernelR
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter compiles nothing. Unset it.")
     for step in steps:
-        rows = [kernel_row(launch, capability, step) for launch in step.launches()]
-        yield from dict.fromkeys(rows)
+        rows = Counter(kernel_row(launch, capability, step) for launch in step.launches())
+        yield from (replace(row, launches=launches) for row, launches in rows.items())
 
 
 def kernel_row(launch: Launch, capability: int, step: LayerStep) -> KernelRow:
@@ -77,6 +79,7 @@ def kernel_row(launch: Launch, capability: int, step: LayerStep) -> KernelRow:
         dim=step.dim,
         kernel=kernel,
         variant=launch.variant,
+        launches=1,
         warps=binary.warps,
         registers=binary.registers,
         stack_bytes=binary.stack_bytes,

@@ -22,9 +22,11 @@ sys.path[:0] = ["tests"]
 import harness.fake_gpu
 import torch
 from benchmarks.kernels import prewarm
-from benchmarks.kernels.launches import LayerStep
+from benchmarks.kernels.launches import LayerStep, intercepted
 from benchmarks.kernels.report import GOALS
 from benchmarks.kernels.sweep import CANDIDATES
+from benchmarks.profiled import Meter
+from dmoe_layer import DMoE
 
 def step(name, **options):
     return LayerStep.of(GOALS[name], torch.bfloat16, balanced=False, **options)
@@ -38,6 +40,22 @@ for name, candidates in CANDIDATES.items():
             a.kernel.__name__ for a, b in zip(own, others, strict=True) if a.key != b.key
         ]
         found["changed"][f"{name} {blocks}"] = changed
+
+cpu = torch.device("cpu")
+found["memory"] = {}
+for name in ("stage-0", "stage-0-wide"):
+    shape = GOALS[name]
+    layer = DMoE(shape.dim, attribute_sizes=shape.values, dtype=torch.bfloat16, backend="triton")
+    x, dy = (torch.empty(1, shape.tokens, shape.dim, dtype=torch.bfloat16) for _ in range(2))
+    for tensor in (x, *layer.parameters()):
+        tensor.grad = torch.empty_like(tensor)
+    with intercepted(lambda launch: None), Meter(cpu) as meter:
+        y = layer(x.requires_grad_(), torch.zeros(1, dtype=torch.long))
+        meter.mark()
+        y.backward(dy)
+    (held, _), (_, peak) = meter.marks
+    found["memory"][name] = [held / x.nbytes - 1, peak / x.nbytes - 1]
+    del layer, x, y, dy, tensor
 
 def files():
     return sorted(f for _, _, names in os.walk(os.environ["TRITON_CACHE_DIR"]) for f in names)
@@ -56,6 +74,9 @@ print(json.dumps(found))
 """
 # Of a training step: no more, and where they are fewer the number here goes down.
 LAUNCHES = {"2d": 16, "stage-0": 16, "stage-0-wide": 16}
+# In units of x: what is kept for backward beside x and y, and the peak beside them where gradients
+# are there already. ``test_gpu`` asks for 1.5 and 4 at most.
+MEMORY = {"stage-0": (0.67, 3.84), "stage-0-wide": (0.34, 3.43)}
 # What the candidates' first words name.
 KERNELS = {
     "weights": {"mlp_backward_kernel"},
@@ -85,6 +106,12 @@ def found(tmp_path_factory):
 
 def test_a_training_step_launches_as_many_kernels_as_it_did(found):
     assert found["launches"] == LAUNCHES
+
+
+@pytest.mark.parametrize("shape", MEMORY)
+def test_a_training_step_takes_no_more_memory_than_it_did(found, shape):
+    for measured, most in zip(found["memory"][shape], MEMORY[shape], strict=True):
+        assert most - 0.02 <= measured <= most
 
 
 @pytest.mark.parametrize(
