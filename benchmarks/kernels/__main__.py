@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 
+from reference_models.markdown import replace_section
+
 from ..arguments import ArgumentError, chosen_names, run_command
-from ..output import RESULTS, ResultsFolder, write_csv
+from ..output import README, RESULTS, ResultsFolder, write_csv
 from .gpus import GPUS
 from .launches import LayerStep
 from .matrix import WIDTHS, matrix_rows, merged, read_matrix
-from .predict import prediction_table
+from .predict import predict, section
 from .prewarm import compilations, prewarm
 from .report import DTYPES, GOALS, REPORTED, kernel_rows
 from .sweep import CANDIDATES, measure_sweep, sweep_table
@@ -61,7 +63,13 @@ def _matrix(options: argparse.Namespace) -> None:
 
 
 def _predict(_: argparse.Namespace) -> None:
-    print(prediction_table(list(GOALS.values())))
+    """Prints each shape's launches, and renews the page's section."""
+    predictions = []
+    for shape in GOALS.values():
+        predictions.append(predict(shape))
+        print(f"### {shape.name}: {shape}\n\n{predictions[-1].table()}\n", flush=True)
+    print(section(predictions))
+    replace_section(README, "predicted", section(predictions))
 
 
 def _prewarm(options: argparse.Namespace) -> None:

@@ -33,13 +33,21 @@ class Launch(NamedTuple):
     @property
     def variant(self) -> str:
         """What the kernel does here of all that it can."""
-        flags = ("OF_ROWS", "OF_WEIGHTS", "GATHER", "SPLIT", "NOISY", "DROP")
-        return " ".join(flag.lower() for flag in flags if self.options.get(flag))
+        flags = ("GATHER", "SPLIT", "NOISY")
+        words = [flag.lower() for flag in flags if self.options.get(flag)]
+        if self._has("kept_ptr"):
+            words.append("drop")
+        return " ".join(words)
 
     def value(self, name: str) -> Any:
         """What the kernel's parameter of this name was given."""
         names = [parameter.name for parameter in self.kernel.params[: len(self.arguments)]]
         return self.arguments[names.index(name)] if name in names else self.options[name]
+
+    def _has(self, name: str) -> bool:
+        """Whether the kernel has a parameter of this name, and it was given a tensor."""
+        is_there = any(parameter.name == name for parameter in self.kernel.params)
+        return is_there and self.value(name) is not None
 
     @property
     def programs(self) -> int:
@@ -151,8 +159,8 @@ def fused_activations() -> list[str]:
 def other_blocks(text: str) -> Iterator[None]:
     """The layer with other blocks in one of its launches: ``"weights:rows=128,warps=8"``.
 
-    The launches: ``forward``, ``rows`` and ``weights`` of narrow experts, ``gemm`` of wide ones,
-    ``router`` backward. Empty: the layer's own blocks.
+    The launches: ``forward``, ``rows`` and ``weights`` of narrow experts, ``gemm`` of wide ones.
+    Empty: the layer's own blocks.
     """
     launch, _, words = text.partition(":")
     if not launch:
@@ -164,40 +172,16 @@ def other_blocks(text: str) -> Iterator[None]:
 
 
 def _patched(launch: str, changes: dict[str, int]) -> Any:
-    from dmoe_layer.fused import narrow, router, wide
+    from dmoe_layer.fused import narrow, wide
 
-    def of_pair(call: Any, own: Any = narrow._backward_blocks) -> Any:
-        rows, weights = own(call)
-        if launch == "rows":
-            return rows._replace(**changes), weights
-        return rows, weights._replace(**changes)
-
-    def of_forward(call: Any, own: Any = narrow._forward_blocks) -> Any:
-        return own(call)._replace(**changes)
-
-    def of_gemm(call: Any, own: Any = wide._gemm_blocks) -> dict[str, int]:
-        return {**own(call), **_options(changes)}
-
-    def of_router(self: Any, *given: Any, own: Any = router._Samples.__init__) -> None:
-        own(self, *given)
-        self.backward = {**self.backward, **_options(changes)}
-
-    match launch:
-        case "forward":
-            return mock.patch.object(narrow, "_forward_blocks", of_forward)
-        case "rows" | "weights":
-            return mock.patch.object(narrow, "_backward_blocks", of_pair)
-        case "gemm":
-            return mock.patch.object(wide, "_gemm_blocks", of_gemm)
-        case "router":
-            return mock.patch.object(router._Samples, "__init__", of_router)
-        case _:
-            raise ValueError(
-                f"blocks: got {launch!r}, expected forward, rows, weights, gemm or router."
-            )
-
-
-def _options(changes: dict[str, int]) -> dict[str, int]:
-    """As Triton and the kernels call them: ``num_warps``, ``ROWS``."""
-    own = {"warps": "num_warps", "stages": "num_stages"}
-    return {own.get(name, name.upper()): n for name, n in changes.items()}
+    experts = {
+        "forward": (narrow, "_forward_blocks"),
+        "rows": (narrow, "_row_blocks"),
+        "weights": (narrow, "_weight_blocks"),
+        "gemm": (wide, "_gemm_blocks"),
+    }
+    if launch not in experts:
+        raise ValueError(f"blocks: got {launch!r}, expected one of {', '.join(experts)}.")
+    module, name = experts[launch]
+    own = getattr(module, name)
+    return mock.patch.object(module, name, lambda *given: own(*given)._replace(**changes))

@@ -27,9 +27,9 @@ class KernelRow:
 
     ``launches``: how many of a step are alike. Registers are a thread's. ``stack_bytes`` are what
     spills. ``instructions``: those of the program; ``instructions_a_token``: what all warps of one
-    launch run together, by the model of ``work``, over the tokens. ``occupancy``: resident warps over the multiprocessor's, as registers
-    and shared memory allow. ``roofline``: the share of it that the launch allows, by the same
-    model; none of the small reductions.
+    launch run together, by the model of ``work``, over the tokens. ``occupancy``: resident warps
+    over the multiprocessor's, as registers and shared memory allow. ``roofline``: the share of it
+    that the launch allows, by the same model; none of the small reductions.
     """
 
     capability: int

@@ -27,25 +27,28 @@ from .launches import other_blocks
 # Of the goals' shapes, for the launches that a model foretells to be the longest.
 CANDIDATES = {
     "stage-0": (
-        "weights:rows=64,hidden=32",
-        "weights:rows=128,warps=8",
-        "weights:stages=2",
+        "rows:warps=8",
         "rows:rows=128,warps=8",
-        "router:warps=4",
-        "router:tokens=32",
+        "rows:stages=2",
+        "weights:stages=2",
+        "weights:stages=4",
+        "weights:rows=128,warps=8",
+        "forward:rows=64",
     ),
     "stage-0-wide": (
-        "weights:rows=64,hidden=32,warps=4",
-        "weights:rows=64",
-        "weights:stages=2",
+        "rows:warps=8",
         "rows:rows=128,warps=8",
-        "router:warps=8",
+        "rows:stages=2",
+        "weights:stages=2",
+        "weights:rows=64,warps=4",
+        "weights:hidden=32",
+        "forward:rows=64,warps=4",
     ),
     "2d": (
-        "gemm:columns=256",
-        "gemm:stages=4",
+        "gemm:stages=2",
         "gemm:depth=32,stages=4",
-        "gemm:rows=64,warps=4",
+        "gemm:columns=128,depth=64,stages=3",
+        "gemm:columns=64,depth=64,warps=4",
     ),
 }
 # Of the norm, in bf16: other blocks sum in another order, and nothing else.

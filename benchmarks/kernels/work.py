@@ -45,33 +45,34 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
     h, row = HIDDEN_RATIO * d, d * element
     gated = bool(options.get("GATED"))
     first = 2 * h if gated else h  # rows of w1
+    kept = 4 * math.ceil(d / 32)  # dropout's bits
 
     def fill(size: int, block: str) -> float:
         return size / (math.ceil(size / options[block]) * options[block])
 
     match kernel:
         case "route_kernel":
-            written = 4 * N_EXPERTS + 12 * K
+            written = (4 + 2) * N_EXPERTS + (8 + 4 + 1) * K  # logits, slopes; experts twice, gates
             return Work(4 * N_EXPERTS * d, fill(d, "DIM"), row, written, options["TOKENS"])
         case "route_backward_kernel":
-            read = row + 4 * N_EXPERTS + 16 * K
-            return Work(12 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
+            read = row + 2 * N_EXPERTS + (4 + 4 + 1) * K
+            return Work(8 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
         case "sort_kernel":
-            return Work(0, 1, 8 * K, 4 * K, options["TOKENS"])
-        case "sum_slots_kernel":
+            return Work(0, 1, K, 4 * K, options["TOKENS"])
+        case "sum_pairs_kernel":
             return Work(0, 1, K * row, row, options["ROWS"])
+        case "draw_kept_kernel":
+            return Work(0, 1, 0, kept, options["BLOCK"])
         case "mlp_kernel":
             useful = fill(d, "DIM") * fill(h, "HIDDEN")
-            return Work(2 * d * (first + h), useful, row + 8, row, options["ROWS"])
-        case "mlp_backward_kernel":
-            of_rows, of_weights = bool(options["OF_ROWS"]), bool(options["OF_WEIGHTS"])
-            # Both need the hidden layer and its gradient, which are computed once.
-            of_first = 2 * of_rows + 2 * of_weights - (of_rows and of_weights)
-            of_second = of_rows + 2 * of_weights - (of_rows and of_weights)
+            return Work(2 * d * (first + h), useful, row + 8 + kept, row, options["ROWS"])
+        case "mlp_backward_kernel" | "weight_gradients_kernel":
+            # Both compute the hidden layer and its gradient; one product with each weight follows.
+            of_rows = kernel == "mlp_backward_kernel"
             useful = fill(d, "DIM") * fill(h, "HIDDEN")
-            written = (row + 4) * of_rows
-            operations = 2 * d * (of_first * first + of_second * h)
-            return Work(operations, useful, 2 * row + 8, written, options["ROWS"])
+            operations = 2 * d * (2 * first + h + (0 if of_rows else h))
+            written = row + 4 if of_rows else 0
+            return Work(operations, useful, 2 * row + 8 + kept, written, options["ROWS"])
         case "hidden_kernel":
             written = (first + h if gated else h) * element
             return Work(2 * d * first, fill(first, "COLUMNS"), row, written, options["ROWS"])
@@ -115,15 +116,14 @@ def trips(launch: Launch) -> tuple[float, ...]:
         return math.ceil(size / options[block])
 
     match launch.kernel.__name__:
-        case "mlp_kernel":
+        case "mlp_kernel" | "mlp_backward_kernel":
             return (cut(options["hidden"], "HIDDEN"),)
-        case "mlp_backward_kernel":
-            slices = 1 if options["OF_WEIGHTS"] else cut(options["hidden"], "HIDDEN")
-            return cut(launch.value("chunk_rows"), "ROWS"), slices
+        case "weight_gradients_kernel":
+            return (cut(launch.value("chunk_rows"), "ROWS"),)
         case "route_kernel":
             return (cut(options["dim"], "DIM"),)
         case "route_backward_kernel":
-            return cut(launch.value("chunk_tokens"), "TOKENS"), cut(options["dim"], "DIM")
+            return (cut(launch.value("chunk_tokens"), "TOKENS"),)
         case "hidden_kernel" | "hidden_backward_kernel":
             return (cut(options["dim"], "DEPTH"),)
         case "output_kernel":
@@ -132,7 +132,8 @@ def trips(launch: Launch) -> tuple[float, ...]:
             return (cut(options["dim"], "COLUMNS"),)
         case "weight_backward_kernel":
             rows = launch.value("order_ptr").shape[0] / options["n_experts"]
-            return (cut(launch.value("chunk_rows") if options["SPLIT"] else rows, "ROWS"),)
+            passes = cut(launch.value("chunk_rows") if options["SPLIT"] else rows, "ROWS")
+            return (passes / 2,)  # of two loops each program passes one
         case _:
             return ()
 
