@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
@@ -79,14 +79,13 @@ def _prewarm(options: argparse.Namespace) -> None:
     """
     _require_gpu("prewarm")
     began, steps = time.perf_counter(), []
+    major, minor = torch.cuda.get_device_capability()
     for shape in GOALS.values():
         # As the benchmark and the sweep run it.
-        steps += [LayerStep.of(shape, torch.bfloat16, balanced=False, training=t) for t in (1, 0)]
-        steps += [
-            LayerStep.of(shape, torch.bfloat16, balanced=False, blocks=blocks)
-            for blocks in CANDIDATES[shape.name]
-            if not options.own
-        ]
+        own = LayerStep.of(shape, torch.bfloat16, balanced=False, capability=10 * major + minor)
+        steps += [own, replace(own, training=False)]
+        if not options.own:
+            steps += [replace(own, blocks=blocks) for blocks in CANDIDATES[shape.name]]
     todo = compilations(steps)
     failed = 0
     for what, error in prewarm(todo, options.processes):

@@ -79,6 +79,7 @@ class LayerStep:
     Attributes:
         balanced: the loss has a term of the router's logits, as one that balances experts.
         blocks: other blocks than the layer's own, as :func:`other_blocks` reads them.
+        capability: of the GPU that it is launched for.
     """
 
     dim: int
@@ -92,6 +93,7 @@ class LayerStep:
     training: bool = True
     balanced: bool = True
     blocks: str = ""
+    capability: int = 90
 
     @classmethod
     def of(cls, shape: Shape, dtype: torch.dtype, **others: Any) -> LayerStep:
@@ -104,7 +106,7 @@ class LayerStep:
     def launches(self) -> list[Launch]:
         """Those of the step, in their order."""
         launches: list[Launch] = []
-        with intercepted(launches.append), other_blocks(self.blocks):
+        with intercepted(launches.append, self.capability), other_blocks(self.blocks):
             self._run()
         return launches
 
@@ -132,12 +134,14 @@ class LayerStep:
 
 
 @contextmanager
-def intercepted(take: Callable[[Launch], object]) -> Iterator[None]:
+def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Iterator[None]:
     """Gives ``take`` what is launched inside. Nothing is computed, and no memory touched.
 
-    As if x were on a GPU; it is on the CPU.
+    As if x were on a GPU of this compute capability; it is on the CPU.
     """
     from triton.runtime import JITFunction
+
+    from dmoe_layer.fused import narrow
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         take(Launch(kernel, arguments, options, grid))
@@ -146,6 +150,7 @@ def intercepted(take: Callable[[Launch], object]) -> Iterator[None]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(backend, "_obstacle_of_machine", return_value=""),
+        mock.patch.object(narrow, "is_hopper", lambda device: capability >= 90),
     ):
         yield
 

@@ -59,8 +59,9 @@ def kernel_rows(steps: Iterable[LayerStep], capability: int) -> Iterator[KernelR
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter compiles nothing. Unset it.")
     for step in steps:
-        rows = Counter(kernel_row(launch, capability, step) for launch in step.launches())
-        yield from (replace(row, launches=launches) for row, launches in rows.items())
+        launches = replace(step, capability=capability).launches()
+        rows = Counter(kernel_row(launch, capability, step) for launch in launches)
+        yield from (replace(row, launches=count) for row, count in rows.items())
 
 
 def kernel_row(launch: Launch, capability: int, step: LayerStep) -> KernelRow:

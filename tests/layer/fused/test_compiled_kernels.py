@@ -32,10 +32,13 @@ step = LayerStep(width, DTYPES[dtype])
 if shape is not None:
     step = LayerStep.of(shape, DTYPES[dtype])
 step = dataclasses.replace(step, activation=activation, **sizes)
-launches = step.launches()
-if activation.endswith(("glu", "glu_tanh")):
-    launches = [launch for launch in launches if launch.options.get("GATED")]
-found = [kernel_row(launch, int(c), step) for c in capabilities for launch in launches]
+gated = activation.endswith(("glu", "glu_tanh"))
+found = [
+    kernel_row(launch, int(c), step)
+    for c in capabilities
+    for launch in dataclasses.replace(step, capability=int(c)).launches()
+    if launch.options.get("GATED") or not gated
+]
 print(json.dumps([dataclasses.asdict(row) for row in found]))
 """
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
