@@ -17,9 +17,10 @@ def test_pairs_are_sorted_by_expert_and_then_by_token():
     rows = torch.tensor([[0], [1], [0]], device=HERE)
     counts = torch.tensor([140, 0, 460], device=HERE)
     for tokens, per_sample in ((x, None), (x.flatten(0, 1), counts)):
-        logits, indices, gates, order, offsets = router._fused_route(
-            tokens, w, b, rows, per_sample, 3, None
+        logits, indices, gates, order, offsets, chosen, _ = router._fused_route(
+            tokens, w, b, rows, per_sample, 3, None, False
         )
+        assert torch.equal(chosen.long(), indices)
         assert torch.equal(order.long(), indices.flatten().argsort(stable=True))
         assert offsets.diff().tolist() == indices.flatten().bincount(minlength=5).tolist()
         top = logits.topk(3)
@@ -34,7 +35,7 @@ def test_scores_that_are_equal_infinite_or_nan_choose_k_different_experts():
         b = torch.zeros(1, 2, 6, device=HERE)
         b[0, 0] = torch.tensor(bias)
         x = torch.zeros(1, 3, 8, device=HERE)
-        logits, indices, gates, *_ = router._fused_route(x, w, b, None, None, 4, None)
+        logits, indices, gates, *_ = router._fused_route(x, w, b, None, None, 4, None, False)
         torch.testing.assert_close(logits[0], b[0, 0], equal_nan=True)
         assert all(len(set(row)) == 4 and max(row) < 6 for row in indices.tolist())
         top = logits.topk(4).values
