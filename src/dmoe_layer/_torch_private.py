@@ -167,6 +167,15 @@ def stop_being_lazy(module: nn.Module) -> None:
             hook.remove()
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a forward hook, the module's or everybody's, sees what the module returns.
+
+    Where PyTorch keeps them under other names, one counts as there.
+    """
+    everybodys = getattr(nn.modules.module, "_global_forward_hooks", True)
+    return bool(getattr(module, "_forward_hooks", True)) or bool(everybodys)
+
+
 def drop_forward_hooks(module: nn.Module) -> None:
     """Removes the forward hooks of a module and of all in it, whoever has registered them.
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from ._torch_private import function_of_operator, in_functional_derivative, operators_are_seen
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def draw_seed() -> Tensor:
@@ -109,5 +109,5 @@ def _is_eager(inputs: tuple[Any, ...]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not operators_are_seen()
-        and all(type(i) in _PLAIN for i in inputs if isinstance(i, Tensor))
+        and all(type(i) in PLAIN_TENSORS for i in inputs if isinstance(i, Tensor))
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import PLAIN_TENSORS
 from .kernels.sums import sum_chunks_kernel
 
 
@@ -27,12 +27,17 @@ def contiguous(*tensors: Any) -> tuple[Any, ...]:
 
     Subclasses such as MONAI's MetaTensor have methods of their own, which Triton must not meet.
     """
-    return tuple(None if t is None else t.as_subclass(Tensor).contiguous() for t in tensors)
+    return tuple(
+        t
+        if t is None or type(t) in PLAIN_TENSORS and t.is_contiguous()
+        else t.as_subclass(Tensor).contiguous()
+        for t in tensors
+    )
 
 
 def block_size(size: int, least: int = 16) -> int:
     """The power of two that a block needs to hold ``size``; a GEMM's side is at least 16."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def most_tiles(rows: int, block: int, groups: int) -> int:

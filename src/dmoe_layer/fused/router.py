@@ -194,7 +194,7 @@ class _Samples:
         self.tile = 32 if many else 128 if x.shape[-1] <= 64 else 64
         self.blocks: dict[str, Any] = {
             "TOKENS": self.tile,
-            "SAMPLES": block_size(self.count, 2),
+            "SAMPLES": 1 if self.offsets is None else block_size(self.count, 2),
             "EXPERTS": experts,
         }
         self.scoring: dict[str, Any] = {
