@@ -16,10 +16,12 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **op
     """Runs ``kernel`` on the device of ``on``; an empty grid is nothing to do."""
     if 0 in grid:
         return
-    with torch.cuda.device_of(on):
-        # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default
-        # is about to change.
-        kernel[grid](*arguments, **options, enable_fp_fusion=True)
+    if on.is_cuda and on.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(on):
+            return launch(kernel, grid, on, *arguments, **options)
+    # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default is about
+    # to change.
+    kernel[grid](*arguments, **options, enable_fp_fusion=True)
 
 
 def contiguous(*tensors: Any) -> tuple[Any, ...]:
