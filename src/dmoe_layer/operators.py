@@ -69,7 +69,7 @@ def differentiable(
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager = type(function.__name__, (torch.autograd.Function,), methods)
+    eager: Any = type(function.__name__, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
         return eager.apply(*inputs) if _is_eager(inputs) else operator(*inputs)
@@ -103,8 +103,8 @@ def _is_eager(inputs: tuple[Any, ...]) -> bool:
     """Whether a call is plain eager PyTorch's, which nobody sees who must be shown an operator.
 
     torch.compile, torch.export, torch.jit.trace and make_fx must; so must every dispatch mode, as
-    of FLOP counters, fake tensors and selective checkpointing, torch.func, and subclasses of Tensor,
-    which are told what is done with them.
+    of FLOP counters, fake tensors and selective checkpointing, torch.func, and subclasses of
+    Tensor, which are told what is done with them.
     """
     return (
         not torch.compiler.is_compiling()

@@ -31,7 +31,7 @@ def contiguous(*tensors: Any) -> tuple[Any, ...]:
     """
     return tuple(
         t
-        if t is None or type(t) in PLAIN_TENSORS and t.is_contiguous()
+        if t is None or (type(t) in PLAIN_TENSORS and t.is_contiguous())
         else t.as_subclass(Tensor).contiguous()
         for t in tensors
     )

@@ -140,12 +140,13 @@ def fused_route_backward(
         dx, dw_shares, db_shares, routers, samples.count, samples.each, chunk,
         n_experts=n_experts, dim=dim, K=chosen.shape[1], **{**samples.blocks, **samples.backward},
     )  # fmt: skip
-    block = 32
+    # Few numbers make few programs: each then takes more chunks at a time.
+    block = 32 if 2 * n_experts * dim < 1024 else 128
     blocks = -(-2 * n_experts * dim // block) + -(-2 * n_experts // block)
     launch(
         kernels.sum_routers_kernel, (len(w_A2ED), blocks), x,
-        dw_shares, db_shares, routers, dw, db, n_chunks,
-        n_experts=n_experts, dim=dim, ROUTERS=routers.shape[1], CHUNKS=128, BLOCK=block,
+        dw_shares, db_shares, routers, dw, db, n_chunks, n_experts=n_experts, dim=dim,
+        ROUTERS=routers.shape[1], CHUNKS=4096 // block, BLOCK=block,
     )  # fmt: skip
     return dx, dw, db
 

@@ -15,8 +15,8 @@ from .noise import normal_noise, softplus_and_slope
 def _tokens_of_program(offsets_ptr, n_samples, sample_tokens, block, SAMPLES: tl.constexpr):
     """(sample, first token, number of tokens) of a program; no tokens, or no sample: none.
 
-    Without offsets all samples have ``sample_tokens``, and stand along the grid's second axis. There
-    are fewer than 2³¹ tokens.
+    Without offsets all samples have ``sample_tokens``, and stand along the grid's second axis.
+    There are fewer than 2³¹ tokens.
     """
     if offsets_ptr is None:
         sample = tl.program_id(1)
@@ -107,7 +107,8 @@ def route_kernel(
 ):  # fmt: skip
     """A tile's logits (T, E), experts (T, K), gates (T, K), and its column of counts (E, tiles).
 
-    Backward gets the experts in a byte each and, of noisy scores, noise · softplus'(spread), (T, E).
+    Backward gets the experts in a byte each and, of noisy scores, noise · softplus'(spread),
+    (T, E).
     """
     e = tl.arange(0, EXPERTS)
     sample, first, count = _tokens_of_program(
@@ -225,8 +226,8 @@ def route_backward_kernel(
 ):  # fmt: skip
     """dx of a chunk of one sample's tokens, and the chunk's share of dw (2, E, D) and db (2, E).
 
-    The third axis of the grid has DIM features each. No atomics: each share is written once, with the
-    sample's routers beside it, and summed afterwards in the same order every time.
+    The third axis of the grid has DIM features each. No atomics: each share is written once, with
+    the sample's routers beside it, and summed afterwards in the same order every time.
     """
     chunk = _tile().to(tl.int64)
     is_first = tl.program_id(2) == 0
