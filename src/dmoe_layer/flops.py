@@ -43,13 +43,13 @@ def _(dlogits, *inputs, **_):  # type: ignore[no-untyped-def]
 
 
 @_formula_of("fused_route")
-def _(x, w, b, rows, counts, k, seed, **_):  # type: ignore[no-untyped-def]
+def _(x, w, b, rows, counts, k, seed, *_, **__):  # type: ignore[no-untyped-def]
     return _router(x, w, b, rows, counts, seed)
 
 
 @_formula_of("fused_route_backward")
-def _(dlogits, dgates, indices, gates, *inputs, **_):  # type: ignore[no-untyped-def]
-    return 2 * _router(*inputs)
+def _(dlogits, dgates, chosen, gates, slopes, *inputs, **_):  # type: ignore[no-untyped-def]
+    return 2 * _router(*inputs, seed=slopes)
 
 
 def _products(gates_TK: Sequence[int], *weights: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from .exactness import assert_close, run_both
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from dmoe_layer.fused.kernels import common  # noqa: E402
+from dmoe_layer.fused.kernels import common, noise  # noqa: E402
 from dmoe_layer.fused.launch import block_size, launch  # noqa: E402
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,9 +28,9 @@ BLOCK = 256
 def _noise_kernel(out_ptr, seed, n_experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     e = tl.arange(0, EXPERTS)
-    noise = common.normal_noise(seed, t, EXPERTS)
+    drawn = noise.normal_noise(seed, t, EXPERTS)
     at = t[:, None] * n_experts + e[None, :]
-    tl.store(out_ptr + at, noise, mask=(e < n_experts)[None, :])
+    tl.store(out_ptr + at, drawn, mask=(e < n_experts)[None, :])
 
 
 @triton.jit

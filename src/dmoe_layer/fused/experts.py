@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..hidden_layer import keeps_hidden
-from ..operators import refuse_double_backward
+from ..operators import differentiable, refuse_double_backward
 from ..tensors import ExpertOptions, ExpertWeights
 from . import narrow, wide
 from .call import ExpertCall
@@ -30,7 +30,8 @@ def experts(
     """
     is_narrow = narrow.fuses_forward(x_TD.shape[1], options.dtype, options.activation)
     keep = not is_narrow and keeps_hidden(x_TD, gates_TK, weights)
-    return _fused_experts(x_TD, *pairs, gates_TK, *weights, *options, keep)[0]
+    y_TD: Tensor = _experts(x_TD, *pairs, gates_TK, *weights, *options, keep)[0]
+    return y_TD
 
 
 @torch.library.custom_op("dmoe_layer::fused_experts", mutates_args=())
@@ -139,10 +140,10 @@ def _backward(ctx: Any, dy_TD: Tensor | None, _: Any) -> tuple[Tensor | None, ..
     options = (ctx.activation, ctx.dropout, seed, ctx.dtype)
     needed = ctx.needs_input_grad[:8]
     of_rows, of_weights = needed[0] or needed[3], any(needed[4:])
-    grads = fused_experts_backward(dy_TD, *tensors, *options, of_rows, of_weights)
+    grads = _experts_backward(dy_TD, *tensors, *options, of_rows, of_weights)
     grads = [grads[0], None, None, *grads[1:]]
     return *(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * 5
 
 
-_fused_experts.register_autograd(_backward, setup_context=_save_for_backward)
-refuse_double_backward(fused_experts_backward)
+_experts = differentiable(_fused_experts, _save_for_backward, _backward)
+_experts_backward = refuse_double_backward(fused_experts_backward)

@@ -5,33 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels.sums import sum_by_row_kernel, sum_chunks_kernel
+from ..operators import PLAIN_TENSORS
+from .kernels.sums import sum_chunks_kernel
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **options: Any) -> None:
     """Runs ``kernel`` on the device of ``on``; an empty grid is nothing to do."""
     if 0 in grid:
         return
-    # Subclasses such as MONAI's MetaTensor have methods of their own, which Triton must not meet.
-    plain = [a.as_subclass(Tensor) if isinstance(a, Tensor) else a for a in arguments]
-    with torch.cuda.device_of(on):
-        # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default
-        # is about to change.
-        kernel[grid](*plain, **options, enable_fp_fusion=True)
+    if on.is_cuda and on.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(on):
+            return launch(kernel, grid, on, *arguments, **options)
+    # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default is about
+    # to change.
+    kernel[grid](*arguments, **options, enable_fp_fusion=True)
 
 
 def contiguous(*tensors: Any) -> tuple[Any, ...]:
-    """Tensors as kernels read them, without gaps and in order; None stays None."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    """Tensors as kernels read them, without gaps and in order; None stays None.
+
+    Subclasses such as MONAI's MetaTensor have methods of their own, which Triton must not meet.
+    """
+    return tuple(
+        t
+        if t is None or (type(t) in PLAIN_TENSORS and t.is_contiguous())
+        else t.as_subclass(Tensor).contiguous()
+        for t in tensors
+    )
 
 
 def block_size(size: int, least: int = 16) -> int:
     """The power of two that a block needs to hold ``size``; a GEMM's side is at least 16."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def most_tiles(rows: int, block: int, groups: int) -> int:
@@ -72,15 +80,3 @@ def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
         GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
     )  # fmt: skip
     return total
-
-
-def sum_by_row(values: Tensor, rows_BN: Tensor, table_rows: int) -> Tensor:
-    """Adds each sample's values to all of its rows of a table: (table_rows, ...) in fp32."""
-    table = values.new_empty((table_rows, *values.shape[1:]))
-    numbers = values.shape[1:].numel()
-    launch(
-        sum_by_row_kernel, (table_rows, -(-numbers // 64)), values,
-        values, rows_BN, table, len(values), numbers,
-        ATTRIBUTES=rows_BN.shape[1], SAMPLES=64, BLOCK=64,
-    )  # fmt: skip
-    return table

@@ -104,13 +104,14 @@ def test_the_kernels_operators_pass_opcheck(dim):
     x = torch.randn(2, 17, dim, device=HERE, requires_grad=True)
     w, b = torch.randn(3, 2, 4, dim, device=HERE), torch.randn(3, 2, 4, device=HERE)
     rows, seed = torch.tensor([[0], [2]], device=HERE), torch.tensor(2**50)
-    route_inputs = (x, w.requires_grad_(), b.requires_grad_(), rows, None, 2, seed)
+    route_inputs = (x, w.requires_grad_(), b.requires_grad_(), rows, None, 2, seed, True)
     torch.library.opcheck(router._fused_route, route_inputs)
-    _, indices, gates, order, offsets = (t.detach() for t in router._fused_route(*route_inputs))
+    found = (t.detach() for t in router._fused_route(*route_inputs))
+    _, _, gates, order, offsets, chosen, slopes = found
     given = [t.detach() for t in (x, w, b)]
     grads = (torch.randn(34, 4, device=HERE), torch.randn(34, 2, device=HERE))
     torch.library.opcheck(
-        router.fused_route_backward, (*grads, indices, gates, *given, rows, None, seed)
+        router.fused_route_backward, (*grads, chosen, gates, slopes, *given, rows, None)
     )
     shapes = ((4, 20, dim), (4, 20), (4, dim, 20), (4, dim))
     weights = [torch.randn(s, device=HERE, requires_grad=True) for s in shapes]

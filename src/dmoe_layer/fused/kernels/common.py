@@ -96,36 +96,6 @@ def random_words(seed, row_R, column_C, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _normal_pair(radius, angle):
-    """Two standard normal numbers from two words of random bits (Box and Muller).
-
-    The angle's two highest bits choose one of four arcs around the axes, the rest the place within
-    it, so that sine and cosine are needed between -π/4 and π/4 only: there these polynomials (of
-    the Cephes library) have fp32's accuracy, and unlike tl.sin need no stack for huge arguments.
-    """
-    # Half a step off zero, of which there is no logarithm.
-    uniform = (radius.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    r = tl.sqrt(-2 * tl.log(uniform))
-    t = (angle << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572951981e-10
-    t2 = t * t
-    sine = t + t * t2 * (-1.6666654611e-1 + t2 * (8.3321608736e-3 - t2 * 1.9515295891e-4))
-    cosine = 4.166664568298827e-2 + t2 * (-1.388731625493765e-3 + t2 * 2.443315711809948e-5)
-    cosine = 1 - 0.5 * t2 + t2 * t2 * cosine
-    cosine = tl.where((angle >> 31) != 0, -cosine, cosine)
-    along = ((angle >> 30) & 1) != 0
-    return r * tl.where(along, cosine, sine), r * tl.where(along, sine, cosine)
-
-
-@triton.jit
-def normal_noise(seed, token_T, EXPERTS: tl.constexpr):
-    """Standard normal numbers, [T, EXPERTS]; a call of the generator makes four of them."""
-    a, b, c, d = random_words(seed, token_T, tl.arange(0, EXPERTS // 4), 0)
-    a, b = _normal_pair(a, b)
-    c, d = _normal_pair(c, d)
-    return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [token_T.shape[0], EXPERTS])
-
-
-@triton.jit
 def kept(seed, pair_R, first_column, threshold, COLUMNS: tl.constexpr):
     """Which entries dropout keeps, [R, COLUMNS], from ``first_column``, a multiple of 8, on.
 

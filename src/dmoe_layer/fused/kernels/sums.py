@@ -44,25 +44,3 @@ def sum_chunks_kernel(
         total += tl.sum(share, axis=0)
     at = group.to(tl.int64) * numbers + i
     tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=["samples"])
-def sum_by_row_kernel(
-    values_ptr, rows_ptr, table_ptr, samples, numbers,
-    ATTRIBUTES: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """table[row] = the sum of the values of the samples that have this row, as any attribute."""
-    row = tl.program_id(0)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = i < numbers
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, samples, SAMPLES):
-        sample = first + tl.arange(0, SAMPLES).to(tl.int64)
-        for attribute in tl.static_range(ATTRIBUTES):
-            at = sample * ATTRIBUTES + attribute
-            theirs = tl.load(rows_ptr + at, mask=sample < samples, other=-1)
-            # Values of other rows are not read, so that no NaN of theirs gets in.
-            picked = (theirs == row)[:, None] & live[None, :]
-            at = sample[:, None] * numbers + i[None, :]
-            total += tl.sum(tl.load(values_ptr + at, mask=picked, other=0), axis=0)
-    tl.store(table_ptr + row.to(tl.int64) * numbers + i, total, mask=live)
