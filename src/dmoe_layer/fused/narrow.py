@@ -72,57 +72,68 @@ def _forward_blocks(call: ExpertCall) -> _Blocks:
     return _Blocks(128, 16, 8) if call.gated else _Blocks(64, 32, 8)
 
 
-def _backward_blocks(call: ExpertCall) -> tuple[_Blocks, _Blocks]:
-    """For the gradients of rows, and of weights: these sum a slice's in registers."""
-    if call.dtype == torch.float32:
-        return _Blocks(64, 32, 4), _Blocks(32, 16, 8)
+def _row_blocks(call: ExpertCall) -> _Blocks:
+    return _Blocks(64, 32, 4)
+
+
+def _weight_blocks(call: ExpertCall) -> _Blocks:
+    """A slice's sums stand in registers, and the next tiles' rows are read meanwhile."""
     if call.gated:
-        return _Blocks(64, 32, 4), _Blocks(64, 32, 4)
-    return _Blocks(64, 32, 4), _Blocks(64, 64, 4) if call.dim <= 32 else _Blocks(128, 64, 8)
+        return _Blocks(64, 32, 4, 3)
+    return _Blocks(64, 64, 4, 3) if call.dim <= 32 else _Blocks(128, 64, 8, 3)
 
 
 def forward(call: ExpertCall) -> Tensor:
-    """Each pair's gated output: (R, D), pair t·k + j in row t·k + j."""
-    blocks = _forward_blocks(call)
-    slots = call.empty(call.rows, call.dim)
+    """The tokens' outputs, (T, D)."""
+    blocks, (y, rest) = _forward_blocks(call), call.pair_sums()
     launch(
-        narrow.mlp_kernel, (most_tiles(call.rows, blocks.rows, call.n_experts),), call.x,
-        call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.b2, slots,
-        *call.drop_args, K=call.k, **call.sizes,
-        **call.gemm_opts, **call.act_opts, **call.drop_opts, **blocks.options(call.dim),
+        narrow.mlp_kernel, (call.programs(blocks.rows),), y,
+        call.x, call.order, call.tiles, call.gates, call.w1, call.b1, call.w2, call.b2, call.kept,
+        y, rest, call.scale, **_options(call, blocks),
     )  # fmt: skip
-    return slots
+    return call.sum_pairs(y, rest)
 
 
 def backward(call: ExpertCall, dy: Tensor, of_rows: bool, of_weights: bool) -> BackwardOutputs:
     """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``."""
-    slots, dgates = call.empty(call.rows, call.dim), torch.empty_like(call.gates)
+    dx, dgates = _of_rows(call, dy) if of_rows else (None, None)
+    return BackwardOutputs(dx, dgates, _of_weights(call, dy) if of_weights else [])
 
-    def run(blocks: _Blocks, chunk: int, slices: int, with_rows: bool, *shares: Any) -> None:
-        launch(
-            narrow.mlp_backward_kernel, (most_tiles(call.rows, chunk, call.n_experts), slices), dy,
-            dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.b2,
-            slots, dgates, *shares, chunk, *call.drop_args,
-            OF_ROWS=with_rows, OF_WEIGHTS=shares[0] is not None, K=call.k, **call.sizes,
-            **call.gemm_opts, **call.act_opts, **call.drop_opts, **blocks.options(call.dim),
-        )  # fmt: skip
 
-    row_blocks, blocks = _backward_blocks(call)
-    at_once = of_rows and of_weights and call.hidden <= blocks.hidden
-    if of_rows and not at_once:
-        run(row_blocks, row_blocks.rows, 1, True, None, None, None, None)
-    if not of_weights:
-        return BackwardOutputs(slots, dgates, [])
+def _of_rows(call: ExpertCall, dy: Tensor) -> tuple[Tensor, Tensor]:
+    blocks, (dx, rest) = _row_blocks(call), call.pair_sums()
+    dgates = torch.empty_like(call.gates)
+    launch(
+        narrow.mlp_backward_kernel, (call.programs(blocks.rows),), dy,
+        dy, call.x, call.order, call.tiles, call.gates, call.w1, call.b1, call.w2, call.b2,
+        call.kept, dx, rest, dgates, call.scale, **_options(call, blocks),
+    )  # fmt: skip
+    return call.sum_pairs(dx, rest), dgates
+
+
+def _of_weights(call: ExpertCall, dy: Tensor) -> list[Tensor]:
+    blocks = _weight_blocks(call)
     slices = -(-call.hidden // blocks.hidden)
+    # Each expert has a chunk that is not full: with these too a GPU is filled so many times.
+    programs = max(PROGRAMS - slices * call.n_experts, PROGRAMS // 2)
     # The shares of all chunks together are about as large as x: no more chunks than that.
     least = call.k * (call.first_rows + call.hidden)
-    chunk = max(call.rows * slices // PROGRAMS, least, blocks.rows)
+    chunk = max(call.rows * slices // programs, least, blocks.rows)
     chunk = -(-chunk // blocks.rows) * blocks.rows
     n_chunks = most_tiles(call.rows, chunk, call.n_experts)
     first, second = (call.first_rows, call.dim), (call.dim, call.hidden)
     shapes = (first, first[:1], second, second[:1])
     shares = [call.empty(n_chunks, *shape, dtype=torch.float32) for shape in shapes]
-    run(blocks, chunk, slices, at_once, *shares)
-    return BackwardOutputs(
-        slots, dgates, [sum_chunks(share, call.offsets, chunk) for share in shares]
-    )
+    launch(
+        narrow.weight_gradients_kernel, (n_chunks * slices,), dy,
+        dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.kept,
+        *shares, chunk, call.scale, **call.search_opts, **_options(call, blocks),
+    )  # fmt: skip
+    return [sum_chunks(share, call.offsets, chunk) for share in shares]
+
+
+def _options(call: ExpertCall, blocks: _Blocks) -> dict[str, Any]:
+    return {
+        **call.sizes, **call.offset_opts(call.dim), **call.act_opts, **call.gemm_opts,
+        **blocks.options(call.dim),
+    }  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..operators import refuse_double_backward
 from ..tensors import RouterWeights, Routing
 from .kernels import routing as kernels
+from .kernels.common import TILE
 from .launch import block_size, contiguous, launch, most_tiles, sum_by_row, sum_chunks, triton_dtype
 
 # A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
@@ -22,10 +23,12 @@ class SortedPairs(NamedTuple):
     Attributes:
         order_R: (T·k,) int32, each pair t·k + j, sorted by expert.
         offsets: (E + 1,) int64; expert e's are ``order_R[offsets[e] : offsets[e + 1]]``.
+        tiles: (tiles, 4) int32, the map of ``kernels.common.write_tiles`` of those.
     """
 
     order_R: Tensor
     offsets: Tensor
+    tiles: Tensor
 
 
 def route(
@@ -51,8 +54,8 @@ def _fused_route(
     tokens_per_sample: Tensor | None,
     k: int,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits (T, E), experts and gates (T, k), and the two tensors of ``SortedPairs``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits (T, E), experts and gates (T, k), and the three tensors of ``SortedPairs``."""
     x, w_A2ED, b_A2E, rows_BN = contiguous(x, w_A2ED, b_A2E, rows_BN)
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     tokens, n_experts, dim = samples.tokens, w_A2ED.shape[2], x.shape[-1]
@@ -70,12 +73,14 @@ def _fused_route(
     ends = counts.view(-1).cumsum(0).view(n_experts, n_tiles)
     offsets = torch.cat([ends.new_zeros(1), ends[:, -1]])
     order = x.new_empty((tokens * k,), dtype=torch.int32)  # backend.py: fewer than 2³¹ pairs
+    tiles = x.new_empty((most_tiles(tokens * k, TILE.value, n_experts), 4), dtype=torch.int32)
     launch(
         kernels.sort_kernel, (n_tiles,), x,
-        indices, samples.offsets, ends - counts, order, samples.count, n_tiles,
+        indices, samples.offsets, ends - counts, order, offsets, tiles, samples.count, n_tiles,
+        tiles.shape[0],
         n_experts=n_experts, K=k, **samples.blocks,
     )  # fmt: skip
-    return logits, indices, gates, order, offsets
+    return logits, indices, gates, order, offsets, tiles
 
 
 @_fused_route.register_fake
@@ -87,6 +92,7 @@ def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, k, seed):  # type: ignore[no
         x.new_empty((tokens, k), dtype=torch.float32),
         x.new_empty((tokens * k,), dtype=torch.int32),
         x.new_empty((n_experts + 1,), dtype=torch.int64),
+        x.new_empty((most_tiles(tokens * k, TILE.value, n_experts), 4), dtype=torch.int32),
     )
 
 
@@ -190,8 +196,8 @@ class _Samples:
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, w, b, rows, counts, _, seed = inputs
-    _, indices, gates, order, offsets = output
-    ctx.mark_non_differentiable(indices, order, offsets)
+    _, indices, gates, *pairs = output
+    ctx.mark_non_differentiable(indices, *pairs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(indices, gates, x, w, b, rows, counts, seed)
 

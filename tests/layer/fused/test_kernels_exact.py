@@ -106,7 +106,7 @@ def test_the_kernels_operators_pass_opcheck(dim):
     rows, seed = torch.tensor([[0], [2]], device=HERE), torch.tensor(2**50)
     route_inputs = (x, w.requires_grad_(), b.requires_grad_(), rows, None, 2, seed)
     torch.library.opcheck(router._fused_route, route_inputs)
-    _, indices, gates, order, offsets = (t.detach() for t in router._fused_route(*route_inputs))
+    _, indices, gates, *pairs = (t.detach() for t in router._fused_route(*route_inputs))
     given = [t.detach() for t in (x, w, b)]
     grads = (torch.randn(34, 4, device=HERE), torch.randn(34, 2, device=HERE))
     torch.library.opcheck(
@@ -114,9 +114,10 @@ def test_the_kernels_operators_pass_opcheck(dim):
     )
     shapes = ((4, 20, dim), (4, 20), (4, dim, 20), (4, dim))
     weights = [torch.randn(s, device=HERE, requires_grad=True) for s in shapes]
-    options = ("gelu", 0.1, seed, torch.float32)
+    options = ("gelu", 0.1, experts._draw_kept(pairs[0], dim, 0.1, seed), torch.float32)
+    torch.library.opcheck(experts._draw_kept, (pairs[0], dim, 0.1, seed))
     tokens = x.detach().flatten(0, 1).requires_grad_()
-    inputs = (tokens, order, offsets, gates.requires_grad_(), *weights)
+    inputs = (tokens, *pairs, gates.requires_grad_(), *weights)
     keep = dim == 136
     torch.library.opcheck(experts._fused_experts, (*inputs, *options, keep))
     y, hidden = (t.detach() for t in experts._fused_experts(*inputs, *options, keep))

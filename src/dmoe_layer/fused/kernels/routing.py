@@ -7,7 +7,7 @@ weights stand as columns 2e and 2e + 1 of one matrix, so that one GEMM gives bot
 import triton
 import triton.language as tl
 
-from .common import dot, normal_noise, rows_of_tile, sigmoid
+from .common import dot, normal_noise, rows_of_tile, sigmoid, write_tiles
 
 
 @triton.jit
@@ -115,18 +115,25 @@ def route_kernel(
     tl.store(counts_ptr + e.to(tl.int64) * n_tiles + tile, count, e < n_experts)
 
 
-@triton.jit(do_not_specialize=["n_samples", "n_tiles"])
+@triton.jit(do_not_specialize=["n_samples", "n_tiles", "n_pair_tiles"])
 def sort_kernel(
-    indices_ptr, offsets_ptr, starts_ptr, order_ptr, n_samples, n_tiles,
+    indices_ptr, offsets_ptr, starts_ptr, order_ptr, pair_offsets_ptr, pair_tiles_ptr,
+    n_samples, n_tiles, n_pair_tiles,
     n_experts: tl.constexpr, K: tl.constexpr,
     TOKENS: tl.constexpr, SAMPLES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Writes each (token, slot) pair of a tile to its place in the order by expert.
 
     ``starts`` (E, tiles) is where the tile's first pair of each expert goes. Pairs of one expert
-    stay in the order of their tokens: nothing depends on which program runs first.
+    stay in the order of their tokens: nothing depends on which program runs first. The tile map of
+    that order is shared out among the programs.
     """
     tile = tl.program_id(0)
+    for first in range(tile * 16, n_pair_tiles, n_tiles * 16):
+        write_tiles(
+            pair_tiles_ptr, pair_offsets_ptr, n_experts, first + tl.arange(0, 16), n_pair_tiles,
+            EXPERTS,
+        )  # fmt: skip
     e = tl.arange(0, EXPERTS)
     sample, first, last = rows_of_tile(offsets_ptr, n_samples, tile, TOKENS, SAMPLES)
     if sample >= n_samples:
