@@ -83,9 +83,7 @@ def _binaries(capability: int, dtype: str, dim: int) -> Iterator[tuple[str, Laun
     """Each binary of a width once, with the activation that it was first compiled for."""
     known = set()
     for activation in fused_activations():
-        for launch in LayerStep(
-            dim, DTYPES[dtype], activation, capability=capability
-        ).launches():
+        for launch in LayerStep(dim, DTYPES[dtype], activation, capability=capability).launches():
             if launch.key not in known:
                 known.add(launch.key)
                 yield activation, launch, read_binary(launch, capability)

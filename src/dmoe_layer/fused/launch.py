@@ -67,6 +67,23 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     ]
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU has compute capability 9.0 or more, whose matrix products read shared memory.
+
+    Elsewhere their operands stand in registers. Of no GPU, in the interpreter: yes.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# Numbers of a tensor from which on their offsets need 64 bits.
+LEAST_INT64 = 2**31
+
+
+def offset_type(numbers: int) -> Any:
+    """The type of offsets into a tensor of so many numbers; 32 bits take half the instructions."""
+    return tl.int32 if numbers < LEAST_INT64 else tl.int64
+
+
 def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
     """Each group's sum over its chunks, (groups, ...) in fp32, always in the same order."""
     groups = len(offsets) - 1

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..operators import differentiable, refuse_double_backward
 from ..tensors import RouterWeights, Routing
 from .kernels import routing as kernels
+from .kernels.common import TILE
 from .launch import block_size, contiguous, launch, most_tiles, triton_dtype
 
 # A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
@@ -22,10 +23,12 @@ class SortedPairs(NamedTuple):
     Attributes:
         order_R: (T·k,) int32, each pair t·k + j, sorted by expert.
         offsets: (E + 1,) int64; expert e's are ``order_R[offsets[e] : offsets[e + 1]]``.
+        tiles: (tiles, 4) int32, the map of ``kernels.common.write_tiles`` of those.
     """
 
     order_R: Tensor
     offsets: Tensor
+    tiles: Tensor
 
 
 def route(
@@ -39,8 +42,8 @@ def route(
     """As ``eager.router.route``, in one kernel, with the sort by expert as the plan."""
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     found = _route(x, *weights, rows_BN, tokens_per_sample, k, seed, trained and seed is not None)
-    logits_TE, indices_TK, gates_TK, order_R, offsets, *_ = found
-    return Routing(indices_TK, gates_TK, logits_TE), SortedPairs(order_R, offsets)
+    logits_TE, indices_TK, gates_TK, *pairs, _, _ = found
+    return Routing(indices_TK, gates_TK, logits_TE), SortedPairs(*pairs)
 
 
 @torch.library.custom_op("dmoe_layer::fused_route", mutates_args=())
@@ -52,17 +55,18 @@ def _fused_route(
     tokens_per_sample: Tensor | None,
     k: int,
     seed: Tensor | None,
-    keep_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits (T, E), experts and gates (T, k), the two tensors of ``SortedPairs``; for backward:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits (T, E), experts and gates (T, k), the three tensors of ``SortedPairs``; for backward:
 
     the experts in a byte each (T, k), and noise · softplus'(spread) (T, E), or an empty tensor.
     """
     x, w_A2ED, b_A2E, rows_BN = contiguous(x, w_A2ED, b_A2E, rows_BN)
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
-    logits, indices, gates, order, offsets, chosen, slopes = _outputs(x, w_A2ED, k, keep_slopes)
+    found = _outputs(x, w_A2ED, k, keep_slopes)
+    logits, indices, gates, order, offsets, pair_tiles, chosen, slopes = found
     if not samples.tokens:
-        return logits, indices, gates, order, offsets.zero_(), chosen, slopes
+        offsets.zero_(), pair_tiles.zero_()
+        return logits, indices, gates, order, offsets, pair_tiles, chosen, slopes
     n_experts, dim = w_A2ED.shape[2:]
     tiles = samples.programs(samples.tile)
     counts = x.new_empty((n_experts * tiles[0] * tiles[1],), dtype=torch.int32)
@@ -77,10 +81,11 @@ def _fused_route(
     ends = counts.cumsum(0, dtype=torch.int32)  # backend.py: fewer than 2³¹ pairs
     launch(
         kernels.sort_kernel, tiles, x,
-        chosen, samples.offsets, ends, order, offsets, samples.count, samples.each,
+        chosen, samples.offsets, ends, order, offsets, pair_tiles,
+        samples.count, samples.each, pair_tiles.shape[0],
         n_experts=n_experts, K=k, **samples.blocks,
     )  # fmt: skip
-    return logits, indices, gates, order, offsets, chosen, slopes
+    return logits, indices, gates, order, offsets, pair_tiles, chosen, slopes
 
 
 def _outputs(x: Tensor, w_A2ED: Tensor, k: int, keep_slopes: bool) -> tuple[Tensor, ...]:
@@ -97,6 +102,7 @@ def _outputs(x: Tensor, w_A2ED: Tensor, k: int, keep_slopes: bool) -> tuple[Tens
         x.new_empty((tokens, k), dtype=torch.float32),
         x.new_empty((tokens * k,), dtype=torch.int32),
         x.new_empty((n_experts + 1,), dtype=torch.int64),
+        x.new_empty((most_tiles(tokens * k, TILE.value, n_experts), 4), dtype=torch.int32),
         x.new_empty((tokens, k), dtype=torch.int8),
         x.new_empty((tokens, n_experts) if keep_slopes else (0,), dtype=slope_dtype),
     )
@@ -228,8 +234,8 @@ class _Samples:
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, w, b, rows, counts, *_, keep_slopes = inputs
-    _, indices, gates, order, offsets, chosen, slopes = output
-    ctx.mark_non_differentiable(indices, order, offsets, chosen, slopes)
+    _, indices, gates, order, offsets, tiles, chosen, slopes = output
+    ctx.mark_non_differentiable(indices, order, offsets, tiles, chosen, slopes)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(chosen, gates, slopes if keep_slopes else None, x, w, b, rows, counts)
 

@@ -7,7 +7,7 @@ weights stand as columns 2e and 2e + 1 of one matrix, so that one GEMM gives bot
 import triton
 import triton.language as tl
 
-from .common import dot, rows_of_tile
+from .common import dot, rows_of_tile, write_tiles
 from .noise import normal_noise, softplus_and_slope
 
 
@@ -169,9 +169,10 @@ def route_kernel(
     tl.store(counts_at, counts.to(tl.int32), e < n_experts)
 
 
-@triton.jit(do_not_specialize=["n_samples", "sample_tokens"])
+@triton.jit(do_not_specialize=["n_samples", "sample_tokens", "n_pair_tiles"])
 def sort_kernel(
-    chosen_ptr, offsets_ptr, ends_ptr, order_ptr, starts_ptr, n_samples, sample_tokens,
+    chosen_ptr, offsets_ptr, ends_ptr, order_ptr, starts_ptr, pair_tiles_ptr,
+    n_samples, sample_tokens, n_pair_tiles,
     n_experts: tl.constexpr, K: tl.constexpr,
     TOKENS: tl.constexpr, SAMPLES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -180,15 +181,20 @@ def sort_kernel(
     ``ends`` (E, tiles) are the sums of the counts up to and with each tile's, expert after expert,
     so that the entry before a tile's own is where its first pair goes. The first program writes
     ``starts`` (E + 1), where each expert's pairs begin. Pairs of one expert stay in the order of
-    their tokens: nothing depends on which program runs first.
+    their tokens: nothing depends on which program runs first. The tile map of that order is shared
+    out among the programs.
     """
     sample, first, count = _tokens_of_program(
         offsets_ptr, n_samples, sample_tokens, TOKENS, SAMPLES
     )
     tile, n_tiles = _tile(), tl.num_programs(0) * tl.num_programs(1)
+    e = tl.arange(0, EXPERTS)
+    start = tl.load(ends_ptr + e * n_tiles - 1, mask=(e > 0) & (e < n_experts), other=0)
+    stop = tl.load(ends_ptr + e * n_tiles + n_tiles - 1, mask=e < n_experts, other=0)
+    for first_tile in range(tile * 16, n_pair_tiles, n_tiles * 16):
+        pair_tile = first_tile + tl.arange(0, 16)
+        write_tiles(pair_tiles_ptr, start, stop, pair_tile, n_pair_tiles, EXPERTS)
     if tile == 0:
-        e = tl.arange(0, EXPERTS)
-        stop = tl.load(ends_ptr + e * n_tiles + n_tiles - 1, mask=e < n_experts, other=0)
         tl.store(starts_ptr + 1 + e, stop.to(tl.int64), mask=e < n_experts)
         tl.store(starts_ptr, tl.zeros([], tl.int64))
     if sample >= n_samples:

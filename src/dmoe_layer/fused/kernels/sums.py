@@ -5,20 +5,20 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def sum_slots_kernel(
-    slots_ptr, y_ptr, tokens,
-    dim: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+def sum_pairs_kernel(
+    rest_ptr, y_ptr, tokens,
+    dim: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = Σ_j slots[t·K + j], in fp32."""
+    """y[t] += Σ_j rest[t·REST + j], in fp32; y has each token's first pair already."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * DIM + tl.arange(0, DIM)
     live = (token < tokens)[:, None] & (d < dim)[None, :]
-    total = tl.zeros([ROWS, DIM], tl.float32)
-    for j in tl.static_range(K):
-        at = (token * K + j)[:, None] * dim + d[None, :]
-        total += tl.load(slots_ptr + at, mask=live, other=0).to(tl.float32)
-    at = token[:, None] * dim + d[None, :]
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=live)
+    y_at = y_ptr + token[:, None] * dim + d[None, :]
+    total = tl.load(y_at, mask=live, other=0).to(tl.float32)
+    for j in tl.static_range(REST):
+        at = (token * REST + j)[:, None] * dim + d[None, :]
+        total += tl.load(rest_ptr + at, mask=live, other=0).to(tl.float32)
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["chunk_rows"])
