@@ -55,6 +55,7 @@ def _fused_route(
     tokens_per_sample: Tensor | None,
     k: int,
     seed: Tensor | None,
+    keep_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits (T, E), experts and gates (T, k), the three tensors of ``SortedPairs``; for backward:
 
