@@ -49,16 +49,16 @@ import subprocess, torch, triton
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name())
 subprocess.run(['nvidia-smi', '-L'])" || exit 1
 if [ "$CALL" = first ]; then
-    box prewarm 70 6 "$PYTHON" -m benchmarks.kernels prewarm
-    right 150
+    box prewarm 50 6 "$PYTHON" -m benchmarks.kernels prewarm
+    right 170
     box goals 108 1 "$PYTHON" -m benchmarks --shapes goals --rounds 10 --out "$FILES/goals"
     for shape in stage-0 stage-0-wide 2d; do
         box "sweep-$shape" 20 9 "$PYTHON" -m benchmarks.kernels sweep "$shape" --out "$FILES"
     done
 else
-    box prewarm 40 6 "$PYTHON" -m benchmarks.kernels prewarm --own
-    right 40 "gpu"
-    box goals 60 1 "$PYTHON" -m benchmarks --shapes goals --rounds 20 --out "$FILES/goals" \
+    box prewarm 30 6 "$PYTHON" -m benchmarks.kernels prewarm --own
+    right 55 "gpu"
+    box goals 55 1 "$PYTHON" -m benchmarks --shapes goals --rounds 20 --out "$FILES/goals" \
         --providers triton,mask-loop,gemm-loop,grouped-mm,dense
     if "$PYTHON" -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('monai'))"; then
         box volumes 30 12 "$PYTHON" -m benchmarks.volumes --patches 1x192x192x96 --rounds 3 \

@@ -150,7 +150,7 @@ def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Itera
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(backend, "_obstacle_of_machine", return_value=""),
-        mock.patch.object(narrow, "is_hopper", lambda device: capability >= 90),
+        mock.patch.object(narrow, "is_hopper", return_value=capability >= 90),
     ):
         yield
 

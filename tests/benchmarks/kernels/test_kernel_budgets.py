@@ -1,14 +1,14 @@
 """The committed report and matrix keep to the kernels' budgets: spills, memory, instructions."""
 
-from collections import Counter
+import dataclasses
 
 import pytest
 from harness.kernel_reports import committed_rows
 
 from benchmarks.kernels.gpus import GPUS
-from benchmarks.kernels.matrix import kernel_sources, merged, read_matrix
+from benchmarks.kernels.matrix import MatrixRow, kernel_sources, merged, read_matrix
 from benchmarks.kernels.report import GOALS, REPORTED
-from benchmarks.output import RESULTS
+from benchmarks.output import RESULTS, write_csv
 
 REPORT, MATRIX = committed_rows(), read_matrix(RESULTS / "kernels-matrix.csv")
 # Of a training step in bf16 on compute capability 9.0, by the model of ``work``: instructions of
@@ -45,10 +45,15 @@ def test_a_step_runs_no_more_instructions_than_its_budget(name):
     assert max(row.registers for row in rows) <= most_registers
 
 
-def test_the_matrix_has_a_row_for_each_case_and_a_newer_one_takes_an_olders_place():
-    assert max(Counter(row.what for row in MATRIX).values()) == 1
-    assert merged(MATRIX, MATRIX[:1]) == MATRIX
-    assert merged([], MATRIX[::-1]) == MATRIX
+def test_a_newer_row_of_the_matrix_takes_an_olders_place_and_the_file_comes_back(tmp_path):
+    row = MatrixRow("3.6.0", 90, "bf16", 24, "old", 30, 128, 0, "", 1024, "mlp_kernel relu")
+    newer = dataclasses.replace(row, sources="new", stack_bytes=8, stack_in="route_kernel noisy")
+    others = [dataclasses.replace(row, triton=triton) for triton in ("3.9.0", "3.4.0")]
+    rows = merged([row, *others], [newer])
+    assert rows == [others[1], newer, others[0]]
+    write_csv(rows, tmp_path / "matrix.csv")
+    assert read_matrix(tmp_path / "matrix.csv") == rows
+    assert read_matrix(tmp_path / "none.csv") == []
 
 
 def test_comments_and_docstrings_are_no_part_of_the_kernels_code(tmp_path, monkeypatch):
