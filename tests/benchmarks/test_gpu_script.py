@@ -18,7 +18,7 @@ from benchmarks.kernels import __main__ as kernels
 from benchmarks.layer import command as layer
 from benchmarks.layer.shapes import parse_shapes
 
-volumes = pytest.importorskip("benchmarks.volumes.command", exc_type=ImportError)
+volumes = pytest.importorskip("benchmarks.volumes.command")
 ROOT = Path(__file__).parents[2]
 TIMEOUT = """#!{python}
 import os, sys

@@ -16,7 +16,7 @@ from benchmarks.layer.rows import LayerRow
 from benchmarks.machine import commit
 from reference_models.study.csv_table import Table
 
-VolumeRow = pytest.importorskip("benchmarks.volumes.rows", exc_type=ImportError).VolumeRow
+VolumeRow = pytest.importorskip("benchmarks.volumes.rows").VolumeRow
 
 ROW_OF = {
     "growth": GrowthRow,
