@@ -40,6 +40,7 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
         element: bytes of a number.
     """
     h, row = HIDDEN_RATIO * d, d * element
+    slope = 4 if element == 4 else 2  # bytes of the noise's slope
     gated = bool(options.get("GATED"))
     first = 2 * h if gated else h  # rows of w1
 
@@ -48,13 +49,13 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
 
     match kernel:
         case "route_kernel":
-            written = 4 * N_EXPERTS + 12 * K
+            written = (4 + slope) * N_EXPERTS + 13 * K
             return Work(4 * N_EXPERTS * d, fill(d, "DIM"), row, written, options["TOKENS"])
         case "route_backward_kernel":
-            read = row + 4 * N_EXPERTS + 16 * K
-            return Work(12 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
+            read = row + (4 + slope) * N_EXPERTS + 9 * K
+            return Work(8 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
         case "sort_kernel":
-            return Work(0, 1, 8 * K, 4 * K, options["TOKENS"])
+            return Work(0, 1, K, 4 * K, options["TOKENS"])
         case "sum_slots_kernel":
             return Work(0, 1, K * row, row, options["ROWS"])
         case "mlp_kernel":

@@ -204,16 +204,17 @@ class _Samples:
             "DOT": triton_dtype(dtype),
             "num_warps": 8 if many else 4,
         }
-        # The backward's products are of fp32 numbers: fewer tokens at a time, more warps. Its
-        # chunks are multiples of the forward's tile, and so of this one. Where x is in half
-        # precision, one product of tf32 has more digits than its gradient.
-        fewest = many or dim > 64
+        # The backward's products are of fp32 numbers. Its chunks are multiples of the forward's
+        # tile, and so of these. Where x is in half precision, one product of tf32 has more digits
+        # than its gradient. Of the blocks that spill nothing these have the fewest instructions a
+        # token.
+        small = dim <= 32 or (dim <= 64 and x.dtype != torch.float32)
         self.backward: dict[str, Any] = {
-            "TOKENS": 16 if fewest else 32 if dim > 32 or dtype == torch.float32 else 64,
+            "TOKENS": 16 if many else 64,
             "DIM": dim,
             "ATTRIBUTES": self.attributes,
             "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
-            "num_warps": 4 if 32 < dim <= 64 and not many else 8,
+            "num_warps": 4 if small and not many else 8,
             "num_stages": 1,
         }
 
