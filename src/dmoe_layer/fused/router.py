@@ -208,13 +208,12 @@ class _Samples:
         # tile, and so of these. Where x is in half precision, one product of tf32 has more digits
         # than its gradient. Of the blocks that spill nothing these have the fewest instructions a
         # token.
-        small = dim <= 32 or (dim <= 64 and x.dtype != torch.float32)
         self.backward: dict[str, Any] = {
             "TOKENS": 16 if many else 64,
             "DIM": dim,
             "ATTRIBUTES": self.attributes,
             "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
-            "num_warps": 4 if small and not many else 8,
+            "num_warps": 4 if x.dtype != torch.float32 and dim <= 64 and not many else 8,
             "num_stages": 1,
         }
 
