@@ -204,16 +204,16 @@ class _Samples:
             "DOT": triton_dtype(dtype),
             "num_warps": 8 if many else 4,
         }
-        # The backward's products are of fp32 numbers. Of the blocks that spill nothing these have the
-        # fewest instructions a token; its chunks are multiples of the forward's tile, and so of
-        # these. Where x is in half precision, one product of tf32 has more digits than its gradient.
+        # The backward's products are of fp32 numbers. Of the blocks that spill nothing these have
+        # the fewest instructions a token; its chunks are multiples of the forward's tile, and so of
+        # these. Where x is in half precision, one product of tf32 has digits enough for dx and dw.
         is_half = x.dtype != torch.float32
         if many:
             tokens, warps = 16, 8
         elif is_half:
             tokens, warps = 64, 4 if dim <= 64 else 8
         else:
-            tokens, warps = (64, 8) if dim <= 32 else (32, 4)
+            tokens, warps = 32, 4
         self.backward: dict[str, Any] = {
             "TOKENS": tokens,
             "DIM": dim,
