@@ -43,6 +43,7 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
         element: bytes of a number.
     """
     h, row = HIDDEN_RATIO * d, d * element
+    slope = 4 if element == 4 else 2  # bytes of the noise's slope
     gated = bool(options.get("GATED"))
     first = 2 * h if gated else h  # rows of w1
     kept = 4 * math.ceil(d / 32)  # dropout's bits
@@ -52,10 +53,11 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
 
     match kernel:
         case "route_kernel":
-            written = (4 + 2) * N_EXPERTS + (8 + 4 + 1) * K  # logits, slopes; experts twice, gates
+            # Logits and slopes; experts twice, and gates.
+            written = (4 + slope) * N_EXPERTS + (8 + 1 + 4) * K
             return Work(4 * N_EXPERTS * d, fill(d, "DIM"), row, written, options["TOKENS"])
         case "route_backward_kernel":
-            read = row + 2 * N_EXPERTS + (4 + 4 + 1) * K
+            read = row + (4 + slope) * N_EXPERTS + (1 + 4 + 4) * K
             return Work(8 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
         case "sort_kernel":
             return Work(0, 1, K, 4 * K, options["TOKENS"])

@@ -104,10 +104,10 @@ def _is_eager(inputs: tuple[Any, ...]) -> bool:
 
     torch.compile, torch.export, torch.jit.trace and make_fx must; so must every dispatch mode, as
     of FLOP counters, fake tensors and selective checkpointing, torch.func, and subclasses of
-    Tensor, which are told what is done with them.
+    Tensor, which are told what is done with them. On the meta device an operator is its fake.
     """
     return (
         not torch.compiler.is_compiling()
         and not operators_are_seen()
-        and all(type(i) in PLAIN_TENSORS for i in inputs if isinstance(i, Tensor))
+        and all(type(i) in PLAIN_TENSORS and not i.is_meta for i in inputs if isinstance(i, Tensor))
     )

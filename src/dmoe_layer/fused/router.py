@@ -211,16 +211,22 @@ class _Samples:
             "DOT": triton_dtype(dtype),
             "num_warps": 8 if many else 4,
         }
-        # The backward's products are of fp32 numbers: fewer tokens at a time, more warps. Its
-        # chunks are multiples of the forward's tile, and so of this one. Where x is in half
-        # precision, one product of tf32 has more digits than its gradient.
-        fewest = many or dim > 64
+        # The backward's products are of fp32 numbers. Of the blocks that spill nothing these have
+        # the fewest instructions a token; its chunks are multiples of the forward's tile, and so of
+        # these. Where x is in half precision, one product of tf32 has digits enough for dx and dw.
+        is_half = x.dtype != torch.float32
+        if many:
+            tokens, warps = 16, 8
+        elif is_half:
+            tokens, warps = 64, 4 if dim <= 64 else 8
+        else:
+            tokens, warps = 32, 4
         self.backward: dict[str, Any] = {
-            "TOKENS": 16 if fewest else 32 if dim > 32 or dtype == torch.float32 else 64,
+            "TOKENS": tokens,
             "DIM": dim,
             "ATTRIBUTES": self.attributes,
-            "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
-            "num_warps": 4 if 32 < dim <= 64 and not many else 8,
+            "PRECISION": "tf32" if is_half else "tf32x3",
+            "num_warps": warps,
             "num_stages": 1,
         }
 

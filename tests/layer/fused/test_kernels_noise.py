@@ -21,7 +21,7 @@ N = math.prod(DRAWS)
 # signs that change from draw to draw.
 @triton.jit
 def _log2_with_errors(x):
-    return tl.log2(x) + 2.4e-7 * tl.where(tl.sin(1e6 * x) < 0, -1.0, 1.0)
+    return tl.log2(x) + 2.4e-7 * tl.where(tl.sin(1e6 * x) < 0, 1.0, -1.0)  # at 1 beyond 0
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from harness.kernels import HERE, kernel_dropout
+from harness.kernels import HERE, kernel_dropout, pair
 from harness.saved import bytes_of, saved_for_backward
 
 from dmoe_layer import DMoE
@@ -74,10 +74,20 @@ def test_backward_is_left_the_slope_of_the_noise_and_no_more(dtype, options, kep
     # A slot's place in the order, its gate and its expert; slopes. Each sample's row of the table,
     # where each expert's pairs begin, and the seed of dropout.
     assert bytes_of(saved) == 200 * (2 * 9 + kept) + 2 * 8 + 9 * 8 + 8
-    layer.requires_grad_(False)
-    with saved_for_backward() as saved:
-        layer(x.detach(), torch.tensor([0, 2]))
-    assert not saved
+
+
+def test_slopes_are_written_only_where_a_gradient_may_want_them(monkeypatch):
+    layer, _ = pair(noise="always")
+    x, kept, original = torch.randn(2, 18, 16, device=HERE), [], router._route
+    monkeypatch.setattr(router, "_route", lambda *a: kept.append(a[-1]) or original(*a))
+    layer(x, 0)
+    with torch.no_grad():
+        layer(x, 0)
+    layer.requires_grad_(False)(x, 0)
+    layer(x.requires_grad_(), 0)
+    layer.router.noise = "never"
+    layer(x, 0)
+    assert kept == [True, False, False, True, False]
 
 
 def test_each_row_of_the_table_gets_the_shares_of_all_its_chunks_and_of_no_other():

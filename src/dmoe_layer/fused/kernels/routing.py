@@ -127,15 +127,15 @@ def route_kernel(
     )  # fmt: skip
     real = (e < n_experts)[None, :]
     live_te = live[:, None] & real
-    at = before * n_experts + t[:, None] * n_experts + e[None, :]
+    at = t[:, None] * n_experts + e[None, :]
     if NOISY:
         softplus, slope = softplus_and_slope(spread)
         noise = normal_noise(seed, first + t, EXPERTS)
         logits += noise * softplus
         if slopes_ptr is not None:
             slope = (noise * slope).to(slopes_ptr.dtype.element_ty)
-            tl.store(slopes_ptr + at, slope, mask=live_te)
-    tl.store(logits_ptr + at, logits, mask=live_te)
+            tl.store(slopes_ptr + before * n_experts + at, slope, mask=live_te)
+    tl.store(logits_ptr + before * n_experts + at, logits, mask=live_te)
 
     # As integers scores sort with a NaN above all, as in torch.topk, and what is taken or no
     # expert below all, -inf included, so that no expert is ever chosen twice.
@@ -157,11 +157,11 @@ def route_kernel(
         scores = tl.where(slot[None, :] == j, score[:, None], scores)
     powers = tl.where(slot[None, :] < K, tl.exp(scores - largest[:, None]), 0.0)
     gates = powers / tl.sum(powers, axis=1)[:, None]
-    at = before * K + t[:, None] * K + slot[None, :]
+    at = t[:, None] * K + slot[None, :]
     live_slots = live[:, None] & (slot < K)[None, :]
-    tl.store(indices_ptr + at, chosen.to(tl.int64), mask=live_slots)
-    tl.store(gates_ptr + at, gates, mask=live_slots)
-    tl.store(chosen_ptr + at, chosen.to(tl.int8), mask=live_slots)
+    tl.store(indices_ptr + before * K + at, chosen.to(tl.int64), mask=live_slots)
+    tl.store(gates_ptr + before * K + at, gates, mask=live_slots)
+    tl.store(chosen_ptr + before * K + at, chosen.to(tl.int8), mask=live_slots)
     taken = (rank == -0x80000000) & live_te
     words = tl.sum(_packed(taken, TOKENS, EXPERTS), axis=0)
     byte = (tl.arange(0, 4) * 8).to(tl.uint32)
@@ -257,41 +257,39 @@ def route_backward_kernel(
     w_CD = tl.trans(_routers(w_ptr, rows_ptr, sample, n_experts, dim, d, EXPERTS, ATTRIBUTES))
     dw_CD = tl.zeros([2 * EXPERTS, DIM], tl.float32)
     db_TC = tl.zeros([TOKENS, 2 * EXPERTS], tl.float32)
-    at_te = first.to(tl.int64) * n_experts + t[:, None] * n_experts + e[None, :]
-    at_t = first.to(tl.int64) * K + t * K
-    at_td = first.to(tl.int64) * dim + t[:, None] * dim + d[None, :]
+    at_te, at_td = t[:, None] * n_experts + e[None, :], t[:, None] * dim + d[None, :]
     for start in range(0, count, TOKENS):
+        before = first.to(tl.int64) + start
         live = t < count - start
         live_te = live[:, None] & (e < n_experts)[None, :]
         dscores = tl.zeros([TOKENS, EXPERTS], tl.float32)
         if dlogits_ptr is not None:
-            dscores += tl.load(dlogits_ptr + at_te, mask=live_te, other=0)
+            dscores += tl.load(dlogits_ptr + before * n_experts + at_te, mask=live_te, other=0)
         if dgates_ptr is not None:
             # Softmax over the K chosen: dscore_j = gate_j · (dgate_j - Σ_i gate_i · dgate_i).
             mean = tl.zeros([TOKENS], tl.float32)
             for j in tl.static_range(K):
-                gate = tl.load(gates_ptr + at_t + j, mask=live, other=0)
-                mean += gate * tl.load(dgates_ptr + at_t + j, mask=live, other=0)
+                gate = tl.load(gates_ptr + before * K + t * K + j, mask=live, other=0)
+                mean += gate * tl.load(dgates_ptr + before * K + t * K + j, mask=live, other=0)
             for j in tl.static_range(K):
-                gate = tl.load(gates_ptr + at_t + j, mask=live, other=0)
-                dgate = tl.load(dgates_ptr + at_t + j, mask=live, other=0)
-                expert = tl.load(chosen_ptr + at_t + j, mask=live, other=-1)
+                gate = tl.load(gates_ptr + before * K + t * K + j, mask=live, other=0)
+                dgate = tl.load(dgates_ptr + before * K + t * K + j, mask=live, other=0)
+                expert = tl.load(chosen_ptr + before * K + t * K + j, mask=live, other=-1)
                 dscore = gate * (dgate - mean)
                 dscores += tl.where(expert[:, None] == e[None, :], dscore[:, None], 0.0)
         dspread = tl.zeros_like(dscores)
         if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + at_te, mask=live_te, other=0).to(tl.float32)
+            slope = tl.load(slopes_ptr + before * n_experts + at_te, mask=live_te, other=0).to(
+                tl.float32
+            )
             dspread = dscores * slope
         d_TC = tl.reshape(tl.join(dscores, dspread), [TOKENS, 2 * EXPERTS])
         db_TC += d_TC
         live_td = live[:, None] & (d < dim)[None, :]
-        x_TD = tl.load(x_ptr + at_td, mask=live_td, other=0).to(tl.float32)
+        x_TD = tl.load(x_ptr + before * dim + at_td, mask=live_td, other=0).to(tl.float32)
         dw_CD = dot(tl.trans(d_TC), x_TD, dw_CD, PRECISION)
         dx_TD = dot(d_TC, w_CD, None, PRECISION)
-        tl.store(dx_ptr + at_td, dx_TD.to(dx_ptr.dtype.element_ty), mask=live_td)
-        at_te += TOKENS * n_experts
-        at_t += TOKENS * K
-        at_td += TOKENS * dim
+        tl.store(dx_ptr + before * dim + at_td, dx_TD.to(dx_ptr.dtype.element_ty), mask=live_td)
     c = tl.arange(0, 2 * EXPERTS)
     share = chunk * 2 * n_experts + (c % 2) * n_experts + c // 2
     real_c = c // 2 < n_experts
