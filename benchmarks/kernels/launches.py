@@ -29,9 +29,10 @@ class Launch(NamedTuple):
 
 
 def layer_launches(
-    dim: int, dtype: torch.dtype, activation: str, n_experts: int, k: int
+    dim: int, dtype: torch.dtype, activation: str, n_experts: int, k: int, capability: int = 90
 ) -> list[Launch]:
-    """The launches of one training step of the layer at this width."""
+    """The launches of one training step of the layer at this width, for such a GPU."""
+    from dmoe_layer.fused import narrow
     from triton.runtime import JITFunction
 
     launches: list[Launch] = []
@@ -40,7 +41,10 @@ def layer_launches(
         launches.append(Launch(kernel, arguments, options))
 
     # In place of what Triton does for ``kernel[grid](...)``.
-    with mock.patch.object(JITFunction, "run", record):
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(narrow, "is_hopper", lambda device: capability >= 90),
+    ):
         _step(dim, dtype, activation, n_experts, k)
     return launches
 

@@ -17,7 +17,7 @@ from .work import kernel_work, roofline_share
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = (24, 48, 768)  # of the layer benchmark's goals
 # What makes a variant of a kernel.
-_FLAGS = ("OF_ROWS", "OF_WEIGHTS", "GATHER", "SPLIT", "NOISY", "DROP")
+_FLAGS = ("GATHER", "SPLIT", "NOISY")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def kernel_rows(
     for capability in GPUS:
         for dim in widths:
             for dtype in dtypes:
-                launches = layer_launches(dim, DTYPES[dtype], activation, n_experts, k)
+                launches = layer_launches(dim, DTYPES[dtype], activation, n_experts, k, capability)
                 rows = [kernel_row(launch, capability, dtype, dim) for launch in launches]
                 yield from dict.fromkeys(rows)
 

@@ -55,20 +55,19 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
             return Work(12 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
         case "sort_kernel":
             return Work(0, 1, 8 * K, 4 * K, options["TOKENS"])
-        case "sum_slots_kernel":
+        case "sum_pairs_kernel":
             return Work(0, 1, K * row, row, options["ROWS"])
         case "mlp_kernel":
             useful = fill(d, "DIM") * fill(h, "HIDDEN")
             return Work(2 * d * (first + h), useful, row + 8, row, options["ROWS"])
         case "mlp_backward_kernel":
-            of_rows, of_weights = bool(options["OF_ROWS"]), bool(options["OF_WEIGHTS"])
-            # Both need the hidden layer and its gradient, which are computed once.
-            of_first = 2 * of_rows + 2 * of_weights - (of_rows and of_weights)
-            of_second = of_rows + 2 * of_weights - (of_rows and of_weights)
+            # The hidden layer and its gradient, then x's.
             useful = fill(d, "DIM") * fill(h, "HIDDEN")
-            written = (row + 4) * of_rows
-            operations = 2 * d * (of_first * first + of_second * h)
-            return Work(operations, useful, 2 * row + 8, written, options["ROWS"])
+            return Work(2 * d * (2 * first + h), useful, 2 * row + 8, row + 4, options["ROWS"])
+        case "weight_gradients_kernel":
+            # The same of every slice, then the weights'.
+            useful = fill(d, "DIM") * fill(h, "HIDDEN")
+            return Work(4 * d * (first + h), useful, 2 * row + 8, 0, options["ROWS"])
         case "hidden_kernel":
             written = (first + h if gated else h) * element
             return Work(2 * d * first, fill(first, "COLUMNS"), row, written, options["ROWS"])

@@ -53,7 +53,11 @@ def kernel_dropout(p, indices_TK, n_experts, dim, dtype):
     words = draw_kept(torch.empty(pairs, dtype=torch.int32, device=HERE), dim, p, seed)
     bits = words.cpu().unsqueeze(-1) >> torch.arange(32) & 1
     scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
-    return bits.flatten(1)[:, :dim].to(dtype).view(*indices_TK.shape, dim) * scale
+    bits = bits.flatten(1)[:, :dim].to(dtype)
+    # They are those of the pairs as sorted by expert.
+    of_pairs = torch.empty_like(bits)
+    of_pairs[indices_TK.cpu().flatten().argsort(stable=True)] = bits
+    return of_pairs.view(*indices_TK.shape, dim) * scale
 
 
 def expert_tiles(offsets):

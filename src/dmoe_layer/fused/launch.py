@@ -59,6 +59,14 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     ]
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU has compute capability 9.0 or more, whose matrix products read shared memory.
+
+    Elsewhere their operands stand in registers. Of no GPU, in the interpreter: yes.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 # Numbers of a tensor from which on their offsets need 64 bits.
 LEAST_INT64 = 2**31
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import narrow
-from .launch import block_size, launch, most_tiles, sum_chunks
+from .launch import block_size, is_hopper, launch, most_tiles, sum_chunks
 
 
 def fuses_forward(dim: int, dtype: torch.dtype, activation: str) -> bool:
@@ -28,18 +28,21 @@ def fuses_forward(dim: int, dtype: torch.dtype, activation: str) -> bool:
 
 
 def fuses_backward(dim: int, dtype: torch.dtype, activation: str) -> bool:
-    """Whether their gradients fit too."""
-    if ACTIVATIONS[activation].gated:
-        return dim <= 32 and dtype != torch.float32
-    return dim <= (32 if dtype == torch.float32 else 64)
+    """Whether their gradients fit too.
+
+    Never those of fp32: at D = 24 slices of 16 hidden units are all that fits, and their weights'
+    gradients take 2400 instructions a row, as each of six slices computes its rows again.
+    """
+    if dtype == torch.float32:
+        return False
+    return dim <= (32 if ACTIVATIONS[activation].gated else 64)
 
 
 class _Blocks(NamedTuple):
     """How a kernel of narrow experts is cut: rows, slice of the hidden layer, warps, stages.
 
     Chosen from what Triton's compiler makes of them for compute capability 8.0 and 9.0: nothing
-    spilled; then few instructions a row; then many warps to a multiprocessor. 64 rows to four warps
-    are the least that a Hopper GPU's own matrix instructions take.
+    spilled; then few instructions a row; then many warps to a multiprocessor.
     """
 
     rows: int
@@ -77,10 +80,14 @@ def _row_blocks(call: ExpertCall) -> _Blocks:
 
 
 def _weight_blocks(call: ExpertCall) -> _Blocks:
-    """A slice's sums stand in registers, and the next tiles' rows are read meanwhile."""
-    if call.gated:
-        return _Blocks(64, 32, 4, 3)
-    return _Blocks(64, 64, 4, 3) if call.dim <= 32 else _Blocks(128, 64, 8, 3)
+    """A slice's sums stand in registers, and rows are read two tiles ahead.
+
+    Five stages are two tiles, for a row's place in x is read before it. Before Hopper the operands
+    of D > 32 leave no registers for that.
+    """
+    if call.dim <= 32:
+        return _Blocks(64, 32, 4, 5)
+    return _Blocks(32, 64, 4, 5) if is_hopper(call.x.device) else _Blocks(64, 16, 4)
 
 
 def forward(call: ExpertCall) -> Tensor:

@@ -29,9 +29,14 @@ from benchmarks.kernels.gpus import GPUS
 from benchmarks.kernels.launches import layer_launches
 from benchmarks.kernels.report import DTYPES, kernel_row
 width, dtype, activation, n_experts, k = sys.argv[1:]
-launches = layer_launches(int(width), DTYPES[dtype], activation, int(n_experts), int(k))
-launches = [launch for launch in launches if launch.options.get("GATED")]
-found = [kernel_row(launch, gpu, dtype, int(width)) for launch in launches for gpu in GPUS]
+found = [
+    kernel_row(launch, gpu, dtype, int(width))
+    for gpu in GPUS
+    for launch in layer_launches(
+        int(width), DTYPES[dtype], activation, int(n_experts), int(k), gpu
+    )
+    if launch.options.get("GATED")
+]
 print(json.dumps([dataclasses.asdict(row) for row in found]))
 """
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -58,8 +63,8 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
     found = compiled(dim, dtype, {"fp32": "gelu", "fp16": "silu", "bf16": "relu"}[dtype])
     kernels = {(row["capability"], row["kernel"]) for row in found}
     wide = {"hidden_kernel", "hidden_backward_kernel", "output_kernel", "weight_backward_kernel"}
-    mlp = {24: {"mlp_kernel", "mlp_backward_kernel"}, 48: {"mlp_kernel", "mlp_backward_kernel"}}
-    mlp = mlp.get(dim, wide) if (dim, dtype) != (48, "fp32") else {"mlp_kernel"} | wide
+    narrow = {"mlp_kernel", "mlp_backward_kernel", "weight_gradients_kernel"}
+    mlp = wide if dim == 768 else {"mlp_kernel"} | wide if dtype == "fp32" else narrow
     for capability in (80, 90):
         for kernel in {"route_kernel", "sort_kernel", "route_backward_kernel"} | mlp:
             assert (capability, kernel) in kernels
@@ -74,7 +79,12 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
 @pytest.mark.parametrize(
     ("dim", "dtype", "activation", "kernels"),
     [
-        (24, "bf16", "geglu", {"mlp_kernel", "mlp_backward_kernel"}),
+        (
+            24,
+            "bf16",
+            "geglu",
+            {"mlp_kernel", "mlp_backward_kernel", "weight_gradients_kernel"},
+        ),
         (48, "fp32", "swiglu", {"mlp_kernel", "hidden_kernel", "hidden_backward_kernel"}),
         (96, "fp16", "geglu_tanh", {"mlp_kernel", "hidden_kernel", "hidden_backward_kernel"}),
         (768, "fp32", "geglu", {"hidden_kernel", "hidden_backward_kernel"}),

@@ -57,6 +57,8 @@ def test_rows_in_many_tiles_and_chunks_equal_the_naive_loop(dim, monkeypatch):
     # chunk several tiles.
     for module in (narrow, wide):
         monkeypatch.setattr(module, "PROGRAMS", 2**30)
+    if dim == 24:  # the narrow kernels, which in fp32 would be left to the wide ones
+        monkeypatch.setattr(narrow, "fuses_backward", lambda *_: True)
     monkeypatch.setattr(router, "CHUNKS", 2)
     few = {"dim": dim, "hidden_dim": 40 if dim == 24 else 8, "n_experts": 2, "k": 1}
     tokens = 200 if dim == 24 else 700

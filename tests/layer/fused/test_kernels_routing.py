@@ -17,7 +17,7 @@ def test_pairs_are_sorted_by_expert_and_then_by_token():
     rows = torch.tensor([[0], [1], [0]], device=HERE)
     counts = torch.tensor([140, 0, 460], device=HERE)
     for tokens, per_sample in ((x, None), (x.flatten(0, 1), counts)):
-        logits, indices, gates, order, offsets, tiles = router._fused_route(
+        logits, indices, gates, order, offsets, _ = router._fused_route(
             tokens, w, b, rows, per_sample, 3, None
         )
         assert torch.equal(order.long(), indices.flatten().argsort(stable=True))

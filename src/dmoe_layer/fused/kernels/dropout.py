@@ -1,8 +1,8 @@
 """Dropout's bits: drawn once in forward, and read by every kernel that drops.
 
-They are stored, a bit for each entry of a pair's output: 4 bytes for 32 columns. At D = 24 to read
-them is 4 of the 108 bytes of a row in backward, 5 us of an H200 for 4.7 million rows. To draw them
-again there took 150 of a tile's 600 instructions, 40 us, in each of three passes.
+They are stored, a bit for each entry of a row of the sorted order: 4 bytes for 32 columns. At
+D = 24 to read them is 4 of the 108 bytes of a row in backward, 5 us of an H200 for 4.7 million rows.
+To draw them again takes 200 instructions for each 4 bytes, 40 us, in each of three passes.
 """
 
 import triton
@@ -42,10 +42,10 @@ def _at_least(u, threshold, below):
 
 
 @triton.jit
-def load_kept(kept_ptr, pair_R, live_R, first_word, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which of COLUMNS entries are kept, from a pair's word ``first_word`` on: [R, COLUMNS]."""
+def load_kept(kept_ptr, row_R, live_R, first_word, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which of COLUMNS entries are kept, from the row's word ``first_word`` on: [R, COLUMNS]."""
     column = tl.arange(0, COLUMNS)
-    at = kept_ptr + pair_R * WORDS + first_word
+    at = kept_ptr + row_R * WORDS + first_word
     words = tl.load(at, mask=live_R & (first_word < WORDS), other=0)[:, None]
     for i in tl.static_range(1, (COLUMNS + 31) // 32):
         more = tl.load(at + i, mask=live_R & (first_word + i < WORDS), other=0)[:, None]

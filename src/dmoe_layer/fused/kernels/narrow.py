@@ -46,8 +46,9 @@ def mlp_kernel(
     expert, first, rows = rows_of_program(tiles_ptr, tl.program_id(0), ROWS)
     if rows <= 0:
         return
+    row = first + tl.arange(0, ROWS)
     live = tl.arange(0, ROWS) < rows
-    pair = tl.load(order_ptr + first + tl.arange(0, ROWS), mask=live, other=0).to(OFFSET)
+    pair = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET)
     d = tl.arange(0, DIM)
     live_d = d < dim
     dtype: tl.constexpr = w1_ptr.dtype.element_ty
@@ -72,7 +73,8 @@ def mlp_kernel(
     if b2_ptr is not None:
         y_RD += tl.load(b2_ptr + expert * dim + d, mask=live_d, other=0)[None, :]
     if kept_ptr is not None:
-        y_RD = tl.where(load_kept(kept_ptr, pair, live, 0, (dim + 31) // 32, DIM), y_RD, 0.0)
+        kept_RD = load_kept(kept_ptr, row.to(OFFSET), live, 0, (dim + 31) // 32, DIM)
+        y_RD = tl.where(kept_RD, y_RD, 0.0)
     gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
     store_pairs(y_ptr, rest_ptr, pair, live, d, dim, y_RD * gate[:, None], K)
 
@@ -119,11 +121,12 @@ def mlp_backward_kernel(
     if rows <= 0:
         return
     dtype: tl.constexpr = w1_ptr.dtype.element_ty
+    row = first + tl.arange(0, ROWS)
     live = tl.arange(0, ROWS) < rows
-    pair = tl.load(order_ptr + first + tl.arange(0, ROWS), mask=live, other=0).to(OFFSET)
+    pair = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET)
     d = tl.arange(0, DIM)
     x_RD, do_RD, gate = _rows_of_backward(
-        dy_ptr, x_ptr, gates_ptr, kept_ptr, pair, live, d, scale, dim, K, dtype
+        dy_ptr, x_ptr, gates_ptr, kept_ptr, row.to(OFFSET), pair, live, d, scale, dim, K, dtype
     )
     first_rows: tl.constexpr = 2 * hidden if GATED else hidden
     w1_ptr += expert.to(tl.int64) * first_rows * dim
@@ -156,7 +159,7 @@ def mlp_backward_kernel(
 
 @triton.jit
 def _rows_of_backward(
-    dy_ptr, x_ptr, gates_ptr, kept_ptr, pair, live, d, scale,
+    dy_ptr, x_ptr, gates_ptr, kept_ptr, row, pair, live, d, scale,
     dim: tl.constexpr, K: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Of each pair its x, dO and gate, with what dropout scales what it keeps by."""
@@ -165,7 +168,7 @@ def _rows_of_backward(
     x_RD = tl.load(x_ptr + at, mask=inside, other=0).to(dtype)
     do_RD = tl.load(dy_ptr + at, mask=inside, other=0).to(dtype)
     if kept_ptr is not None:
-        kept_RD = load_kept(kept_ptr, pair, live, 0, (dim + 31) // 32, d.shape[0])
+        kept_RD = load_kept(kept_ptr, row, live, 0, (dim + 31) // 32, d.shape[0])
         do_RD = tl.where(kept_RD, do_RD, 0.0)
     return x_RD, do_RD, tl.load(gates_ptr + pair, mask=live, other=0) * scale
 
@@ -214,13 +217,15 @@ def weight_gradients_kernel(
     dlinear_b_HG = tl.zeros([HIDDEN, 16], tl.float32)
     db2_DG = tl.zeros([DIM, 16], tl.float32)
     order_ptr += first
+    if kept_ptr is not None:
+        kept_ptr += first * ((dim + 31) // 32)
     rows = (last - first).to(tl.int32)
     for tile in range(0, rows, ROWS):
         row = tile + tl.arange(0, ROWS)
         live = row < rows
         pair = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET)
         x_RD, do_RD, gate = _rows_of_backward(
-            dy_ptr, x_ptr, gates_ptr, kept_ptr, pair, live, d, scale, dim, K, dtype
+            dy_ptr, x_ptr, gates_ptr, kept_ptr, row, pair, live, d, scale, dim, K, dtype
         )
         _, h_RH, dz_RH, dlinear_RH = _hidden_gradients(
             x_RD, do_RD, gate, w1_HD, b1_H, w2_HD, linear_HD, linear_b_H,

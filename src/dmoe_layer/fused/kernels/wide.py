@@ -115,7 +115,8 @@ def output_kernel(
     pair = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET)
     if kept_ptr is not None:
         words: tl.constexpr = (dim + 31) // 32
-        y = tl.where(load_kept(kept_ptr, pair, live, first_n // 32, words, COLUMNS), y, 0.0)
+        kept = load_kept(kept_ptr, row.to(OFFSET), live, first_n // 32, words, COLUMNS)
+        y = tl.where(kept, y, 0.0)
     if gates_ptr is not None:
         y *= tl.load(gates_ptr + pair, mask=live, other=0)[:, None] * scale
     store_pairs(y_ptr, rest_ptr, pair, live, n, dim, y, K)
@@ -135,7 +136,7 @@ def gather_gradient_kernel(
     row = first + tl.arange(0, ROWS)
     live = tl.arange(0, ROWS) < rows
     pair = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET)
-    row = (row - base).to(OFFSET)
+    row = row.to(OFFSET)
     gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
     dgate = tl.zeros([ROWS], tl.float32)
     words: tl.constexpr = (dim + 31) // 32
@@ -145,11 +146,12 @@ def gather_gradient_kernel(
         at = (pair // K)[:, None] * dim + n[None, :]
         do = tl.load(dy_ptr + at, mask=inside, other=0).to(tl.float32)
         if kept_ptr is not None:
-            do = tl.where(load_kept(kept_ptr, pair, live, first_n // 32, words, COLUMNS), do, 0.0)
+            kept = load_kept(kept_ptr, row, live, first_n // 32, words, COLUMNS)
+            do = tl.where(kept, do, 0.0)
         if b2_ptr is not None:
             b2 = tl.load(b2_ptr + expert * dim + n, mask=n < dim, other=0)
             dgate += tl.sum(do * b2[None, :], axis=1)
-        at = row[:, None] * dim + n[None, :]
+        at = (row - base)[:, None] * dim + n[None, :]
         tl.store(do_ptr + at, do.to(do_ptr.dtype.element_ty), mask=inside)
         gated = (do * gate[:, None]).to(do_ptr.dtype.element_ty)
         tl.store(gated_ptr + at, gated, mask=inside)
