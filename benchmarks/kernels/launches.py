@@ -32,7 +32,6 @@ def layer_launches(
     dim: int, dtype: torch.dtype, activation: str, n_experts: int, k: int, capability: int = 90
 ) -> list[Launch]:
     """The launches of one training step of the layer at this width, for such a GPU."""
-    from dmoe_layer.fused import narrow
     from triton.runtime import JITFunction
 
     launches: list[Launch] = []
@@ -43,7 +42,7 @@ def layer_launches(
     # In place of what Triton does for ``kernel[grid](...)``.
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(narrow, "is_hopper", lambda device: capability >= 90),
+        mock.patch("dmoe_layer.fused.narrow.is_hopper", return_value=capability >= 90),
     ):
         _step(dim, dtype, activation, n_experts, k)
     return launches
