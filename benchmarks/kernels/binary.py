@@ -48,11 +48,8 @@ class Binary(NamedTuple):
 def read_binary(launch: Launch, capability: int) -> Binary:
     """The launch's kernel as a GPU of this compute capability would run it."""
     compiled = compile_for(launch, capability)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _dump("--dump-resource-usage", cubin)
-        code = _dump("--dump-sass", cubin)
+    usage = dump("--dump-resource-usage", compiled)
+    code = dump("--dump-sass", compiled)
     numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Binary(
         warps=compiled.metadata.num_warps,
@@ -96,10 +93,14 @@ def compile_for(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def _dump(flag: str, cubin: Path) -> str:
+def dump(flag: str, compiled: Any) -> str:
+    """What the disassembler that Triton brings says of a kernel: ``flag`` is one of its options."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run(
-        [tool, flag, cubin], check=True, capture_output=True, encoding="utf-8"
-    ).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        return subprocess.run(
+            [tool, flag, cubin], check=True, capture_output=True, encoding="utf-8"
+        ).stdout

@@ -71,8 +71,8 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
     found = compiled(dim, dtype, {"fp32": "gelu", "fp16": "silu", "bf16": "relu"}[dtype])
     kernels = {(row["capability"], row["kernel"]) for row in found}
     wide = {"hidden_kernel", "hidden_backward_kernel", "output_kernel", "weight_backward_kernel"}
-    mlp = {24: {"mlp_kernel", "mlp_backward_kernel"}, 48: {"mlp_kernel", "mlp_backward_kernel"}}
-    mlp = mlp.get(dim, wide) if (dim, dtype) != (48, "fp32") else {"mlp_kernel"} | wide
+    narrow = {"mlp_kernel", "mlp_backward_kernel", "weight_gradients_kernel"}
+    mlp = wide if dim == 768 else {"mlp_kernel"} | wide if dtype == "fp32" else narrow
     for capability in CAPABILITIES[dtype]:
         for kernel in {"route_kernel", "sort_kernel", "route_backward_kernel"} | mlp:
             assert (capability, kernel) in kernels
@@ -94,7 +94,12 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
 @pytest.mark.parametrize(
     ("dim", "dtype", "activation", "kernels"),
     [
-        (24, "bf16", "geglu", {"mlp_kernel", "mlp_backward_kernel"}),
+        (
+            24,
+            "bf16",
+            "geglu",
+            {"mlp_kernel", "mlp_backward_kernel", "weight_gradients_kernel"},
+        ),
         (48, "fp32", "swiglu", {"mlp_kernel", "hidden_kernel", "hidden_backward_kernel"}),
         (96, "fp16", "geglu_tanh", {"mlp_kernel", "hidden_kernel", "hidden_backward_kernel"}),
         (768, "fp32", "geglu", {"hidden_kernel", "hidden_backward_kernel"}),

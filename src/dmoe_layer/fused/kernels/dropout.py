@@ -1,8 +1,8 @@
 """Dropout's bits: drawn once in forward, and read by every kernel that drops.
 
 They are stored, a bit for each entry of a row of the sorted order: 4 bytes for 32 columns. At
-D = 24 to read them is 4 of the 108 bytes of a row in backward, 5 us of an H200 for 4.7 million.
-To draw them again takes 200 instructions for each 4 bytes, 40 us, in each of three passes.
+D = 24 to read them is 4 of the 108 bytes of a row in backward, 5 us of an H200 for 4.7 million
+rows. To draw them again takes 200 instructions for each 4 bytes, 40 us, in each of three passes.
 """
 
 import triton
