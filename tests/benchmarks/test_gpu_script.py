@@ -32,7 +32,7 @@ PYTHON = """#!{python}
 import os, sys
 from pathlib import Path
 words = " ".join(sys.argv[1:])
-kept = os.environ["PYTHONPATH"].split(":")[-1], os.environ["PYTHONUNBUFFERED"]
+kept = os.environ["PYTHONPATH"].split(":")[-1], os.environ.get("PYTHONUNBUFFERED", "buffered")
 with open(os.environ["STUB_LOG"], "a") as log:
     print("run", *kept, words.splitlines()[0], file=log)
 if "find_spec" in words:
@@ -78,6 +78,7 @@ class Run:
                 "OUT": str(self.out),
                 "STUB_LOG": str(log),
                 "PYTHONPATH": "carried",
+                "PYTHONUNBUFFERED": "",
                 **environment,
             },
             capture_output=True,
