@@ -148,7 +148,8 @@ def roofline_share(work: Work, flops: float, gpu: GPU, resident: int) -> float:
         resident: programs that a multiprocessor holds at one time.
     """
     on_its_way = resident * work.rows * work.loaded * gpu.multiprocessors
-    bandwidth = min(gpu.bandwidth, on_its_way / LATENCY)
+    # What only stores waits for nothing.
+    bandwidth = min(gpu.bandwidth, on_its_way / LATENCY) if work.loaded else gpu.bandwidth
     traffic = work.loaded + work.stored
     possible = max(work.operations / work.useful / flops, traffic / bandwidth)
     return round(max(work.operations / flops, traffic / gpu.bandwidth) / possible, 3)
