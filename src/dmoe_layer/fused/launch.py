@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
+from triton import language as tl
 from torch import Tensor
 
 from ..operators import PLAIN_TENSORS
