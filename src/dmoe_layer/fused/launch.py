@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
+from triton import language as tl
 
 from ..operators import PLAIN_TENSORS
 from .kernels.sums import sum_chunks_kernel
