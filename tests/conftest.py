@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
 
 # So that an assert in a harness tells what it compared, as one in a test does.
 pytest.register_assert_rewrite("harness", "helpers")
@@ -47,9 +50,13 @@ def one_thread():
 
 
 def pytest_configure(config):
-    if not importlib.util.find_spec("triton"):
-        # The modules that import it are not looked through for doctests, of which they have none.
-        config.option.ignore_glob = ["*/dmoe_layer/fused/*"]
+    # Modules that import what is absent are not looked through for doctests: they have none.
+    needed = {"triton": "src/dmoe_layer/fused/*", "nnunetv2": "reference_models/nnunet/*"}
+    config.option.ignore_glob = [
+        str(ROOT / glob)
+        for package, glob in needed.items()
+        if not importlib.util.find_spec(package)
+    ]
 
 
 def pytest_collection_modifyitems(items):
