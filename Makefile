@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 endif
 
-.PHONY: demo demo3d bench gpu test lint resolve versions clean
+.PHONY: demo demo3d bench gpu test lint resolve versions nnunet clean
 
 demo: .venv/demo
 	$(BIN)/python -m reference_models demo
@@ -57,6 +57,13 @@ versions:
 	$(BIN)/python -m pip install --no-compile --constraint $(VENV)/constraints.txt torch==$(strip $(TORCH)) 'numpy<2.4' --editable '.[reference,test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto src tests/layer
 
+# The tests of nnU-Net's trainers, in an environment of their own: nnU-Net brings fifty packages more.
+nnunet: VENV := .venv-nnunet
+nnunet:
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[nnunet,test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reference/nnunet
+
 # A half-made environment has no pip that runs, and is completed. Most modules of what is installed
 # are never imported: compiling all of them took half of the time.
 .venv/demo: EXTRAS := reference
@@ -68,4 +75,4 @@ versions:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch* build dist demo_output demo3d_output bench_output gpu_output study_output .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch* .venv-nnunet build dist demo_output demo3d_output bench_output gpu_output study_output .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,8 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# What has no wheel, and needs no compiler either: a helper of nnU-Net's, all Python.
+PURE_PYTHON = "acvl-utils"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 SYSTEMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "macos", "windows")
 # torch 2.13 has wheels for macOS 14 and newer, uv resolves for 13 unless told.
@@ -28,7 +30,8 @@ def refusal(target: tuple[str, str, str]) -> str:
     command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet"]
     command += [f"--extra={extra}" for extra in extras.split(",")]
     command += [f"--python-platform={system}", f"--python-version={python}"]
-    command += ["--constraint=constraints.txt", "--only-binary=:all:", "--output-file", os.devnull]
+    command += ["--constraint=constraints.txt", "--only-binary=:all:"]
+    command += [f"--no-binary={PURE_PYTHON}", "--output-file", os.devnull]
     # Else uv looks for an interpreter of that version, and downloads one.
     command += [f"--python={sys.executable}", "--no-python-downloads"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, cwd=ROOT)

@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
 
 # So that an assert in a harness tells what it compared, as one in a test does.
 pytest.register_assert_rewrite("harness", "helpers")
@@ -48,9 +51,16 @@ def one_thread():
 
 def pytest_configure(config):
     # Modules that import what is not there are not looked through for doctests.
-    volumes = str(config.rootpath / "benchmarks" / "volumes" / "*")
-    rooms = {"triton": "*/dmoe_layer/fused/*", "monai": volumes}
-    missing = [room for package, room in rooms.items() if not importlib.util.find_spec(package)]
+    rooms = {
+        "triton": "src/dmoe_layer/fused/*",
+        "monai": "benchmarks/volumes/*",
+        "nnunetv2": "reference_models/nnunet/*",
+    }
+    missing = [
+        str(config.rootpath / room)
+        for package, room in rooms.items()
+        if not importlib.util.find_spec(package)
+    ]
     config.option.ignore_glob = [*(config.option.ignore_glob or []), *missing]
 
 

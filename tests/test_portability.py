@@ -37,11 +37,15 @@ NEED_TRITON = {
         for name in ("common", "narrow", "noise", "routing", "sums", "wide")
     ),
 }
-# No import finds what Python has on POSIX systems alone, nor Triton.
+NEED_NNUNET = {
+    f"reference_models.nnunet.{name}"
+    for name in ("predictor", "trainer", "trainers.nnUNetTrainerDMoE")
+}
+# No import finds what Python has on POSIX systems alone, nor Triton, nor nnU-Net.
 AS_ON_WINDOWS = """
 import sys
-absent = "fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty", "triton"
-sys.modules.update(dict.fromkeys(absent))
+absent = "fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"
+sys.modules.update(dict.fromkeys((*absent, "triton", "nnunetv2")))
 """
 
 
@@ -60,7 +64,7 @@ def as_on_windows(program, *arguments):
     return done.stdout
 
 
-def test_all_but_the_kernels_is_imported_where_there_is_neither_posix_nor_triton():
+def test_all_but_kernels_and_nnunet_is_imported_without_posix_triton_and_nnunet():
     names = [
         ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
         for package in PACKAGES
@@ -72,11 +76,14 @@ for name in sys.argv[1:]:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        print(name, "needs", error.name)
+        print(name, "needs", error.name.split(".")[0])
 """
     assert len(names) > 100
     failed = as_on_windows(program, *names).splitlines()
-    assert {*failed} == {f"{name} needs triton" for name in NEED_TRITON}
+    assert {*failed} == {
+        *(f"{name} needs triton" for name in NEED_TRITON),
+        *(f"{name} needs nnunetv2" for name in NEED_NNUNET),
+    }
 
 
 def test_all_tests_are_collected_where_there_is_neither_posix_nor_triton():

@@ -1,0 +1,1 @@
+"""nnU-Net with experts behind its encoder's stages: trainers, and a predictor."""

@@ -1,0 +1,12 @@
+"""Where nnU-Net finds the trainers: it imports the files of this folder by themselves."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[3]))  # where reference_models lies
+
+from reference_models.nnunet import trainer
+
+nnUNetTrainerDMoE = trainer.nnUNetTrainerDMoE
+nnUNetTrainerPlainMoE = trainer.nnUNetTrainerPlainMoE
+nnUNetTrainerDense = trainer.nnUNetTrainerDense
