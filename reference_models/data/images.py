@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -21,9 +22,14 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_SHORT = 3  # EXIF's code of a number of 16 bits
+
 
 def read_image(path: Path | str) -> np.ndarray:
     """Reads an image as rows x columns x RGB, uint8, upright as its EXIF says.
+
+    Damage of a PNG is found by its checksums. A JPEG has none: one that is cut off is refused, but
+    a byte that is another one may give another picture, and nobody can tell.
 
     Raises:
         DataError: it is damaged, or not of 8 opaque bits a channel.
@@ -34,13 +40,36 @@ def read_image(path: Path | str) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # which Pillow would cut off at 255
                 raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-            # Asked for by itself: Pillow's own turning writes all tags anew, and fails on odd ones.
-            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            turn = _TURNS.get(_orientation(image))
             upright = image if turn is None else image.transpose(turn)
             see_through = "A" in image.mode or "transparency" in image.info
             if see_through and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
                 raise ValueError("parts of it are transparent, and what lies behind is not known")
             return np.asarray(upright.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Reads from an image's EXIF which side is up, and none of the other tags.
+
+    By hand, since Pillow's `exif_transpose` writes all tags anew, which fails on odd ones, and its
+    `getexif` takes an EXIF block that it cannot read for an empty one.
+
+    Raises:
+        ValueError: it is no EXIF block.
+        struct.error: its directory is cut off.
+    """
+    tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    if not tiff:  # XMP and TIFF have it elsewhere
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if (order := {b"II": "<", b"MM": ">"}.get(tiff[:2])) is None:
+        raise ValueError("its EXIF is damaged, so that which side is up is not known")
+    (start,) = struct.unpack_from(f"{order}L", tiff, 4)
+    (count,) = struct.unpack_from(f"{order}H", tiff, start)
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind, _, value = struct.unpack_from(f"{order}HHLH", tiff, entry)
+        if tag == ExifTags.Base.Orientation and kind == _SHORT:
+            return int(value)
+    return 1
 
 
 def find_file(root: Path, name: str) -> Path | None:

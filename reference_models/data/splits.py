@@ -178,6 +178,8 @@ def read_splits(
     ):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         folds = _folds(content)
+        if isinstance(content, list) and not folds:
+            raise ValueError("a list, but not of folds with train and val")
         if not folds:
             splits = Splits(
                 dataset=str(content["dataset"]),

@@ -151,7 +151,14 @@ def describe_grid(recipe: Recipe) -> str | None:
     if not isinstance(framing, VolumeFramingSettings) or not isinstance(model, ResUNet3DSettings):
         return None
     each = _STEP_BYTES["32" if recipe.precision == "32" else "bf16-mixed"]
-    step = 2**-30 * each * model.features * math.prod(framing.shape) * recipe.batch_size / recipe.devices
+    step = (
+        2**-30
+        * each
+        * model.features
+        * math.prod(framing.shape)
+        * recipe.batch_size
+        / recipe.devices
+    )
     return (
         f"patches of {' x '.join(map(str, framing.shape))} voxels of "
         f"{' x '.join(f'{size:.3g}' for size in framing.spacing)} mm; a training step takes "
