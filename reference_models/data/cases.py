@@ -123,6 +123,7 @@ class Dataset(ABC):
         axes: of an image: 2, or 3 of a volume.
         spacing: of volumes, the median voxel in mm along left-right, back-front and below-above.
         size: of volumes, the median number of voxels along these axes.
+        about: what the files say of the data, such as where they come from; empty if nothing.
         left_out: ids of the cases that are damaged, where opening left such cases out.
         folds: nnU-Net's file of folds, where it lies beside the cases.
         made_with: whatever else decides what `load` gives, so that cached frames are made anew
@@ -144,6 +145,7 @@ class Dataset(ABC):
     axes: int = 2
     spacing: tuple[float, float, float] | None = None
     size: tuple[float, float, float] | None = None
+    about: str = ""
     left_out: Collection[str] = frozenset()
     folds: Path | None = None
     made_with: tuple[float | str, ...] = ()

@@ -76,6 +76,7 @@ class Nifti(Dataset):
         self._window = ct_window
         self.channels, self.channel_names = len(layout.channels), layout.channels
         self.classes, self.regions = layout.classes, layout.regions
+        self.about = layout.description
         self.made_with = (*layout.channels, *ct_window)
         notes += [
             f"channel {number:04} ({name}): {_scaling(name, ct_window)}"

@@ -37,6 +37,7 @@ class Layout:
         regions: what is scored: a name, and the labels that make it up.
         ending: of the files, one of `ENDINGS`.
         n_training: how many training cases there are, where the file says so.
+        description: what it says of the data, empty if nothing.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Layout:
     regions: Mapping[str, tuple[int, ...]]
     ending: str
     n_training: int | None
+    description: str
 
 
 @dataclass
@@ -112,6 +114,7 @@ def read_layout(root: Path) -> Layout:
         regions,
         ending,
         n_training if isinstance(n_training, int) else None,
+        str(content.get("description", "")).strip(),
     )
 
 

@@ -339,6 +339,7 @@ def _write(
         population=population_shares(dataset, result.cases),
         policy=POLICY,
         conditions=tuple(conditions),
+        about=dataset.about,
     )
     rows = case_scores(dataset, result.cases, result.scored[AS_GIVEN])
     write_cases(folder / "cases.csv", rows, dataset.unit)
