@@ -95,7 +95,7 @@ WAYS = {
     "sep=": ["sep=;", "case;site", "p0;A", "p1;B"],
     "comments": ["# of 2024, by hand", "case,site", "p0,A", '# "p9,B', "p1,B"],
     "both": ["SEP=\t", "# x", "case\tsite", "p0\tA", "p1\tB"],
-    "a separator in the first name": ['case,"site; of scan"', "p0,A", "p1,B"],
+    "a separator in the first name": ['case,"site; of; scan"', "p0,A", "p1,B"],
     "two lines in a cell": ['case,site,"remark', '# of"', 'p0,A,"x', '#y"', "p1,B,"],
 }
 

@@ -10,6 +10,10 @@ from harness.nifti_folders import mask, nnunet_folder, save, voxels
 from reference_models.data import open_dataset
 from reference_models.data.splits import choose_splits, make_splits, read_splits, write_splits
 from reference_models.errors import DataError
+from reference_models.recipes.framings import VolumeFramingSettings
+from reference_models.recipes.networks import ResUNet3DSettings
+from reference_models.recipes.recipe import Recipe
+from reference_models.training.cohort import Cohort
 
 FOLDS = [
     {
@@ -105,6 +109,23 @@ def test_a_fold_must_not_contradict_the_csvs_split_nor_spread_a_patient(settings
     table.write_text("\n".join(["case,T-stage,subject", *lines]), encoding="utf-8")
     with pytest.raises(DataError, match="subject one lies in several splits"):
         chosen(settings)
+
+
+def test_training_takes_the_fold(settings):
+    recipe = Recipe(
+        dataclasses.replace(settings, fold=3),
+        ResUNet3DSettings(features=2),
+        VolumeFramingSettings(spacing=(1.0, 1.0, 1.0), patch=(64, 32, 32)),
+        batch_size=1,
+    )
+    cohort = Cohort.of(recipe, open_dataset(recipe.data), resume=False)
+    assert cohort.train == tuple(FOLDS[3]["train"])
+    assert cohort.validation == tuple(FOLDS[3]["val"])
+
+
+def test_too_few_cases_to_draw_from_are_an_error_of_check_too(tmp_path):
+    (line,) = errors(checked(nnunet_folder(tmp_path, n=2))[1])
+    assert "2 cases with a mask of 2 subjects leave nothing for" in line
 
 
 def test_a_damaged_case_of_a_fold_is_one_error(settings):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def crossval(tmp_path):
     """A mask of every training case beside nnU-Net's own files, and the settings to score them."""
-    data = nnunet_folder(tmp_path / "data", n=9)
+    data = nnunet_folder(tmp_path / "data", n=9, description="Made up. ")
     folder = tmp_path / "crossval_results_folds_0_1_2_3_4"
     shutil.copytree(data.root / "labelsTr", folder)
     for name in ("dataset.json", "plans.json", "summary.json"):
@@ -30,7 +30,7 @@ def crossval(tmp_path):
 
 def test_one_mask_of_each_training_case_is_scored_by_the_split_all(crossval):
     summary = evaluate_predictions(crossval)
-    assert (summary.n_cases, summary.split) == (9, "all")
+    assert (summary.n_cases, summary.split, summary.about) == (9, "all", "Made up.")
     assert summary.conditions[0].scores["T-stage"][0].overall["dice"].value == 1
     assert "test cases" not in summary.conditions[0].note
     with pytest.raises(DataError, match=r"of cases in other splits \(--split all scores every"):

@@ -182,6 +182,11 @@ def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder
     assert main(["check", *data]) == 0
     flags = "--features=2 --spacing 2 2 3 --patch 64 32 32 --patches=2 --body --epochs=2 --out"
     assert main(["train", "small3d", *data, *flags.split(), str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "data.ct_window=" in printed
+    assert "data.mni152" not in printed
+    assert "patches of 64 x 32 x 32 voxels of 2 x 2 x 3 mm; a training step takes" in printed
+    assert "data.phantom" not in printed
     assert main(["evaluate", "run", "--run", str(run)]) == 0
     assert main(["predict", "--run", str(run), "--split", "all"]) == 0
     summary = json.loads((run / "evaluation-test" / "summary.json").read_text(encoding="utf-8"))
