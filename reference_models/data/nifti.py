@@ -14,8 +14,9 @@ from nibabel.affines import voxel_sizes
 
 from ..errors import DataError, report_faults, shown
 from .attributes_csv import CaseRecord, read_attributes
+from .case_files import CaseFiles, list_cases
 from .cases import Attribute, Case, Dataset, Sample
-from .nnunet import CaseFiles, list_cases, read_layout
+from .nnunet import read_layout
 from .splits import FOLDS
 from .table import UNKNOWN_TEXTS
 from .volumes import canonical_grid, oddities, open_volume, read_voxels, require_one_grid

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from ..data import DataSettings, open_dataset
 from ..data.cases import UNKNOWN, Case, Dataset, Sample
-from ..data.splits import absent_values, choose_splits
+from ..data.splits import absent_values
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.fairness import SMALL_GROUP
@@ -31,7 +31,7 @@ from ..metrics.region import POLICY, RegionScore, score_region
 from ..metrics.scores import Condition, RegionScores, Summary
 from ..report.page import write_report
 from ..report.pictures import Picture, pictures_wanted
-from .masks import assign_masks, find_masks, read_mask, write_mask
+from .masks import assign_masks, choose_cases, find_masks, read_mask, write_mask
 from .prediction import (
     RunSettings,
     TrainedRun,
@@ -148,7 +148,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     _check(settings.scoring)
     dataset = open_dataset(settings.data)
     masks = find_masks(settings.folder, axes=dataset.axes)
-    cases, note = _cases_of(settings, dataset, masks)
+    cases, note = choose_cases(masks, dataset, settings.data, settings.split)
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown:
         left_out = tuple(case for case in cases if UNKNOWN in case.attributes)
@@ -178,26 +178,6 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
         return _write(folder, result, settings, settings.folder, paths)
 
     return write_results(settings.out, write, CONTENTS)
-
-
-def _cases_of(
-    settings: EvaluatePredictions, dataset: Dataset, masks: Mapping[str, Sequence[Path]]
-) -> tuple[tuple[Case, ...], str]:
-    """Chooses the cases whose masks are to be scored; a note on those of the split "all" that are
-    not, empty if there are none."""
-    if settings.split != "all":
-        data = settings.data
-        splits = choose_splits(
-            dataset, data.splits, data.split_seed, data.fold, needed=(settings.split,)
-        )
-        chosen = set(getattr(splits, settings.split))
-        return tuple(case for case in dataset.cases if case.case_id in chosen), ""
-    cases = tuple(case for case in dataset.cases if case.labelled)
-    own = [case.case_id for case in cases if case.split == "test"]
-    if len(own) == len(cases) or any(case_id in masks for case_id in own):
-        return cases, ""
-    note = f"the data's own test cases have no mask in the folder and are not scored: {shown(own)}"
-    return tuple(case for case in cases if case.split != "test"), note if own else ""
 
 
 def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:

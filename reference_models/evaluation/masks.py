@@ -13,8 +13,10 @@ import numpy as np
 from nibabel.nifti2 import Nifti2Header
 from PIL import Image
 
-from ..data.cases import Sample
+from ..data import DataSettings
+from ..data.cases import Case, Dataset, Sample
 from ..data.nifti import INTEGRAL
+from ..data.splits import choose_splits
 from ..data.table import nfc
 from ..data.volumes import ASTRAY, apart, open_volume, read_voxels
 from ..errors import DataError, reading, shown
@@ -61,6 +63,37 @@ def find_masks(folder: Path, *, axes: int = 2) -> dict[str, list[Path]]:
         if suffix and path.is_file() and not path.name.startswith("."):
             files.setdefault(nfc(path.name[: -len(suffix)]), []).append(path)
     return files
+
+
+def choose_cases(
+    files: Mapping[str, Sequence[Path]], dataset: Dataset, settings: DataSettings, split: str
+) -> tuple[tuple[Case, ...], str]:
+    """Chooses the cases of a split whose masks are to be scored.
+
+    Args:
+        files: what `find_masks` found.
+        dataset, settings: the data, and what they were opened by.
+        split: one of the splits, or "all": every case that can be scored. The data's own test cases
+            are none of these if no mask is of one of them, as in a cross-validation.
+
+    Returns:
+        The cases, and a note on test cases that were left out, empty if there are none.
+
+    Raises:
+        DataError: as of `choose_splits`.
+    """
+    if split != "all":
+        splits = choose_splits(
+            dataset, settings.splits, settings.split_seed, settings.fold, needed=(split,)
+        )
+        chosen = set(getattr(splits, split))
+        return tuple(case for case in dataset.cases if case.case_id in chosen), ""
+    cases = tuple(case for case in dataset.cases if case.labelled)
+    own = [case.case_id for case in cases if case.split == "test"]
+    if not own or len(own) == len(cases) or any(case_id in files for case_id in own):
+        return cases, ""
+    note = f"the data's own test cases have no mask in the folder and are not scored: {shown(own)}"
+    return tuple(case for case in cases if case.split != "test"), note
 
 
 def assign_masks(

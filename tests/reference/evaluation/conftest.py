@@ -8,6 +8,7 @@ from PIL import Image
 from reference_models.data import DataSettings, PhantomSettings
 from reference_models.data.splits import Splits, make_splits
 from reference_models.evaluation import evaluate as evaluation
+from reference_models.evaluation import masks as mask_files
 from reference_models.evaluation import prediction
 from reference_models.evaluation.evaluate import (
     EvaluatePredictions,
@@ -36,7 +37,7 @@ def run_of(tmp_path, monkeypatch):
         for module in (prediction, evaluation):
             monkeypatch.setattr(module, "open_dataset", lambda settings, **known: dataset)
         monkeypatch.setattr(prediction, "read_splits", lambda *_, **__: splits)
-        monkeypatch.setattr(evaluation, "choose_splits", lambda *_, **__: splits)
+        monkeypatch.setattr(mask_files, "choose_splits", lambda *_, **__: splits)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         return folder

@@ -14,7 +14,7 @@ from reference_models.data import DataSettings
 from reference_models.data.nifti import Nifti
 from reference_models.data.splits import Splits
 from reference_models.errors import DataError
-from reference_models.evaluation import evaluate as evaluation
+from reference_models.evaluation import masks as mask_files
 from reference_models.evaluation import prediction
 from reference_models.evaluation.evaluate import (
     EvaluatePredictions,
@@ -83,7 +83,7 @@ def run_of(folder, tmp_path, monkeypatch):
         monkeypatch.setattr(prediction, "load_model", lambda run, which, **_: loaded)
         splits = Splits("nifti", 0, (), (), test)
         monkeypatch.setattr(prediction, "read_splits", lambda *_, **__: splits)
-        monkeypatch.setattr(evaluation, "choose_splits", lambda *_, **__: splits)
+        monkeypatch.setattr(mask_files, "choose_splits", lambda *_, **__: splits)
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         return run, model
