@@ -30,7 +30,7 @@ from ..files import write_whole
 from .cases import Case, Dataset
 from .framing import Framing
 
-VERSION = 4  # of what is stored; raised when loading or framing gives other pixels than before
+VERSION = 5  # of what is stored; raised when loading or framing gives other pixels than before
 
 
 def default_cache() -> Path:

@@ -6,8 +6,9 @@ Shapes: C channels, S the spatial axes (rows, columns; in 3D axes as stored), N 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
@@ -121,6 +122,10 @@ class Dataset(ABC):
         channel_names: where the files name them, and intensities are scaled by their names.
         axes: of an image: 2, or 3 of a volume.
         spacing: of volumes, the median voxel in mm along left-right, back-front and below-above.
+        size: of volumes, the median number of voxels along these axes.
+        about: what the files say of the data, such as where they come from; empty if nothing.
+        left_out: ids of the cases that are damaged, where opening left such cases out.
+        folds: nnU-Net's file of folds, where it lies beside the cases.
         made_with: whatever else decides what `load` gives, so that cached frames are made anew
             when it changes.
         unit: of distances and spacings, "mm", or "px" where the files do not say.
@@ -139,6 +144,10 @@ class Dataset(ABC):
     channel_names: tuple[str, ...] = ()
     axes: int = 2
     spacing: tuple[float, float, float] | None = None
+    size: tuple[float, float, float] | None = None
+    about: str = ""
+    left_out: Collection[str] = frozenset()
+    folds: Path | None = None
     made_with: tuple[float | str, ...] = ()
     unit: str = "px"
     population: Mapping[str, tuple[float, ...]] = {}

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..errors import DataError, shown
 from .cases import SPLITS, UNKNOWN, Case, Dataset
 from .datasets import DataSettings, open_dataset
-from .splits import absent_values, choose_splits, leaked_subjects
+from .splits import absent_values, choose_splits, count_folds, leaked_subjects
 
 # Threads; decoding leaves Python's lock alone. Each may hold a volume, of up to a gigabyte or two.
 WORKERS = {2: 8, 3: 2}  # by the image's axes
@@ -28,7 +28,8 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
     Errors: files that are missing or cannot be read, masks of labels out of range, of background
     alone (in 2D) or of another size than their image, volumes with NaN voxels or whose label lies
     elsewhere, attributes that are missing or no known value, subjects in several splits. Warnings:
-    unknown attributes, masks that lack a class, images of one intensity, odd headers. Without
+    unknown attributes, masks that lack a class, images of one intensity, odd headers. It also says
+    which texts were taken for unknown or for one value, and how intensities are scaled. Without
     attributes named, all that the files hold are looked at.
 
     Returns:
@@ -47,10 +48,8 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
         warnings = _read_all(dataset, errors, console)
         for table in _counts(dataset, split_of):
             console.print(table)
-        own = {case.split for case in dataset.cases}
-        drawn = [split for split in SPLITS if split not in own and split in split_of.values()]
-        if settings.splits is None and drawn:
-            say(f"split: {' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest")
+        if source := _source(dataset, settings, split_of):
+            say(f"split: {source}")
         for split, called in zip(SPLITS, ("training", "validation", "test"), strict=True):
             ids = {case_id for case_id, placed in split_of.items() if placed == split}
             if ids:  # there are none among cases that are to be predicted alone
@@ -76,11 +75,29 @@ def _splits(
         if settings.splits is None and (leaks := leaked_subjects(official, dataset)):
             errors.extend(map(DataError, leaks))
             return official
-        splits = choose_splits(dataset, settings.splits, settings.split_seed)
+        splits = choose_splits(dataset, settings.splits, settings.split_seed, settings.fold)
     except DataError as error:
-        errors.append(error)
+        # Too few cases to draw from are a consequence where some were left out, as damaged.
+        if not dataset.left_out or settings.splits or dataset.folds:
+            errors.append(error)
         return official
     return {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
+
+
+def _source(
+    dataset: Dataset, settings: DataSettings, split_of: Mapping[str, str | None]
+) -> str | None:
+    """Says where the splits come from, unless they are the data set's own or the file's."""
+    if (file := settings.splits or dataset.folds) and (n_folds := count_folds(file)):
+        return (
+            f"fold {settings.fold or 0} of 0 to {n_folds - 1} (--fold) of {file}; its val is the "
+            "validation split"
+        )
+    own = {case.split for case in dataset.cases}
+    drawn = [split for split in SPLITS if split not in own and split in split_of.values()]
+    if file or not drawn:
+        return None
+    return f"{' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest"
 
 
 def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> list[str]:

@@ -17,6 +17,7 @@ from .cases import Attribute, Dataset
 from .mni152 import HeldOut, Mni152
 from .nifti import CT_WINDOW, Nifti
 from .phantom import Phantom, PhantomSettings
+from .table import UNKNOWN_TEXTS
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,17 @@ class DataSettings:
     maritalstatus and age; ham10000 has age (default), sex and localization; nifti has the columns
     of its attributes.csv, the first by default."""
     splits: Path | None = None
-    """A splits file (json), such as every run leaves in its folder; without it, the data set's own
-    split, and the rest by seed."""
+    """A splits file (json), such as every run leaves in its folder, or nnU-Net's
+    splits_final.json. Without it, a splits_final.json in the folder, else the data set's own split,
+    and the rest by seed."""
+    fold: int | None = None
+    """Which fold of a splits_final.json, from 0, the default: its val is the validation split."""
     split_seed: int = 0
     """Seed by which cases are split that the data set's own split leaves open."""
+    unknown_texts: tuple[str, ...] = UNKNOWN_TEXTS
+    """Cells of a csv that say that a value is not known, in upper or lower case; an empty cell and
+    the word unknown always do. If one of these is a value of yours, such as none of a contrast
+    phase, give the others."""
     cache: Path | None = None
     """Folder of decoded and resized cases, shared by runs; ~/.cache/dmoe-frames by default."""
     ct_window: tuple[float, float] = CT_WINDOW
@@ -75,27 +83,37 @@ class Source:
         attributes: names to choose from, the default one first. Empty where they are known only
             once the data set is open: as columns of its files, or by what it is made of.
         axes: spatial axes of a sample: 2 of images, 3 of volumes.
+        settings: those of `DataSettings` that are this data set's alone.
     """
 
     create: Callable[[Request], Dataset]
     needs_root: bool
     attributes: tuple[str, ...] = ()
     axes: int = 2
+    settings: tuple[str, ...] = ()
 
 
 DATASETS = {
     "fairseg": Source(
-        lambda request: fairseg.FairSeg(request.root, request.names, request.damaged),
+        lambda request: fairseg.FairSeg(
+            request.root, request.names, request.damaged, request.settings.unknown_texts
+        ),
         needs_root=True,
         attributes=fairseg.ATTRIBUTES,
     ),
     "ham10000": Source(
-        lambda request: ham10000.Ham10000(request.root, request.names, request.damaged),
+        lambda request: ham10000.Ham10000(
+            request.root, request.names, request.damaged, request.settings.unknown_texts
+        ),
         needs_root=True,
         attributes=ham10000.ATTRIBUTES,
     ),
-    "mni152": Source(lambda request: Mni152(request.settings.mni152), needs_root=False),
-    "phantom": Source(lambda request: Phantom(request.settings.phantom), needs_root=False),
+    "mni152": Source(
+        lambda request: Mni152(request.settings.mni152), needs_root=False, settings=("mni152",)
+    ),
+    "phantom": Source(
+        lambda request: Phantom(request.settings.phantom), needs_root=False, settings=("phantom",)
+    ),
     "nifti": Source(
         lambda request: Nifti(
             request.root,
@@ -103,9 +121,11 @@ DATASETS = {
             request.damaged,
             ct_window=request.settings.ct_window,
             known=request.known,
+            unknown_texts=request.settings.unknown_texts,
         ),
         needs_root=True,
         axes=3,
+        settings=("ct_window",),
     ),
 }
 
@@ -123,6 +143,16 @@ def find_source(name: str) -> Source:
     if name not in DATASETS:
         raise DataError(f"data: got {name!r}, expected one of {', '.join(DATASETS)}")
     return DATASETS[name]
+
+
+def unused_settings(name: str) -> tuple[str, ...]:
+    """Names the settings of data, as in `data.phantom`, that are other data sets' alone."""
+    return tuple(
+        f"data.{setting}"
+        for other, source in DATASETS.items()
+        if other != name
+        for setting in source.settings
+    )
 
 
 def open_dataset(

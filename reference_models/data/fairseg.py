@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from ..errors import DataError, report_faults
+from ..errors import DataError, reading, report_faults
 from .cases import SPLITS, UNKNOWN, Attribute, Case, Dataset, Sample
+from .table import UNKNOWN_TEXTS, Cells, doubtful_identifiers, nfc
 
 IMAGE = ("slo_fundus", "fundus_slo", "fundus")  # the first that a file has
 MASK = ("disc_cup_mask", "disc_cup")
@@ -51,6 +52,7 @@ class FairSeg(Dataset):
         root: the folder.
         attributes: of `ATTRIBUTES`; None takes all that the files hold.
         damaged: as in `open_dataset`.
+        unknown_texts: as in `DataSettings`, of the patient.
 
     Raises:
         DataError: no files, an attribute that no file holds, ages partly in days and partly in
@@ -64,7 +66,11 @@ class FairSeg(Dataset):
     channels = 3
 
     def __init__(
-        self, root: Path, attributes: tuple[str, ...] | None, damaged: list[DataError] | None
+        self,
+        root: Path,
+        attributes: tuple[str, ...] | None,
+        damaged: list[DataError] | None,
+        unknown_texts: Collection[str] = UNKNOWN_TEXTS,
     ) -> None:
         faults: list[DataError] = []
         notes: list[str] = []
@@ -73,9 +79,12 @@ class FairSeg(Dataset):
         names = ATTRIBUTES if attributes is None else attributes
         found: dict[str, dict[str, float]] = {name: {} for name in (*names, STRATUM)}
         subjects: dict[str, str] = {}
+        cells = Cells(unknown_texts)
         for case_id, (path, _) in listed.items():
             try:
-                values, subjects[case_id] = _metadata(path, tuple(found))
+                values, patient = _metadata(path, tuple(found))
+                # A patient who is not known is nobody else's.
+                subjects[case_id] = cells.identifier(patient) or case_id
                 for name, value in values.items():
                     found[name][case_id] = value
             except DataError as error:
@@ -91,8 +100,10 @@ class FairSeg(Dataset):
                 del found[name]
         if "age" in found:
             found["age"] = _age_groups(found["age"], listed, subjects, faults, notes)
+        notes += doubtful_identifiers("pid", {*subjects.values()} - {*listed})
         report_faults(faults, damaged)
         names = tuple(name for name in names if name in found)
+        self.left_out = listed.keys() - subjects.keys()
         strata = found.get(STRATUM, {})
         self.attributes = tuple(
             Attribute(name, AGE_GROUPS if name == "age" else CODED[name][1]) for name in names
@@ -155,9 +166,9 @@ def _listed(
     # Unlike rglob, glob follows links to folders, and leaves hidden files such as macOS's out.
     found = glob.glob("**/*.[nN][pP][zZ]", root_dir=root, recursive=True)
     for path in sorted(root / name for name in found):
-        if path.stem in files:
-            faults.append(DataError(f"{path}: {files[path.stem]} has the same name"))
-        files.setdefault(path.stem, path)
+        if (case_id := nfc(path.stem)) in files:
+            faults.append(DataError(f"{path}: {files[case_id]} has the same name"))
+        files.setdefault(case_id, path)
     lists = _lists(root)
     if not files:
         raise DataError(f"{root}: no .npz file in it")
@@ -173,7 +184,8 @@ def _listed(
             faults.append(DataError(f"{text}: names no file"))
         for name in names:
             # Of a path in Windows' manner too; "data.v1" without a suffix keeps its dot.
-            case_id = re.sub(r"\.npz$", "", PureWindowsPath(name).name, flags=re.IGNORECASE)
+            stem = re.sub(r"\.npz$", "", PureWindowsPath(name).name, flags=re.IGNORECASE)
+            case_id = nfc(stem)
             if case_id not in files:
                 faults.append(DataError(f"{name}: in {text}, but no such file"))
             elif case_id in listed:
@@ -231,7 +243,9 @@ def _lists(root: Path) -> dict[str, Path]:
 
 
 def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str]:
-    """Reads the attributes that the file holds (-1 unknown, age as it stands) and its subject.
+    """Reads the attributes that the file holds (-1 unknown, age as it stands) and its patient.
+
+    The patient is empty where the file does not say.
 
     Raises:
         DataError: the file is damaged, or one of them is not what it may be.
@@ -257,23 +271,19 @@ def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str
                 codes = "0 or more" if name == "age" else f"0..{len(CODED[name][1]) - 1}"
                 raise DataError(f"{path}: {name} must be {codes} or -1 (unknown), got {value:g}")
             values[name] = value
-        subject = path.stem
+        patient = ""
         if "pid" in members.files:
             array = _member(path, members, ("pid",))
             if array.size != 1:
                 raise DataError(f"{path}: pid must be one value, got {array.dtype} {array.shape}")
-            # A patient who is not known is nobody else's.
-            if (patient := str(array.item()).strip()) not in ("", "nan", "-1", "-1.0"):
-                subject = patient
-    return values, subject
+            patient = nfc(str(array.item()).strip())
+    return values, patient
 
 
 def _opened(path: Path) -> np.lib.npyio.NpzFile:
     """Opens a file, or raises a `DataError` that says why it cannot be read."""
-    try:
+    with reading(path, "not a readable .npz file", "copy or download it again"):
         opened = np.load(path, allow_pickle=False)
-    except Exception as error:  # which one, depends on where the damage lies
-        raise DataError(f"{path}: not a readable .npz file ({error})") from error
     if not isinstance(opened, np.lib.npyio.NpzFile):
         raise DataError(f"{path}: not an .npz file but a single array")
     return opened
@@ -294,18 +304,24 @@ def _member(path: Path, members: np.lib.npyio.NpzFile, aliases: tuple[str, ...])
     name = next((alias for alias in aliases if alias in members.files), None)
     if name is None:
         raise DataError(f"{path}: no {' or '.join(aliases)} in it, only {', '.join(members.files)}")
-    try:
-        array = members[name]
+    with reading(path, f"{name} cannot be read", "copy or download the file again"):
+        try:
+            array = members[name]
+        except ValueError as error:
+            if "allow_pickle" in str(error):
+                raise _pickled(path, name) from error
+            raise
         if not isinstance(array, np.ndarray):  # numpy hands out as bytes what is no array
             raise ValueError("no array")
-        return array
-    except Exception as error:  # out of memory too, where a header claims terabytes
-        if "allow_pickle" not in str(error):
-            raise DataError(f"{path}: {name} cannot be read ({error})") from error
-        raise DataError(
-            f"{path}: {name} holds Python objects, which only unpickling could read, and that runs "
-            "whatever code the file carries. If you trust its source, convert it once:\n"
-            f"  old = dict(numpy.load({str(path)!r}, allow_pickle=True))\n"
-            f"  old[{name!r}] = numpy.array(old[{name!r}].tolist())\n"
-            f"  numpy.savez_compressed({str(path)!r}, **old)"
-        ) from error
+    return array
+
+
+def _pickled(path: Path, name: str) -> DataError:
+    """Says how a member of Python objects can be read all the same."""
+    return DataError(
+        f"{path}: {name} holds Python objects, which only unpickling could read, and that runs "
+        "whatever code the file carries. If you trust its source, convert it once:\n"
+        f"  old = dict(numpy.load({str(path)!r}, allow_pickle=True))\n"
+        f"  old[{name!r}] = numpy.array(old[{name!r}].tolist())\n"
+        f"  numpy.savez_compressed({str(path)!r}, **old)"
+    )

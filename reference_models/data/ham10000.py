@@ -11,27 +11,27 @@ that column `HAM10000_images/<image_id>.jpg`), `Age_multi` (0..4) or `age` (year
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from ..errors import DataError, report_faults
 from .cases import SPLITS, UNKNOWN, Attribute, Case, Dataset, Sample
+from .images import find_file, read_image
+from .table import UNKNOWN_TEXTS, Cells, Row, doubtful_identifiers, read_table
 
 AGES = ("0-19", "20-39", "40-59", "60-79", "80 and over")
 YEARS_A_GROUP = 20
-SEXES = {"f": 0, "female": 0, "m": 1, "male": 1, "unknown": UNKNOWN}
+SEXES = {"f": 0, "female": 0, "m": 1, "male": 1}
 # The ten that the paper's code counts, in its order.
 SITES = (
     "scalp", "face", "back", "trunk", "chest", "upper extremity", "abdomen", "lower extremity",
     "neck", "foot",
 )  # fmt: skip
-RARE_SITES = ("acral", "ear", "genital", "hand", "unknown")  # unknown here, as they are there
+RARE_SITES = ("acral", "ear", "genital", "hand")  # unknown here, as they are there
 VALUES = {"age": AGES, "sex": ("female", "male"), "localization": SITES}
 ATTRIBUTES = tuple(VALUES)
-MISSING = ("", "nan", "none", "null")
 
 
 class Ham10000(Dataset):
@@ -48,6 +48,7 @@ class Ham10000(Dataset):
         root: the folder.
         attributes: of `VALUES`; None takes all that the csv files hold.
         damaged: as in `open_dataset`.
+        unknown_texts: as in `DataSettings`.
 
     Raises:
         DataError: no csv, a column that is missing, a row that cannot be read, an image that is
@@ -60,16 +61,19 @@ class Ham10000(Dataset):
     channels = 3
 
     def __init__(
-        self, root: Path, attributes: tuple[str, ...] | None, damaged: list[DataError] | None
+        self,
+        root: Path,
+        attributes: tuple[str, ...] | None,
+        damaged: list[DataError] | None,
+        unknown_texts: Collection[str] = UNKNOWN_TEXTS,
     ) -> None:
         faults: list[DataError] = []
-        self.notes = ["unknown ages, sexes and rare sites are kept, as unknown"]
-        rows = [
-            (f"{path}:{line}", split, row)
-            for split, path in _csv_files(root)
-            for line, row in _rows(path)
+        notes = ["unknown ages, sexes and rare sites are kept, as unknown"]
+        self.notes = notes
+        tables = [
+            (split, read_table(path, faults, notes, str.lower)) for split, path in _csv_files(root)
         ]
-        columns = set.intersection(*(set(row) for _, _, row in rows))
+        columns = set.intersection(*({*table.columns} for _, table in tables))
         sources = {
             "age": {"age_multi", "age"} & columns,
             "sex": {"sex"} & columns,
@@ -80,30 +84,37 @@ class Ham10000(Dataset):
         if missing := sorted(needed - columns):
             raise DataError(
                 f"{root}: the csv files lack {', '.join(missing)}; the first has "
-                f"{', '.join(rows[0][2])}"
+                f"{', '.join(tables[0][1].columns)}"
             )
         if "age" in names:
             source = "Age_multi" if "age_multi" in columns else "age, in years"
-            self.notes.append(f"age: groups of {YEARS_A_GROUP} years from the column {source}")
+            notes.append(f"age: groups of {YEARS_A_GROUP} years from the column {source}")
         self.attributes = tuple(Attribute(name, VALUES[name]) for name in names)
         cases: dict[str, Case] = {}
-        for where, split, row in rows:
-            try:
-                case = _case(root, row, split, names)
-                if case.case_id in cases:
-                    raise DataError(
-                        f"{case.case_id} is listed already, in {cases[case.case_id].split}"
-                    )
-                cases[case.case_id] = case
-            except DataError as error:
-                faults.append(DataError(f"{where}: {error}"))
+        left_out: set[str] = set()
+        for split, table in tables:
+            cells = Cells(unknown_texts)
+            for row in table.rows:
+                try:
+                    case = _case(root, row, split, names, cells)
+                    if case.case_id in cases:
+                        raise DataError(
+                            f"{case.case_id} is listed already, in {cases[case.case_id].split}"
+                        )
+                    cases[case.case_id] = case
+                except DataError as error:
+                    left_out.add(row.cells["image_id"])
+                    faults.append(DataError(f"{table.path}:{row.line}: {error}"))
+            notes += cells.notes(table.path)
+        notes += doubtful_identifiers("lesion_id", {case.subject for case in cases.values()})
         report_faults(faults, damaged)
         self.cases = tuple(cases.values())
+        self.left_out = left_out - cases.keys()
 
     def load(self, case: Case) -> Sample:
         image_path, mask_path = case.files
-        image_SC = _pixels(image_path)
-        mask_SC = _pixels(mask_path)
+        image_SC = read_image(image_path)
+        mask_SC = read_image(mask_path)
         mask_S = mask_SC[..., 0]
         if (mask_SC != mask_S[..., None]).any():
             raise DataError(f"{mask_path}: the mask must be black and white, but has colours")
@@ -145,51 +156,43 @@ def _csv_files(root: Path) -> list[tuple[str | None, Path]]:
     return [(None, alone[0])]
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Reads each row: its line in the file, and its cells by column in lower case."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            rows = [
-                (reader.line_num, {k: v.strip() for k, v in row.items() if k is not None})
-                for row in reader
-            ]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path}: not a readable csv ({error})") from error
-    if not rows:
-        raise DataError(f"{path}: has no row")
-    return rows
-
-
-def _case(root: Path, row: dict[str, str], split: str | None, names: tuple[str, ...]) -> Case:
+def _case(root: Path, row: Row, split: str | None, names: tuple[str, ...], cells: Cells) -> Case:
     """Makes a case of a row of the csv and the attributes' names.
 
     Raises:
         DataError: a cell cannot be read, or the image or its mask is missing.
     """
-    image_id, lesion = row["image_id"], row["lesion_id"]
+    image_id, lesion = row.cells["image_id"], cells.identifier(row.cells["lesion_id"])
     if not image_id or not lesion or image_id[0] == "." or Path(image_id).name != image_id:
-        raise DataError(f"image_id and lesion_id must be names, got {image_id!r} and {lesion!r}")
+        raise DataError(
+            f"image_id and lesion_id must be names, got {image_id!r} and {row.cells['lesion_id']!r}"
+        )
     # The rule for masks holds for the csv's path; the root's own name may contain "_images" too.
-    written = (row.get("path") or f"HAM10000_images/{image_id}.jpg").replace("\\", "/")
+    written = (row.cells.get("path") or f"HAM10000_images/{image_id}.jpg").replace("\\", "/")
     relative = PurePosixPath(written)
     mask = str(relative.with_name(f"{relative.stem}_segmentation.png"))
     mask = mask.replace("_images", "_segmentations")
-    image_path, mask_path = root / relative, root / mask
-    if absent := [str(path) for path in (image_path, mask_path) if not path.is_file()]:
+    files = {str(name): find_file(root, str(name)) for name in (relative, mask)}
+    if absent := [str(root / name) for name, path in files.items() if path is None]:
         raise DataError(f"{image_id}: no such file: {', '.join(absent)}")
     readers = {"age": _age, "sex": _sex, "localization": _site}
-    attributes = tuple(readers[name](row) for name in names)
-    stratum = _age(row) if {"age", "age_multi"} & row.keys() else UNKNOWN
-    return Case(image_id, lesion, attributes, split, (str(image_path), str(mask_path)), stratum)
+    attributes = {name: readers[name](row.cells, cells) for name in names}
+    stratum = UNKNOWN
+    if {"age", "age_multi"} & row.cells.keys():
+        stratum = (
+            attributes["age"]
+            if "age" in attributes
+            else _age(row.cells, Cells(cells.unknown_texts))
+        )
+    paths = tuple(str(path) for path in files.values())
+    return Case(image_id, lesion, tuple(attributes.values()), split, paths, stratum)
 
 
-def _age(row: dict[str, str]) -> int:
+def _age(row: dict[str, str], cells: Cells) -> int:
     """Reads an index of `AGES` from the column of groups or, where there is none, of years."""
     grouped = "age_multi" in row
-    text = row["age_multi" if grouped else "age"]
-    if text.lower() in (*MISSING, "unknown", str(UNKNOWN), f"{UNKNOWN}.0"):
+    text = cells.value("age", row["age_multi" if grouped else "age"])
+    if text is None:
         return UNKNOWN
     try:
         number = float(text)
@@ -202,44 +205,26 @@ def _age(row: dict[str, str]) -> int:
     raise DataError(f"{row['image_id']}: expected {expected}, or nothing, got {text!r}")
 
 
-def _sex(row: dict[str, str]) -> int:
+def _sex(row: dict[str, str], cells: Cells) -> int:
     """Reads 0 for female, 1 for male."""
-    text = row["sex"].lower()
-    if text in MISSING:
+    text = cells.value("sex", row["sex"].lower())
+    if text is None:
         return UNKNOWN
     if text not in SEXES:
         raise DataError(f"{row['image_id']}: Sex must be one of {list(SEXES)}, got {row['sex']!r}")
     return SEXES[text]
 
 
-def _site(row: dict[str, str]) -> int:
+def _site(row: dict[str, str], cells: Cells) -> int:
     """Reads an index of `SITES`."""
-    text = row["localization"].lower()
-    if text in (*MISSING, *RARE_SITES):
+    text = cells.value("localization", row["localization"].lower())
+    if text is None:
+        return UNKNOWN
+    if text in RARE_SITES:
+        cells.count_unknown("localization", text)
         return UNKNOWN
     if text not in SITES:
         raise DataError(
             f"{row['image_id']}: localization must be one of {[*SITES, *RARE_SITES]}, got {text!r}"
         )
     return SITES.index(text)
-
-
-def _pixels(path: str) -> np.ndarray:
-    """Reads an image as rows x columns x RGB, uint8, upright as its EXIF says.
-
-    Raises:
-        DataError: it is damaged, or not of 8 opaque bits a channel.
-    """
-    try:
-        with Image.open(path) as image:
-            image.verify()  # a PNG's checksums, which decoding alone does not look at to the end
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # which Pillow would cut off at 255
-                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-            upright = ImageOps.exif_transpose(image)
-            see_through = "A" in image.mode or "transparency" in image.info
-            if see_through and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
-                raise ValueError("parts of it are transparent, and what lies behind is not known")
-            return np.asarray(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error})") from error

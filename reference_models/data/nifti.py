@@ -6,7 +6,7 @@ Shapes: C channels, S the three axes as stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,19 @@ from nibabel.affines import voxel_sizes
 
 from ..errors import DataError, report_faults, shown
 from .attributes_csv import CaseRecord, read_attributes
+from .case_files import CaseFiles, list_cases
 from .cases import Attribute, Case, Dataset, Sample
-from .nnunet import CaseFiles, list_cases, read_layout
+from .nnunet import read_layout
+from .splits import FOLDS
+from .table import UNKNOWN_TEXTS
 from .volumes import canonical_grid, oddities, open_volume, read_voxels, require_one_grid
 
 CT_WINDOW = (-175.0, 250.0)  # Hounsfield units: soft tissue
 UNLIKE = 500  # of two voxels' volumes; cm taken for mm are a factor of 1000
+# mm, of the median volume's longest side and of its voxel (the cube root of its volume): a head of
+# 1 mm that is written in cm has 20 and 0.1. Crops of clinical scans are small, but not both.
+SHORT, FINE = 80.0, 0.5
+LONG = 3000.0  # mm, of the same side: longer than anybody is
 INTEGRAL = 1e-3  # what a label may lack to a whole number, since slopes are float32
 
 
@@ -27,10 +34,10 @@ class Nifti(Dataset):
     """The volumes under `root`.
 
     Intensities by the name of their channel in `dataset.json`: "CT" is clipped to `ct_window` and
-    scaled to 0..1, "noNorm" stays as it is, "rescale_to_0_1" is scaled by its own range, and all
-    others, such as MR, are brought to mean 0 and variance 1 of their voxels other than 0. Masks may
-    be empty: a tumour may be absent. Cases of `imagesTs` are test cases, those of them without a
-    label are in no split.
+    scaled to 0..1, "noNorm" stays as it is, "rescale_to_0_1" is scaled by its own range,
+    "rgb_to_0_1" divided by 255, and all others, such as MR, are brought to mean 0 and variance 1 of
+    their voxels other than 0. Masks may be empty: a tumour may be absent. Cases of `imagesTs` are
+    test cases, those of them without a label are in no split.
 
     Args:
         root: the folder.
@@ -38,6 +45,7 @@ class Nifti(Dataset):
         damaged: as in `open_dataset`.
         ct_window: in Hounsfield units.
         known: as in `open_dataset`.
+        unknown_texts: as in `DataSettings`.
 
     Raises:
         DataError: a file is missing, cannot be read, or is no 3D image of real numbers on a grid of
@@ -57,6 +65,7 @@ class Nifti(Dataset):
         *,
         ct_window: tuple[float, float] = CT_WINDOW,
         known: Sequence[Attribute] = (),
+        unknown_texts: Collection[str] = UNKNOWN_TEXTS,
     ) -> None:
         low, high = ct_window
         if not -np.inf < low < high < np.inf:
@@ -68,20 +77,40 @@ class Nifti(Dataset):
         self._window = ct_window
         self.channels, self.channel_names = len(layout.channels), layout.channels
         self.classes, self.regions = layout.classes, layout.regions
+        self.about = layout.description
         self.made_with = (*layout.channels, *ct_window)
-        files = list_cases(root, layout, faults, notes)
+        notes += [
+            f"channel {number:04} ({name}): {_scaling(name, ct_window)}"
+            for number, name in enumerate(layout.channels)
+        ]
+        if (folds := root / FOLDS).is_file():
+            self.folds = folds
+        files, broken = list_cases(root, layout, faults, notes)
         path = root / "attributes.csv"
+        records: dict[str, CaseRecord] = {}
+        self.attributes = ()
         try:
             self.attributes, records = read_attributes(
-                path, [*files], attributes, known, faults, notes
+                path,
+                [*files],
+                attributes,
+                known,
+                faults,
+                notes,
+                optional=[
+                    case_id
+                    for case_id, case in files.items()
+                    if case.label is None and case_id not in broken
+                ],
+                unknown_texts=unknown_texts,
             )
-        except DataError as error:  # the volumes can be looked at all the same
+        except DataError as error:
             faults.insert(0, error)
-            self.attributes = ()
+        if not records:  # the volumes can be looked at all the same
             records = {case_id: CaseRecord(0, case_id, None, ()) for case_id in files}
         cases: list[Case] = []
         grids: list[tuple[np.ndarray, np.ndarray]] = []
-        for case_id in sorted(records):
+        for case_id in sorted(records.keys() - broken):
             try:
                 case = _case(case_id, files[case_id], records[case_id], path)
                 images = [open_volume(path) for path in case.files]
@@ -93,8 +122,9 @@ class Nifti(Dataset):
             grids.append(canonical_grid(images[0]))
         report_faults(faults, damaged)
         self.cases = tuple(cases)
+        self.left_out = files.keys() - {case.case_id for case in cases}
         if cases:
-            self.spacing = _median_spacing(cases, grids, notes)
+            self.spacing, self.size = _median_grid(cases, grids, notes)
 
     def load(self, case: Case) -> Sample:
         images = [open_volume(path) for path in case.files]
@@ -109,7 +139,7 @@ class Nifti(Dataset):
             voxels_S = read_voxels(path, image)
             if name.lower() == "ct" and voxels_S.min() >= 0:
                 remarks.append("CT without a voxel below 0 HU, as if offset or scaled already")
-            channels.append(self._scaled(name, voxels_S))
+            channels.append(self._scaled(name, path, voxels_S))
         mask_S = None
         if case.labelled:
             mask_S = self._labels(case.files[-1], read_voxels(case.files[-1], images[-1]))
@@ -123,8 +153,12 @@ class Nifti(Dataset):
             tuple(dict.fromkeys(remarks)),
         )
 
-    def _scaled(self, channel: str, voxels_S: np.ndarray) -> np.ndarray:
-        """Scales a channel's intensities as the network is to see them; changes `voxels_S`."""
+    def _scaled(self, channel: str, path: str, voxels_S: np.ndarray) -> np.ndarray:
+        """Scales a channel's intensities as the network is to see them; changes `voxels_S`.
+
+        Raises:
+            DataError: they are no colour, as the channel's name says.
+        """
         kind = channel.lower()
         low, high = 0.0, 1.0
         if kind == "ct":
@@ -132,6 +166,13 @@ class Nifti(Dataset):
             np.clip(voxels_S, low, high, out=voxels_S)
         elif kind == "rescale_to_0_1":
             low, high = float(voxels_S.min()), float(voxels_S.max())
+        elif kind == "rgb_to_0_1":
+            if not 0 <= voxels_S.min() <= voxels_S.max() <= 255:
+                raise DataError(
+                    f"{path}: channel {channel} must be 0 to 255, got {voxels_S.min():g} to "
+                    f"{voxels_S.max():g}; correct the file, or the channel's name in dataset.json"
+                )
+            high = 255.0
         elif kind != "nonorm":
             inside = voxels_S[voxels_S != 0]
             if inside.size:
@@ -164,10 +205,21 @@ class Nifti(Dataset):
         return labels_S.astype(np.uint8)
 
 
-def _median_spacing(
+def _scaling(channel: str, ct_window: tuple[float, float]) -> str:
+    """Says what `Nifti` does to a channel's intensities."""
+    low, high = ct_window
+    return {
+        "ct": f"clipped to {low:g} .. {high:g} HU, then scaled to 0 .. 1",
+        "nonorm": "left as it is",
+        "rescale_to_0_1": "scaled to 0 .. 1 by its own range",
+        "rgb_to_0_1": "divided by 255",
+    }.get(channel.lower(), "brought to mean 0 and variance 1 of its voxels other than 0")
+
+
+def _median_grid(
     cases: Sequence[Case], grids: Sequence[tuple[np.ndarray, np.ndarray]], notes: list[str]
-) -> tuple[float, float, float]:
-    """Finds the median voxel in mm; it is noted, and so are cases of quite other voxels.
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Finds the median voxel in mm and the median count of them; notes what is odd about sizes.
 
     Args:
         cases: one or more.
@@ -176,12 +228,25 @@ def _median_spacing(
     """
     # Test cases decide nothing, not even the grid, where there are others.
     own = [grid for grid, case in zip(grids, cases, strict=True) if case.split != "test"]
-    sizes, counts = np.median(own or grids, axis=0).tolist()
+    sizes, counts = np.median(own or grids, axis=0)
+    voxel = " x ".join(f"{size:.3g}" for size in sizes)
     notes.append(
-        f"volumes: in the median {' x '.join(f'{n:.0f}' for n in counts)} voxels of "
-        f"{' x '.join(f'{size:.3g}' for size in sizes)} mm, from left to right, back to "
-        "front and below to above"
+        f"volumes: in the median {' x '.join(f'{n:.0f}' for n in counts)} voxels of {voxel} mm, "
+        "from left to right, back to front and below to above"
     )
+    longest, cube = float((sizes * counts).max()), float(np.prod(sizes) ** (1 / 3))
+    if longest < SHORT and cube < FINE:
+        notes.append(
+            f"warning: the median volume is {longest:.3g} mm long, of voxels of {voxel} mm, as if "
+            "its affine were in cm or m; if so, correct the affines, since all scores in mm and "
+            "the grid go by them"
+        )
+    if longest > LONG:
+        notes.append(
+            f"warning: the median volume is {longest:.3g} mm long, as if its affine were in "
+            "micrometres; if so, correct the affines, since all scores in mm and the grid go by "
+            "them"
+        )
     unlike = [
         case.case_id
         for case, (spacing, _) in zip(cases, grids, strict=True)
@@ -192,8 +257,8 @@ def _median_spacing(
             f"warning: voxels {UNLIKE} times as large as the median's or as small, as if "
             f"not in mm: {len(unlike)} cases: {shown(unlike, 10)}"
         )
-    across, along, up = sizes
-    return across, along, up
+    (x, y, z), (across, along, up) = sizes.tolist(), counts.tolist()
+    return (x, y, z), (across, along, up)
 
 
 def _few(numbers: np.ndarray) -> str:

@@ -4,6 +4,9 @@ A data set's own split is kept. What it leaves open is split by subject, so that
 lesion lies on both sides, and stratified by the data set's default attribute, so that each of its
 values keeps its share: by that one whichever attributes a model is told, so that all models share
 a split.
+
+nnU-Net's `splits_final.json`, a list of folds, is read too: a fold's `train` is the training split,
+its `val` the validation split, and test cases are the data set's own, if it has any.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, shown
+from ..errors import DataError, reading, shown
 from ..files import write_whole
 from .cases import SPLITS, Case, Dataset
+from .table import nfc
+
+FOLDS = "splits_final.json"  # as nnU-Net calls it
 
 VALIDATION_SHARE = 0.1  # of the training cases
 TEST_SHARE = 0.2  # of all cases, where the data set names no test cases
@@ -123,35 +130,69 @@ def write_splits(path: Path, splits: Splits) -> None:
     write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
-def choose_splits(dataset: Dataset, path: Path | None, seed: int) -> Splits:
-    """Reads the file's splits where there is a path, else makes new ones by seed.
+def choose_splits(
+    dataset: Dataset,
+    path: Path | None,
+    seed: int,
+    fold: int | None = None,
+    needed: Collection[str] | None = None,
+) -> Splits:
+    """Reads the file's splits, or those of the folds beside the cases, else makes them by seed.
 
     Raises:
-        DataError: as of `read_splits` and `make_splits`.
+        DataError: there are no folds to take `fold` from; as of `read_splits` and `make_splits`.
     """
-    return make_splits(dataset, seed) if path is None else read_splits(path, dataset)
-
-
-def read_splits(path: Path, dataset: Dataset) -> Splits:
-    """Reads what `write_splits` wrote; cases that the file does not name are left out.
-
-    Raises:
-        DataError: the file cannot be read, is of another data set, names a case that the data set
-            lacks or that has no mask, or one case twice, spreads a subject over splits, or leaves a
-            split empty.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        splits = Splits(
-            dataset=str(content["dataset"]),
-            seed=int(content["seed"]),
-            **{split: tuple(map(str, content[split])) for split in SPLITS},
-        )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    if found := path or dataset.folds:
+        return read_splits(found, dataset, fold, needed)
+    if fold is not None:
         raise DataError(
-            f"{path}: not a splits file ({type(error).__name__}: {error}); expected json with "
-            f"dataset, seed, {', '.join(SPLITS)}"
-        ) from error
+            f"fold: got {fold}, but the folder has no {FOLDS}; copy it there from nnU-Net's "
+            "preprocessed folder, or name it by --splits"
+        )
+    return make_splits(dataset, seed)
+
+
+def read_splits(
+    path: Path,
+    dataset: Dataset,
+    fold: int | None = None,
+    needed: Collection[str] | None = None,
+) -> Splits:
+    """Reads what `write_splits` wrote, or a fold of nnU-Net's; cases not named are left out.
+
+    Args:
+        path: of the file.
+        dataset: whose cases it names.
+        fold: which of nnU-Net's folds; None: the first.
+        needed: the splits that must have a case. None: all, but a fold needs no test case.
+
+    Raises:
+        DataError: the file cannot be read, is of another data set, has no such fold, names a case
+            that the data set lacks or that has no mask, or one case twice, spreads a subject over
+            splits, contradicts the data set's own split, or leaves a split empty.
+    """
+    with reading(
+        path,
+        "not a splits file",
+        f"expected json with dataset, seed, {', '.join(SPLITS)}, or nnU-Net's {FOLDS}",
+    ):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        folds = _folds(content)
+        if isinstance(content, list) and not folds:
+            raise ValueError("a list, but not of folds with train and val")
+        if not folds:
+            splits = Splits(
+                dataset=str(content["dataset"]),
+                seed=int(content["seed"]),
+                **{split: _case_ids(content[split], dataset) for split in SPLITS},
+            )
+    if folds:
+        if not 0 <= (number := fold or 0) < len(folds):
+            raise DataError(f"fold: got {fold}, but {path} has 0 to {len(folds) - 1}")
+        splits = _splits_of_fold(path, folds[number], dataset)
+        needed = ("train", "validation") if needed is None else needed
+    elif fold is not None:
+        raise DataError(f"fold: got {fold}, but {path} is one split and not a list of folds")
     if splits.dataset != dataset.name:
         raise DataError(f"{path}: splits of {splits.dataset}, but the data set is {dataset.name}")
     named = Counter(case_id for split in SPLITS for case_id in getattr(splits, split))
@@ -160,7 +201,10 @@ def read_splits(path: Path, dataset: Dataset) -> Splits:
         ([case_id for case_id in named if case_id not in known], "not in the data set"),
         ([case_id for case_id in named if not known.get(case_id, True)], "without a mask"),
         ([case_id for case_id, times in named.items() if times > 1], "named more than once"),
-        ([split for split in SPLITS if not getattr(splits, split)], "without a case"),
+        (
+            [s for s in (SPLITS if needed is None else needed) if not getattr(splits, s)],
+            "without a case",
+        ),
     ):
         if wrong:
             raise DataError(f"{path}: {shown(wrong, 5)}: {what}")
@@ -168,6 +212,51 @@ def read_splits(path: Path, dataset: Dataset) -> Splits:
     if leaks := leaked_subjects(split_of, dataset):
         raise DataError(f"{path}: {leaks[0]} ({len(leaks)} such subjects)")
     return splits
+
+
+def count_folds(path: Path) -> int:
+    """Counts the folds of a file, 0 where it is a splits file of ours, or damaged."""
+    try:
+        return len(_folds(json.loads(path.read_text(encoding="utf-8-sig"))))
+    except (OSError, ValueError, RecursionError):
+        return 0
+
+
+def _folds(content: Any) -> list[dict[str, list[str]]]:
+    """Gives nnU-Net's folds, if the content of a json file is a list of such."""
+    if not isinstance(content, list) or not all(
+        isinstance(fold, dict)
+        and all(isinstance(fold.get(part), list) for part in ("train", "val"))
+        for fold in content
+    ):
+        return []
+    return content
+
+
+def _case_ids(names: Collection[Any], dataset: Dataset) -> tuple[str, ...]:
+    """Reads case ids, leaving out those of cases that are known to be damaged."""
+    ids = (nfc(str(name)) for name in names)
+    return tuple(case_id for case_id in ids if case_id not in dataset.left_out)
+
+
+def _splits_of_fold(path: Path, fold: Mapping[str, Sequence[str]], dataset: Dataset) -> Splits:
+    """Makes splits of one of nnU-Net's folds.
+
+    Raises:
+        DataError: a case of the fold has another split by the data set itself.
+    """
+    parts = {"train": _case_ids(fold["train"], dataset)}
+    parts["validation"] = _case_ids(fold["val"], dataset)
+    own = {case.case_id: case.split for case in dataset.cases if case.split}
+    for split, ids in parts.items():
+        if contrary := [i for i in ids if own.get(i, split) != split]:
+            raise DataError(
+                f"{path}: the fold has {shown(contrary, 5)} in {split}, but by its folder or the "
+                f"csv's column split {contrary[0]} is in {own[contrary[0]]}; leave the column or "
+                "the file out"
+            )
+    test = (case.case_id for case in dataset.cases if case.split == "test" and case.labelled)
+    return Splits(dataset.name, 0, **parts, test=tuple(test))
 
 
 def _drawn_subjects(cases: Sequence[Case], share: float, rng: np.random.Generator) -> set[str]:

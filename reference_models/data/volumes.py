@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from io import IOBase
 from typing import cast
 
@@ -18,7 +19,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.nifti1 import Nifti1Image
 from nibabel.orientations import io_orientation
 
-from ..errors import DataError
+from ..errors import DataError, reading
 
 ASTRAY = 0.1  # voxels that two files' corners may lie apart: text and float32 round affines
 SHEAR = 0.01  # of the cosine of two axes: less than 1 % of any distance
@@ -29,6 +30,9 @@ DEFLATED = 1032
 nib.imageglobals.logger.addFilter(lambda _: False)
 _MM = (2, 0)  # NIfTI's codes of mm and of a unit left open
 _KINDS = {"c": "complex", "V": "colours"}  # numpy's letters
+# What files begin with: those that gzip has packed, and NIfTI-1 and -2.
+_GZIP = b"\x1f\x8b"
+_HEADER_SIZES = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))
 
 
 def open_volume(path: str) -> Nifti1Image:
@@ -37,15 +41,13 @@ def open_volume(path: str) -> Nifti1Image:
     Raises:
         DataError: it cannot be read, or is no volume on a grid of right angles in mm.
     """
-    try:
+    with _reading(path):
         image = nib.load(path, mmap=False)
         if not isinstance(image, Nifti1Image):  # or Nifti2Image, which is one
             raise ValueError(f"{type(image).__name__}, expected NIfTI")
         header, affine = image.header, image.affine
         shape, dtype = image.shape, header.get_data_dtype()
         unit = int(header["xyzt_units"]) & 7
-    except Exception as error:  # which one, depends on where the damage lies
-        raise _unreadable(path, error) from error
     if len(shape) != 3:
         raise DataError(
             f"{path}: has {len(shape)} dimensions {shape}, expected 3; split time points or "
@@ -68,16 +70,27 @@ def open_volume(path: str) -> Nifti1Image:
             f"{path}: cut off: its header claims {claimed} bytes of voxels, and the file has "
             f"{there}; copy it again"
         )
+    _require_sizes(path, image)
     _require_right_angles(path, affine)
     return image
 
 
-def _unreadable(path: str, error: Exception) -> DataError:
-    """Says that a file cannot be read, and why."""
-    return DataError(
-        f"{path}: not a readable NIfTI file ({type(error).__name__}: {error}); copy or export it "
-        "again"
-    )
+def _reading(path: str) -> AbstractContextManager[None]:
+    """Names the file of whatever nibabel, gzip and the like raise."""
+    return reading(path, "not a readable NIfTI file", "copy or export it again")
+
+
+def misnamed(path: str) -> bool:
+    """Finds whether a file is packed by gzip and not called .gz, or NIfTI and called .gz.
+
+    What is neither, or cannot be opened, is left to whoever reads it.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError:
+        return False
+    return start in _HEADER_SIZES if _deflated(path) else start.startswith(_GZIP)
 
 
 def _deflated(path: str) -> bool:
@@ -95,25 +108,20 @@ def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
     Raises:
         DataError: it is cut off or damaged, or a voxel is not finite.
     """
-    try:
-        with _stream(path) as file:
-            holder = {"image": FileHolder(path, file)}
-            again = type(image).from_file_map(holder, mmap=False)
-            voxels_S = np.require(
-                again.get_fdata(caching="unchanged", dtype=np.float32), requirements="W"
+    with _reading(path), _stream(path) as file:
+        holder = {"image": FileHolder(path, file)}
+        again = type(image).from_file_map(holder, mmap=False)
+        voxels_S = np.require(
+            again.get_fdata(caching="unchanged", dtype=np.float32), requirements="W"
+        )
+        behind = 0
+        while part := file.read(2**20):  # the checksum stands at the end
+            behind += len(part)
+        if behind:
+            raise ValueError(
+                f"{behind} bytes more than the voxels of its header, {image.shape} of "
+                f"{image.get_data_dtype()}, so that these cannot be right"
             )
-            behind = 0
-            while part := file.read(2**20):  # the checksum stands at the end
-                behind += len(part)
-            if behind:
-                raise ValueError(
-                    f"{behind} bytes more than the voxels of its header, {image.shape} of "
-                    f"{image.get_data_dtype()}, so that these cannot be right"
-                )
-    except MemoryError:  # no fault of the file
-        raise
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
     if not (finite_S := np.isfinite(voxels_S)).all():
         wrong = np.argwhere(~finite_S)
         raise DataError(
@@ -121,6 +129,22 @@ def read_voxels(path: str, image: Nifti1Image) -> np.ndarray:
             f"{tuple(wrong[0].tolist())}; replace them by what they stand for, such as air"
         )
     return voxels_S
+
+
+def _require_sizes(path: str, image: Nifti1Image) -> None:
+    """Checks the voxels' sizes as the file has them, where they decide; nibabel makes 1 of a 0."""
+    header = image.header
+    if header["sform_code"]:
+        return
+    with _reading(path), _stream(path) as file:
+        block = file.read(header.sizeof_hdr)
+        stored = type(header)(block, header.endianness, check=False)["pixdim"][1:4]
+    if not (np.isfinite(stored) & (stored != 0)).all():
+        raise DataError(
+            f"{path}: its voxels' size is not known: pixdim is "
+            f"{' x '.join(f'{size:g}' for size in stored)} mm, and there is no sform; export it "
+            "again, or write the right sizes into its header"
+        )
 
 
 def _require_right_angles(path: str, affine: np.ndarray) -> None:
@@ -176,6 +200,11 @@ def apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> floa
 
 def oddities(path: str, image: Nifti1Image) -> list[str]:
     """Lists what is odd in a file's header, but leaves it readable."""
+    with _reading(path):
+        return _oddities(path, image)
+
+
+def _oddities(path: str, image: Nifti1Image) -> list[str]:
     header = image.header
     with _stream(path) as file:
         report = type(header).diagnose_binaryblock(file.read(header.sizeof_hdr))

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from ..data import DataSettings, open_dataset
 from ..data.cases import UNKNOWN, Case, Dataset, Sample
-from ..data.splits import absent_values, choose_splits
+from ..data.splits import absent_values
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.fairness import SMALL_GROUP
@@ -31,7 +31,7 @@ from ..metrics.region import POLICY, RegionScore, score_region
 from ..metrics.scores import Condition, RegionScores, Summary
 from ..report.page import write_report
 from ..report.pictures import Picture, pictures_wanted
-from .masks import find_masks, read_mask, write_mask
+from .masks import assign_masks, choose_cases, find_masks, read_mask, write_mask
 from .prediction import (
     RunSettings,
     TrainedRun,
@@ -93,8 +93,10 @@ class EvaluatePredictions:
     """Folder of the masks."""
     data: Annotated[DataSettings, tyro.conf.arg(name="")]
     """The data set that they are masks of."""
-    split: Split = "test"
-    """The split whose cases are scored."""
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """The split whose cases are scored. all: every case that has a mask in the data, as of masks
+    from a cross-validation; test cases of the data's own are left out if the folder has none of
+    theirs."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is not known, as a run's evaluation may have done."""
     out: Path = Path("evaluation")
@@ -145,18 +147,20 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
     """
     _check(settings.scoring)
     dataset = open_dataset(settings.data)
-    splits = choose_splits(dataset, settings.data.splits, settings.data.split_seed)
-    chosen = set(getattr(splits, settings.split))
-    cases = tuple(case for case in dataset.cases if case.case_id in chosen)
+    masks = find_masks(settings.folder, axes=dataset.axes)
+    cases, note = choose_cases(masks, dataset, settings.data, settings.split)
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown:
         left_out = tuple(case for case in cases if UNKNOWN in case.attributes)
         cases = tuple(case for case in cases if case not in left_out)
     _require_masks(cases, settings.split)
-    paths, faults = find_masks(
-        settings.folder,
-        [c.case_id for c in cases],
-        [c.case_id for c in left_out],
+    if not cases:
+        raise DataError(f"{settings.split}: no case is left to be scored.")
+    paths, faults = assign_masks(
+        masks,
+        [case.case_id for case in cases],
+        [case.case_id for case in left_out],
+        [case.case_id for case in dataset.cases],
         axes=dataset.axes,
     )
 
@@ -168,7 +172,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
                 f"{settings.folder}: cannot be scored as masks of the {settings.split} split of "
                 f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults + damaged)
             )
-        told = ("masks read from files; what wrote them was not run", left_out_note(left_out))
+        told = ("masks read from files; what wrote them was not run", note, left_out_note(left_out))
         notes = {AS_GIVEN: "; ".join(filter(None, told))}
         result = _Evaluation(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
         return _write(folder, result, settings, settings.folder, paths)
@@ -315,6 +319,7 @@ def _write(
         population=population_shares(dataset, result.cases),
         policy=POLICY,
         conditions=tuple(conditions),
+        about=dataset.about,
     )
     rows = case_scores(dataset, result.cases, result.scored[AS_GIVEN])
     write_cases(folder / "cases.csv", rows, dataset.unit)

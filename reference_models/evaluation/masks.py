@@ -5,7 +5,7 @@ Of volumes they are NIfTI, as their images are; of images PNG, or .npy of anothe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import nibabel
@@ -13,10 +13,13 @@ import numpy as np
 from nibabel.nifti2 import Nifti2Header
 from PIL import Image
 
-from ..data.cases import Sample
+from ..data import DataSettings
+from ..data.cases import Case, Dataset, Sample
 from ..data.nifti import INTEGRAL
+from ..data.splits import choose_splits
+from ..data.table import nfc
 from ..data.volumes import ASTRAY, apart, open_volume, read_voxels
-from ..errors import DataError, shown
+from ..errors import DataError, reading, shown
 
 # By the axes of what they are masks of, in this order where an error names them.
 SUFFIXES = {2: (".png", ".npy"), 3: (".nii.gz", ".nii")}
@@ -25,9 +28,9 @@ SUFFIXES = {2: (".png", ".npy"), 3: (".nii.gz", ".nii")}
 def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
     """Writes `<case id>.png`, 8 bits a pixel, or `<case id>.nii.gz`; returns the file.
 
-    A NIfTI file has its image's affines (sform and qform), with their codes and units, and its data
-    type, unless that cannot hold the labels: then it is uint8. Scaling, display range and
-    extensions are of the image's intensities, or of its patient, and are left out.
+    A NIfTI file is uint8 and has its image's affines (sform and qform), with their codes and units.
+    Scaling, display range and extensions are of the image's intensities, or of its patient, and are
+    left out.
     """
     if sample.header is None:
         path = folder / f"{sample.case_id}{SUFFIXES[2][0]}"
@@ -37,20 +40,15 @@ def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
     header = sample.header.copy()
     header.extensions.clear()
     header["cal_max"] = header["cal_min"] = 0
-    kept = header.get_data_dtype()
-    if mask_S.max() > (np.iinfo(kept) if kept.kind in "iu" else np.finfo(kept)).max:
-        header.set_data_dtype(np.uint8)
+    header.set_data_dtype(np.uint8)
     kind = nibabel.Nifti2Image if isinstance(header, Nifti2Header) else nibabel.Nifti1Image
-    nibabel.save(kind(mask_S.astype(header.get_data_dtype()), None, header), path)
+    nibabel.save(kind(mask_S.astype(np.uint8), None, header), path)
     return path
 
 
-def find_masks(
-    folder: Path, case_ids: Sequence[str], others: Collection[str] = (), *, axes: int = 2
-) -> tuple[dict[str, Path], list[str]]:
-    """The file of each case, and a sentence for each thing that is wrong with the folder.
+def find_masks(folder: Path, *, axes: int = 2) -> dict[str, list[Path]]:
+    """Finds the files of each case id; `axes` are the images'.
 
-    Masks of `others`, cases that are not to be scored, may be there. `axes` are the images'.
     Files of other kinds and folders are let be: tools keep their settings beside their masks.
 
     Raises:
@@ -63,10 +61,61 @@ def find_masks(
         # By hand, as `Path.suffix` of .nii.gz is .gz, and case ids may have dots.
         suffix = next((end for end in SUFFIXES[axes] if path.name.lower().endswith(end)), None)
         if suffix and path.is_file() and not path.name.startswith("."):
-            files.setdefault(path.name[: -len(suffix)], []).append(path)
-    known = {*case_ids, *others}
+            files.setdefault(nfc(path.name[: -len(suffix)]), []).append(path)
+    return files
+
+
+def choose_cases(
+    files: Mapping[str, Sequence[Path]], dataset: Dataset, settings: DataSettings, split: str
+) -> tuple[tuple[Case, ...], str]:
+    """Chooses the cases of a split whose masks are to be scored.
+
+    Args:
+        files: what `find_masks` found.
+        dataset, settings: the data, and what they were opened by.
+        split: one of the splits, or "all": every case that can be scored. The data's own test cases
+            are none of these if no mask is of one of them, as in a cross-validation.
+
+    Returns:
+        The cases, and a note on test cases that were left out, empty if there are none.
+
+    Raises:
+        DataError: as of `choose_splits`.
+    """
+    if split != "all":
+        splits = choose_splits(
+            dataset, settings.splits, settings.split_seed, settings.fold, needed=(split,)
+        )
+        chosen = set(getattr(splits, split))
+        return tuple(case for case in dataset.cases if case.case_id in chosen), ""
+    cases = tuple(case for case in dataset.cases if case.labelled)
+    own = [case.case_id for case in cases if case.split == "test"]
+    if not own or len(own) == len(cases) or any(case_id in files for case_id in own):
+        return cases, ""
+    note = f"the data's own test cases have no mask in the folder and are not scored: {shown(own)}"
+    return tuple(case for case in cases if case.split != "test"), note
+
+
+def assign_masks(
+    files: Mapping[str, Sequence[Path]],
+    case_ids: Sequence[str],
+    left_out: Collection[str] = (),
+    others: Collection[str] = (),
+    *,
+    axes: int = 2,
+) -> tuple[dict[str, Path], list[str]]:
+    """Gives the file of each case, and a sentence for each thing that is wrong with the files.
+
+    Args:
+        files: what `find_masks` found.
+        case_ids: the cases to be scored.
+        left_out: cases whose masks may be there, and are not scored.
+        others: all cases of the data: masks of these tell that another split is meant.
+        axes: of the images.
+    """
+    known = {*case_ids, *left_out}
     missing = [case_id for case_id in case_ids if case_id not in files]
-    extra = [path.name for stem in files if stem not in known for path in files[stem]]
+    extra = [stem for stem in files if stem not in known]
     faults = [
         f"{' and '.join(path.name for path in files[case_id])}: two masks of one case; keep one."
         for case_id in case_ids
@@ -77,8 +126,15 @@ def find_masks(
             f"{len(missing)} of {len(case_ids)} cases have no mask "
             f"(<case id>{' or <case id>'.join(SUFFIXES[axes])}): {shown(missing)}."
         )
-    if extra:
-        faults.append(f"{len(extra)} masks are of no case of this split: {shown(extra)}.")
+    for stems, what in (
+        ([stem for stem in extra if stem not in others], "of no case of this split"),
+        (
+            [stem for stem in extra if stem in others],
+            "of cases in other splits (--split all scores every case)",
+        ),
+    ):
+        if names := [path.name for stem in stems for path in files[stem]]:
+            faults.append(f"{len(names)} masks are {what}: {shown(names)}.")
     return {case_id: files[case_id][0] for case_id in case_ids if case_id in files}, faults
 
 
@@ -94,15 +150,11 @@ def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
     Raises:
         DataError: the file cannot be read, or holds something else.
     """
-    try:
+    with reading(path.name, "cannot be read", "write it again."):
         if path.name.lower().endswith(SUFFIXES[3]):
             values = _read_nifti(path, sample)
         else:
             values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # which one, depends on where the damage lies
-        raise DataError(f"{path.name}: cannot be read ({error}).") from error
     size = sample.native_size
     if values.shape != size:
         raise DataError(f"{path.name}: got size {values.shape}, expected the image's, {size}.")

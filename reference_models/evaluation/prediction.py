@@ -56,7 +56,8 @@ class RunSettings:
     device: str | None = None
     """Device that the network runs on, such as cpu or cuda; by default a GPU if there is one."""
     leave_out_unknown: bool = False
-    """Leave out the cases whose attribute is not known; a run that was trained so does anyway."""
+    """Leave out the cases whose attribute is not known; the evaluation of a run that was trained so
+    does anyway."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,15 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     if settings.root is not None:
         data = dataclasses.replace(data, root=settings.root)
     dataset = open_dataset(data, known=task.attributes)
-    if (found := Task.of(dataset)) != task:
-        raise DataError(f"{settings.run}: was trained for {task}, but the data are {found}.")
+    if differing := task.differences(Task.of(dataset)):
+        raise DataError(
+            f"{settings.run}: was trained for other data: {'; '.join(differing)}. Correct the "
+            "names in the data if only they differ; else train on such data."
+        )
     cases = tuple(dataset.cases)
     trained: frozenset[str] = frozenset()
     if split != "all":
-        splits = read_splits(settings.run / "splits.json", dataset)
+        splits = read_splits(settings.run / "splits.json", dataset, needed=())
         trained, chosen = frozenset(splits.train), set(getattr(splits, split))
         cases = tuple(case for case in cases if case.case_id in chosen)
     device = _device(settings.device)
@@ -135,7 +139,9 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     elif policy == "error":
         _require_known(cases, split)
     if not cases:
-        raise DataError(f"{settings.run}: no {split} case is left to predict.")
+        raise DataError(
+            f"{settings.run}: no {split} case is left to predict; choose another --split."
+        )
     batch_size = settings.batch_size or recipe.batch_size
     return TrainedRun(
         settings=settings,
@@ -251,10 +257,18 @@ def predict(settings: PredictSettings) -> Path:
     On stderr it names the cases that are left out.
 
     Raises:
-        DataError, RunError: as of `open_run`; or `out` holds something else.
+        DataError, RunError: as of `open_run`; `out` holds something else; or cases would get no
+            mask, as the run was trained without such, and nobody asked for that here.
     """
     out = settings.out or settings.run / f"predictions-{settings.split}"
     run = open_run(settings, settings.split)
+    if run.left_out and not settings.leave_out_unknown:
+        raise DataError(
+            f"{len(run.left_out)} {settings.split} cases would get no mask, since the run was "
+            "trained without cases whose attribute is not known: "
+            f"{shown([case.case_id for case in run.left_out])}. Predict the others by "
+            "--leave-out-unknown."
+        )
     if run.left_out:
         Console(stderr=True, soft_wrap=True).print(left_out_note(run.left_out), markup=False)
 

@@ -175,15 +175,25 @@ def write_summary(path: Path, summary: Summary) -> None:
 
 
 def write_cases(path: Path, rows: Sequence[CaseScore], unit: str) -> None:
-    """A csv row a case and region, at full precision; an hd95 that is not defined is left empty."""
+    """A csv row a case and region, at full precision; an hd95 that is not defined is left empty.
+
+    An attribute that is called like another column here, such as region, has "attribute" before its
+    name.
+    """
     names = list(rows[0].attributes)
     columns = ["truth_size", "predicted_size", *METRICS]
     titles = [f"{column}_{unit}" if column == "hd95" else column for column in columns]
+    taken = {"case_id", "region", *titles}
+    told_titles = []
+    for name in names:
+        while name in taken or name in told_titles:
+            name = f"attribute {name}"
+        told_titles.append(name)
 
     def write(target: Path) -> None:
         with target.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["case_id", *names, "region", *titles])
+            writer.writerow(["case_id", *told_titles, "region", *titles])
             for row in rows:
                 scores = [getattr(row, column) for column in columns]
                 told = [row.attributes[name] for name in names]

@@ -98,6 +98,7 @@ class Summary:
             whose share the others take over in proportion to theirs.
         policy: how empty masks are scored, in a sentence.
         conditions: "as given" comes first.
+        about: what the data say of themselves, empty if they say nothing.
     """
 
     dataset: str
@@ -112,6 +113,7 @@ class Summary:
     population: Mapping[str, tuple[float, ...]]
     policy: str
     conditions: tuple[Condition, ...]
+    about: str = ""
 
 
 @dataclass(frozen=True)

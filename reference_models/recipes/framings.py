@@ -18,6 +18,7 @@ _Self = TypeVar("_Self", bound="FramingSettings")
 
 # The longest side of the central crop in the paper's code, by data set.
 _PAPER_CROPS = {"fairseg": 512, "ham10000": 1024}
+PAPER_PATCH = (384, 384, 128)
 
 
 class FramingSettings(ABC):
@@ -38,11 +39,16 @@ class FramingSettings(ABC):
             RunError: a setting is out of range, or the paper says nothing about these data.
         """
 
-    def resolve_spacing(self: _Self, median_mm: tuple[float, float, float] | None) -> _Self:
-        """These settings with the spacing "median" as numbers, where there is such a setting.
+    def resolve_grid(
+        self: _Self,
+        median_mm: tuple[float, float, float] | None,
+        median_size: tuple[float, float, float] | None,
+    ) -> _Self:
+        """These settings with what the data's volumes decide as numbers, if they decide anything.
 
         Args:
             median_mm: the median of the data's voxels; None of images.
+            median_size: the median number of them along the axes; None of images.
         """
         return self
 
@@ -98,9 +104,9 @@ class VolumeFramingSettings(FramingSettings):
     spacing: tuple[float, float, float] | Literal["median"] = "median"
     """Size of the voxels to resample to: mm from left to right, back to front and below to above;
     median: that of the data, axis by axis."""
-    patch: tuple[int, int, int] = (384, 384, 128)
+    patch: tuple[int, int, int] | Literal["paper"] = "paper"
     """Number of such voxels that the network sees at once, multiples of 32, in the same order of
-    axes."""
+    axes. paper: 384 384 128, along each axis no more than hold the median volume."""
     patches: int = 1
     """Number of training patches of each volume in an epoch."""
     foreground: float = 1 / 3
@@ -114,12 +120,12 @@ class VolumeFramingSettings(FramingSettings):
     and these are usual."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.patch
+    def shape(self) -> tuple[int, int, int]:
+        return PAPER_PATCH if self.patch == "paper" else self.patch
 
     def resolve(self, data: str) -> VolumeFramingSettings:
         # Five stages halve it, and the last one's instance norm needs more than one voxel.
-        sides = all(side >= 1 and not side % 32 for side in self.patch) and max(self.patch) > 32
+        sides = all(side >= 1 and not side % 32 for side in self.shape) and max(self.shape) > 32
         require(self, "patch", sides, "three multiples of 32, not all of them 32")
         spacing = self.spacing == "median" or all(0 < size < math.inf for size in self.spacing)
         require(self, "spacing", spacing, "three sizes in mm above 0, or median")
@@ -128,26 +134,44 @@ class VolumeFramingSettings(FramingSettings):
         require(self, "overlap", 0 <= self.overlap < 1, "0 or more and less than 1")
         return self
 
-    def resolve_spacing(
-        self, median_mm: tuple[float, float, float] | None
+    def resolve_grid(
+        self,
+        median_mm: tuple[float, float, float] | None,
+        median_size: tuple[float, float, float] | None,
     ) -> VolumeFramingSettings:
-        if self.spacing != "median" or median_mm is None:
+        if median_mm is None or median_size is None:
             return self
-        x, y, z = (float(f"{size:.6g}") for size in median_mm)
-        return dataclasses.replace(self, spacing=(x, y, z))
+        spacing = self.spacing
+        if spacing == "median":
+            x, y, z = (float(f"{size:.6g}") for size in median_mm)
+            spacing = (x, y, z)
+        patch = self.patch
+        if patch == "paper":
+            voxels = [
+                round(n * size / wanted)
+                for n, size, wanted in zip(median_size, median_mm, spacing, strict=True)
+            ]
+            # An instance norm needs more than one voxel, so that one axis is longer than 32.
+            longest = voxels.index(max(voxels))
+            x, y, z = (
+                min(most, max(32 * math.ceil(n / 32), 64 if axis == longest else 32))
+                for axis, (most, n) in enumerate(zip(PAPER_PATCH, voxels, strict=True))
+            )
+            patch = (x, y, z)
+        return dataclasses.replace(self, spacing=spacing, patch=patch)
 
     def build(self) -> Framing:
         if self.spacing == "median":
             raise ValueError(
                 "spacing: got median, expected sizes in mm, to be taken from the data first"
             )
-        return VolumeFraming(self.spacing, self.patch, self.body)
+        return VolumeFraming(self.spacing, self.shape, self.body)
 
     def training_patches(self) -> Patches | None:
-        return Patches(self.patch, self.patches, self.foreground)
+        return Patches(self.shape, self.patches, self.foreground)
 
     def windows(self, at_once: int) -> Windows | None:
-        return Windows(self.patch, self.overlap, at_once)
+        return Windows(self.shape, self.overlap, at_once)
 
 
 def require(settings: object, setting: str, holds: bool, expected: str) -> None:

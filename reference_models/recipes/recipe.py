@@ -124,9 +124,51 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def resolve_spacing(recipe: Recipe, median_mm: tuple[float, float, float] | None) -> Recipe:
-    """The recipe with the spacing "median" as numbers: those of the data, in mm."""
-    return dataclasses.replace(recipe, framing=recipe.framing.resolve_spacing(median_mm))
+def resolve_grid(
+    recipe: Recipe,
+    median_mm: tuple[float, float, float] | None,
+    median_size: tuple[float, float, float] | None,
+) -> Recipe:
+    """The recipe with what the data's volumes decide as numbers: spacing and patch.
+
+    Args:
+        recipe: resolved otherwise.
+        median_mm, median_size: as of `FramingSettings.resolve_grid`.
+    """
+    framing = recipe.framing.resolve_grid(median_mm, median_size)
+    return dataclasses.replace(recipe, framing=framing)
+
+
+def describe_grid(recipe: Recipe) -> str | None:
+    """Says of volumes what the network sees at once, and what memory a training step takes.
+
+    Example:
+        >>> volumes = VolumeFramingSettings((1.0, 1.0, 3.0), (128, 128, 32))
+        >>> describe_grid(Recipe(DataSettings("nifti"), ResUNet3DSettings(), volumes, batch_size=4))
+        'patches of 128 x 128 x 32 voxels of 1 x 1 x 3 mm; a training step takes about 0.5 GiB'
+    """
+    framing, model = recipe.framing, recipe.model
+    if not isinstance(framing, VolumeFramingSettings) or not isinstance(model, ResUNet3DSettings):
+        return None
+    each = _STEP_BYTES["32" if recipe.precision == "32" else "bf16-mixed"]
+    step = (
+        2**-30
+        * each
+        * model.features
+        * math.prod(framing.shape)
+        * recipe.batch_size
+        / recipe.devices
+    )
+    return (
+        f"patches of {' x '.join(map(str, framing.shape))} voxels of "
+        f"{' x '.join(f'{size:.3g}' for size in framing.spacing)} mm; a training step takes "
+        + (f"about {step:.1f} GiB" if step >= 0.1 else "less than 0.1 GiB")
+    )
+
+
+# Peak bytes of a step for each voxel of the batch and each feature: of 24 features with experts,
+# 128 x 128 x 128 voxels in float32 and 384 x 384 x 128 in bfloat16, as benchmarks/results has them.
+_STEP_BYTES = {"32": 552305216 / 128**3 / 24, "bf16-mixed": 3279116512 / (384 * 384 * 128) / 24}
 
 
 def learning_rate(recipe: Recipe, step: int, steps_an_epoch: int) -> float:

@@ -43,9 +43,11 @@ class Cohort:
         """
         data, model = recipe.data, recipe.model
         if resume:
-            splits = read_splits(recipe.out / "splits.json", dataset)
+            splits = read_splits(
+                recipe.out / "splits.json", dataset, needed=("train", "validation")
+            )
         else:
-            splits = choose_splits(dataset, data.splits, data.split_seed)
+            splits = choose_splits(dataset, data.splits, data.split_seed, data.fold)
         used = {*splits.train, *splits.validation}
         lacking = [c for c in dataset.cases if UNKNOWN in c.attributes and c.case_id in used]
         left_out: frozenset[str] = frozenset()

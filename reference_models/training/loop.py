@@ -28,11 +28,12 @@ from dmoe_layer import routing
 
 from ..data import open_dataset
 from ..data.cases import UNKNOWN
+from ..data.datasets import unused_settings
 from ..data.loading import Batch, eval_batches, train_batches
 from ..errors import RunError
 from ..models.inference import forward_with_attributes
 from ..models.weights import load_pretrained
-from ..recipes.recipe import Recipe, learning_rate, resolve, resolve_spacing
+from ..recipes.recipe import Recipe, describe_grid, learning_rate, resolve, resolve_grid
 from ..recipes.serial import flat, to_json
 from . import checkpoints
 from .cohort import Cohort
@@ -90,7 +91,7 @@ class Run:
     def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool, held: ExitStack) -> None:
         self.fabric, self.folder, self.held = fabric, recipe.out, held
         self.dataset = open_dataset(recipe.data)
-        self.recipe = recipe = resolve_spacing(recipe, self.dataset.spacing)
+        self.recipe = recipe = resolve_grid(recipe, self.dataset.spacing, self.dataset.size)
         self.task = Task.of(self.dataset)
         on_rank_0(fabric, self._admit, resume)
         self.cohort = Cohort.of(recipe, self.dataset, resume=resume)
@@ -131,8 +132,15 @@ class Run:
         steps = int(recipe.epochs) * self.steps_an_epoch
         speaks = self.fabric.is_global_zero
         with Reporter(self.folder, speaks=speaks, step=position.step, steps=steps) as reporter:
-            settings = (f"{name}={value}" for name, value in flat(to_json(recipe)).items())
+            foreign = unused_settings(recipe.data.data)
+            settings = (
+                f"{name}={value}"
+                for name, value in flat(to_json(recipe)).items()
+                if not name.startswith(foreign)
+            )
             reporter.say(textwrap.fill(" ".join(settings), 100))
+            if grid := describe_grid(recipe):
+                reporter.say(grid)
             for remark in cohort.remarks():
                 reporter.say(remark)
             if position.step:

@@ -57,6 +57,15 @@ class Task:
             tuple(dataset.channel_names),
         )
 
+    def differences(self, other: Task) -> list[str]:
+        """Says where another task differs: each of its settings with this one's and that one's."""
+        here, there = to_json(self), to_json(other)
+        return [
+            f"{name}: the run has {here[name]}, the data {there[name]}"
+            for name in here
+            if here[name] != there[name]
+        ]
+
 
 def build_model(recipe: Recipe, task: Task) -> nn.Module:
     """The network of a recipe, newly initialised; pretrained weights are not read.
@@ -175,7 +184,7 @@ def require_same_run(run: Path, recipe: Recipe, task: Task) -> None:
         if old != now.get(name, "no such setting") and name not in _MAY_DIFFER
     ]
     if task != before_task:
-        differing.append(f"data: the run was made for {before_task}, now {task}")
+        differing += before_task.differences(task)
     if differing:
         raise RunError(
             f"{run}: cannot be resumed with other settings; leave them as they were, or choose "

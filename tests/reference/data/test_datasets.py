@@ -1,5 +1,6 @@
 """The table of data sets: the command line, its help and the errors say what stands in it."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from harness.image_folders import fairseg_folder, ham_folder
 from harness.nifti_folders import nnunet_folder
 
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
-from reference_models.data.datasets import DATASETS
+from reference_models.data.datasets import DATASETS, unused_settings
 from reference_models.errors import DataError
 
 
@@ -39,6 +40,13 @@ def test_the_tables_axes_are_those_of_the_data_sets(tmp_path):
     for name, source in DATASETS.items():
         settings = folders[name] if source.needs_root else DataSettings(name)
         assert open_dataset(settings).axes == source.axes, name
+
+
+def test_settings_that_are_another_data_sets_alone_are_known_as_such():
+    assert unused_settings("nifti") == ("data.mni152", "data.phantom")
+    assert unused_settings("fairseg") == ("data.mni152", "data.phantom", "data.ct_window")
+    names = {f"data.{field.name}" for field in dataclasses.fields(DataSettings)}
+    assert {*unused_settings("phantom")} < names
 
 
 def test_a_data_set_needs_a_folder_or_takes_none_as_the_table_says(tmp_path):

@@ -67,7 +67,11 @@ def test_a_bad_row_is_named_by_its_line_and_paths_may_be_of_windows(tmp_path):
     table.write_text("\n".join([*lines[:2], "", "", *lines[2:]]), encoding="utf-8")
     assert f"error: {table}:7: ISIC_0000003" in checked(settings)[1]
     table.write_text(table.read_text(encoding="utf-8").replace(",", ";"), encoding="utf-8")
-    with pytest.raises(DataError, match="the first has ;lesion_id;image_id"):
+    assert f"error: {table}:7: ISIC_0000003" in checked(settings)[1]
+    table.write_text(
+        table.read_text(encoding="utf-8").replace("lesion_id", "lesion"), encoding="utf-8"
+    )
+    with pytest.raises(DataError, match="lack lesion_id; the first has , lesion, image_id"):
         open_dataset(settings)
 
 

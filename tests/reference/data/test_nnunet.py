@@ -56,7 +56,7 @@ BAD_FOLDERS = {
     ),
     "trained and tested on": (
         _copy("imagesTr/p3_0000.nii.gz", "imagesTs/p3_0000.nii.gz"),
-        "{root}/imagesTs/p3_0000.nii.gz: case p3 is in {root}/imagesTr already",
+        "{root}/imagesTs/p3_0000.nii.gz: its case is in {root}/imagesTr already",
     ),
 }  # fmt: skip
 

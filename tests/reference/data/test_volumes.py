@@ -89,7 +89,7 @@ BAD_FILES = {
     "cut off at once": (_bytes(lambda b: b[:60]), "not a readable NIfTI"),
     "empty": (_bytes(lambda b: b""), "not a readable NIfTI"),
     "text": (_bytes(lambda b: b"sorry"), "not a readable NIfTI"),
-    "not deflated": (_bytes(gzip.decompress), "not a readable NIfTI"),
+    "not deflated": (_bytes(gzip.decompress), "is not packed by gzip"),
     "deflated twice": (_bytes(gzip.compress), "not a readable NIfTI"),
     "a byte off": (_bytes(lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:]), "not a readable NIfTI"),
     "header alone": (
@@ -205,7 +205,7 @@ def test_check_warns_of_an_empty_channel_and_of_a_volume_in_cm(tmp_path):
 
 def test_check_names_all_that_is_wrong_in_one_run(tmp_path):
     settings = nnunet_folder(tmp_path, n=30)
-    bad = [tmp_path / f"imagesTr/p{i}_0000.nii.gz" for i in range(14)]
+    bad = [tmp_path / f"imagesTr/p{i}_0000.nii.gz" for i in range(16)]
     for i, path in enumerate(bad):
         (set_voxel((0, 0, 0), np.nan) if i % 2 else BAD_FILES["cut off at once"][0])(path, voxels())
     (tmp_path / "labelsTr/p20.nii.gz").unlink()
@@ -217,7 +217,7 @@ def test_check_names_all_that_is_wrong_in_one_run(tmp_path):
     code, text = checked(settings)
     assert code == 1
     lines = errors(text)
-    assert len(lines) == 18
+    assert len(lines) == 19
     for name in (*bad, tmp_path / "labelsTr/p20.nii.gz", f"{table}:24: 'p99'", f"{table}: no row"):
         assert sum(str(name) in line for line in lines) == 1
     assert "warning: T-stage unknown: 1 cases: p21" in text

@@ -8,6 +8,7 @@ from PIL import Image
 from reference_models.data import DataSettings, PhantomSettings
 from reference_models.data.splits import Splits, make_splits
 from reference_models.evaluation import evaluate as evaluation
+from reference_models.evaluation import masks as mask_files
 from reference_models.evaluation import prediction
 from reference_models.evaluation.evaluate import (
     EvaluatePredictions,
@@ -35,8 +36,8 @@ def run_of(tmp_path, monkeypatch):
         splits = Splits(dataset.name, 0, ids if trained is None else trained, (), ids)
         for module in (prediction, evaluation):
             monkeypatch.setattr(module, "open_dataset", lambda settings, **known: dataset)
-        monkeypatch.setattr(prediction, "read_splits", lambda path, dataset: splits)
-        monkeypatch.setattr(evaluation, "choose_splits", lambda dataset, path, seed: splits)
+        monkeypatch.setattr(prediction, "read_splits", lambda *_, **__: splits)
+        monkeypatch.setattr(mask_files, "choose_splits", lambda *_, **__: splits)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         return folder
@@ -61,7 +62,7 @@ def unet_run(tmp_path, monkeypatch):
         splits = Splits(dataset.name, 0, (), (), ids)
         write_run(run, recipe, task, splits)
         save_best(run, 0, model.state_dict())
-        monkeypatch.setattr(prediction, "read_splits", lambda path, dataset: splits)
+        monkeypatch.setattr(prediction, "read_splits", lambda *_, **__: splits)
         monkeypatch.setattr(prediction, "open_dataset", lambda settings, **known: dataset)
         return run
 

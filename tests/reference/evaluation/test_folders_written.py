@@ -114,7 +114,7 @@ def test_of_a_run_of_another_data_set_nothing_is_scored(run_of, monkeypatch):
     other = Bars()
     other.classes = ("background", "bar", "comma")
     monkeypatch.setattr(prediction, "open_dataset", lambda settings, **known: other)
-    with pytest.raises(DataError, match=r"was trained for .*but the data are .*comma"):
+    with pytest.raises(DataError, match=r"trained for other data: classes: .*the data .*comma"):
         evaluate_run(EvaluateRun(run, scoring=FEW))
 
 

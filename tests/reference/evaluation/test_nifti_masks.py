@@ -8,7 +8,7 @@ from PIL import Image
 
 from reference_models.data.cases import Sample
 from reference_models.errors import DataError
-from reference_models.evaluation.masks import find_masks, read_mask, write_mask
+from reference_models.evaluation.masks import assign_masks, find_masks, read_mask, write_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +49,7 @@ def image_like(dtype=np.int16, kind=nibabel.Nifti1Image, endianness="<", affine=
     ],
     ids=str,
 )
-def test_a_nifti_mask_has_its_images_place_and_type_and_comes_back_exactly(tmp_path, options):
+def test_a_nifti_mask_has_its_images_place_and_bytes_and_comes_back_exactly(tmp_path, options):
     image = image_like(**options)
     image.header.set_slope_inter(2.5, -1024)  # of intensities, and no business of labels
     image.header["cal_max"] = 300
@@ -68,7 +68,7 @@ def test_a_nifti_mask_has_its_images_place_and_type_and_comes_back_exactly(tmp_p
         affines = [getattr(found, f"get_{form}")(coded=True) for found in (image, written)]
         np.testing.assert_array_equal(affines[0][0], affines[1][0])
         assert affines[0][1] == affines[1][1] != 0
-    assert written.header.get_data_dtype() == image.header.get_data_dtype()
+    assert written.header.get_data_dtype() == np.uint8
     assert written.header.get_xyzt_units() == ("mm", "sec")
     assert written.header.endianness == options.get("endianness", "<")
     assert (written.dataobj.slope, written.dataobj.inter) == (1, 0)
@@ -94,7 +94,7 @@ def test_dots_belong_to_case_ids_and_a_case_has_one_mask(tmp_path):
         "._D.nii.gz",
     ):  # fmt: skip
         (tmp_path / name).touch()
-    paths, faults = find_masks(tmp_path, ids, axes=3)
+    paths, faults = assign_masks(find_masks(tmp_path, axes=3), ids, axes=3)
     assert faults == []
     assert [paths[i].name for i in ids] == [
         "1.2.840.1.nii.gz", "1.2.840.nii", "c.nii.nii.gz", "D.NII.GZ",
@@ -102,7 +102,7 @@ def test_dots_belong_to_case_ids_and_a_case_has_one_mask(tmp_path):
     (tmp_path / "1.2.840.nii.gz").touch()
     (tmp_path / "stranger.nii").touch()
     (tmp_path / "D.NII.GZ").unlink()
-    assert find_masks(tmp_path, ids, axes=3)[1] == [
+    assert assign_masks(find_masks(tmp_path, axes=3), ids, axes=3)[1] == [
         "1.2.840.nii and 1.2.840.nii.gz: two masks of one case; keep one.",
         "1 of 4 cases have no mask (<case id>.nii.gz or <case id>.nii): D.",
         "1 masks are of no case of this split: stranger.nii.",

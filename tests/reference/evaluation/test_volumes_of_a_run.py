@@ -14,7 +14,7 @@ from reference_models.data import DataSettings
 from reference_models.data.nifti import Nifti
 from reference_models.data.splits import Splits
 from reference_models.errors import DataError
-from reference_models.evaluation import evaluate as evaluation
+from reference_models.evaluation import masks as mask_files
 from reference_models.evaluation import prediction
 from reference_models.evaluation.evaluate import (
     EvaluatePredictions,
@@ -82,8 +82,8 @@ def run_of(folder, tmp_path, monkeypatch):
         loaded = (recipe, Task.of(dataset), model)
         monkeypatch.setattr(prediction, "load_model", lambda run, which, **_: loaded)
         splits = Splits("nifti", 0, (), (), test)
-        monkeypatch.setattr(prediction, "read_splits", lambda path, dataset: splits)
-        monkeypatch.setattr(evaluation, "choose_splits", lambda dataset, path, seed: splits)
+        monkeypatch.setattr(prediction, "read_splits", lambda *_, **__: splits)
+        monkeypatch.setattr(mask_files, "choose_splits", lambda *_, **__: splits)
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         return run, model
@@ -126,7 +126,7 @@ def test_predicted_masks_lie_where_their_images_do_and_need_no_label(run_of, fol
         image = nibabel.load(folder / f"imagesTr/{case}_0000.nii.gz")
         mask = nibabel.load(out / "masks" / f"{case}.nii.gz")
         np.testing.assert_array_equal(mask.affine, image.affine)
-        assert mask.get_data_dtype() == image.get_data_dtype()
+        assert mask.get_data_dtype() == np.uint8
         np.testing.assert_array_equal(mask.get_fdata(), image.get_fdata())
     assert not nibabel.load(out / "masks" / "new.nii.gz").get_fdata().any()
 
@@ -158,7 +158,10 @@ def test_what_other_data_cannot_be_is_said_in_one_line(run_of, folder):
     # By the channel's name it is known how a volume's intensities are scaled.
     layout = folder / "dataset.json"
     layout.write_text(layout.read_text(encoding="utf-8").replace("noNorm", "CT"), encoding="utf-8")
-    with pytest.raises(DataError, match=r"was trained for .*noNorm.*, but the data are .*CT"):
+    with pytest.raises(
+        DataError,
+        match=r"trained for other data: channel_names: .*noNorm.*, the data .*CT.\]\. Correct",
+    ):
         predict(PredictSettings(run, split="all"))
 
 

@@ -123,6 +123,13 @@ def test_the_difference_a_condition_makes_is_shown_and_why_one_was_not_run(tmp_p
     assert "shuffled lesion by site" in text  # no colon where nothing is noted
 
 
+def test_the_page_says_what_the_data_say_of_themselves(tmp_path):
+    made = summary([region([group("a", 41, 0.601)])], ("a",))
+    assert "The data set says" not in written(tmp_path, made).text
+    told = dataclasses.replace(made, about="One head, made twice <i>.")
+    assert "The data set says: One head, made twice <i>." in written(tmp_path, told).text
+
+
 def test_names_are_escaped_and_nothing_is_fetched(tmp_path):
     cases = [case(NASTY, NASTY, 0.5)]
     scores = region([group(NASTY, 1, 0.601, judged=False)])

@@ -150,7 +150,7 @@ def test_another_presets_network_is_no_resumption(finished):
 
 def test_other_data_are_no_resumption(finished):
     task = Task(3, ("background", "organ"), ())
-    with pytest.raises(RunError, match="data: the run was made for"):
+    with pytest.raises(RunError, match=r"classes: the run has .*, the data .*'organ'\]"):
         training.require_same_run(finished, dataclasses.replace(TINY, out=finished), task)
 
 

@@ -29,7 +29,7 @@ from reference_models.models import resunet3d
 from reference_models.recipes.framings import ImageFramingSettings, VolumeFramingSettings
 from reference_models.recipes.networks import ResUNet3DSettings
 from reference_models.recipes.presets import PRESETS
-from reference_models.recipes.recipe import resolve_spacing
+from reference_models.recipes.recipe import describe_grid, resolve_grid
 from reference_models.training import checkpoints
 from reference_models.training.loop import train
 from reference_models.training.runs import Task, build_model
@@ -182,6 +182,11 @@ def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder
     assert main(["check", *data]) == 0
     flags = "--features=2 --spacing 2 2 3 --patch 64 32 32 --patches=2 --body --epochs=2 --out"
     assert main(["train", "small3d", *data, *flags.split(), str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "data.ct_window=" in printed
+    assert "data.mni152" not in printed
+    assert "patches of 64 x 32 x 32 voxels of 2 x 2 x 3 mm; a training step takes" in printed
+    assert "data.phantom" not in printed
     assert main(["evaluate", "run", "--run", str(run)]) == 0
     assert main(["predict", "--run", str(run), "--split", "all"]) == 0
     summary = json.loads((run / "evaluation-test" / "summary.json").read_text(encoding="utf-8"))
@@ -195,7 +200,7 @@ def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder
         image = nibabel.load(folder / f"imagesTr/case{n}_0000.nii.gz")
         mask = nibabel.load(masks / f"case{n}.nii.gz")
         assert mask.shape == image.shape
-        assert mask.get_data_dtype() == image.get_data_dtype()
+        assert mask.get_data_dtype() == np.uint8
         np.testing.assert_array_equal(mask.affine, image.affine)
         assert set(np.unique(mask.dataobj)) <= {0, 1}
     scored = ["evaluate", "predictions", "--folder", str(run / "evaluation-test" / "masks"), *data]
@@ -210,8 +215,27 @@ def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder
 
 def test_the_median_spacing_is_rounded_but_never_to_nothing():
     recipe = PRESETS["paper3d"]
-    spacing = resolve_spacing(recipe, (0.97656251, 2.9999999, 2e-5)).framing.spacing
-    assert spacing == (0.976563, 3.0, 2e-5)
+    grid = resolve_grid(recipe, (0.97656251, 2.9999999, 2e-5), (512, 512, 100)).framing
+    assert grid.spacing == (0.976563, 3.0, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("median_size", "spacing", "patch"),
+    [
+        ((512, 512, 200), "median", (384, 384, 128)),
+        ((120, 130, 30), "median", (128, 160, 32)),
+        ((120, 130, 30), (2.0, 2.0, 2.0), (64, 96, 64)),  # voxels of 1 x 1 x 4 mm
+        ((20, 31, 8), "median", (32, 64, 32)),  # the network needs one axis of more than 32
+    ],
+)
+def test_the_papers_patch_is_no_larger_than_holds_the_median_volume(median_size, spacing, patch):
+    recipe = PRESETS["paper3d"]
+    recipe = dataclasses.replace(recipe, framing=VolumeFramingSettings(spacing=spacing))
+    found = resolve_grid(recipe, (1.0, 1.0, 4.0), median_size)
+    assert found.framing.patch == found.framing.shape == patch
+    assert f"patches of {' x '.join(map(str, patch))} voxels of" in describe_grid(found)
+    own = dataclasses.replace(found, framing=VolumeFramingSettings(patch=(384, 384, 128)))
+    assert resolve_grid(own, (1.0, 1.0, 4.0), median_size).framing.patch == (384, 384, 128)
 
 
 def test_a_recipe_edited_into_two_kinds_is_refused_when_its_run_is_read(recipe):

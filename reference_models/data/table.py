@@ -1,0 +1,245 @@
+"""Reads csv files; the one place where the text of cells becomes identifiers or attribute values.
+
+An identifier (a case, a subject) is compared as text. A value of an attribute is text too, but for
+whole numbers, which spreadsheets write in several ways: 3, 3.0 and 03 are one value. 1.1 and 1.10
+are two. What is taken for unknown, and what for one value, is remembered and told by `check`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import DataError, reading, shown
+
+# What says that a value is not known, in upper or lower case, unless --unknown-texts says others.
+UNKNOWN_TEXTS = ("-1", "nan", "na", "n/a", "#n/a", "none", "null")
+# These always do: an empty cell, and the word by which every table and page here calls them.
+ALWAYS_UNKNOWN = ("", "unknown")
+
+_WHOLE = re.compile(r"([+-]?)0*(\d+)(?:\.0*)?")
+_ROUNDED = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # which Excel writes and obeys
+# What a file begins with that is no text.
+_NO_TEXT = {
+    b"PK\x03\x04": "an Excel workbook or another zip file",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+    b"\x1f\x8b": "packed by gzip",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: its line in the file, and its cells by column."""
+
+    line: int
+    cells: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A csv file.
+
+    Args:
+        path: of the file.
+        columns: names in their order.
+        rows: those with a cell for each column.
+        n_misfits: how many rows have too few or too many cells, and are not among the rows.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    n_misfits: int
+
+
+@dataclass
+class Cells:
+    """Makes identifiers and values of cells, and remembers what it made of which text.
+
+    Args:
+        unknown_texts: what says that a value is not known, besides `ALWAYS_UNKNOWN`.
+
+    Example:
+        >>> cells = Cells()
+        >>> [cells.value("T-stage", text) for text in ("3.0", "03", "1.10", "None")]
+        ['3', '3', '1.10', None]
+        >>> [cells.identifier(text) for text in ("007", "1.10", "nan")]
+        ['007', '1.10', None]
+        >>> cells.notes("x.csv")[0]
+        "x.csv: T-stage: '03' and '3.0' are taken for one value, 3"
+    """
+
+    unknown_texts: Collection[str] = UNKNOWN_TEXTS
+    _unknown: dict[str, Counter[str]] = field(default_factory=dict, init=False)
+    _spellings: dict[tuple[str, str], set[str]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._saying_unknown = {alike(text) for text in (*ALWAYS_UNKNOWN, *self.unknown_texts)}
+
+    def identifier(self, text: str) -> str | None:
+        """Gives the text as it is, None where it says that it is not known."""
+        return None if self._says_unknown(text) else text
+
+    def value(self, column: str, text: str) -> str | None:
+        """Gives the value of an attribute, None where the text says that it is not known."""
+        if self._says_unknown(text):
+            self.count_unknown(column, text)
+            return None
+        value = _plain(text)
+        self._spellings.setdefault((column, value), set()).add(text)
+        return value
+
+    def count_unknown(self, column: str, text: str) -> None:
+        """Remembers a text that was taken for unknown."""
+        self._unknown.setdefault(column, Counter())[text] += 1
+
+    def notes(self, source: Path | str) -> list[str]:
+        """Says which texts were taken for one value, and how many cells for unknown."""
+        said = [
+            f"{source}: {column}: {' and '.join(map(repr, sorted(texts)))} are taken for one "
+            f"value, {value}"
+            for (column, value), texts in self._spellings.items()
+            if len(texts) > 1
+        ]
+        for column, counts in self._unknown.items():
+            cells = ", ".join(
+                f"{f'{text!r} in' if text else 'nothing in'} {count} cell{'s' * (count > 1)}"
+                for text, count in sorted(counts.items())
+            )
+            own = any(text.casefold() not in ALWAYS_UNKNOWN for text in counts)
+            hint = "; if that is a value of yours, name the other texts by --unknown-texts"
+            said.append(f"{source}: {column}: taken for unknown: {cells}{hint * own}")
+        return said
+
+    def _says_unknown(self, text: str) -> bool:
+        return alike(text) in self._saying_unknown
+
+
+def nfc(text: str) -> str:
+    """Writes accents together with their letters; macOS takes them apart in file names."""
+    return unicodedata.normalize("NFC", text)
+
+
+def alike(text: str) -> str:
+    """Gives the same for texts that a person may take for one: 1 and 001, P1 and p1."""
+    return _plain(text).casefold()
+
+
+def doubtful_identifiers(column: str, identifiers: Collection[str]) -> list[str]:
+    """Warns of identifiers that are kept apart but may be meant as one, or have lost digits."""
+    groups: dict[str, list[str]] = {}
+    for identifier in sorted({*identifiers}):
+        groups.setdefault(alike(identifier), []).append(identifier)
+    pairs = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    rounded = [name for name in sorted({*identifiers}) if _ROUNDED.fullmatch(name)]
+    warnings = []
+    if pairs:
+        warnings.append(f"warning: {column}: kept apart, as texts differ: {shown(pairs, 5)}")
+    if rounded:
+        warnings.append(
+            f"warning: {column}: {shown(rounded, 5)}: as a spreadsheet rounds long numbers, so "
+            "that several may have become one; write the csv again with these as text"
+        )
+    return warnings
+
+
+def read_table(
+    path: Path,
+    faults: list[DataError],
+    notes: list[str],
+    column_name: Callable[[str], str] = str,
+) -> Table:
+    """Reads a csv in UTF-8 whose cells are separated by commas, semicolons or tabs.
+
+    Blanks around cells, blank lines, lines that begin with #, and Excel's first line "sep=;" are
+    passed over.
+
+    Args:
+        path: the file.
+        faults, notes: rows that do not fit, and remarks, are added there.
+        column_name: makes the names by which columns are found.
+
+    Raises:
+        DataError: it is no csv, has no row, or two of its columns have one name.
+    """
+    with reading(path, "not a readable csv", "save it as CSV in UTF-8"):
+        content = path.read_bytes()
+        if kind := next(
+            (kind for magic, kind in _NO_TEXT.items() if content.startswith(magic)), ""
+        ):
+            raise ValueError(f"{kind}, expected text")
+        text = content.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("has zero bytes, as UTF-16 does")
+        lines, n_comments = _split(text)
+    if n_comments:
+        s = "s" * (n_comments > 1)
+        notes.append(f"{path}: {n_comments} line{s} that begin{'s' * (not s)} with # left out")
+    if len(lines) < 2:
+        raise DataError(f"{path}: has no row; expected a line of columns, and rows below it")
+    (_, header), *lines = lines
+    columns = tuple(column_name(name) for name in header)
+    if repeated := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise DataError(f"{path}: two columns are called {', '.join(repeated)}; rename one")
+    rows = []
+    for line, cells in lines:
+        if len(cells) < len(columns) or any(cells[len(columns) :]):
+            why = (
+                "the row is cut short"
+                if len(cells) < len(columns)
+                else "put what has a separator in it between quotes"
+            )
+            faults.append(
+                DataError(
+                    f"{path}:{line}: {len(cells)} cells, expected {len(columns)} "
+                    f"({', '.join(columns)}); {why}"
+                )
+            )
+        else:
+            rows.append(Row(line, dict(zip(columns, cells, strict=False))))
+    return Table(path, columns, tuple(rows), len(lines) - len(rows))
+
+
+def _split(text: str) -> tuple[list[tuple[int, list[str]]], int]:
+    """Takes a csv apart: each row that is not blank with its line, and the number of comments."""
+    physical = list(io.StringIO(text, newline=""))
+    n_comments = 0
+    at_row = True  # not within a quoted cell of several lines
+
+    def without_comments() -> Iterator[str]:
+        nonlocal n_comments, at_row
+        for line in physical:
+            comment = at_row and line.startswith("#")
+            n_comments += comment
+            at_row = False
+            yield "\n" if comment else line  # blank, so that lines keep their numbers
+
+    separator = None
+    if physical and (said := _SEPARATOR_LINE.fullmatch(physical[0])):
+        separator, physical[0] = said[1], "\n"
+    if separator is None:
+        first = next((line for line in physical if line.strip() and line[0] != "#"), "")
+        separator = max(",;\t", key=re.sub('"[^"]*"', "", first).count)
+    reader = csv.reader(without_comments(), delimiter=separator, strict=True)
+    rows = []
+    for row in reader:
+        at_row = True
+        cells = [nfc(cell.strip()) for cell in row]
+        if any(cells):
+            rows.append((reader.line_num, cells))
+    return rows, n_comments
+
+
+def _plain(text: str) -> str:
+    """Writes a whole number in one way, and leaves other texts alone."""
+    if (whole := _WHOLE.fullmatch(text)) is None:
+        return text
+    sign, digits = whole.groups()
+    return digits if sign != "-" or digits == "0" else f"-{digits}"
