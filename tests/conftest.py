@@ -2,13 +2,10 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
 
 # So that an assert in a harness tells what it compared, as one in a test does.
 pytest.register_assert_rewrite("harness", "helpers")
