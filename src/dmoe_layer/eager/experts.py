@@ -19,7 +19,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..dropout import Dropout
 from ..hidden_layer import keeps_hidden
-from ..operators import refuse_double_backward
+from ..operators import differentiable, refuse_double_backward
 from ..tensors import ExpertOptions, ExpertWeights
 from .dispatch import Block, Dispatch
 from .gemm import (
@@ -51,11 +51,12 @@ def experts(
     are converted block by block, so that no copy of them is kept for backward.
     """
     keep_hidden = keeps_hidden(x_TD, gates_TK, weights)
-    return _experts(x_TD, expert_indices_TK, gates_TK, *weights, *options, keep_hidden)[0]
+    y_TD: Tensor = _experts(x_TD, expert_indices_TK, gates_TK, *weights, *options, keep_hidden)[0]
+    return y_TD
 
 
 @torch.library.custom_op("dmoe_layer::experts", mutates_args=())
-def _experts(
+def experts_forward(
     x_TD: Tensor,
     expert_indices_TK: Tensor,
     gates_TK: Tensor,
@@ -91,7 +92,7 @@ def _experts(
         return y_TD, z_RH
 
 
-@_experts.register_fake
+@experts_forward.register_fake
 def _(x_TD, indices_TK, gates, w1_EHD, b1, w2, b2, act, p, seed, dtype, keep_hidden=False):  # type: ignore[no-untyped-def]
     shape = _hidden_shape(indices_TK, w1_EHD, keep_hidden)
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(shape, dtype=dtype)
@@ -412,10 +413,10 @@ def _backward(ctx: Any, dy_TD: Tensor | None, _: None) -> tuple[Tensor | None, .
     need_x, _, need_gates, *need_weights = ctx.needs_input_grad[:7]
     needed = [need_x, need_gates, *need_weights]
     options = (ctx.activation, ctx.dropout, seed, ctx.dtype, ctx.keep_hidden)
-    grads = experts_backward(dy_TD, *tensors, *options, needed)
+    grads = _experts_backward(dy_TD, *tensors, *options, needed)
     dx, dgates, *dweights = [g if need else None for g, need in zip(grads, needed, strict=True)]
     return dx, None, dgates, *dweights, *[None] * 5
 
 
-_experts.register_autograd(_backward, setup_context=_save_for_backward)
-refuse_double_backward(experts_backward)
+_experts = differentiable(experts_forward, _save_for_backward, _backward)
+_experts_backward = refuse_double_backward(experts_backward)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import refuse_double_backward, seeded_generator
+from ..operators import differentiable, refuse_double_backward, seeded_generator
 from ..tensors import RouterWeights, Routing
 from .gemm import MIN_GEMM_ROWS
 
@@ -35,7 +35,7 @@ def route(
     Returns:
         The routing, without attributes, and the plan: of this backend the experts' indices.
     """
-    logits_TE = router_logits(x, *weights, rows_BN, tokens_per_sample, seed)
+    logits_TE = _logits(x, *weights, rows_BN, tokens_per_sample, seed)
     scores_TK, indices_TK = logits_TE.topk(k, dim=-1)
     return Routing(indices_TK, F.softmax(scores_TK, dim=-1), logits_TE), indices_TK
 
@@ -209,8 +209,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, ...]:
-    return *router_logits_backward(dlogits_TE, *ctx.saved_tensors), None, None, None
+    return *_logits_backward(dlogits_TE, *ctx.saved_tensors), None, None, None
 
 
-router_logits.register_autograd(_backward, setup_context=_save_for_backward)
-refuse_double_backward(router_logits_backward)
+_logits = differentiable(router_logits, _save_for_backward, _backward)
+_logits_backward = refuse_double_backward(router_logits_backward)
