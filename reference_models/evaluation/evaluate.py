@@ -40,7 +40,14 @@ from .prediction import (
     open_run,
     predictions,
 )
-from .summary import case_scores, population_shares, region_scores, write_cases, write_summary
+from .summary import (
+    case_scores,
+    comparisons,
+    population_shares,
+    region_scores,
+    write_cases,
+    write_summary,
+)
 
 AS_GIVEN = "as given"
 CONTENTS = ("cases.csv", "summary.json", "report.html")
@@ -55,9 +62,9 @@ class Scoring:
     """Tolerance of the surface Dice, in the data's unit (mm, or pixels where the files do not say);
     take the distance between two experts' outlines if you know it."""
     resamples: int = 2000
-    """Number of resamples of the bootstrap."""
+    """Number of resamples of the bootstrap, and of shuffles of the group labels."""
     seed: int = 0
-    """Seed of the bootstrap, and of which attributes are told wrongly."""
+    """Seed of the bootstrap and the shuffles, and of which attributes are told wrongly."""
 
 
 @dataclass(frozen=True)
@@ -315,6 +322,7 @@ def _write(
         population=population_shares(dataset, result.cases),
         policy=POLICY,
         conditions=tuple(conditions),
+        comparisons=comparisons(conditions[0].scores),
     )
     rows = case_scores(dataset, result.cases, result.scored[AS_GIVEN])
     write_cases(folder / "cases.csv", rows, dataset.unit)
