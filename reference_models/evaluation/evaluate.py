@@ -81,10 +81,9 @@ class EvaluateRun(RunSettings):
     def folder(self) -> Path:
         return self.out or self.run / f"evaluation-{self.split}"
 
-    def score(self) -> Path:
-        """Does as `evaluate_run` and returns the folder that it wrote."""
-        evaluate_run(self)
-        return self.folder
+    def score(self) -> tuple[Path, Summary]:
+        """Does as `evaluate_run`; the folder that it wrote comes first."""
+        return self.folder, evaluate_run(self)
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,9 @@ class EvaluatePredictions:
     """Folder to write."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
-    def score(self) -> Path:
-        """Does as `evaluate_predictions` and returns the folder that it wrote."""
-        evaluate_predictions(self)
-        return self.out
+    def score(self) -> tuple[Path, Summary]:
+        """Does as `evaluate_predictions`; the folder that it wrote comes first."""
+        return self.out, evaluate_predictions(self)
 
 
 def evaluate_run(settings: EvaluateRun) -> Summary:

@@ -166,7 +166,9 @@ def _region_scores(
     if not shares:  # nobody's value is known
         none = Estimate(None)
         nothing = dict.fromkeys(METRICS, none)
-        return RegionScores(region, group_scores, nothing, "", *[none] * 5, {})
+        return RegionScores(
+            region, group_scores, nothing, "", none, none, none, none, none, compared={}
+        )
     dice = known["dice"]
     n_subjects = {group: sample.n_subjects(sample.members(group)) for group in shares}
     # Without a group of two subjects or more, no draw differs from another.

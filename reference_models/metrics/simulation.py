@@ -125,7 +125,7 @@ def coverage(scene: Scene, repetitions: int, resamples: int, seed: int = 0) -> C
         raise ValueError(f"repetitions: got {repetitions}, expected 1 or more.")
     rng = np.random.default_rng(seed)
     shares = fairness.shares_of(dict(enumerate(scene.sizes)))
-    truth = _numbers({group: np.array([mean]) for group, mean in enumerate(scene.means)}, shares)
+    true = truth(scene)
     rows = []
     for repetition in range(repetitions):
         scores_N, groups, subjects = scene.draw(rng)
@@ -141,23 +141,30 @@ def coverage(scene: Scene, repetitions: int, resamples: int, seed: int = 0) -> C
         }
         found = compare(drawn, shuffled, shares, n_subjects)
         for name, values_D in _numbers(drawn, shares).items():
-            true, estimate = truth[name][0], found[name].corrected
+            estimate = found[name].corrected
             low, high = fairness.interval(values_D[1:]) or (np.nan, np.nan)
             assert estimate.value is not None
             assert estimate.low is not None
             assert estimate.high is not None
             rows.append(
                 (
-                    low <= true <= high,
+                    low <= true[name] <= high,
                     # The interval of groups that are alike ends at the truth itself.
-                    estimate.low - 1e-9 <= true <= estimate.high + 1e-9,
-                    values_D[0] - true,
-                    estimate.value - true,
+                    estimate.low - 1e-9 <= true[name] <= estimate.high + 1e-9,
+                    values_D[0] - true[name],
+                    estimate.value - true[name],
                     found[name].p_value <= 0.05,
                 )
             )
     means = np.array(rows, dtype=float).reshape(repetitions, len(NUMBERS), -1).mean(axis=0)
     return Coverage(*(dict(zip(NUMBERS, column, strict=True)) for column in means.T.tolist()))
+
+
+def truth(scene: Scene) -> dict[str, float]:
+    """What there is to be found, by the names of `NUMBERS`."""
+    means = {group: np.array([mean]) for group, mean in enumerate(scene.means)}
+    shares = fairness.shares_of(dict(enumerate(scene.sizes)))
+    return {name: value.item() for name, value in _numbers(means, shares).items()}
 
 
 def _numbers(means: Mapping[int, np.ndarray], shares: Mapping[int, float]) -> dict[str, np.ndarray]:
@@ -174,8 +181,9 @@ def table(found: Sequence[tuple[Scene, Coverage]]) -> str:
     def percents(values: Mapping[str, float]) -> str:
         return " / ".join(f"{100 * values[name]:.0f}" for name in NUMBERS)
 
-    def biases(values: Mapping[str, float]) -> str:
-        return " / ".join(f"{round(values[name], 3) + 0.0:+.3f}".replace("0.", ".") for name in NUMBERS)
+    def values(scene: Scene, bias: Mapping[str, float]) -> str:
+        true = truth(scene)
+        return " / ".join(f"{true[name] + bias[name]:.3f}".removeprefix("0") for name in NUMBERS)
 
     lines = [
         [
@@ -183,15 +191,16 @@ def table(found: Sequence[tuple[Scene, Coverage]]) -> str:
             f"{scene.lower:g}",
             percents(counts.percentile),
             percents(counts.corrected),
-            biases(counts.measured_bias),
-            biases(counts.corrected_bias),
+            values(scene, dict.fromkeys(NUMBERS, 0.0)),
+            values(scene, counts.measured_bias),
+            values(scene, counts.corrected_bias),
             f"{100 * counts.unlikely['gap']:.0f}",
         ]
         for scene, counts in found
     ]
     header = [
         "cases by group", "last group lower by", "percentile interval holds, %",
-        "report's interval holds, %", "bias of the measured", "bias of the corrected",
+        "report's interval holds, %", "truth", "measured, mean", "corrected, mean",
         "p of the gap ≤ .05, %",
     ]  # fmt: skip
     return markdown_table(header, lines)

@@ -59,6 +59,7 @@ def block(results: Path, figures: str, *, whole: bool) -> str:
             sections.ablations(read),
             sections.rates(read),
             sections.spread(read),
+            sections.strict(read),
         ]
     parts.append(sections.links(read, figures))
     return "\n\n".join(part for part in parts if part)
