@@ -57,9 +57,9 @@ def block(results: Path, figures: str, *, whole: bool) -> str:
             sections.against(read),
             sections.told(read),
             sections.ablations(read),
+            sections.strict(read),
             sections.rates(read),
             sections.spread(read),
-            sections.strict(read),
         ]
     parts.append(sections.links(read, figures))
     return "\n\n".join(part for part in parts if part)

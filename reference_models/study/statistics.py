@@ -240,9 +240,10 @@ def student_interval(
 
     Where all seeds share one test set, they do not show how far its cases move the mean. The blocks
     of neighbouring cases do: their variance is added, and the degrees of freedom are Welch's and
-    Satterthwaite's (Biometrics Bulletin 2(6), 1946). In simulations as those of `Resampled`, where
-    percentile intervals of five seeds hold the truth in 83 % of the samples, this one does in 95 %;
-    with 24 slices of which neighbours correlate by .7, in 93 %, where the former do in 72 %.
+    Satterthwaite's (Biometrics Bulletin 2(6), 1946). Simulated 4,000 and 200 times: that of five
+    seeds alone holds the truth in 96 %; with 24 slices, of which neighbours correlate by .7 and
+    which matter more than seeds do, in 92 %, where `Resampled`'s holds it in 65 %; by .8 and with
+    seeds all alike, in 84 %, where the other does in 46 %.
 
     Args:
         by_seed: what the mean is of, independent where seeds have test sets of their own.
