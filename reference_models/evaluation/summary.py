@@ -112,12 +112,14 @@ class _Sample:
         drawn: by group, its cases in each draw of the bootstrap.
         known: the cases whose value is known.
         shuffled_DN: the group of each of these in each shuffle.
+        seed: of all draws.
     """
 
     subjects: Sequence[str]
     drawn: Mapping[int, np.ndarray]
     known: Sequence[int]
     shuffled_DN: np.ndarray
+    seed: int
 
     @classmethod
     def of(cls, groups: Sequence[int], cases: Sequence[Case], resamples: int, seed: int) -> _Sample:
@@ -130,15 +132,15 @@ class _Sample:
             shuffled_groups(
                 [groups[i] for i in known], [subjects[i] for i in known], resamples, seed
             ),
+            seed,
         )
 
     def members(self, group: int) -> list[int]:
         """The cases of a group, which may have none."""
-        return (
-            [case for case in self.drawn[group][0].tolist() if case >= 0]
-            if group in self.drawn
-            else []
-        )
+        if group not in self.drawn:
+            return []
+        row_P = self.drawn[group][0]
+        return row_P[row_P >= 0].tolist()
 
     def n_subjects(self, cases: Iterable[int]) -> int:
         return len({self.subjects[case] for case in cases})
@@ -181,6 +183,7 @@ def _region_scores(
             shuffled_means(values[metric][sample.known], sample.shuffled_DN),
             shares,
             n_subjects,
+            sample.seed,
         )
         for metric in ("dice", "iou")
     )

@@ -89,7 +89,7 @@ class Scene:
 SIZES = ((1500, 300, 200), (30, 30, 30), (10,) * 5, (10, 60, 200, 300, 80))
 SCENES = (
     *(Scene(sizes, lower) for sizes in SIZES for lower in (0.0, 0.02, 0.04, 0.08)),
-    *(Scene((20,) * 10, lower) for lower in (0.0, 0.04)),
+    *(Scene(sizes, lower) for sizes in ((20,) * 10, (30,) * 20) for lower in (0.0, 0.04)),
     *(Scene((200, 200), lower, images) for images in (2, 5) for lower in (0.0, 0.04)),
     *(Scene((40, 40, 40), lower, crossed=True) for lower in (0.0, 0.02)),
     *(Scene(sizes, lower, missed=True) for sizes in SIZES for lower in (0.0, 0.04)),
@@ -139,7 +139,7 @@ def coverage(scene: Scene, repetitions: int, resamples: int, seed: int = 0) -> C
             group: len({s for g, s in zip(groups, subjects, strict=True) if g == group})
             for group in drawn
         }
-        found = compare(drawn, shuffled, shares, n_subjects)
+        found = compare(drawn, shuffled, shares, n_subjects, repetition)
         for name, values_D in _numbers(drawn, shares).items():
             estimate = found[name].corrected
             low, high = fairness.interval(values_D[1:]) or (np.nan, np.nan)

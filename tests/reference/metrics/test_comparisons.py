@@ -10,10 +10,11 @@ from scipy.stats import permutation_test, ttest_1samp
 from reference_models.metrics import fairness
 from reference_models.metrics.comparisons import (
     compare,
-    limits_of_minimum,
+    lower_limit,
     shrunk_means,
     shuffled_groups,
     shuffled_means,
+    upper_limit,
 )
 from reference_models.metrics.simulation import SCENES, Scene, coverage, table
 from reference_models.report.words import COVERAGE
@@ -29,7 +30,7 @@ def compared(scores, groups, subjects=None, *, draws=2000, shares=None, seed=0):
     pairs = {*zip(groups, subjects, strict=True)}
     n_subjects = {group: sum(g == group for g, _ in pairs) for group in drawn}
     counts = {group: groups.count(group) for group in drawn}
-    return compare(drawn, shuffled, shares or fairness.shares_of(counts), n_subjects)
+    return compare(drawn, shuffled, shares or fairness.shares_of(counts), n_subjects, seed)
 
 
 def test_subjects_bring_all_their_cases_to_a_draw_and_groups_keep_their_number_of_them():
@@ -116,16 +117,21 @@ def test_every_number_by_chance_as_a_loop_finds_it():
         assert found[name].p_value == pytest.approx(as_unequal / 401)
 
 
-def test_where_groups_lie_far_apart_the_interval_is_that_of_the_lowest_group_by_student():
-    rng = np.random.default_rng(4)
-    low, high = rng.normal(0.4, 0.05, 12), rng.normal(0.8, 0.05, 12)
-    found = compared(np.r_[low, high], [0] * 12 + [1] * 12, draws=8000)
+@pytest.mark.parametrize("cases", [6, 12])
+def test_of_groups_far_apart_intervals_are_students_and_behrens_and_fishers(cases):
+    low, high = 0.3 + np.linspace(-0.03, 0.03, cases), 0.8 + np.linspace(-0.05, 0.05, cases)
+    found = compared(np.r_[low, high], [0] * cases + [1] * cases, draws=20000)
     student = ttest_1samp(low, 0).confidence_interval()
-    corrected = found["worst"].corrected
-    assert corrected.value == pytest.approx(low.mean(), abs=2e-3)
-    assert [corrected.low, corrected.high] == pytest.approx([student.low, student.high], abs=4e-3)
-    assert found["gap"].corrected.value == pytest.approx(high.mean() - low.mean(), abs=2e-3)
-    assert found["gap"].p_value < 0.001
+    t = np.random.default_rng(1).standard_t(cases - 1, (200000, 2))
+    apart = 0.5 + t @ [sample.std(ddof=1) / cases**0.5 for sample in (low, high)]
+    for name, value, limits in (
+        ("worst", 0.3, [student.low, student.high]),
+        ("gap", 0.5, np.quantile(apart, [0.025, 0.975])),
+    ):
+        corrected = found[name].corrected
+        assert corrected.value == pytest.approx(value, abs=2e-3)
+        assert [corrected.low, corrected.high] == pytest.approx(limits, abs=0.03 * np.ptp(limits))
+    assert found["gap"].p_value < 0.003
 
 
 def test_groups_no_further_apart_than_by_chance_have_no_gap_and_an_interval_from_it():
@@ -142,7 +148,8 @@ def test_the_minimum_lies_above_the_lowest_lower_limit_and_below_all_upper_limit
     rng = np.random.default_rng(5)
     values, spread = np.array([0.5, 0.52, 0.9]), np.array([0.02, 0.05, 0.01])
     draws = values + spread * rng.standard_normal((200000, 3))
-    low, high = limits_of_minimum(np.concatenate([values[None], draws]))
+    members = np.concatenate([values[None], draws])
+    low, high = lower_limit(members), upper_limit(members)
     assert low == pytest.approx(0.52 - 1.96 * 0.05, abs=2e-3)
     # 2.391: three independent normal numbers are below it at once with probability .975.
     assert high == pytest.approx(0.5 + 2.391 * 0.02, abs=1e-3)
@@ -214,6 +221,7 @@ def test_groups_of_the_same_subjects_are_compared_within_each():
         (Scene((10,) * 5), True),
         (Scene((60, 60), images=2), True),
         (Scene((10, 60, 200), 0.02), False),
+        (Scene((15,) * 15), True),
     ],
 )
 def test_intervals_hold_the_truth_of_groups_that_are_alike_and_of_others(scene, percentile_fails):
