@@ -9,10 +9,10 @@ from ..metrics.scores import RegionScores, Summary
 LIKELY = 0.05  # a p-value above it is what chance shows often enough
 # What `metrics.simulation` has found; its table is in reference_models/README.md.
 COVERAGE = (
-    "In simulations of three to five groups of 10 to 1,500 cases, alike or one of them lower by up "
-    "to 0.08, they held the truth in at least 94 of 100 samples; with ten groups of 20 in at least "
-    "89; and with one case in twenty missed altogether, and a group of 10 beside larger ones, in "
-    "at least 87."
+    "In simulations of two to ten groups of 10 to 1,500 cases, alike or one of them lower by up to "
+    "0.08, they held the truth in at least 93 of 100 samples; with twenty groups of 30 in at least "
+    "87; and where one case in twenty is missed altogether, and a group of 10 stands beside larger "
+    "ones, in at least 88."
 )
 
 

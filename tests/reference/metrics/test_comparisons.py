@@ -245,9 +245,9 @@ def test_the_page_and_the_report_say_at_which_sizes_the_intervals_hold():
     ]
     assert [(row[0], float(row[1])) for row in rows] == [(s.title, s.lower) for s in SCENES]
     assert header[3] == "report's interval holds, %"
-    held = {"groups": 100, "ten": 100, "missed": 100}
+    held = {"groups": 100, "twenty": 100, "missed": 100}
     for scene, row in zip(SCENES, rows, strict=True):
-        kind = "missed" if scene.missed else "ten" if len(scene.sizes) == 10 else "groups"
+        kind = "missed" if scene.missed else "twenty" if len(scene.sizes) == 20 else "groups"
         held[kind] = min(held[kind], *map(int, row[3].split(" / ")))
     said = re.search(
         r"(\d+) of 100 samples; .* in at least (\d+); .* in at least (\d+)\.", COVERAGE
