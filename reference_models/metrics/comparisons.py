@@ -179,8 +179,8 @@ def _student_tails(deviations_DG: np.ndarray, freedom_G: np.ndarray, seed: int) 
     Where groups share their subjects, what their variances err by correlates as well, by the square
     of the means' correlation.
     """
-    spread_G = np.maximum(deviations_DG.std(axis=0), _TINY)
-    scaled_DG = deviations_DG / spread_G
+    centred_DG = deviations_DG - deviations_DG.mean(axis=0)
+    scaled_DG = centred_DG / np.maximum(centred_DG.std(axis=0), _TINY)
     squared_GG = (scaled_DG.T @ scaled_DG / len(scaled_DG)) ** 2
     np.fill_diagonal(squared_GG, 1.0)
     normal_DG = np.random.default_rng((seed, 2)).multivariate_normal(

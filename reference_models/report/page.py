@@ -23,7 +23,7 @@ from ..metrics.scores import (
 )
 from .charts import MOST_DOTS, chart, heat
 from .pictures import LONGEST, Picture, colour_of, data_uri, examples, pictures_wanted
-from .words import COVERAGE, comparisons_made, gap_by_chance, tests_of
+from .words import COVERAGE, comparisons_made, gap_by_chance, gaps_compared
 
 
 def write_report(
@@ -64,7 +64,7 @@ def write_report(
         chart=lambda attribute, scores: chart(cases, attribute, scores),
         finding=_finding,
         compared=_compared,
-        by_chance=lambda scores: gap_by_chance(scores, tests_of(summary)),
+        by_chance=lambda scores: gap_by_chance(scores, gaps_compared(summary)),
         comparisons_made=comparisons_made(summary),
         coverage=COVERAGE,
         counted=_counted(summary),

@@ -54,7 +54,7 @@ def gap_by_chance(scores: RegionScores, tests: int) -> str:
     return " ".join(sentences)
 
 
-def tests_of(summary: Summary) -> int:
+def gaps_compared(summary: Summary) -> int:
     """How many gaps an evaluation holds against chance: one a region and attribute."""
     return sum(
         bool(region.compared)
@@ -75,7 +75,7 @@ def comparisons_made(summary: Summary) -> str:
         'Compared were 6 group means by site (groups times regions), in 2 gaps. Of 20 gaps between
         groups served alike, about one has a probability of 0.05 or less.'
     """
-    tests = tests_of(summary)
+    tests = gaps_compared(summary)
     if not tests:
         return ""
     means = ", ".join(
@@ -91,7 +91,7 @@ def findings(summary: Summary) -> Iterator[str]:
     """Gives the gaps of an evaluation line by line, for a terminal."""
     for attribute, regions in summary.conditions[0].scores.items():
         for scores in regions:
-            if said := gap_by_chance(scores, tests_of(summary)):
+            if said := gap_by_chance(scores, gaps_compared(summary)):
                 yield f"{scores.region} by {attribute}: the gap is {scores.gap.value:.3f}. {said}"
     if said := comparisons_made(summary):
         yield said
