@@ -20,6 +20,7 @@ from .errors import DataError, RunError
 from .evaluation.evaluate import EvaluatePredictions, EvaluateRun
 from .evaluation.prediction import PredictSettings, predict
 from .recipes.presets import DESCRIPTIONS, PRESETS
+from .report.words import findings
 from .study.command import StudySettings, study
 from .terminal import print_anything
 from .training.loop import train
@@ -76,7 +77,10 @@ def _train(recipe: Annotated[_Preset, tyro.conf.arg(name="")], resume: bool = Fa
 
 def _evaluate(settings: Annotated[_Evaluated, tyro.conf.arg(name="")]) -> int:
     """Scores a trained run, or masks by any other tool, and writes csv, json and a report."""
-    print(f"report: {settings.score() / 'report.html'}")
+    folder, summary = settings.score()
+    for finding in findings(summary):
+        print(finding)
+    print(f"report: {folder / 'report.html'}")
     return 0
 
 

@@ -23,6 +23,7 @@ from .metrics.scores import RegionScores, Summary
 from .recipes.networks import TransUNetSettings
 from .recipes.presets import PRESETS
 from .recipes.recipe import Recipe
+from .report.words import findings
 from .terminal import print_anything
 from .training.loop import train
 from .workers import workers
@@ -86,7 +87,8 @@ def demo(settings: DemoSettings) -> dict[str, Summary]:
     console.print(logs, soft_wrap=True, markup=False, highlight=False)
     summaries = {name: evaluate_run(EvaluateRun(run.out)) for name, run in runs.items()}
     console.print(_table(summaries))
-    console.print(f"\n{_finding(summaries)}\n\n{LIMITS}\n")
+    chance = " ".join(findings(summaries["dmoe"]))
+    console.print(f"\n{_finding(summaries)}\n\n[bold]Chance.[/] dmoe: {chance}\n\n{LIMITS}\n")
     for name, report in reports.items():
         console.print(f"{name:<9} {report}", soft_wrap=True)
     return summaries

@@ -40,7 +40,14 @@ from .prediction import (
     open_run,
     predictions,
 )
-from .summary import case_scores, population_shares, region_scores, write_cases, write_summary
+from .summary import (
+    case_scores,
+    comparisons,
+    population_shares,
+    region_scores,
+    write_cases,
+    write_summary,
+)
 
 AS_GIVEN = "as given"
 CONTENTS = ("cases.csv", "summary.json", "report.html")
@@ -55,9 +62,9 @@ class Scoring:
     """Tolerance of the surface Dice, in the data's unit (mm, or pixels where the files do not say);
     take the distance between two experts' outlines if you know it."""
     resamples: int = 2000
-    """Number of resamples of the bootstrap."""
+    """Number of resamples of the bootstrap, and of shuffles of the group labels."""
     seed: int = 0
-    """Seed of the bootstrap, and of which attributes are told wrongly."""
+    """Seed of the bootstrap and the shuffles, and of which attributes are told wrongly."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,9 @@ class EvaluateRun(RunSettings):
     def folder(self) -> Path:
         return self.out or self.run / f"evaluation-{self.split}"
 
-    def score(self) -> Path:
-        """Does as `evaluate_run` and returns the folder that it wrote."""
-        evaluate_run(self)
-        return self.folder
+    def score(self) -> tuple[Path, Summary]:
+        """Does as `evaluate_run`; the folder that it wrote comes first."""
+        return self.folder, evaluate_run(self)
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,9 @@ class EvaluatePredictions:
     """Folder to write."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
-    def score(self) -> Path:
-        """Does as `evaluate_predictions` and returns the folder that it wrote."""
-        evaluate_predictions(self)
-        return self.out
+    def score(self) -> tuple[Path, Summary]:
+        """Does as `evaluate_predictions`; the folder that it wrote comes first."""
+        return self.out, evaluate_predictions(self)
 
 
 def evaluate_run(settings: EvaluateRun) -> Summary:
@@ -320,6 +325,7 @@ def _write(
         policy=POLICY,
         conditions=tuple(conditions),
         about=dataset.about,
+        comparisons=comparisons(conditions[0].scores),
     )
     rows = case_scores(dataset, result.cases, result.scored[AS_GIVEN])
     write_cases(folder / "cases.csv", rows, dataset.unit)

@@ -1,6 +1,6 @@
 """From the scores of cases to the tables of `scores.Summary`, to `cases.csv` and `summary.json`.
 
-Shapes: N cases, D draws of the bootstrap (row 0: the cases themselves).
+Shapes: N cases, D draws or shuffles (row 0: the cases themselves).
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from ..data.cases import UNKNOWN, Attribute, Case, Dataset
 from ..files import write_whole
 from ..metrics import fairness
+from ..metrics.comparisons import compare, shuffled_groups, shuffled_means
 from ..metrics.region import RegionScore
 from ..metrics.scores import METRICS, CaseScore, Estimate, GroupScores, RegionScores, Summary
 
@@ -72,29 +73,87 @@ def region_scores(
         dataset: whose regions, attributes and population these are.
         cases: those that were scored.
         scored: for each case, the score of each region in the data set's order.
-        resamples, seed: of the bootstrap. All regions share its draws, and so do two calls with
-            the same cases, so that what differs between them is not the draw.
+        resamples, seed: of the bootstrap, and of the shuffles of group labels. All regions share
+            its draws, and so do two calls with the same cases, so that what differs between them is
+            not the draw. Subjects are drawn and shuffled, with all their cases.
     """
     shares = population_shares(dataset, cases)
     tables = {}
     for place, attribute in enumerate(dataset.attributes):
-        groups = [case.attributes[place] for case in cases]
-        drawn = fairness.draws(groups, resamples, seed)
-        present = {group: shares[attribute.name][group] for group in drawn if group != UNKNOWN}
+        sample = _Sample.of([case.attributes[place] for case in cases], cases, resamples, seed)
+        present = {
+            group: shares[attribute.name][group] for group in sample.drawn if group != UNKNOWN
+        }
         tables[attribute.name] = tuple(
-            _region_scores(name, [row[at] for row in scored], attribute, drawn, present)
+            _region_scores(name, [row[at] for row in scored], attribute, sample, present)
             for at, name in enumerate(dataset.regions)
         )
     return tables
+
+
+def comparisons(scores: Mapping[str, Sequence[RegionScores]]) -> dict[str, int]:
+    """How many group means are compared, by attribute: groups that have a case, times regions."""
+    return {
+        attribute: sum(
+            group.n > 0 and group.value != "unknown"
+            for region in regions
+            for group in region.groups
+        )
+        for attribute, regions in scores.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The cases by one attribute, and what may have come out by chance instead.
+
+    Args:
+        subjects: each case's.
+        drawn: by group, its cases in each draw of the bootstrap.
+        known: the cases whose value is known.
+        shuffled_DN: the group of each of these in each shuffle.
+        seed: of all draws.
+    """
+
+    subjects: Sequence[str]
+    drawn: Mapping[int, np.ndarray]
+    known: Sequence[int]
+    shuffled_DN: np.ndarray
+    seed: int
+
+    @classmethod
+    def of(cls, groups: Sequence[int], cases: Sequence[Case], resamples: int, seed: int) -> _Sample:
+        subjects = [case.subject for case in cases]
+        known = [place for place, group in enumerate(groups) if group != UNKNOWN]
+        return cls(
+            subjects,
+            fairness.draws(groups, resamples, seed, subjects),
+            known,
+            shuffled_groups(
+                [groups[i] for i in known], [subjects[i] for i in known], resamples, seed
+            ),
+            seed,
+        )
+
+    def members(self, group: int) -> list[int]:
+        """The cases of a group, which may have none."""
+        if group not in self.drawn:
+            return []
+        row_P = self.drawn[group][0]
+        return row_P[row_P >= 0].tolist()
+
+    def n_subjects(self, cases: Iterable[int]) -> int:
+        return len({self.subjects[case] for case in cases})
 
 
 def _region_scores(
     region: str,
     scored: Sequence[RegionScore],
     attribute: Attribute,
-    drawn: Mapping[int, np.ndarray],
+    sample: _Sample,
     shares: Mapping[int, float],
 ) -> RegionScores:
+    drawn = sample.drawn
     values = {
         metric: np.array([getattr(score, metric) for score in scored], dtype=np.float64)
         for metric in METRICS  # None becomes NaN
@@ -103,17 +162,31 @@ def _region_scores(
     known = {metric: {group: means[metric][group] for group in shares} for metric in METRICS}
     groups = [*range(len(attribute.values)), *([UNKNOWN] if UNKNOWN in drawn else [])]
     group_scores = tuple(
-        _group_scores(attribute.label(group), group, scored, drawn, values, means)
+        _group_scores(attribute.label(group), group, scored, sample, values, means)
         for group in groups
     )
     if not shares:  # nobody's value is known
         none = Estimate(None)
         nothing = dict.fromkeys(METRICS, none)
-        return RegionScores(region, group_scores, nothing, "", *[none] * 5)
+        return RegionScores(
+            region, group_scores, nothing, "", none, none, none, none, none, compared={}
+        )
     dice = known["dice"]
-    # Without a group of two cases or more, no draw differs from another.
-    spread = any(drawn[group].shape[1] > 1 for group in shares)
+    n_subjects = {group: sample.n_subjects(sample.members(group)) for group in shares}
+    # Without a group of two subjects or more, no draw differs from another.
+    spread = max(n_subjects.values()) > 1
     cases_DN = np.concatenate([drawn[group] for group in shares], axis=1)
+    dice_DN = np.append(values["dice"], np.nan)[cases_DN]  # at -1, no case
+    compared, compared_iou = (
+        compare(
+            known[metric],
+            shuffled_means(values[metric][sample.known], sample.shuffled_DN),
+            shares,
+            n_subjects,
+            sample.seed,
+        )
+        for metric in ("dice", "iou")
+    )
     lowest = fairness.worst_group({group: float(means_D[0]) for group, means_D in dice.items()})
     return RegionScores(
         region=region,
@@ -124,9 +197,10 @@ def _region_scores(
         worst_group=attribute.label(lowest),
         worst=_estimate(fairness.worst(dice), spread),
         gap=_estimate(fairness.gap(dice), spread),
-        percentile_10=_estimate(np.percentile(values["dice"][cases_DN], 10, axis=1), spread),
+        percentile_10=_estimate(np.nanpercentile(dice_DN, 10, axis=1), spread),
         es_dice=_estimate(fairness.es_dice(dice, shares), spread),
         es_iou=_estimate(fairness.es_dice(known["iou"], shares), spread),
+        compared=compared | ({"es_iou": compared_iou["es_dice"]} if compared_iou else {}),
     )
 
 
@@ -134,28 +208,32 @@ def _group_scores(
     value: str,
     group: int,
     scored: Sequence[RegionScore],
-    drawn: Mapping[int, np.ndarray],
+    sample: _Sample,
     values: Mapping[str, np.ndarray],
     means: Mapping[str, Mapping[int, np.ndarray]],
 ) -> GroupScores:
-    members = drawn[group][0].tolist() if group in drawn else []
-    defined = {metric: int(np.isfinite(values[metric][members]).sum()) for metric in METRICS}
+    members = sample.members(group)
+    defined = {
+        metric: [at for at in members if math.isfinite(values[metric][at])] for metric in METRICS
+    }
+    n_subjects = sample.n_subjects(members)
     sizes = [(scored[at].truth_size, scored[at].predicted_size) for at in members]
     return GroupScores(
         value=value,
         n=len(members),
-        judged=len(members) >= fairness.SMALL_GROUP,
+        judged=n_subjects >= fairness.SMALL_GROUP,
         metrics={
-            # One case has a value and tells nothing of how it varies.
-            metric: _estimate(means[metric][group], spread=defined[metric] > 1)
+            # One subject has a value and tells nothing of how it varies.
+            metric: _estimate(means[metric][group], spread=sample.n_subjects(defined[metric]) > 1)
             if members
             else Estimate(None)
             for metric in METRICS
         },
-        n_defined=defined,
+        n_defined={metric: len(cases) for metric, cases in defined.items()},
         empty_truth=sum(truth == 0 for truth, _ in sizes),
         missed=sum(truth > 0 and predicted == 0 for truth, predicted in sizes),
         false_alarm=sum(truth == 0 and predicted > 0 for truth, predicted in sizes),
+        n_subjects=n_subjects,
     )
 
 

@@ -1,6 +1,6 @@
 """Holds what an evaluation found: plain dataclasses for `summary.json` and the report.
 
-Every number that rests on a sample of cases is an `Estimate`, a value with its bootstrap interval.
+Every number that rests on a sample of cases is an `Estimate`, a value with its interval.
 """
 
 from __future__ import annotations
@@ -13,11 +13,28 @@ METRICS = ("dice", "iou", "hd95", "surface_dice")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % bootstrap interval; None where no case defines it."""
+    """A value and its 95 % interval, of a bootstrap; None where no case defines it."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A number that spans groups, held against what groups served alike would show by chance.
+
+    Args:
+        corrected: estimate and 95 % interval that allow for chance (`comparisons.compare`); None
+            where a group has a single subject.
+        chance: mean and 95 % range of the number when group labels are shuffled among subjects.
+        p_value: the share of these shuffles, the true labels among them, in which groups are as
+            unequal as measured.
+    """
+
+    corrected: Estimate
+    chance: Estimate
+    p_value: float
 
 
 @dataclass(frozen=True)
@@ -27,11 +44,12 @@ class GroupScores:
     Args:
         value: its name; "unknown" for cases whose attribute is not known.
         n: cases.
-        judged: False where n is too small to judge by; shown all the same.
+        judged: False where there are too few subjects to judge by; shown all the same.
         metrics: mean of each of `METRICS` over the cases that define it.
         n_defined: how many cases those are, by metric.
         empty_truth, missed, false_alarm: cases whose truth is empty; whose truth is not and the
             prediction is; whose truth is empty and the prediction is not.
+        n_subjects: patients or lesions that the cases are of; these are what the bootstrap draws.
     """
 
     value: str
@@ -42,6 +60,7 @@ class GroupScores:
     empty_truth: int
     missed: int
     false_alarm: int
+    n_subjects: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,10 @@ class RegionScores:
     `overall`, `worst`, `gap`, `percentile_10`, `es_dice` and `es_iou` are over the cases whose
     value is known, the same cases for all of them; the unknown ones are a group of their own. Where
     no value is known, `worst_group` is "" and the estimates have no value.
+
+    `compared` has the keys "worst", "gap", "es_dice" and "es_iou", and none where fewer than two
+    groups have a case. Of these four, the estimate outside `compared` is what was measured, with
+    the percentile interval of its draws, which leaves out the truth where groups are nearly alike.
     """
 
     region: str
@@ -62,6 +85,7 @@ class RegionScores:
     percentile_10: Estimate  # of the cases' Dice
     es_dice: Estimate
     es_iou: Estimate
+    compared: Mapping[str, Comparison]
 
 
 @dataclass(frozen=True)
@@ -91,13 +115,15 @@ class Summary:
         n_cases: cases scored.
         unit: of hd95 ("mm" or "px").
         tolerance: of the surface Dice, in `unit`.
-        small_group: groups with fewer cases are marked as too small to judge.
+        small_group: groups with fewer subjects are marked as too small to judge.
         resamples: of the bootstrap.
         attributes: names, each with the names of its values.
         population: by attribute, each value's share in "overall"; 0 for a value without cases,
             whose share the others take over in proportion to theirs.
         policy: how empty masks are scored, in a sentence.
         conditions: "as given" comes first.
+        comparisons: by attribute, how many group means are compared: groups that have a case, times
+            regions.
         about: what the data say of themselves, empty if they say nothing.
     """
 
@@ -113,6 +139,7 @@ class Summary:
     population: Mapping[str, tuple[float, ...]]
     policy: str
     conditions: tuple[Condition, ...]
+    comparisons: Mapping[str, int]
     about: str = ""
 
 

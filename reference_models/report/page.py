@@ -7,15 +7,23 @@ the page needs besides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..files import write_whole
-from ..metrics.scores import CaseScore, Estimate, GroupScores, RegionScores, Summary
+from ..metrics.scores import (
+    CaseScore,
+    Comparison,
+    Estimate,
+    GroupScores,
+    RegionScores,
+    Summary,
+)
 from .charts import MOST_DOTS, chart, heat
 from .pictures import LONGEST, Picture, colour_of, data_uri, examples, pictures_wanted
+from .words import COVERAGE, comparisons_made, gap_by_chance, gaps_compared
 
 
 def write_report(
@@ -55,6 +63,11 @@ def write_report(
         legend=[(name, colour_of(label)) for label, name in enumerate(classes) if label],
         chart=lambda attribute, scores: chart(cases, attribute, scores),
         finding=_finding,
+        compared=_compared,
+        by_chance=lambda scores: gap_by_chance(scores, gaps_compared(summary)),
+        comparisons_made=comparisons_made(summary),
+        coverage=COVERAGE,
+        counted=_counted(summary),
         heat=heat,
         rows=_rows,
         zip=zip,
@@ -64,6 +77,17 @@ def write_report(
     # A file name that is no UTF-8 does not cost the report.
     content = page.encode("utf-8", errors="replace")
     write_whole(path, lambda target: target.write_bytes(content))
+
+
+def _counted(summary: Summary) -> str:
+    """Names what a group's size is counted in: subjects, where some have several cases."""
+    groups = (
+        group
+        for regions in summary.conditions[0].scores.values()
+        for region in regions
+        for group in region.groups
+    )
+    return "subjects" if any(group.n_subjects < group.n for group in groups) else "cases"
 
 
 @dataclass(frozen=True)
@@ -99,14 +123,33 @@ def _pair(groups: Sequence[GroupScores]) -> Pair | None:
     return Pair(min(groups, key=dice), max(groups, key=dice)) if len(groups) > 1 else None
 
 
+def _with_interval(scores: RegionScores, name: str) -> Estimate:
+    """Gives what was measured with the interval that holds where groups are alike, too."""
+    measured: Estimate = getattr(scores, name)
+    if name not in scores.compared:
+        return measured
+    return replace(scores.compared[name].corrected, value=measured.value)
+
+
+def _compared(scores: RegionScores) -> list[tuple[str, Estimate, Comparison]]:
+    """Lists the numbers that are held against chance: (name, as measured, against chance)."""
+    titles = {
+        "worst": "Worst group, Dice",
+        "gap": "Largest gap, Dice",
+        "es_dice": "ES-Dice",
+        "es_iou": "ES-IoU",
+    }
+    return [(titles[name], getattr(scores, name), found) for name, found in scores.compared.items()]
+
+
 def _rows(scores: RegionScores) -> list[tuple[str, str, Estimate]]:
     """Lists what a condition changes: (name, remark, number), in one order for all conditions."""
     return [
         ("Overall Dice", "", scores.overall["dice"]),
-        ("Worst group, Dice", scores.worst_group, scores.worst),
-        ("Largest gap, Dice", "", scores.gap),
+        ("Worst group, Dice", scores.worst_group, _with_interval(scores, "worst")),
+        ("Largest gap, Dice", "", _with_interval(scores, "gap")),
         ("10th percentile of Dice", "", scores.percentile_10),
-        ("ES-Dice", "", scores.es_dice),
-        ("ES-IoU", "", scores.es_iou),
+        ("ES-Dice", "", _with_interval(scores, "es_dice")),
+        ("ES-IoU", "", _with_interval(scores, "es_iou")),
         *((f"Dice, {group.value}", "", group.metrics["dice"]) for group in scores.groups),
     ]

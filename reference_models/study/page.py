@@ -57,6 +57,7 @@ def block(results: Path, figures: str, *, whole: bool) -> str:
             sections.against(read),
             sections.told(read),
             sections.ablations(read),
+            sections.strict(read),
             sections.rates(read),
             sections.spread(read),
         ]

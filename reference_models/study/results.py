@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -19,7 +20,7 @@ from .jobs import TOLD_RIGHT, Trial
 from .methods import METHODS
 from .rows import StudyRows
 from .scenes import SCENES
-from .tables import Difference, ScoreSummary
+from .tables import CaseDice, Difference, ScoreSummary
 
 
 def write_tables(
@@ -116,8 +117,23 @@ class Results:
 
     def difference(self, scene: str, a: str, b: str, metric: str = "es_dice") -> Difference | None:
         """How two methods differ; None where there is no such row."""
-        wanted = (scene, a, b, metric)
-        return next((r for r in self.differences if (r.scene, r.a, r.b, r.metric) == wanted), None)
+        return self._differences.get((scene, a, b, metric))
+
+    @functools.cached_property
+    def _differences(self) -> dict[tuple[str, str, str, str], Difference]:
+        return {(row.scene, row.a, row.b, row.metric): row for row in self.differences}
+
+    @functools.cached_property
+    def _cases(self) -> list[CaseDice]:
+        return tables.CASES.read(self.folder)
+
+    def cases_of(self, scene: str, method: str) -> dict[int, list[CaseDice]]:
+        """By seed of the initial weights, the test cases of a method, in their order."""
+        by_seed: dict[int, list[CaseDice]] = {}
+        for case in self._cases:
+            if case.scene == scene and method in case.dice:
+                by_seed.setdefault(case.init_seed, []).append(case)
+        return by_seed
 
 
 def _machine() -> dict[str, Any]:

@@ -13,13 +13,16 @@ from .methods import METHODS
 from .quote import interval, quotation, short, signed
 from .results import Results
 from .scenes import SCENES
+from .statistics import BLOCKS
+from .strict import StrictDifference, StrictTerms
 from .tables import Difference, TriedRate
 
 # What `statistics.Resampled` has found by simulation.
 CAUTION = (
     "The intervals are of a bootstrap over seeds and test cases and are not corrected for their "
     "number. Where seeds differ more than cases do, those over five seeds hold the truth in about "
-    "83 of 100 studies, not in 95: read them together with the count of seeds."
+    "83 of 100 studies, not in 95: read them together with the count of seeds, and with the "
+    "stricter terms below."
 )
 _NONE = "—"
 _COSTS = ("parameters", "multiply-adds", "time a step")
@@ -126,6 +129,45 @@ def ablations(results: Results) -> str:
     return f"dMoE with one setting changed, minus dMoE, on scene (a):\n\n{table}"
 
 
+def strict(results: Results) -> str:
+    """dMoE against what is no dMoE by stricter terms, and what is left of all differences."""
+    lines, terms = [], StrictTerms(results)
+    for method in (m for m in _methods(results) if METHODS[m].kind in ("baseline", "robust")):
+        cells = []
+        for scene in results.scenes:
+            both = (terms.difference(scene, "dmoe", method, untuned=u) for u in (False, True))
+            cells.append("<br>".join(_strict(found) for found in both))
+        if any(_strict(None) != cell.partition("<br>")[0] for cell in cells):
+            lines.append([METHODS[method].title, *cells])
+    if not lines:
+        return ""
+    told_right = [
+        row for row in results.differences if row.metric == "es_dice" and "@" not in row.a
+    ]
+    clear = [row for row in told_right if _clear(row)]
+    left = {
+        untuned: sum(
+            found is not None and found.clear
+            for row in clear
+            for found in [terms.difference(row.scene, row.a, row.b, untuned=untuned)]
+        )
+        for untuned in (False, True)
+    }
+    table = markdown_table(["dMoE against", *map(_letter, results.scenes)], lines)
+    return (
+        "The same differences by stricter terms: Student's interval, which knows that there are "
+        f"{len(told_right[0].by_seed)} seeds and, of real MRI, takes {BLOCKS} blocks of "
+        "neighbouring slices for as many independent cases; below, without the first seed, by "
+        "whose validation split the learning rates were chosen. Of all differences in ES-Dice "
+        f"between two methods told right, {len(told_right)}, the bootstrap's interval leaves out 0 "
+        f"in {len(clear)}, Student's in {left[False]} of these, and in {left[True]} without that "
+        "seed. Four blocks of one head are little: such intervals hold the truth in 84 to 92 of "
+        "100 simulations, and speak of no other head. What a wrong attribute does to single slices "
+        "is in no table, so that those "
+        f"differences stay as they are.\n\n{table}"
+    )
+
+
 def rates(results: Results) -> str:
     """The learning rates that were chosen."""
     chosen = {(row.scene, row.method): row for row in results.rates if row.chosen}
@@ -209,8 +251,19 @@ def _quoted(results: Results, scene: str, a: str, b: str, metric: str = "es_dice
 def _bold(row: Difference) -> str:
     """The mean of a difference, bold where its interval does not hold 0 and all seeds agree."""
     agree = row.ahead in (0, row.seeds)
-    clear = row.low is not None and row.high is not None and (row.low > 0 or row.high < 0)
-    return f"**{signed(row)}**" if agree and clear else signed(row)
+    return f"**{signed(row)}**" if agree and _clear(row) else signed(row)
+
+
+def _clear(row: Difference) -> bool:
+    """Whether the interval leaves out 0."""
+    return row.low is not None and row.high is not None and (row.low > 0 or row.high < 0)
+
+
+def _strict(found: StrictDifference | None) -> str:
+    if found is None:
+        return _NONE
+    text = f"{short(found.value)} ({short(found.low)} to {short(found.high)})"
+    return text if text.startswith("-") else f"+{text}"
 
 
 def _rate(row: TriedRate | None) -> str:

@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t
 
 from ..metrics import fairness
 from .jobs import Trial
 
 METRICS = ("overall", "es_dice", "worst", "gap", "seen", "unseen")
 RESAMPLES = 2000
+# Of the 24 slices of real MRI six each, since what methods score on neighbours up to five slices
+# apart correlates.
+BLOCKS = 4
 
 
 def groups_of(trial: Trial) -> list[int]:
@@ -128,8 +132,9 @@ class Resampled:
     both matter alike, that of five in 96 %, and where only the cases do, in 98 %, since what a
     score owes to its cases is drawn with them and with the seeds. With one test set of eight
     subjects a group it was 92 %. So five seeds and an interval that just leaves out 0 settle
-    nothing: look whether every seed agrees. No interval is corrected for how many there are, and
-    none speaks of images of another kind than those tested: the real slices are of one head.
+    nothing: look whether every seed agrees, and at `student_interval`. Neighbouring slices of the
+    one head are alike, and are drawn here as if they were not. No interval is corrected for how
+    many there are, and none speaks of images of another kind than those tested.
 
     Args:
         trials: by method, its trials by seed.
@@ -226,6 +231,78 @@ class Resampled:
                 )
             self._draws[seeds] = drawn
         return self._draws.get(seeds, {})
+
+
+def student_interval(
+    by_seed: Sequence[float], by_block: Sequence[float] = ()
+) -> tuple[float, float] | None:
+    """95 % interval of a mean over few seeds by Student's t, which knows that they are few.
+
+    Where all seeds share one test set, they do not show how far its cases move the mean. The blocks
+    of neighbouring cases do: their variance is added, and the degrees of freedom are Welch's and
+    Satterthwaite's (Biometrics Bulletin 2(6), 1946). Simulated 4,000 and 200 times: that of five
+    seeds alone holds the truth in 96 %; with 24 slices, of which neighbours correlate by .7 and
+    which matter more than seeds do, in 92 %, where `Resampled`'s holds it in 65 %; by .8 and with
+    seeds all alike, in 84 %, where the other does in 46 %.
+
+    Args:
+        by_seed: what the mean is of, independent where seeds have test sets of their own.
+        by_block: the mean over the seeds in each block of a shared test set.
+
+    Returns:
+        None of fewer than two seeds.
+
+    Example:
+        >>> low, high = student_interval([1.0, 2.0, 3.0])
+        >>> round(low, 3), round(high, 3)
+        (-0.484, 4.484)
+    """
+    if len(by_seed) < 2:
+        return None
+    samples = [sample for sample in (by_seed, by_block) if sample]
+    parts = np.array([np.var(sample, ddof=1) / len(sample) for sample in samples])
+    mean, variance = float(np.mean(by_seed)), parts.sum()
+    if not variance:
+        return mean, mean
+    freedom = variance**2 / (parts**2 / [len(sample) - 1 for sample in samples]).sum()
+    half = float(t.ppf(0.975, freedom) * np.sqrt(variance))
+    return mean - half, mean + half
+
+
+def es_dice_by_block(
+    dice: Sequence[float],
+    groups: Sequence[int],
+    subjects: Sequence[str],
+    population: Sequence[float],
+    blocks: int = BLOCKS,
+) -> list[float]:
+    """ES-Dice in each block of a test set, whose neighbouring subjects are alike.
+
+    Args:
+        dice: each case's.
+        groups: each case's.
+        subjects: each case's; they sort as they lie beside each other, and all have cases of the
+            same groups.
+        population: each group's share in "overall".
+        blocks: how many, as equally large as can be.
+
+    Raises:
+        ValueError: there are fewer subjects than blocks.
+
+    Example:
+        >>> es_dice_by_block([0.9, 0.5, 0.7], [0, 0, 0], ["a", "b", "c"], [1.0], blocks=2)
+        [0.7, 0.7]
+    """
+    names = sorted({*subjects})
+    if len(names) < blocks:
+        raise ValueError(f"subjects: got {len(names)}, expected one for each of {blocks} blocks.")
+    found = []
+    for block in np.array_split(names, blocks):
+        own = [place for place, name in enumerate(subjects) if name in block]
+        means = fairness.group_means([dice[at] for at in own], [groups[at] for at in own])
+        counts = {group: int(group in means) for group in range(len(population))}
+        found.append(fairness.es_dice(means, fairness.shares_of(counts, population)))
+    return found
 
 
 def load_distance(table_VE: Sequence[Sequence[float]]) -> float | None:

@@ -17,6 +17,7 @@ from reference_models.study.jobs import (
 from reference_models.study.methods import METHODS
 from reference_models.study.results import write_tables
 from reference_models.study.scenes import SCENES
+from reference_models.study.statistics import Resampled
 
 SEEDS = (10, 11, 12, 13, 14)
 SHARES = (0.7, 0.2, 0.1)
@@ -146,6 +147,33 @@ def made_trial(job: Job, shares: tuple[float, ...], cases_per_group: int) -> Tri
         else {},
         loads=loads,
     )
+
+
+def trial(dice, attributes, *, method="dmoe", seed=10, subjects=None, seen=None, **conditions):
+    """A trial with these Dice, of which no more matters."""
+    names = tuple(f"case{place}" for place in range(len(dice)))
+    return Trial(
+        job=Job("rule", method, seed, 1000 + seed, 0.006),
+        parameters=1,
+        multiply_adds=1,
+        validation=0.5,
+        cases=names,
+        subjects=names if subjects is None else tuple(subjects),
+        attributes=tuple(attributes),
+        seen=(True,) * len(dice) if seen is None else tuple(seen),
+        dice={name: tuple(values) for name, values in {"right": dice, **conditions}.items()},
+        told_right={},
+        loads={},
+    )
+
+
+def resampled(dice_a, dice_b, attributes, *, shared=False, resamples=2000, population=(0.7, 0.3)):
+    """Two methods; Dice [seed][case]."""
+    trials = {
+        method: {s: trial(dice, attributes, method=method, seed=s) for s, dice in enumerate(rows)}
+        for method, rows in (("dmoe", dice_a), ("film", dice_b))
+    }
+    return Resampled(trials, population, one_test_set=shared, resamples=resamples)
 
 
 def _test_set(

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference_models.data.cases import Attribute, Case, Dataset
-from reference_models.evaluation.summary import population_shares, region_scores
+from reference_models.evaluation.summary import comparisons, population_shares, region_scores
 from reference_models.metrics import fairness
+from reference_models.metrics.comparisons import shuffled_groups, shuffled_means
 from reference_models.metrics.region import RegionScore
 from reference_models.metrics.scores import METRICS
 
@@ -27,9 +28,10 @@ class Listed(Dataset):
         raise AssertionError
 
 
-def tables(dice, groups, *, population=None, hd95=None, resamples=500, seed=0):
+def tables(dice, groups, *, population=None, hd95=None, resamples=500, seed=0, subjects=None):
     """The one region's scores for cases with these Dice and groups; IoU = Dice / (2 - Dice)."""
-    cases = [Case(str(i), str(i), (group,)) for i, group in enumerate(groups)]
+    names = [str(i) for i in range(len(groups))] if subjects is None else subjects
+    cases = [Case(str(i), names[i], (group,)) for i, group in enumerate(groups)]
     distances = [1.0] * len(dice) if hd95 is None else hd95
     scored = [
         [RegionScore(d, d / (2 - d), h, d, 9, 9)] for d, h in zip(dice, distances, strict=True)
@@ -225,3 +227,64 @@ def test_one_case_has_a_value_and_no_interval():
     mixed = tables([0.7, 0.5, 0.9], [0, 1, 1])
     assert mixed.groups[0].metrics["dice"].low is None
     assert mixed.overall["dice"].low < mixed.overall["dice"].high
+
+
+def test_a_group_is_as_large_as_its_subjects_are_many():
+    subjects = [f"a{i // 2}" for i in range(18)] + [f"b{i}" for i in range(10)]
+    got = tables([0.5, 0.7] * 14, [0] * 18 + [1] * 10, subjects=subjects)
+    assert [(g.n, g.n_subjects, g.judged) for g in got.groups] == [
+        (18, 9, False), (10, 10, True), (0, 0, False),
+    ]  # fmt: skip
+
+
+def test_images_of_one_subject_are_no_independent_evidence():
+    rng = np.random.default_rng(2)
+    dice, groups = rng.beta(8, 2, 60).repeat(5), np.repeat([0, 1], 150).tolist()
+    alone = tables(dice, groups)
+    whole = tables(dice, groups, subjects=[str(i // 5) for i in range(300)])
+    for name in ("overall", "worst", "gap", "es_dice", "percentile_10", "group"):
+        one, five = (
+            {"overall": got.overall["dice"], "group": got.groups[0].metrics["dice"]}.get(name)
+            or getattr(got, name)
+            for got in (alone, whole)
+        )
+        assert five.value == pytest.approx(one.value)
+        assert 1.6 < width(five) / width(one) < 3.2  # about the root of 5
+    chance = [got.compared["gap"].chance.value for got in (alone, whole)]
+    assert 1.6 < chance[1] / chance[0] < 3.2
+    # One patient does not tell how patients differ.
+    one = tables([0.5, 0.7, 0.9, 0.6], [0, 0, 1, 1], subjects=[*"aabc"])
+    assert one.groups[0].metrics["dice"].low is None
+    assert one.groups[1].metrics["dice"].low < one.groups[1].metrics["dice"].high
+    assert one.overall["dice"].low < one.overall["dice"].high
+    assert tables([0.5, 0.7], [0, 0], subjects=[*"aa"]).percentile_10.low is None
+
+
+def test_what_spans_groups_is_compared_over_the_cases_whose_value_is_known():
+    rng = np.random.default_rng(3)
+    dice, groups = rng.beta(8, 2, 40), [0] * 20 + [1] * 20
+    subjects = [str(i // 2) for i in range(40)]
+    known = tables(dice, groups, subjects=subjects)
+    assert [*known.compared] == ["worst", "gap", "es_dice", "es_iou"]
+    both = tables(
+        [*dice, 0.0, 0.1], [*groups, -1, -1], subjects=[*subjects, "0", "x"], resamples=500
+    )
+    for name, found in both.compared.items():
+        # Subjects that have cases of unknown value as well are drawn by themselves.
+        assert found.chance == known.compared[name].chance
+        assert found.p_value == known.compared[name].p_value
+        corrected = found.corrected
+        assert corrected.value == pytest.approx(known.compared[name].corrected.value, abs=0.02)
+        assert corrected.low <= getattr(both, name).value <= corrected.high
+    assert known.compared["es_iou"] != known.compared["es_dice"]
+    means = shuffled_means(dice, shuffled_groups(groups, subjects, 500, 0))
+    assert known.compared["gap"].chance.value == pytest.approx(fairness.gap(means)[1:].mean())
+    iou = shuffled_means(dice / (2 - dice), shuffled_groups(groups, subjects, 500, 0))
+    chance = fairness.es_dice(iou, {0: 0.5, 1: 0.5})[1:].mean()
+    assert known.compared["es_iou"].chance.value == pytest.approx(chance)
+    assert tables([0.7, 0.8], [0, 0]).compared == tables([0.7], [-1]).compared == {}
+
+
+def test_comparisons_are_groups_that_have_a_case_times_regions():
+    got = tables([0.9, 0.7, 0.5, 0.4], [0, 0, 1, -1])
+    assert comparisons({"site": (got, got)}) == {"site": 4}

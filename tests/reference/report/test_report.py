@@ -12,6 +12,7 @@ from PIL import Image
 from reference_models.metrics.scores import (
     METRICS,
     CaseScore,
+    Comparison,
     Condition,
     Estimate,
     GroupScores,
@@ -21,6 +22,7 @@ from reference_models.metrics.scores import (
 from reference_models.report.charts import chart
 from reference_models.report.page import write_report
 from reference_models.report.pictures import Picture, overlay, pictures_wanted
+from reference_models.report.words import findings
 
 CLASSES = ("background", "lesion")
 NASTY = '<script>alert("x")</script> & Ünïcödé 名'
@@ -56,15 +58,29 @@ def estimates(start):
     ]
 
 
-def group(value, n, start, judged=True):
+def group(value, n, start, judged=True, n_subjects=None):
     metrics = dict(zip(METRICS, estimates(start), strict=True))
-    return GroupScores(value, n, judged, metrics, dict.fromkeys(METRICS, n), 31, 32, 33)
+    defined = dict.fromkeys(METRICS, n)
+    return GroupScores(value, n, judged, metrics, defined, 31, 32, 33, n_subjects or n)
 
 
-def region(groups, name="lesion"):
+def against_chance(start, p):
+    """Held against chance: numbers that differ from each other in the third digit."""
+    corrected = Estimate(start + 0.001, start - 0.031, start + 0.032)
+    return Comparison(corrected, Estimate(start + 0.002, start - 0.041, start + 0.042), p)
+
+
+def chances(p=0.321):
+    """Of worst group, gap, ES-Dice and ES-IoU."""
+    starts = {"worst": 0.111, "gap": 0.222, "es_dice": 0.444, "es_iou": 0.555}
+    return {name: against_chance(start, p + start / 10) for name, start in starts.items()}
+
+
+def region(groups, name="lesion", compared=None):
     overall = dict(zip(METRICS, estimates(0.501), strict=True))
     rest = [Estimate(x, x - 0.003, x + 0.004) for x in (0.111, 0.222, 0.333, 0.444, 0.555)]
-    return RegionScores(name, tuple(groups), overall, groups[0].value if groups else "", *rest)
+    lowest = groups[0].value if groups else ""
+    return RegionScores(name, tuple(groups), overall, lowest, *rest, compared or {})
 
 
 def summary(regions, values, conditions=()):
@@ -72,6 +88,7 @@ def summary(regions, values, conditions=()):
     return Summary(
         "made-up", "test", "nowhere", 87, "mm", 1.5, 20, 234, {"site": values},
         {"site": (1 / len(values),) * len(values)}, "Both empty: 1.", (given, *conditions),
+        {"site": len(values) * len(regions)},
     )  # fmt: skip
 
 
@@ -93,6 +110,7 @@ def picture(case_id, size=(8, 8)):
 def test_every_number_of_the_summary_is_on_the_page(tmp_path):
     scores = region([group("a", 41, 0.601), group("b", 46, 0.703)])
     page = written(tmp_path, summary([scores], ("a", "b")))
+    # Where nothing is held against chance, everything has its own interval.
     shown = [scores.worst, scores.gap, scores.percentile_10, scores.es_dice, scores.es_iou]
     for metrics in (scores.overall, *(g.metrics for g in scores.groups)):
         for metric, estimate in metrics.items():
@@ -105,6 +123,59 @@ def test_every_number_of_the_summary_is_on_the_page(tmp_path):
     assert "False alarms a 41 0.601" in page.text
     assert "87 0.501" in page.text  # the groups' n together
     assert "62 64 66" in page.text
+
+
+def test_what_spans_groups_is_held_against_chance(tmp_path):
+    scores = region([group("a", 41, 0.601), group("b", 46, 0.703)], compared=chances())
+    text = written(tmp_path, summary([scores], ("a", "b"))).text
+    for name, found in scores.compared.items():
+        value = getattr(scores, name).value
+        low, high = (f"{end:.3f}" for end in (found.corrected.low, found.corrected.high))
+        # The percentile interval, which leaves out the truth where groups are alike, is not there.
+        assert f"{value:.3f} {low} to {high}" in text
+        assert f"{value:.3f} {getattr(scores, name).low:.3f}" not in text
+        chance = f"{found.chance.value:.3f} {found.chance.low:.3f} to {found.chance.high:.3f}"
+        cells = f"{value:.3f} {found.corrected.value:.3f} {low} to {high} {chance}"
+        assert f"{cells} {found.p_value:.3f}" in text
+    assert "Groups served exactly alike would show a gap of about 0.224 by chance" in text
+    assert "(0.181 to 0.264), and one as large as here with probability 0.343." in text
+    assert "do not show that any group is served worse" in text
+    assert "Allowing for chance, the gap is about 0.223 (0.191 to 0.254)." in text
+    assert "Compared were 2 group means by site" in text
+
+
+@pytest.mark.parametrize(
+    ("p", "regions", "said"),
+    [
+        (0.051, 1, "do not show that any group is served worse"),
+        (0.050, 1, "chance alone hardly explains it"),
+        (0.026, 2, "unlikely for a single gap, but is not for the largest of 2"),
+        (0.025, 2, "chance alone hardly explains it"),
+        (0.0004, 1, "with probability below 0.001"),
+    ],
+)
+def test_the_more_gaps_are_looked_at_the_less_one_of_them_says(tmp_path, p, regions, said):
+    groups = [group("a", 41, 0.601), group("b", 46, 0.703)]
+    gap = {"gap": against_chance(0.2, p)}
+    scores = [region(groups, f"region {at}", gap) for at in range(regions)]
+    # One of which there is nothing to compare is no further test.
+    page = summary([*scores, region(groups, "not compared")], ("a", "b"))
+    assert written(tmp_path, page).text.count(said) == regions
+    assert [said in line for line in findings(page)] == [True] * regions + [False]
+    assert f"in {regions} gap" in [*findings(page)][-1]
+
+
+def test_a_group_of_one_subject_leaves_no_interval(tmp_path):
+    gap = {"gap": Comparison(Estimate(None), Estimate(0.2, 0.1, 0.3), 0.4)}
+    scores = region([group("a", 41, 0.601, n_subjects=1), group("b", 46, 0.703)], compared=gap)
+    text = written(tmp_path, summary([scores], ("a", "b"))).text
+    assert "The gap is 0.222 ." in text
+    assert "A group of a single subject leaves no interval." in text
+    assert "a 41 of 1 subjects 0.601" in text
+    small = dataclasses.replace(scores.groups[0], judged=False)
+    few = dataclasses.replace(scores, groups=(small, scores.groups[1]))
+    text = written(tmp_path, summary([few], ("a", "b"))).text
+    assert "Too small to judge (fewer than 20 subjects): a, n = 41 of 1 subjects." in text
 
 
 def test_the_difference_a_condition_makes_is_shown_and_why_one_was_not_run(tmp_path):

@@ -9,45 +9,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from harness.study_trials import SHARES, made_population, made_trials, write_made_tables
+from harness.study_trials import (
+    SHARES,
+    made_population,
+    made_trials,
+    resampled,
+    trial,
+    write_made_tables,
+)
 from scipy.stats import bootstrap
 
 import dmoe_layer
 from reference_models.metrics import fairness
-from reference_models.study.jobs import Job, Trial
 from reference_models.study.methods import METHODS
 from reference_models.study.results import write_tables
 from reference_models.study.statistics import METRICS, Resampled, case_counts, load_distance, scores
 from reference_models.study.tables import CONTENTS, TABLES
 
 A, B = ("dmoe", "right"), ("film", "right")
-
-
-def trial(dice, attributes, *, method="dmoe", seed=10, subjects=None, seen=None, **conditions):
-    """A trial with these Dice, of which no more matters."""
-    names = tuple(f"case{place}" for place in range(len(dice)))
-    return Trial(
-        job=Job("rule", method, seed, 1000 + seed, 0.006),
-        parameters=1,
-        multiply_adds=1,
-        validation=0.5,
-        cases=names,
-        subjects=names if subjects is None else tuple(subjects),
-        attributes=tuple(attributes),
-        seen=(True,) * len(dice) if seen is None else tuple(seen),
-        dice={name: tuple(values) for name, values in {"right": dice, **conditions}.items()},
-        told_right={},
-        loads={},
-    )
-
-
-def resampled(dice_a, dice_b, attributes, *, shared=False, resamples=2000, population=(0.7, 0.3)):
-    """Two methods; Dice [seed][case]."""
-    trials = {
-        method: {s: trial(dice, attributes, method=method, seed=s) for s, dice in enumerate(rows)}
-        for method, rows in (("dmoe", dice_a), ("film", dice_b))
-    }
-    return Resampled(trials, population, one_test_set=shared, resamples=resamples)
 
 
 def test_every_score_of_a_trial_by_hand():
