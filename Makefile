@@ -29,7 +29,8 @@ bench: .venv/bench
 
 # With PYTHON's own packages, since those fit the GPU: the kernels' tests, then the benchmarks.
 gpu:
-	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh first
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh second
 
 # One thread a process: the tests are small, and as many of them run at once as there are cores. Who
 # is done takes over tests that wait for another process: those of the kernels are long.

@@ -1,42 +1,71 @@
 #!/usr/bin/env bash
-# All that needs a GPU. `gpu.sh layer`, in ten minutes: the kernels' tests, the benchmarks of the goals
-# and the stages. `gpu.sh volumes`, in four: the 3D network's memory and time, for which there must
-# be MONAI. Without a word, both. What was printed and measured is left in OUT. With CHECK=1 a machine
-# without a GPU goes through the same steps: tests by Triton's interpreter, quick benchmarks.
+# What needs a GPU, in two calls for a machine that is lent for fifteen minutes in all.
+#   gpu.sh first    seven minutes at most: right or wrong, the goals, and a sweep of the worst launches
+#   gpu.sh second   three minutes and twenty seconds, with the sweep's winners in the code: right or
+#                   wrong, the goals, and the 3D network, for which there must be MONAI
+# Each leaves one file in OUT, all that was printed and measured until then. What PYTHONPATH names is
+# kept: packages that the machine lacks can be carried.
 set -u
 cd "$(dirname "$0")/.."
+CALL=${1:-}
+case $CALL in
+    first | second) ;;
+    *) echo "gpu.sh: got '$CALL', expected first or second." >&2; exit 2 ;;
+esac
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu_output}
+FILES=$(mktemp -d)
+trap 'rm -rf "$FILES"' EXIT
 mkdir -p "$OUT"
-export PYTHONPATH=src:.
+export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 status=0
 
-step() { # name, seconds, command...
-    local name=$1 seconds=$2
-    shift 2
-    echo "== $name"
-    timeout "$seconds" "$@" 2>&1 | tee "$OUT/$name.txt" | tail -n 60
-    local result=${PIPESTATUS[0]}
-    [ "$result" -eq 0 ] || { echo "== $name: exit status $result"; status=1; }
+box() { # name, seconds, lines to print, command...
+    local name=$1 seconds=$2 lines=$3 began=$SECONDS result
+    shift 3
+    echo "== $name, $seconds s at most"
+    timeout --kill-after 2 "$seconds" "$@" > "$FILES/$name.txt" 2>&1
+    result=$?
+    tail -n "$lines" "$FILES/$name.txt" | cut -c 1-160
+    echo "== $name: exit status $result, $((SECONDS - began)) of $seconds s, $SECONDS s in all"
+    tar czf "$OUT/$CALL.tar.gz" -C "$FILES" .
+    [ "$result" -eq 0 ] || status=1
+    return "$result"
 }
 
-PART=${1:-all}
-CHECK=${CHECK:-0}
-if [ "$PART" != volumes ] && [ "$CHECK" = 1 ]; then
-    step machine 60 "$PYTHON" -c "import torch, triton; print(torch.__version__, triton.__version__)"
-    step tests 600 "$PYTHON" -m pytest tests/layer/fused/test_gpu.py tests/layer/fused/test_kernels*.py -k "gpu or plain"
-    step goals 120 "$PYTHON" -m benchmarks --quick --out "$OUT"
-elif [ "$PART" != volumes ]; then
-    step machine 20 nvidia-smi
-    # Compiling takes most of the tests' time, hence several processes.
-    step gpu-tests 190 "$PYTHON" -m pytest tests/layer/fused/test_gpu.py --numprocesses 4
-    step goals 150 "$PYTHON" -m benchmarks --shapes goals --out "$OUT/goals"
-    step kernel-tests 140 "$PYTHON" -m pytest tests/layer/fused/test_kernels*.py --numprocesses 8
-    step stages 80 "$PYTHON" -m benchmarks --shapes stages --rounds 10 --out "$OUT/stages"
+last_goals() { # those of the shapes that were reached, each once
+    echo "== goals"
+    awk '/^### /{goals = /^### Goals/} goals && /^\|/ && !seen[$0]++' "$FILES/goals.txt" | cut -c 1-160
+}
+
+right() { # seconds, which tests: none that fails is timed
+    box correctness "$1" 15 "$PYTHON" -m pytest tests/layer/fused -p no:cacheprovider \
+        --ignore tests/layer/fused/test_compiled_kernels.py --maxfail 5 \
+        --numprocesses 14 --dist worksteal ${2:+-k "$2"} || exit 1
+}
+
+box machine 14 6 "$PYTHON" -c "
+import subprocess, torch, triton
+print(torch.__version__, triton.__version__, torch.cuda.get_device_name())
+subprocess.run(['nvidia-smi', '-L'])" || exit 1
+if [ "$CALL" = first ]; then
+    box prewarm 50 6 "$PYTHON" -m benchmarks.kernels prewarm
+    right 170
+    box goals 108 1 "$PYTHON" -m benchmarks --shapes goals --rounds 10 --out "$FILES/goals"
+    for shape in stage-0 stage-0-wide 2d; do
+        box "sweep-$shape" 20 9 "$PYTHON" -m benchmarks.kernels sweep "$shape" --out "$FILES"
+    done
+else
+    box prewarm 30 6 "$PYTHON" -m benchmarks.kernels prewarm --own
+    right 55 "gpu"
+    box goals 55 1 "$PYTHON" -m benchmarks --shapes goals --rounds 20 --out "$FILES/goals" \
+        --providers triton,mask-loop,gemm-loop,grouped-mm,dense
+    if "$PYTHON" -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('monai'))"; then
+        box volumes 30 12 "$PYTHON" -m benchmarks.volumes --patches 1x192x192x96 --rounds 3 \
+            --networks dense,mask-loop,ours --dtype bfloat16 --out "$FILES/volumes"
+    else
+        echo "== volumes: left out, since MONAI is not installed"
+    fi
 fi
-if [ "$PART" != layer ] && [ "$CHECK" = 1 ]; then
-    step volumes 120 "$PYTHON" -m benchmarks.volumes --quick --rounds 1 --out "$OUT"
-elif [ "$PART" != layer ]; then
-    step volumes 240 "$PYTHON" -m benchmarks.volumes --rounds 3 --out "$OUT/volumes"
-fi
+last_goals
 exit "$status"

@@ -70,7 +70,15 @@ class Meter:
 
 
 def kernel_seconds(step: Callable[[], object], watch: Stopwatch, rounds: int) -> list[list[float]]:
-    """The time of each kernel that a step launches on a GPU, round by round.
+    """The time of each kernel that a step launches on a GPU, round by round."""
+    found = named_kernel_seconds(step, watch, rounds)
+    return [[seconds for _, seconds in kernels] for kernels in found]
+
+
+def named_kernel_seconds(
+    step: Callable[[], object], watch: Stopwatch, rounds: int
+) -> list[list[tuple[str, float]]]:
+    """Name and time of each kernel that a step launches on a GPU, round by round.
 
     From the profiler, so that neither Python nor the wait for a launch is in it.
     """
@@ -87,14 +95,14 @@ def kernel_seconds(step: Callable[[], object], watch: Stopwatch, rounds: int) ->
     return kernels_between_marks(_events(profiled))
 
 
-def kernels_between_marks(events: list[dict[str, Any]]) -> list[list[float]]:
-    """Seconds of the kernels between the first mark and the second, the third and fourth, ...
+def kernels_between_marks(events: list[dict[str, Any]]) -> list[list[tuple[str, float]]]:
+    """Kernels and their seconds between the first mark and the second, the third and fourth, ...
 
     >>> mark, kernel = {"name": _MARK}, {"name": "k", "cat": "kernel", "dur": 5e6}
     >>> kernels_between_marks([kernel, mark, kernel, kernel, mark, kernel, mark, kernel, mark])
-    [[5.0, 5.0], [5.0]]
+    [[('k', 5.0), ('k', 5.0)], [('k', 5.0)]]
     """
-    rounds: list[list[float]] = []
+    rounds: list[list[tuple[str, float]]] = []
     marks = 0
     for event in events:
         if event["name"] == _MARK:
@@ -102,7 +110,7 @@ def kernels_between_marks(events: list[dict[str, Any]]) -> list[list[float]]:
             if marks % 2:
                 rounds.append([])
         elif marks % 2 and event.get("cat") in _KERNELS:
-            rounds[-1].append(event["dur"] / 1e6)
+            rounds[-1].append((event["name"], event["dur"] / 1e6))
     return rounds
 
 

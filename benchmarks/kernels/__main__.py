@@ -1,35 +1,142 @@
 """``python -m benchmarks.kernels``: compiles every Triton kernel for GPUs that need not be there.
 
-The layer's own launches are recorded at the widths of the layer benchmark's goals, and each is
-compiled by Triton for compute capability 8.0 and 9.0. Registers, stack and shared memory come from
-the binary's resource table, matrix instructions from its disassembly.
+Without a word: the layer's own launches, recorded at the shapes of the layer benchmark's goals, are
+compiled for each compute capability. Registers, stack and shared memory come from the binary's
+resource table, instructions from its disassembly. ``matrix``: the worst of all widths, dtypes and
+activations. ``predict``: what a model makes of the counts. On a GPU ``prewarm`` compiles all that
+the goals and the sweep launch, and ``sweep`` times a goal's launches with other blocks.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import astuple
+import time
+from dataclasses import astuple, replace
+from pathlib import Path
 
-from ..arguments import run_command
-from ..output import RESULTS, write_csv
-from .report import DTYPES, WIDTHS, kernel_rows
+import torch
+
+from reference_models.markdown import replace_section
+
+from ..arguments import ArgumentError, chosen_names, run_command
+from ..output import README, RESULTS, ResultsFolder, write_csv
+from .gpus import GPUS
+from .launches import LayerStep
+from .matrix import WIDTHS, matrix_rows, merged, read_matrix
+from .predict import predict, section
+from .prewarm import compilations, prewarm
+from .report import DTYPES, GOALS, REPORTED, kernel_rows
+from .sweep import CANDIDATES, measure_sweep, sweep_table
 
 
 def main(words: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    return run_command(
-        argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__), _run, words
-    )
+    return run_command(_parser(), lambda options: options.run(options), words)
 
 
-def _run(_: argparse.Namespace) -> None:
+def _report(_: argparse.Namespace) -> None:
     """Prints each row when it is there, and writes all of them to ``results/kernels.csv``."""
     rows = []
-    for row in kernel_rows(WIDTHS, tuple(DTYPES)):
-        rows.append(row)
-        print(*astuple(row), sep="  ", flush=True)
+    for capability, dtypes in REPORTED.items():
+        steps = [LayerStep.of(shape, DTYPES[dtype]) for shape in GOALS.values() for dtype in dtypes]
+        for row in kernel_rows(steps, capability):
+            rows.append(row)
+            print(*astuple(row), sep="  ", flush=True)
     write_csv(rows, RESULTS / "kernels.csv")
+
+
+def _matrix(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ArgumentError: a word is not what was expected.
+    """
+    capabilities = chosen_names("capabilities", options.capabilities, [*map(str, GPUS)])
+    widths = chosen_names("widths", options.widths, [*map(str, WIDTHS)])
+    dtypes = chosen_names("dtypes", options.dtypes, DTYPES)
+    path, new = RESULTS / "kernels-matrix.csv", []
+    old = read_matrix(path)
+    for row in matrix_rows([*map(int, capabilities)], dtypes, [*map(int, widths)], old):
+        new.append(row)
+        print(*astuple(row), sep="  ", flush=True)
+        write_csv(merged(old, new), path)  # what is there is not compiled again
+
+
+def _predict(_: argparse.Namespace) -> None:
+    """Prints each shape's launches, and renews the page's section."""
+    predictions = []
+    for shape in GOALS.values():
+        predictions.append(predict(shape))
+        print(f"### {shape.name}: {shape}\n\n{predictions[-1].table()}\n", flush=True)
+    print(section(predictions))
+    replace_section(README, "predicted", section(predictions))
+
+
+def _prewarm(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ArgumentError: there is no GPU, or nothing could be compiled.
+    """
+    _require_gpu("prewarm")
+    began, steps = time.perf_counter(), []
+    major, minor = torch.cuda.get_device_capability()
+    for shape in GOALS.values():
+        # As the benchmark and the sweep run it.
+        own = LayerStep.of(shape, torch.bfloat16, balanced=False, capability=10 * major + minor)
+        steps += [own, replace(own, training=False)]
+        if not options.own:
+            steps += [replace(own, blocks=blocks) for blocks in CANDIDATES[shape.name]]
+    todo = compilations(steps)
+    failed = 0
+    for what, error in prewarm(todo, options.processes):
+        failed += 1
+        print(f"{what}: {error}", flush=True)
+    seconds = time.perf_counter() - began
+    print(f"{len(todo) - failed} of {len(todo)} kernels compiled in {seconds:.0f} s", flush=True)
+    if failed == len(todo):
+        raise ArgumentError("prewarm: no kernel could be compiled.")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ArgumentError: there is no GPU.
+        DataError: the folder cannot be written to.
+    """
+    _require_gpu("sweep")
+    out, rows = ResultsFolder.chosen(options.out, whole=False), []
+    for row in measure_sweep(GOALS[options.shape], torch.device("cuda"), options.rounds):
+        rows.append(row)
+        out.write(rows, f"sweep-{options.shape}.csv")
+    print(sweep_table(rows))
+
+
+def _require_gpu(command: str) -> None:
+    if not torch.cuda.is_available():
+        raise ArgumentError(f"{command}: needs a GPU, and PyTorch finds none.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__)
+    parser.set_defaults(run=_report)
+    commands = parser.add_subparsers(metavar="command")
+    matrix = commands.add_parser("matrix", help="the worst of all widths, dtypes and activations")
+    for name, known in (("capabilities", GPUS), ("dtypes", DTYPES), ("widths", WIDTHS)):
+        some = ",".join(map(str, known))
+        matrix.add_argument(f"--{name}", default="all", help=f"all, or some of {some}")
+    matrix.set_defaults(run=_matrix)
+    predict = commands.add_parser("predict", help="the goals' times by a model, beside the floor")
+    predict.set_defaults(run=_predict)
+    warm = commands.add_parser("prewarm", help="compiles all that is timed; needs a GPU")
+    warm.add_argument("--own", action="store_true", help="without the sweep's other blocks")
+    warm.add_argument("--processes", type=int, help="default: one a core")
+    warm.set_defaults(run=_prewarm)
+    sweep = commands.add_parser("sweep", help="times other blocks; needs a GPU")
+    sweep.add_argument("shape", choices=tuple(GOALS))
+    sweep.add_argument("--rounds", type=int, default=5)
+    sweep.add_argument("--out", type=Path, help="folder for the CSV (default: bench_output)")
+    sweep.set_defaults(run=_sweep)
+    return parser
 
 
 if __name__ == "__main__":

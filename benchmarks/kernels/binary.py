@@ -14,41 +14,51 @@ from typing import Any, NamedTuple
 import torch
 
 from .launches import Launch
+from .loops import instructions_by_depth
 
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
+# Of compute capability 8, 9 and 10.
+_MATRIX = r"\b(?:H?G?MMA|UTC\w*MMA)\.[\w.]*"
 
 
 class Binary(NamedTuple):
-    """What a program of a compiled kernel takes; registers are a thread's."""
+    """What a program of a compiled kernel takes; registers are a thread's.
+
+    Attributes:
+        instructions: a warp's, outside of loops, in loops, in loops inside of loops.
+        loads_ahead: whether it copies to shared memory while it computes.
+    """
 
     warps: int
     registers: int
     stack_bytes: int
     shared_bytes: int
     matrix_instructions: str
+    instructions: tuple[int, ...]
+    loads_ahead: bool
 
 
 def read_binary(launch: Launch, capability: int) -> Binary:
     """The launch's kernel as a GPU of this compute capability would run it."""
     compiled = compile_for(launch, capability)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _dump("--dump-resource-usage", cubin)
-        code = _dump("--dump-sass", cubin)
+    usage = dump("--dump-resource-usage", compiled)
+    code = dump("--dump-sass", compiled)
     numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Binary(
         warps=compiled.metadata.num_warps,
         registers=numbers["REG"],
         stack_bytes=numbers["STACK"] + numbers["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        matrix_instructions=" ".join(sorted(set(re.findall(r"\bH?G?MMA\.[\w.]*", code)))),
+        matrix_instructions=" ".join(sorted(set(re.findall(_MATRIX, code)))),
+        instructions=instructions_by_depth(code),
+        loads_ahead=bool(re.search(r"\b(LDGSTS|UBLKCP|UTMALDG)", code)),
     )
 
 
@@ -83,10 +93,14 @@ def compile_for(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def _dump(flag: str, cubin: Path) -> str:
+def dump(flag: str, compiled: Any) -> str:
+    """What the disassembler that Triton brings says of a kernel: ``flag`` is one of its options."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run(
-        [tool, flag, cubin], check=True, capture_output=True, encoding="utf-8"
-    ).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        return subprocess.run(
+            [tool, flag, cubin], check=True, capture_output=True, encoding="utf-8"
+        ).stdout

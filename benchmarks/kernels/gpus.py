@@ -21,9 +21,14 @@ class GPU(NamedTuple):
     bandwidth: float
     flops: dict[str, float]
 
-    registers: int = 65536
     warps: int = 64
     blocks: int = 32
+    registers: int = 65536
+
+    @property
+    def block_shared(self) -> int:
+        """What a block can have of the shared memory, of which the system takes 1 KiB."""
+        return self.shared - 1024
 
     def resident_blocks(self, warps: int, registers: int, shared_bytes: int) -> int:
         """How many programs a multiprocessor holds at one time.
@@ -43,5 +48,10 @@ class GPU(NamedTuple):
 
 
 A100 = GPU(164 << 10, 108, 2.0e12, {"fp32": 156e12 / 3, "fp16": 312e12, "bf16": 312e12})
+A10 = GPU(100 << 10, 72, 0.6e12, {"fp32": 62.5e12 / 3, "fp16": 125e12, "bf16": 125e12}, 48, 16)
+L40S = GPU(100 << 10, 142, 0.864e12, {"fp32": 183e12 / 3, "fp16": 362e12, "bf16": 362e12}, 48, 24)
 H100 = GPU(228 << 10, 132, 3.35e12, {"fp32": 495e12 / 3, "fp16": 989e12, "bf16": 989e12})
-GPUS = {80: A100, 90: H100}  # by compute capability, times ten
+# As measured on one by others' copies and products, not from its data sheet.
+H200 = GPU(228 << 10, 132, 4.3e12, {"fp32": 495e12 / 3, "fp16": 790e12, "bf16": 790e12})
+B200 = GPU(228 << 10, 148, 8.0e12, {"fp32": 1125e12 / 3, "fp16": 2250e12, "bf16": 2250e12})
+GPUS = {80: A100, 86: A10, 89: L40S, 90: H100, 100: B200}  # by compute capability, times ten

@@ -1,4 +1,4 @@
-"""Records the layer's own kernel launches, without running them.
+"""Records the layer's own kernel launches, without running them, with other blocks if asked.
 
 The one file outside ``dmoe_layer`` that uses other than its public names: the kernels' backend.
 What needs Triton is imported when it is called: not every system has it.
@@ -6,63 +6,187 @@ What needs Triton is imported when it is called: not every system has it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
+from dmoe_layer import DMoE, backend
 from dmoe_layer.activations import ACTIVATIONS
-from dmoe_layer.backend import load
-from dmoe_layer.tensors import ExpertOptions, ExpertWeights, RouterWeights
 
-from ..paper import DROPOUT, HIDDEN_RATIO
-
-_TOKENS, _VALUES = 512, 3  # of both samples together; of their attribute
+from ..layer.shapes import Shape
+from ..paper import DROPOUT, N_EXPERTS, K
 
 
 class Launch(NamedTuple):
-    """A recorded launch: the kernel, what it was given, and how it is to be compiled."""
+    """A recorded launch: the kernel, what it was given, how it is compiled, how many programs."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    grid: tuple[int, ...]
+
+    @property
+    def variant(self) -> str:
+        """What the kernel does here of all that it can."""
+        flags = ("GATHER", "SPLIT", "NOISY")
+        words = [flag.lower() for flag in flags if self.options.get(flag)]
+        if self._has("kept_ptr"):
+            words.append("drop")
+        return " ".join(words)
+
+    def value(self, name: str) -> Any:
+        """What the kernel's parameter of this name was given."""
+        names = [parameter.name for parameter in self.kernel.params[: len(self.arguments)]]
+        return self.arguments[names.index(name)] if name in names else self.options[name]
+
+    def _has(self, name: str) -> bool:
+        """Whether the kernel has a parameter of this name, and it was given a tensor."""
+        is_there = any(parameter.name == name for parameter in self.kernel.params)
+        return is_there and self.value(name) is not None
+
+    @property
+    def programs(self) -> int:
+        """How many there are."""
+        return math.prod(self.grid)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for launches that are compiled alike."""
+        values = []
+        for parameter in self.kernel.params:
+            value = self.value(parameter.name)
+            if isinstance(value, torch.Tensor):
+                values.append(str(value.dtype))
+            elif parameter.is_constexpr or not isinstance(value, int):
+                values.append(repr(value) if value is None or parameter.is_constexpr else "float")
+            else:  # as Triton's own launcher specializes it
+                special = not parameter.do_not_specialize
+                kinds = (abs(value) >= 2**31, special and value == 1, special and value % 16 == 0)
+                values.append(repr(kinds))
+        others = {n: v for n, v in self.options.items() if n.startswith(("num_", "enable_"))}
+        return self.kernel.__name__, *values, *sorted(others.items())
 
 
-def layer_launches(
-    dim: int, dtype: torch.dtype, activation: str, n_experts: int, k: int
-) -> list[Launch]:
-    """The launches of one training step of the layer at this width."""
+@dataclass(frozen=True)
+class LayerStep:
+    """A step of a DMoE: a training step, or a call in eval mode.
+
+    Attributes:
+        balanced: the loss has a term of the router's logits, as one that balances experts.
+        blocks: other blocks than the layer's own, as :func:`other_blocks` reads them.
+        capability: of the GPU that it is launched for.
+    """
+
+    dim: int
+    dtype: torch.dtype
+    activation: str = "relu"
+    n_experts: int = N_EXPERTS
+    k: int = K
+    batch: int = 2
+    tokens: int = 256  # of a sample
+    values: int = 3
+    training: bool = True
+    balanced: bool = True
+    blocks: str = ""
+    capability: int = 90
+
+    @classmethod
+    def of(cls, shape: Shape, dtype: torch.dtype, **others: Any) -> LayerStep:
+        """A step at a shape of the layer's benchmark."""
+        return cls(
+            shape.dim, dtype, n_experts=shape.experts, k=shape.k, batch=shape.batch,
+            tokens=shape.tokens, values=shape.values, **others,
+        )  # fmt: skip
+
+    def launches(self) -> list[Launch]:
+        """Those of the step, in their order."""
+        launches: list[Launch] = []
+        with intercepted(launches.append, self.capability), other_blocks(self.blocks):
+            self._run()
+        return launches
+
+    def _run(self) -> None:
+        layer = DMoE(
+            self.dim,
+            n_experts=self.n_experts,
+            k=self.k,
+            attribute_sizes=self.values,
+            activation=self.activation,
+            dropout=DROPOUT,
+            backend="triton",
+            device="meta",
+            dtype=self.dtype,
+        ).to_empty(device="cpu")
+        x = torch.empty(self.batch, self.tokens, self.dim, dtype=self.dtype)
+        attributes_B = torch.arange(self.batch) % self.values
+        if not self.training:
+            with torch.no_grad():
+                layer.eval()(x, attributes_B)
+            return
+        y, routing = layer(x.requires_grad_(), attributes_B, return_routing=True)
+        outputs = [y, routing.logits] if self.balanced else [y]
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+
+@contextmanager
+def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Iterator[None]:
+    """Gives ``take`` what is launched inside. Nothing is computed, and no memory touched.
+
+    As if x were on a GPU of this compute capability; it is on the CPU.
+    """
     from triton.runtime import JITFunction
 
-    launches: list[Launch] = []
+    from dmoe_layer.fused import narrow
 
-    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launches.append(Launch(kernel, arguments, options))
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        take(Launch(kernel, arguments, options, grid))
 
     # In place of what Triton does for ``kernel[grid](...)``.
-    with mock.patch.object(JITFunction, "run", record):
-        _step(dim, dtype, activation, n_experts, k)
-    return launches
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(backend, "_obstacle_of_machine", return_value=""),
+        mock.patch.object(narrow, "is_hopper", return_value=capability >= 90),
+    ):
+        yield
 
 
-def _step(dim: int, dtype: torch.dtype, activation: str, n_experts: int, k: int) -> None:
-    """Forward and backward of the kernels' backend, with noise and dropout, on the CPU."""
+def fused_activations() -> list[str]:
+    """Those that the kernels have."""
+    return [name for name, activation in ACTIVATIONS.items() if activation.fused]
 
-    def parameter(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
-    hidden, seed = HIDDEN_RATIO * dim, torch.tensor(2**61)
-    first = 2 * hidden if ACTIVATIONS[activation].gated else hidden
-    x_BTD, rows_BN = parameter(2, _TOKENS // 2, dim), torch.zeros(2, 1, dtype=torch.long)
-    router = RouterWeights(parameter(_VALUES, 2, n_experts, dim), parameter(_VALUES, 2, n_experts))
-    weights = ExpertWeights(
-        w1_EHD=parameter(n_experts, first, dim),
-        b1_EH=parameter(n_experts, first),
-        w2_EDH=parameter(n_experts, dim, hidden),
-        b2_ED=parameter(n_experts, dim),
-    )
-    options = ExpertOptions(activation, DROPOUT, seed, dtype)
-    backend = load("triton")
-    routing, plan = backend.route(x_BTD, router, rows_BN, None, k, seed)
-    y_TD = backend.experts(x_BTD.flatten(0, 1), plan, routing.gates, weights, options)
-    (y_TD.sum() + routing.logits.sum()).backward()
+@contextmanager
+def other_blocks(text: str) -> Iterator[None]:
+    """The layer with other blocks in one of its launches: ``"weights:rows=128,warps=8"``.
+
+    The launches: ``forward``, ``rows`` and ``weights`` of narrow experts, ``gemm`` of wide ones.
+    Empty: the layer's own blocks.
+    """
+    launch, _, words = text.partition(":")
+    if not launch:
+        yield
+        return
+    changes = {name: int(n) for name, n in (word.split("=") for word in words.split(","))}
+    with _patched(launch, changes):
+        yield
+
+
+def _patched(launch: str, changes: dict[str, int]) -> Any:
+    from dmoe_layer.fused import narrow, wide
+
+    experts = {
+        "forward": (narrow, "_forward_blocks"),
+        "rows": (narrow, "_row_blocks"),
+        "weights": (narrow, "_weight_blocks"),
+        "gemm": (wide, "_gemm_blocks"),
+    }
+    if launch not in experts:
+        raise ValueError(f"blocks: got {launch!r}, expected one of {', '.join(experts)}.")
+    module, name = experts[launch]
+    own = getattr(module, name)
+    return mock.patch.object(module, name, lambda *given: own(*given)._replace(**changes))

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..paper import N_EXPERTS, K
+from ..layer.shapes import GPU_SHAPES
 from .binary import read_binary
 from .gpus import GPUS
-from .launches import Launch, layer_launches
-from .work import kernel_work, roofline_share
+from .launches import Launch, LayerStep
+from .work import kernel_work, roofline_share, warp_instructions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WIDTHS = (24, 48, 768)  # of the layer benchmark's goals
-# What makes a variant of a kernel.
-_FLAGS = ("OF_ROWS", "OF_WEIGHTS", "GATHER", "SPLIT", "NOISY", "DROP")
+GOALS = {shape.name: shape for shape in GPU_SHAPES["goals"]}
+# Of these capabilities these dtypes: what the goals are set for on each, the others on two.
+REPORTED = {80: tuple(DTYPES), 86: ("bf16",), 89: ("bf16",), 90: tuple(DTYPES), 100: ("bf16",)}
 
 
 @dataclass(frozen=True)
 class KernelRow:
     """A line of the CSV; what a row does not have is None, and empty in the file.
 
-    Registers are a thread's. ``stack_bytes`` are what spills. ``occupancy``: resident warps over
-    the multiprocessor's 64, as registers and shared memory allow. ``roofline``: the share of it
-    that the launch allows, by the model of ``work``; none of the small reductions.
+    ``launches``: how many of a step are alike. Registers are a thread's. ``stack_bytes`` are what
+    spills. ``instructions``: those of the program; ``instructions_a_token``: what all warps of one
+    launch run together, by the model of ``work``, over the tokens. ``occupancy``: resident warps
+    over the multiprocessor's, as registers and shared memory allow. ``roofline``: the share of it
+    that the launch allows, by the same model; none of the small reductions.
     """
 
     capability: int
@@ -34,50 +37,63 @@ class KernelRow:
     dim: int
     kernel: str
     variant: str
+    launches: int
     warps: int
     registers: int
     stack_bytes: int
     shared_bytes: int
     matrix_instructions: str
+    instructions: int
+    instructions_a_token: float
     occupancy: float
     roofline: float | None
     triton: str
 
 
-def kernel_rows(
-    widths: Sequence[int],
-    dtypes: Sequence[str],
-    activation: str = "relu",
-    n_experts: int = N_EXPERTS,
-    k: int = K,
-) -> Iterator[KernelRow]:
-    """A row for each launch that compiles to something of its own."""
+def kernel_rows(steps: Iterable[LayerStep], capability: int) -> Iterator[KernelRow]:
+    """A row for each launch of the steps that compiles to something of its own.
+
+    Raises:
+        RuntimeError: Triton is in interpreter mode.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter compiles nothing. Unset it.")
-    for capability in GPUS:
-        for dim in widths:
-            for dtype in dtypes:
-                launches = layer_launches(dim, DTYPES[dtype], activation, n_experts, k)
-                rows = [kernel_row(launch, capability, dtype, dim) for launch in launches]
-                yield from dict.fromkeys(rows)
+    for step in steps:
+        launches = replace(step, capability=capability).launches()
+        rows = Counter(kernel_row(launch, capability, step) for launch in launches)
+        yield from (replace(row, launches=count) for row, count in rows.items())
 
 
-def kernel_row(launch: Launch, capability: int, dtype: str, dim: int) -> KernelRow:
-    """Compiles a launch and reads the binary."""
+def kernel_row(launch: Launch, capability: int, step: LayerStep) -> KernelRow:
+    """Compiles a launch of the step and reads the binary."""
     import triton
 
     gpu, kernel = GPUS[capability], launch.kernel.__name__
     binary = read_binary(launch, capability)
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == step.dtype)
     resident = gpu.resident_blocks(binary.warps, binary.registers, binary.shared_bytes)
-    work = kernel_work(kernel, launch.options, dim, DTYPES[dtype].itemsize)
+    work = kernel_work(kernel, launch.options, step.dim, step.dtype.itemsize)
+    tokens = step.batch * step.tokens
     return KernelRow(
         capability=capability,
         dtype=dtype,
-        dim=dim,
+        dim=step.dim,
         kernel=kernel,
-        variant=" ".join(flag.lower() for flag in _FLAGS if launch.options.get(flag)),
-        **binary._asdict(),
-        occupancy=resident * binary.warps / gpu.warps,
+        variant=launch.variant,
+        launches=1,
+        warps=binary.warps,
+        registers=binary.registers,
+        stack_bytes=binary.stack_bytes,
+        shared_bytes=binary.shared_bytes,
+        matrix_instructions=binary.matrix_instructions,
+        instructions=sum(binary.instructions),
+        instructions_a_token=_digits(warp_instructions(launch, binary.instructions) / tokens),
+        occupancy=_digits(resident * binary.warps / gpu.warps),
         roofline=roofline_share(work, gpu.flops[dtype], gpu, resident) if work else None,
         triton=triton.__version__,
     )
+
+
+def _digits(value: float) -> float:
+    """To five digits, so that a file's number is the row's own."""
+    return float(f"{value:.5g}")

@@ -9,10 +9,13 @@ tile's loads under way, and ``LATENCY`` passes until they arrive).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from ..paper import HIDDEN_RATIO, N_EXPERTS, K
 from .gpus import GPU
+from .launches import Launch
 
 LATENCY = 700e-9  # seconds
 
@@ -40,35 +43,38 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
         element: bytes of a number.
     """
     h, row = HIDDEN_RATIO * d, d * element
+    slope = 4 if element == 4 else 2  # bytes of the noise's slope
     gated = bool(options.get("GATED"))
     first = 2 * h if gated else h  # rows of w1
+    kept = 4 * math.ceil(d / 32)  # dropout's bits
 
     def fill(size: int, block: str) -> float:
         return size / (math.ceil(size / options[block]) * options[block])
 
     match kernel:
         case "route_kernel":
-            written = 4 * N_EXPERTS + 12 * K
+            # Logits and slopes; experts twice, and gates.
+            written = (4 + slope) * N_EXPERTS + (8 + 1 + 4) * K
             return Work(4 * N_EXPERTS * d, fill(d, "DIM"), row, written, options["TOKENS"])
         case "route_backward_kernel":
-            read = row + 4 * N_EXPERTS + 16 * K
-            return Work(12 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
+            read = row + (4 + slope) * N_EXPERTS + (1 + 4 + 4) * K
+            return Work(8 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
         case "sort_kernel":
-            return Work(0, 1, 8 * K, 4 * K, options["TOKENS"])
-        case "sum_slots_kernel":
+            return Work(0, 1, K, 4 * K, options["TOKENS"])
+        case "sum_pairs_kernel":
             return Work(0, 1, K * row, row, options["ROWS"])
+        case "draw_kept_kernel":
+            return Work(0, 1, 0, kept, options["BLOCK"])
         case "mlp_kernel":
             useful = fill(d, "DIM") * fill(h, "HIDDEN")
-            return Work(2 * d * (first + h), useful, row + 8, row, options["ROWS"])
-        case "mlp_backward_kernel":
-            of_rows, of_weights = bool(options["OF_ROWS"]), bool(options["OF_WEIGHTS"])
-            # Both need the hidden layer and its gradient, which are computed once.
-            of_first = 2 * of_rows + 2 * of_weights - (of_rows and of_weights)
-            of_second = of_rows + 2 * of_weights - (of_rows and of_weights)
+            return Work(2 * d * (first + h), useful, row + 8 + kept, row, options["ROWS"])
+        case "mlp_backward_kernel" | "weight_gradients_kernel":
+            # Both compute the hidden layer and its gradient; one product with each weight follows.
+            of_rows = kernel == "mlp_backward_kernel"
             useful = fill(d, "DIM") * fill(h, "HIDDEN")
-            written = (row + 4) * of_rows
-            operations = 2 * d * (of_first * first + of_second * h)
-            return Work(operations, useful, 2 * row + 8, written, options["ROWS"])
+            operations = 2 * d * (2 * first + h + (0 if of_rows else h))
+            written = row + 4 if of_rows else 0
+            return Work(operations, useful, 2 * row + 8 + kept, written, options["ROWS"])
         case "hidden_kernel":
             written = (first + h if gated else h) * element
             return Work(2 * d * first, fill(first, "COLUMNS"), row, written, options["ROWS"])
@@ -88,6 +94,52 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
             return None
 
 
+def warp_instructions(launch: Launch, by_depth: Sequence[int]) -> float:
+    """What the launch's warps run together, each loop as often as the launch's sizes say.
+
+    Args:
+        by_depth: of the binary, ``loops.instructions_by_depth``.
+    """
+    total, times = 0.0, 1.0
+    for count, passes in zip_longest(by_depth, (1, *trips(launch)), fillvalue=1):
+        times *= passes
+        total += count * times
+    return launch.programs * launch.options.get("num_warps", 4) * total
+
+
+def trips(launch: Launch) -> tuple[float, ...]:
+    """How often a program passes its loop, and the loop inside of it, on average.
+
+    Of loops that the compiler unrolls the binary has none, and nothing is multiplied.
+    """
+    options = launch.options
+
+    def cut(size: float, block: str) -> int:
+        return math.ceil(size / options[block])
+
+    match launch.kernel.__name__:
+        case "mlp_kernel" | "mlp_backward_kernel":
+            return (cut(options["hidden"], "HIDDEN"),)
+        case "weight_gradients_kernel":
+            return (cut(launch.value("chunk_rows"), "ROWS"),)
+        case "route_kernel":
+            return (cut(options["dim"], "DIM"),)
+        case "route_backward_kernel":
+            return (cut(launch.value("chunk_tokens"), "TOKENS"),)
+        case "hidden_kernel" | "hidden_backward_kernel":
+            return (cut(options["dim"], "DEPTH"),)
+        case "output_kernel":
+            return (cut(options["hidden"], "DEPTH"),)
+        case "gather_gradient_kernel":
+            return (cut(options["dim"], "COLUMNS"),)
+        case "weight_backward_kernel":
+            rows = launch.value("order_ptr").shape[0] / options["n_experts"]
+            passes = cut(launch.value("chunk_rows") if options["SPLIT"] else rows, "ROWS")
+            return (passes / 2,)  # of two loops each program passes one
+        case _:
+            return ()
+
+
 def roofline_share(work: Work, flops: float, gpu: GPU, resident: int) -> float:
     """The share that a launch allows.
 
@@ -96,7 +148,8 @@ def roofline_share(work: Work, flops: float, gpu: GPU, resident: int) -> float:
         resident: programs that a multiprocessor holds at one time.
     """
     on_its_way = resident * work.rows * work.loaded * gpu.multiprocessors
-    bandwidth = min(gpu.bandwidth, on_its_way / LATENCY)
+    # What only stores waits for nothing.
+    bandwidth = min(gpu.bandwidth, on_its_way / LATENCY) if work.loaded else gpu.bandwidth
     traffic = work.loaded + work.stored
     possible = max(work.operations / work.useful / flops, traffic / bandwidth)
     return round(max(work.operations / flops, traffic / gpu.bandwidth) / possible, 3)

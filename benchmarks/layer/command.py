@@ -74,8 +74,11 @@ def _run(options: argparse.Namespace) -> None:
         print(f"\n### {shape.name}: {shape}\n\n{shape_table(new)}", flush=True)
         rows += new
         out.write_part(rows, f"{stem}.csv")
-    if goals := goals_table(rows):
-        print(f"\n### Goals\n\n{goals}")
+        # After each, since a run that is cut short has not come to its end.
+        if goals := goals_table(new):
+            print(f"\n### Goals at {shape.name}\n\n{goals}", flush=True)
+    if len(shapes) > 1 and (goals := goals_table(rows)):
+        print(f"\n### Goals\n\n{goals}", flush=True)
 
     written = [out.write(rows, f"{stem}.csv")]
     picture = out.path / f"{stem}.png"

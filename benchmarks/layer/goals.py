@@ -96,8 +96,11 @@ def goals(rows: list[LayerRow]) -> list[Goal]:
     return _gpu_goals(found) if rows[0].device == "cuda" else _cpu_goals(found)
 
 
-def goals_table(rows: list[LayerRow]) -> str:
-    """The goals in Markdown, with the conditions they are set for."""
+def goals_table(rows: list[LayerRow], figures: str = "measured") -> str:
+    """The goals in Markdown, with the conditions they are set for.
+
+    ``figures``: what the rows hold, as the table's header says it.
+    """
     found = goals(rows)
     if not found:
         return ""
@@ -109,12 +112,12 @@ def goals_table(rows: list[LayerRow]) -> str:
             [
                 goal.shape,
                 goal.what,
-                "not measured" if goal.measured is None else f"{goal.measured:.2f}",
+                f"not {figures}" if goal.measured is None else f"{goal.measured:.2f}",
                 "—" if goal.bound is None else f"{sign} {goal.bound:g}",
                 verdicts[goal.met],
             ]
         )
-    table = markdown_table(["shape", "what", "measured", "goal", ""], lines)
+    table = markdown_table(["shape", "what", figures, "goal", ""], lines)
     row = rows[0]
     if row.device == "cpu" and (row.threads, row.dtype) != (str(THREADS), "float32"):
         table += (

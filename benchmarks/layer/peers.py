@@ -21,6 +21,9 @@ from .provider import Layer, Provider, Routed, Unavailable
 # What st-moe's dispatch and combine tensors may take; they have T·E·capacity entries each.
 _MOST_DISPATCH_BYTES = 2**29
 _GROUP_TOKENS = 512
+# Pairs of token and slot, and the time of each in a step: not measured, but estimated from a wait
+# for memory of 0.6 µs for each row of an expert, of which there are eight, and of each bias.
+_MOST_INDEXED, _INDEXED_SECONDS = 2**18, 2 * 0.6e-6 / 8
 
 
 class Transformers(Routed):
@@ -29,6 +32,12 @@ class Transformers(Routed):
     def __init__(self, problem: Problem) -> None:
         from transformers.integrations import use_experts_implementation
 
+        pairs = problem.shape.total_tokens * problem.shape.k
+        if problem.device.type == "cuda" and pairs > _MOST_INDEXED:
+            raise Unavailable(
+                "it adds biases by an index, whose gradient a GPU sums one row after the other: "
+                f"{pairs:,} rows are estimated to take {_INDEXED_SECONDS * pairs:.1f} s"
+            )
         super().__init__(problem)
         owner = self
 

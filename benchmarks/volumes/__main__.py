@@ -1,8 +1,14 @@
 """``python -m benchmarks.volumes``: the 3D network's training step, by patch."""
 
 import sys
-
-from .command import main
+from importlib.util import find_spec
 
 if __name__ == "__main__":
+    if find_spec("monai") is None:
+        sys.exit(
+            "python -m benchmarks.volumes: MONAI is not installed, of whose blocks the 3D network "
+            "is made. Install it (pip install monai), or carry it on PYTHONPATH."
+        )
+    from .command import main
+
     sys.exit(main())

@@ -9,18 +9,21 @@ from harness.benchmark_runs import row_of, rows_of
 
 from benchmarks import output
 from benchmarks.growth.rows import GrowthRow
+from benchmarks.kernels.matrix import MatrixRow
 from benchmarks.kernels.report import KernelRow
 from benchmarks.layer.command import PROVIDERS
 from benchmarks.layer.rows import LayerRow
 from benchmarks.machine import commit
-from benchmarks.volumes.rows import VolumeRow
 from reference_models.study.csv_table import Table
+
+VolumeRow = pytest.importorskip("benchmarks.volumes.rows").VolumeRow
 
 ROW_OF = {
     "growth": GrowthRow,
     "kernels": KernelRow,
+    "kernels-matrix": MatrixRow,
     "volumes": VolumeRow,
-}  # by a file's first word; others hold layers
+}  # by a file's name or first word; others hold layers
 
 
 def test_the_csv_holds_every_column_and_comes_back(tmp_path):
@@ -51,7 +54,7 @@ def test_the_csv_holds_every_column_and_comes_back(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(output.RESULTS.glob("*.csv")), ids=lambda path: path.name)
 def test_a_committed_file_is_what_the_writer_makes_of_its_rows(path, tmp_path):
-    kind = ROW_OF.get(path.stem.split("-")[0], LayerRow)
+    kind = ROW_OF.get(path.stem) or ROW_OF.get(path.stem.split("-")[0], LayerRow)
     output.write_csv(Table(path.name, kind).read(path.parent), tmp_path / path.name)
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 

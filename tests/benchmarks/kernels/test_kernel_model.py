@@ -1,12 +1,10 @@
 """What the kernels' report works out from a binary, by hand and for the committed report."""
 
-import csv
-
 import pytest
+from harness.kernel_reports import committed_rows
 
 from benchmarks.kernels.gpus import A100, GPUS
 from benchmarks.kernels.work import LATENCY, Work, kernel_work, roofline_share
-from benchmarks.output import RESULTS
 
 
 @pytest.mark.parametrize(
@@ -39,10 +37,9 @@ def test_the_reductions_have_no_share():
 
 
 def test_the_committed_occupancy_follows_from_the_committed_columns():
-    with (RESULTS / "kernels.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = committed_rows()
     assert rows
     for row in rows:
-        gpu, warps = GPUS[int(row["capability"])], int(row["warps"])
-        resident = gpu.resident_blocks(warps, int(row["registers"]), int(row["shared_bytes"]))
-        assert float(row["occupancy"]) == resident * warps / gpu.warps, row
+        gpu = GPUS[row.capability]
+        resident = gpu.resident_blocks(row.warps, row.registers, row.shared_bytes)
+        assert row.occupancy == pytest.approx(resident * row.warps / gpu.warps, rel=1e-5), row

@@ -1,5 +1,7 @@
 """Every provider computes what it says, in eval and in training."""
 
+from types import SimpleNamespace
+
 import naive
 import pytest
 import torch
@@ -10,10 +12,11 @@ from benchmarks.layer import ours
 from benchmarks.layer import provider as provider_module
 from benchmarks.layer.check import TOLERANCE, relative_error
 from benchmarks.layer.ours import OURS
-from benchmarks.layer.peers import PEERS
-from benchmarks.layer.plain import PLAIN, GemmLoop
+from benchmarks.layer.peers import PEERS, Transformers
+from benchmarks.layer.plain import PLAIN, GemmLoop, bias_rows
 from benchmarks.layer.problem import Problem, true_answer
 from benchmarks.layer.provider import Unavailable
+from benchmarks.layer.shapes import GPU_SHAPES
 
 OWN = [*OURS, *PLAIN]
 EXACT = [provider for provider in (*OWN, *PEERS) if provider.exact]
@@ -67,6 +70,34 @@ def test_biases_count_unless_a_provider_has_none():
     layer.w2_bias.data.zero_()
     assert relative_error(layer, problem, bias=False) <= TOLERANCE[torch.float32]
     assert relative_error(layer, problem, bias=True) > 1e-2
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, and computes where it is."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_a_bias_is_added_by_a_product_which_gives_what_an_index_gives(dtype):
+    row_R, dy_RN = torch.randint(8, (300,)), torch.randn(300, 24).to(dtype)
+    table_EN = torch.randn(8, 24).to(dtype)
+    on_gpu = table_EN.as_subclass(OnGpu).requires_grad_()
+    rows_RN = bias_rows(on_gpu, row_R)
+    assert "MmBackward" in str(rows_RN.grad_fn.next_functions)
+    assert "Index" in str(bias_rows(table_EN.clone().requires_grad_(), row_R).grad_fn)
+    assert torch.equal(torch.Tensor(rows_RN), table_EN[row_R])
+    (found_EN,) = torch.autograd.grad(rows_RN, on_gpu, dy_RN)
+    true_EN = torch.zeros(8, 24).double().index_add(0, row_R, dy_RN.double())
+    error = (torch.Tensor(found_EN).double() - true_EN).abs().max() / true_EN.abs().max()
+    assert error <= {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+
+
+def test_transformers_is_left_out_on_a_gpu_where_its_biases_would_take_most_of_the_time():
+    pytest.importorskip("transformers")
+    gpu = SimpleNamespace(device=torch.device("cuda"), shape=GPU_SHAPES["goals"][1])
+    with pytest.raises(Unavailable, match=r"4,718,592 rows are estimated to take 0\.7 s"):
+        Transformers(gpu)
 
 
 @torch.no_grad()

@@ -8,11 +8,13 @@ import torch
 
 from benchmarks.arguments import chosen_names
 from benchmarks.machine import run_facts
+from dmoe_layer import DMoE
+
+pytest.importorskip("monai")  # of whose blocks the network is made
 from benchmarks.volumes import command, runner, steps
 from benchmarks.volumes.rows import VolumeRow, section, table
 from benchmarks.volumes.runner import measure_patch
 from benchmarks.volumes.steps import NETWORKS, LoopSlot, Patch, Step
-from dmoe_layer import DMoE
 
 CPU = torch.device("cpu")
 PATCH = Patch(1, (64, 32, 32))

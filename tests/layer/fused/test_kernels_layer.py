@@ -8,7 +8,6 @@ from harness.exactness import TOLERANCE
 from harness.kernels import HERE, assert_same_rows, pair
 from harness.saved import bytes_of, saved_for_backward
 from helpers import masks_in_full_graphs
-from monai.data import MetaTensor
 
 from dmoe_layer import carry_routing, routing
 
@@ -18,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dim", [16, 136])
 @pytest.mark.parametrize("attribute_sizes", [3, None])
 def test_monais_metatensors_give_what_plain_tensors_give(dim, attribute_sizes):
+    MetaTensor = pytest.importorskip("monai.data").MetaTensor
     layer, _ = pair(dim=dim, attribute_sizes=attribute_sizes, channel_dim=1)
     plain, site = torch.randn(2, dim, 5, 4, device=HERE), torch.tensor([0, 2], device=HERE)
     found = []

@@ -1,0 +1,125 @@
+"""The worst of all kernels at each width, dtype and GPU: what spills, and what does not fit."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import tokenize
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import get_type_hints
+
+from ..machine import ROOT
+from .binary import Binary, read_binary
+from .launches import Launch, LayerStep, fused_activations
+from .report import DTYPES
+
+WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_KERNELS = ROOT / "src" / "dmoe_layer" / "fused" / "kernels"
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """A line of the CSV: the worst of the binaries of a width, all activations together.
+
+    ``sources`` tells the kernels' code apart. ``stack_bytes`` are what spills; ``stack_in`` and
+    ``shared_in`` are the kernels that have most of it, empty where none has any.
+    """
+
+    triton: str
+    capability: int
+    dtype: str
+    dim: int
+    sources: str
+    binaries: int
+    registers: int
+    stack_bytes: int
+    stack_in: str
+    shared_bytes: int
+    shared_in: str
+
+    @property
+    def what(self) -> tuple[str, int, str, int]:
+        """What it is of; a later row of the same takes its place."""
+        return self.triton, self.capability, self.dtype, self.dim
+
+
+def matrix_rows(
+    capabilities: Sequence[int], dtypes: Sequence[str], widths: Sequence[int], old: list[MatrixRow]
+) -> Iterator[MatrixRow]:
+    """A row of each that ``old`` has none of by this Triton and of these kernels."""
+    import triton
+
+    sources = kernel_sources()
+    done = {row.what for row in old if row.sources == sources}
+    for capability, dtype, dim in product(capabilities, dtypes, widths):
+        if (triton.__version__, capability, dtype, dim) in done:
+            continue
+        found = [
+            (f"{launch.kernel.__name__} {launch.variant} {activation}".replace("  ", " "), binary)
+            for activation, launch, binary in _binaries(capability, dtype, dim)
+        ]
+        spilling = max(found, key=lambda one: one[1].stack_bytes)
+        largest = max(found, key=lambda one: one[1].shared_bytes)
+        yield MatrixRow(
+            triton=triton.__version__,
+            capability=capability,
+            dtype=dtype,
+            dim=dim,
+            sources=sources,
+            binaries=len(found),
+            registers=max(binary.registers for _, binary in found),
+            stack_bytes=spilling[1].stack_bytes,
+            stack_in=spilling[0] if spilling[1].stack_bytes else "",
+            shared_bytes=largest[1].shared_bytes,
+            shared_in=largest[0],
+        )
+
+
+def _binaries(capability: int, dtype: str, dim: int) -> Iterator[tuple[str, Launch, Binary]]:
+    """Each binary of a width once, with the activation that it was first compiled for."""
+    known = set()
+    for activation in fused_activations():
+        for launch in LayerStep(dim, DTYPES[dtype], activation, capability=capability).launches():
+            if launch.key not in known:
+                known.add(launch.key)
+                yield activation, launch, read_binary(launch, capability)
+
+
+def merged(old: list[MatrixRow], new: list[MatrixRow]) -> list[MatrixRow]:
+    """All rows in order, the newer one where both are of the same."""
+    rows = {row.what: row for row in (*old, *new)}
+    return [rows[what] for what in sorted(rows)]
+
+
+def read_matrix(path: Path) -> list[MatrixRow]:
+    """The rows of a file; none if there is none."""
+    if not path.exists():
+        return []
+    kinds = get_type_hints(MatrixRow)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [MatrixRow(**{name: kinds[name](cell) for name, cell in row.items()}) for row in rows]
+
+
+def kernel_sources() -> str:
+    """The kernels' code in eight digits, without what is a comment or a docstring."""
+    digest = hashlib.sha256()
+    for path in sorted(_KERNELS.glob("*.py")):
+        before = tokenize.NEWLINE
+        for token in tokenize.generate_tokens(
+            io.StringIO(path.read_text(encoding="utf-8")).readline
+        ):
+            is_docstring = token.type == tokenize.STRING and before in _STARTS
+            if token.type not in (tokenize.COMMENT, tokenize.NL):
+                before = token.type
+                if not is_docstring and token.string.strip():
+                    digest.update(token.string.encode() + b"\n")
+    return digest.hexdigest()[:8]
+
+
+# What stands before a docstring.
+_STARTS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
