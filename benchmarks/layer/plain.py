@@ -66,7 +66,8 @@ def bias_rows(table_EN: Tensor, row_R: Tensor) -> Tensor:
     """
     if not table_EN.is_cuda:
         return table_EN[row_R]
-    return F.one_hot(row_R, table_EN.shape[0]).to(table_EN.dtype) @ table_EN
+    is_row_RE = row_R[:, None] == torch.arange(table_EN.shape[0], device=row_R.device)
+    return is_row_RE.to(table_EN.dtype) @ table_EN
 
 
 class Dense(Layer):
