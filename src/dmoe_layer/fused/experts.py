@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dropout import in_steps
 from ..hidden_layer import keeps_hidden
-from ..operators import differentiable, refuse_double_backward
+from ..operators import differentiable, refuse_double_backward, undispatched
 from ..tensors import ExpertOptions, ExpertWeights
 from . import narrow, wide
 from .call import ExpertCall, draw_kept
@@ -40,14 +40,15 @@ def experts(
 
 
 def _kept(pairs: SortedPairs, dim: int, options: ExpertOptions) -> Tensor | None:
-    """``draw_kept``, as an operator only where one is needed: that costs more than the launch."""
+    """The bits of what dropout keeps, if it drops anything."""
     if options.seed is None or in_steps(options.dropout, options.seed)[0] == 0:
         return None
-    draw = _draw_kept if torch.compiler.is_compiling() else draw_kept
-    return draw(pairs.order_R, dim, options.dropout, options.seed)
+    kept_RW: Tensor = _draw(pairs.order_R, dim, options.dropout, options.seed)
+    return kept_RW
 
 
 _draw_kept = torch.library.custom_op("dmoe_layer::draw_kept", draw_kept, mutates_args=())
+_draw = undispatched(_draw_kept)
 
 
 @_draw_kept.register_fake
