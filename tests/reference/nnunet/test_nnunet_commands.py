@@ -59,7 +59,7 @@ def test_predictions_by_our_command_are_scored_by_subgroup(home, trained, tmp_pa
     masks, report = tmp_path / "masks", tmp_path / "report"
     home.run(
         *("reference_models.nnunet", "-i", home.dataset / "imagesTs", "-o", masks, "-d", 1),
-        *("-c", "3d_fullres", "-f", 0, "-tr", "ShortDMoE", "-device", "cpu", "-npp", 1, "-nps", 1),
+        *("-c", "3d_fullres", "-f", 0, "-tr", "ShortDMoE", "-device", "cpu"),
     )
     for case in ("p10", "p11"):
         image = nib.load(home.dataset / "imagesTs" / f"{case}_0000.nii.gz")
@@ -146,11 +146,10 @@ def test_prediction_without_further_processes_is_refused(predict, capsys):
     assert "take -npp 1 -nps 1" in capsys.readouterr().err
 
 
-def test_a_control_is_predicted_by_nnunets_own_command(home, tmp_path, capsys):
-    home.trainer("ShortPlainMoE").run_training()
+def test_a_control_is_trained_and_predicted_by_nnunets_own_commands(home, tmp_path, capsys):
+    home.run("nnUNetv2_train", 1, "3d_fullres", 0, "-tr", "ShortPlainMoE", "-device", "cpu")
     arguments = ["-i", home.dataset / "imagesTs", "-o", tmp_path / "masks", "-d", 1]
     arguments += ["-c", "3d_fullres", "-f", 0, "-tr", "ShortPlainMoE", "-device", "cpu"]
-    arguments += ["-npp", 1, "-nps", 1]
     home.run("nnUNetv2_predict", *arguments)
     assert len([*(tmp_path / "masks").glob("*.nii.gz")]) == 2
     assert main([str(argument) for argument in arguments]) == 1
