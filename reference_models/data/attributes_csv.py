@@ -45,6 +45,7 @@ def read_attributes(
     notes: list[str],
     *,
     optional: Collection[str] = (),
+    others: bool = False,
     unknown_texts: Collection[str] = UNKNOWN_TEXTS,
 ) -> tuple[tuple[Attribute, ...], dict[str, CaseRecord]]:
     """Reads the chosen attributes, and what each case's row says.
@@ -57,6 +58,7 @@ def read_attributes(
         faults: what is wrong with single rows is added there, and such rows are left out.
         notes: remarks are added there.
         optional: those of the cases that need no row; without one, all of theirs is unknown.
+        others: whether the csv may tell of other cases too, whose rows are then passed over.
         unknown_texts: what says that a value is not known.
 
     Returns:
@@ -77,7 +79,7 @@ def read_attributes(
     if missing := [name for name in chosen if name not in own]:
         raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(own)}")
     cells = Cells(unknown_texts)
-    rows = _rows_by_case(table, case_ids, optional, faults)
+    rows = _rows_by_case(table, case_ids, optional, others, faults)
     if not rows:  # which is a fault, and what they would have said is not known
         return (), {}
     entries: _Entries = {
@@ -150,7 +152,11 @@ def _no_groups(path: Path, name: str, count: int, own: Sequence[str]) -> str:
 
 
 def _rows_by_case(
-    table: Table, case_ids: Collection[str], optional: Collection[str], faults: list[DataError]
+    table: Table,
+    case_ids: Collection[str],
+    optional: Collection[str],
+    others: bool,
+    faults: list[DataError],
 ) -> dict[str, Row]:
     """Finds each row's case; rows of no case, second rows and cases without one are faults."""
     path, known = table.path, {*case_ids}
@@ -159,7 +165,7 @@ def _rows_by_case(
     for row in table.rows:
         case_id = _case_of(row.cells["case"], known)
         if case_id is None:
-            strangers.append(row)
+            strangers += [] if others else [row]
         elif case_id in rows:
             line = rows[case_id].line
             faults.append(DataError(f"{path}:{row.line}: {case_id} has a row already, line {line}"))

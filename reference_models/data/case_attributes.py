@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..errors import DataError, report_faults, shown
 from .attributes_csv import read_attributes
 from .cases import UNKNOWN, Attribute
+from .table import nfc
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,11 @@ class CaseAttributes:
         """
         faults: list[DataError] = []
         told = [Attribute(name, tuple(values)) for name, values in (known or {}).items()]
-        # macOS takes accents apart, so that one name may be written in two ways.
-        id_of = {unicodedata.normalize("NFC", case_id): case_id for case_id in case_ids}
+        id_of = {nfc(case_id): case_id for case_id in case_ids}
         names = columns or tuple(attribute.name for attribute in told)
-        found, records = read_attributes(path, [*id_of], names, told, faults, [])
-        # Other cases may stand there: one csv tells of those to train on and those to predict.
-        report_faults([f for f in faults if "is no case of the folder" not in str(f)], None)
+        # Of other cases too: one csv tells of those to train on and those to predict.
+        found, records = read_attributes(path, [*id_of], names, told, faults, [], others=True)
+        report_faults(faults, None)
         rows = {id_of[name]: record.attributes for name, record in records.items()}
         return cls(path, {attribute.name: [*attribute.values] for attribute in found}, rows)
 
