@@ -1,4 +1,4 @@
-"""Runs that the tests of export write: untrained networks, whose answers depend on the attribute."""
+"""Runs that the tests of export write: untrained networks, of large weights."""
 
 import numpy as np
 import torch
