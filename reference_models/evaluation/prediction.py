@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from dmoe_layer import routing
 
@@ -35,6 +34,7 @@ from ..models.inference import infer
 from ..report.pictures import Picture, overlay
 from ..training.checkpoints import Which, load_model
 from ..training.runs import Task
+from .framed import FramedCases, stacked, unbroken
 from .masks import write_mask
 
 
@@ -198,10 +198,10 @@ def predictions(
         DataError: a case cannot be read, or the network gives no finite numbers for it.
     """
     loader = DataLoader(
-        _Framed(run),
+        FramedCases(run.dataset, run.cases, run.framing),
         batch_size=run.batch_size if run.framing.one_size else 1,
         num_workers=run.settings.workers,
-        collate_fn=_unbroken,
+        collate_fn=unbroken,
     )
     start = 0
     for batch in track(loader, "predicting", console=Console(stderr=True), transient=True):
@@ -225,9 +225,9 @@ def _answered(
 ) -> list[tuple[Sample, dict[str, np.ndarray]]]:
     """The samples of a batch, of which `start` were before, with their masks by condition."""
     samples, frames = zip(*batch, strict=True)
-    inputs = [_stacked([frame.image_CS for frame in frames])]
+    inputs = [stacked([frame.image_CS for frame in frames])]
     if frames[0].body_S is not None:
-        inputs.append(_stacked([frame.body_S for frame in frames]))
+        inputs.append(stacked([frame.body_S for frame in frames]))
     asked = _Asked(samples, inputs, start)
     answers: list[tuple[Sample, dict[str, np.ndarray]]] = [(sample, {}) for sample in samples]
     for condition, told_NA in told.items():
@@ -331,35 +331,3 @@ def _device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"device: {name} cannot be used here ({error}).") from error
-
-
-class _Framed(TorchDataset[Any]):
-    """Each case at native resolution and as the network sees it."""
-
-    def __init__(self, run: TrainedRun) -> None:
-        self._dataset, self._cases, self._framing = run.dataset, run.cases, run.framing
-
-    def __len__(self) -> int:
-        return len(self._cases)
-
-    def __getitem__(self, index: int) -> tuple[Sample, Frame] | DataError:
-        # An error is returned, since a worker would dress it in its traceback.
-        try:
-            sample = self._dataset.load(self._cases[index])
-            # Its mask is scored at native resolution, and need not be framed.
-            return sample, self._framing.apply(dataclasses.replace(sample, mask_S=None))
-        except DataError as error:
-            return error
-
-
-def _stacked(arrays: list[np.ndarray]) -> Tensor:
-    # A volume stands alone, and is not copied.
-    return torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])
-
-
-def _unbroken(items: list[Any]) -> list[Any] | DataError:
-    """A batch as it is, or the first error that stands in it."""
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    return items

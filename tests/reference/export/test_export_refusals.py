@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from harness.exports import small_recipe, write_untrained
+from harness.exported_runs import small_recipe, write_untrained
 
 from reference_models.__main__ import main
 from reference_models.data import DataSettings
