@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
-from reference_models.data.splits import make_splits
+from reference_models.data.splits import Splits
 from reference_models.recipes.framings import ImageFramingSettings
 from reference_models.recipes.networks import UNetSettings
 from reference_models.recipes.recipe import Recipe
@@ -24,9 +24,13 @@ def small_recipe(**model):
 
 
 def write_untrained(folder, recipe, seed=1):
-    """A run of the phantom, of a network whose parameters are all large and unlike; its folder."""
+    """A run that tests on all cases but two; returns its folder.
+
+    The network's parameters are large and unlike, so that its masks depend on image and attribute.
+    """
     dataset = open_dataset(recipe.data)
-    write_run(folder, recipe, Task.of(dataset), make_splits(dataset, 0))
+    ids = tuple(case.case_id for case in dataset.cases)
+    write_run(folder, recipe, Task.of(dataset), Splits(dataset.name, 0, ids[:1], ids[1:2], ids[2:]))
     model, generator = build_model(recipe, Task.of(dataset)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in model.parameters():
