@@ -165,7 +165,10 @@ def _sparse(
     activate, k = ACTIVATIONS[options.activation].forward, indices_TK.shape[1]
     pairs, outputs = [], []
     for e in range(w1_EHD.shape[0]):
-        tokens_R, slots_R = (indices_TK == e).nonzero().unbind(dim=1)
+        # Not both of one nonzero: of a masked layer's tokens, whose number is open, the most pairs
+        # that there may be is no int64, and ONNX cannot write the bound.
+        tokens_R = (indices_TK == e).any(dim=1).nonzero()[:, 0]
+        slots_R = (indices_TK.index_select(0, tokens_R) == e).to(torch.int64).argmax(dim=1)
         x_RD = x_TD.index_select(0, tokens_R)
         h_RH = activate(F.linear(x_RD, w1_EHD[e], None if b1_EH is None else b1_EH[e]))
         outputs.append(F.linear(h_RH, w2_EDH[e], None if b2_ED is None else b2_ED[e]))

@@ -55,7 +55,7 @@ def exported(tmp_path_factory):
         batch_size=3,
     )
     run, file = write_untrained(folder / "run", recipe), folder / "volumes.onnx"
-    export(ExportSettings(run, file, experts="dense"))
+    export(ExportSettings(run, file))
     return run, file
 
 
