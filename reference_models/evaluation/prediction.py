@@ -232,10 +232,10 @@ def _answered(
     answers: list[tuple[Sample, dict[str, np.ndarray]]] = [(sample, {}) for sample in samples]
     for condition, told_NA in told.items():
         observe = None if loads is None else loads[condition].add
-        twin = run.twin
-        found = _masks(run, run.model, asked, condition, told_NA, None if twin else observe)
-        if twin is not None:  # of the two it has experts that can be observed
-            twin.compare(found, _masks(run, twin.model, asked, condition, told_NA, observe))
+        found = _masks(run, run.model, asked, condition, told_NA, observe)
+        if run.twin is not None:  # of the two it has experts that can be observed
+            own = _masks(run, run.twin.model, asked, condition, told_NA, observe)
+            run.twin.compare(found, own)
         for mask_S, (_, masks) in zip(found, answers, strict=True):
             masks[condition] = mask_S
     return answers
