@@ -1,6 +1,7 @@
 """ONNX files: what they compute in onnxruntime, what they refuse, and what of them is refused."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -96,18 +97,18 @@ def test_a_file_says_how_far_it_is_from_the_model(written):
 
 
 def test_a_file_refuses_wrong_values_of_each_attribute(written):
-    host, path, _ = written
+    _, path, _ = written
     opened, x = session(path), torch.randn(2, 6, 3, 5)
     for wrong in ([3, 0], [0, 2], [-2, 0], [0, -2], [2**40, 0]):
         with wrong_value():
             run(opened, x, torch.tensor([[0, 0], wrong]))
     # As many rows as samples, or one for all of them.
-    with pytest.raises(Exception, match="image|attribute|Mul|Add|broadcast|dimension"):
+    with pytest.raises(Exception, match="Reshape node"):
         run(opened, x, torch.zeros(3, 2, dtype=torch.int64))
 
 
 def test_a_nan_in_one_sample_stays_there(written):
-    host, path, _ = written
+    _, path, _ = written
     opened, x = session(path), torch.randn(2, 6, 3, 5)
     clean = run(opened, x, PAIRS)[0]
     x[1] = torch.nan
@@ -170,44 +171,37 @@ def test_unknown_does_what_the_layer_says(form, unknown, tmp_path):
             run(opened, x, torch.tensor([0, wrong, 2, 1]))
 
 
-def test_a_runtime_that_does_not_look_at_indices_gives_nan(tmp_path):
+def test_where_a_runtime_does_not_look_at_indices_the_sample_is_nan(tmp_path):
     layer, x, path = make_quiet().eval(), make_x(), tmp_path / "m.onnx"
-    export_onnx(layer, path, x, GOOD)
+    export_onnx(layer, path, x, GOOD, experts="dense")
     proto = onnx.load(path)
-    highest = onnx.helper.make_tensor("highest", onnx.TensorProto.INT64, [], [A - 1])
-    proto.graph.initializer.append(highest)
-    tables = {each.name for each in proto.graph.initializer if list(each.dims)[:1] == [A]}
-    clamped = 0
-    for i, node in enumerate(list(proto.graph.node)):
-        made_of_tables = node.op_type == "Gather" and node.input[0] not in {"highest"}
-        if made_of_tables and any(
-            A in each.dims[:1]
-            for each in proto.graph.initializer
-            if each.name == node.input[0] or tables
-        ):
-            name = f"clamped_{i}"
-            clamp = onnx.helper.make_node("Min", [node.input[1], "highest"], [name])
-            if node.input[1] not in {each.name for each in proto.graph.initializer}:
-                proto.graph.node.insert(list(proto.graph.node).index(node), clamp)
-                node.input[1] = name
-                clamped += 1
-    assert clamped
+    graph = proto.graph
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(A - 1), "highest"))
+    tables = {each.name for each in graph.initializer if each.dims and each.dims[0] == A}
+    picks = [n for n in graph.node if n.op_type == "Gather" and n.input[0] in tables]
+    assert len(picks) == 2  # weights and biases of the sample's router
+    for i, node in enumerate(picks):
+        clamp = onnx.helper.make_node("Min", [node.input[1], "highest"], [f"clamped_{i}"])
+        graph.node.insert(list(graph.node).index(node), clamp)
+        node.input[1] = f"clamped_{i}"
     onnx.save(proto, path)
+    (found,) = run(session(path), x, torch.tensor([0, -1, 1, A]))
+    assert found[[1, 3]].isnan().all()
+    torch.testing.assert_close(found[[0, 2]], layer(x, torch.tensor([0, 0, 1, 0]))[[0, 2]].detach())
 
 
 def test_eight_bit_weights_by_onnxruntime_are_near(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), DMoE(32, attribute_sizes=A)).eval()
+    model = nn.Sequential(nn.Linear(8, 32), DMoE(32, n_experts=2, k=1, attribute_sizes=A)).eval()
     x = torch.randn(4, 20, 8)
     export_onnx(model, tmp_path / "m.onnx", x, GOOD)
     quantize_dynamic(tmp_path / "m.onnx", tmp_path / "int8.onnx")
     sizes = [(tmp_path / name).stat().st_size for name in ("m.onnx", "int8.onnx")]
     assert sizes[1] < 0.5 * sizes[0]
-    (found,), expected = (
-        run(session(tmp_path / "int8.onnx"), x, GOOD),
-        with_attributes(model)(x, GOOD),
-    )
-    print((found - expected).abs().max() / expected.abs().max())
+    (found,) = run(session(tmp_path / "int8.onnx"), x, GOOD)
+    expected = with_attributes(model)(x, GOOD)
+    tokens_off = ((found - expected).abs().amax(-1) > 0.05 * expected.abs().max()).float().mean()
+    print(tokens_off, (found - expected).abs().max() / expected.abs().max())
+    assert 0 < tokens_off < 0.1
     with wrong_value():
         run(session(tmp_path / "int8.onnx"), x, torch.tensor([0, 1, 2, A]))
 
@@ -229,7 +223,7 @@ def nothing_there(path):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"dynamic_axes": (0, 3)}, ValueError, r"dynamic_axes: got 3, expected axes of x, 0 \.\. 2"),
+        ({"dynamic_axes": (0, 3)}, ValueError, r"dynamic_axes: got 3, expected .* 0 \.\. 2"),
         ({"opset": 17}, ValueError, "opset: got 17, expected at least 18"),
         ({"experts": "all"}, ValueError, "experts: got 'all'"),
         ({"x": [1.0]}, TypeError, r"x: got \[1.0\]"),
@@ -254,7 +248,7 @@ def test_a_model_that_is_not_ready_is_refused(tmp_path):
         export_onnx(model, tmp_path / "m.onnx", make_x(), GOOD)
     with pytest.raises(ValueError, match=r"noise='always'"):
         export_onnx(make_quiet(noise="always").eval(), tmp_path / "m.onnx", make_x(), GOOD)
-    with pytest.raises(ValueError, match="path: got .*expected a file in a folder that exists"):
+    with pytest.raises(ValueError, match=r"path: got .*expected a file in a folder that exists"):
         export_onnx(make_quiet().eval(), tmp_path / "no" / "m.onnx", make_x(), GOOD)
     assert nothing_there(tmp_path)
 
@@ -272,8 +266,10 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, package):
 def test_a_file_that_differs_or_lets_wrong_values_pass_is_not_written(tmp_path, monkeypatch):
     layer, x, path = make_quiet().eval(), make_x(), tmp_path / "m.onnx"
     path.write_text("what stood there")
-    with pytest.raises(RuntimeError, match=r"differs from the model by .*tolerance=1e-12"):
-        export_onnx(layer, path, x, GOOD, tolerance=1e-12)
+    monkeypatch.setattr(trials, "_difference", lambda *_: 2e-3)
+    with pytest.raises(RuntimeError, match=r"differs from the model by 2\.0e-03.*tolerance=0\.001"):
+        export_onnx(layer, path, x, GOOD)
+    monkeypatch.undo()
     # As the released code does, and an exporter that knows nothing of this: -1 is the last row.
     monkeypatch.setattr(dmoe_layer.attributes, "NOWHERE", -1)
     monkeypatch.setattr("dmoe_layer.router.AttributeRouter._rows", lambda _, values_BN: values_BN)
@@ -288,9 +284,8 @@ def test_a_file_that_differs_or_lets_wrong_values_pass_is_not_written(tmp_path, 
 
 
 def test_the_package_imports_without_onnx():
-    code = "import sys; import dmoe_layer.export; print(sorted({'onnx', 'onnxruntime'} & {*sys.modules}))"
-    import subprocess
-
+    names = "'onnx', 'onnxruntime', 'onnxscript'"
+    code = f"import sys, dmoe_layer.export; print(sorted({{{names}}} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.stdout.strip() == "[]", done.stderr
 

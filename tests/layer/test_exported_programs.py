@@ -1,4 +1,4 @@
-"""Programs of torch.export, AOTInductor and torch.jit.trace: plain ATen, and free of this package."""
+"""Programs of torch.export, AOTInductor and torch.jit.trace, which run without this package."""
 
 import pytest
 import torch

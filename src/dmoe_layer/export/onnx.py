@@ -87,8 +87,9 @@ def export_onnx(
     if opset < LEAST_OPSET:
         raise ValueError(f"opset: got {opset}, expected at least {LEAST_OPSET}.")
     axes = _checked_axes(x, dynamic_axes)
-    wrapped = FlatOutput(with_attributes(model, experts=experts)).eval()
+    two_inputs = with_attributes(model, experts=experts)
     _require_inference(model)
+    wrapped = FlatOutput(two_inputs).eval()
     example = Example(x, attributes, wrapped)
     notes = _metadata(example, attribute_values, metadata or {})
     program = _export(wrapped, example, axes, opset)
@@ -194,6 +195,7 @@ def _export(wrapped: nn.Module, example: Example, axes: list[int], opset: int) -
         verbose=False,
     )
     assert program is not None
+    _fold_weights(program.model)
     foreign = {f"{n.domain}::{n.op_type}" for n in program.model.graph.all_nodes() if n.domain}
     if foreign:
         raise RuntimeError(
@@ -201,3 +203,15 @@ def _export(wrapped: nn.Module, example: Example, axes: list[int], opset: int) -
             "other runtimes do not have."
         )
     return program
+
+
+def _fold_weights(program: Any) -> None:
+    """Does once and for all what is done to weights alone: picking an expert's, transposing them.
+
+    A product's weights then stand in the file as such, where quantizers look for them.
+    """
+    from onnxscript.optimizer import fold_constants_ir, remove_unused_nodes
+
+    moves = {"Gather", "Reshape", "Slice", "Squeeze", "Transpose"}
+    fold_constants_ir(program, should_fold=lambda node: True if node.op_type in moves else None)
+    remove_unused_nodes(program)
