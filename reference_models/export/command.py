@@ -10,15 +10,17 @@ Shapes: B samples or windows, C channels, K classes, S spatial axes, A attribute
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from dmoe_layer.export import export_onnx, with_attributes
 from torch import Tensor, nn
+
+from dmoe_layer.export import export_onnx, with_attributes
 
 from ..errors import RunError
 from ..files import write_whole
@@ -26,10 +28,11 @@ from ..recipes.recipe import Recipe
 from ..training.checkpoints import Which, load_model
 from ..training.runs import Task
 from .description import ATTRIBUTES, describe, require_told
-from .onnx_network import BodyAsChannel, import_onnxruntime
+from .onnx_network import BodyAsChannel, import_onnxruntime, start_session
 
-# Largest difference of a .pt2 program's logits from the network's, over the largest logit.
-_TOLERANCE = 1e-3
+# A file's logit is near the network's if they differ by less than this share of the largest logit;
+# so many may be off, as some tokens go to another expert by rounding.
+_NEAR, _MOST_OFF = 1e-3, 0.01
 
 
 @dataclass(frozen=True)
@@ -111,18 +114,26 @@ def _write_onnx(
     said: dict[str, str],
     task: Task,
 ) -> str:
-    found = export_onnx(
-        network,
-        settings.to,
-        *example,
-        experts=settings.experts,
-        attribute_values={each.name: each.values for each in task.attributes},
-        metadata={key: text for key, text in said.items() if key != ATTRIBUTES},
-    )
-    return (
-        f"run by onnxruntime on {found.runs} batches with every value of every attribute, its "
-        f"logits differ from PyTorch's by at most {found.largest_difference:.1e} of the largest"
-    )
+    def write(target: Path) -> str:
+        target.unlink()  # an empty file, which stands for the name
+        export_onnx(
+            network,
+            target,
+            *example,
+            experts=settings.experts,
+            attribute_values={each.name: each.values for each in task.attributes},
+            metadata={key: text for key, text in said.items() if key != ATTRIBUTES},
+            tolerance=math.inf,  # see _hold_against
+        )
+        session = start_session(target)
+
+        def answer(image_BCS: Tensor, told: Tensor) -> Tensor:
+            given = {"image": image_BCS.numpy(), "attribute": told.numpy()}
+            return torch.from_numpy(session.run(None, given)[0])
+
+        return _hold_against(network, answer, example, task)
+
+    return _written(settings.to, write)
 
 
 def _write_pt2(
@@ -138,29 +149,49 @@ def _write_pt2(
         tuple(example),
         dynamic_shapes=({0: batch}, {0: batch}),
     )
-    largest, runs = 0.0, 0
 
-    def write(target: Path) -> None:
-        nonlocal largest, runs
+    def write(target: Path) -> str:
         torch.export.save(program, target, extra_files=said)
-        loaded = torch.export.load(target).module()
-        own = with_attributes(network)
-        for image_BCS, told in _trials(example, task):
-            with torch.inference_mode():
-                true_BKS = own(image_BCS, told)
-                off_BKS = loaded(image_BCS, told) - true_BKS
-            largest = max(largest, float(off_BKS.abs().max() / true_BKS.abs().max()))
-            runs += 1
-        if not largest <= _TOLERANCE:
-            raise RuntimeError(
-                f"the file differs from the network by {largest:.1e} of the largest logit, "
-                f"expected at most {_TOLERANCE}."
-            )
+        return _hold_against(network, torch.export.load(target).module(), example, task)
 
-    write_whole(settings.to, write)
+    return _written(settings.to, write)
+
+
+def _written(to: Path, write: Callable[[Path], str]) -> str:
+    """What `write` says of the file that it has written, whole or not at all."""
+    words = []
+    write_whole(to, lambda target: words.append(write(target)))
+    return words[0]
+
+
+def _hold_against(
+    network: nn.Module, answer: Callable[..., Tensor], example: _Example, task: Task
+) -> str:
+    """Runs a file beside the network on every value of every attribute.
+
+    Not by the largest difference alone: where two experts score alike, rounding decides which a
+    token goes to, and of the thousands of tokens of a volume some are such.
+
+    Raises:
+        RuntimeError: too many logits differ.
+    """
+    own, largest, off, count, runs = with_attributes(network), 0.0, 0, 0, 0
+    for image_BCS, told in _trials(example, task):
+        with torch.inference_mode():
+            true_BKS = own(image_BCS, told)
+            error_BKS = (answer(image_BCS, told) - true_BKS).abs() / true_BKS.abs().max()
+        largest = max(largest, float(error_BKS.max()))
+        off += int((~(error_BKS <= _NEAR)).sum())  # NaN too
+        count, runs = count + error_BKS.numel(), runs + 1
+    if off > _MOST_OFF * count:
+        raise RuntimeError(
+            f"{off:,} of {count:,} logits differ from the network's by more than {_NEAR} of the "
+            f"largest, expected at most {_MOST_OFF:.1%} of them."
+        )
     return (
-        f"loaded again and run on {runs} batches with every value of every attribute, its logits "
-        f"differ from the network's by at most {largest:.1e} of the largest"
+        f"run on {runs} batches with every value of every attribute, its logits differ from the "
+        f"network's by at most {largest:.1e} of the largest, {off:,} of {count:,} by more than "
+        f"{_NEAR}"
     )
 
 

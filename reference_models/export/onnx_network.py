@@ -106,6 +106,23 @@ class Twin:
         )
 
 
+def start_session(path: Path) -> Any:
+    """An ``onnxruntime.InferenceSession`` of a file, with as many threads as PyTorch has.
+
+    Raises:
+        RunError: it is no network, or onnxruntime is not installed.
+    """
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class in common but this one
+        raise RunError(
+            f"{path}: onnxruntime cannot read it as a network ({error}); export it anew."
+        ) from error
+
+
 def open_onnx(path: Path, run: Path, recipe: Recipe, task: Task, model: nn.Module) -> OnnxNetwork:
     """The network in a file, once the file is known to be of this run.
 
@@ -118,18 +135,11 @@ def open_onnx(path: Path, run: Path, recipe: Recipe, task: Task, model: nn.Modul
         RunError: there is no such file or it cannot be read, it is of another run, checkpoint or
             network, or onnxruntime is not installed.
     """
-    onnxruntime = import_onnxruntime()
+    import_onnxruntime()
     require_told(run, recipe, model)
     if not path.is_file():
         raise RunError(f"{path}: no such file; write it by `export --run {run} --to {path}`.")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no class in common but this one
-        raise RunError(
-            f"{path}: onnxruntime cannot read it as a network ({error}); export it anew."
-        ) from error
+    session = start_session(path)
     said = session.get_modelmeta().custom_metadata_map
     require_same(said, describe(recipe, task, model), path, run)
     sizes = tuple(len(attribute.values) for attribute in task.attributes)

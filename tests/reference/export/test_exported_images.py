@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,6 +44,19 @@ def test_the_command_says_how_far_file_and_network_are_apart(exported):
     (difference,) = re.findall(r"by at most (\S+) of the largest", said)
     assert float(difference) < 1e-5
     assert {path.name for path in file.parent.iterdir()} == {"run", "site.onnx"}
+
+
+def test_a_file_of_other_answers_is_not_written(exported, tmp_path, monkeypatch):
+    wrong = torch.export.load
+
+    def load(target):
+        program = wrong(target).module()
+        return SimpleNamespace(module=lambda: lambda *given: program(*given) * 1.01)
+
+    monkeypatch.setattr(torch.export, "load", load)
+    with pytest.raises(RunError, match=r"logits differ from the network's by more than 0\.001"):
+        export(ExportSettings(exported[0], tmp_path / "site.pt2"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_prediction_by_the_file_writes_the_same_masks_and_says_so(exported, tmp_path, capsys):
