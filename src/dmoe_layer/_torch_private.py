@@ -77,6 +77,12 @@ def constant_for_dynamo(function: Function) -> Function:
     return function
 
 
+@constant_for_dynamo  # which, up to PyTorch 2.11, it cannot trace
+def has_autocast(device: str) -> bool:
+    """Whether PyTorch's autocast knows this type of device."""
+    return torch.amp.is_autocast_available(device)
+
+
 def program_capture() -> object:
     """What is turning this thread's calls into a program, None if nothing is.
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._torch_private import known_while_compiling
+from ._torch_private import has_autocast, known_while_compiling
 from .activations import ACTIVATIONS
 from .tensors import ExpertOptions, ExpertWeights, RouterWeights, Routing
 
@@ -85,7 +85,7 @@ def _scores(x: Tensor, rows_BN: Tensor | None, w_AED: Tensor, b_AE: Tensor) -> T
     if rows_BN is None:
         return F.linear(x, w_AED[0], b_AE[0]).flatten(0, -2)
     w_BED, b_BE = _sum_of_rows(w_AED, rows_BN), _sum_of_rows(b_AE, rows_BN)
-    b_BE = b_BE.masked_fill(_outside(rows_BN, b_AE), torch.nan)
+    b_BE = _nan_where(_outside(rows_BN, b_AE), b_BE)
     return torch.baddbmm(b_BE[:, None], x, w_BED.mT).flatten(0, 1)
 
 
@@ -103,7 +103,7 @@ def _ragged_scores(
         scores_TAE.gather(1, rows_T[:, None, None].expand(-1, 1, b_AE.shape[1]))[:, 0]
         for rows_T in rows_TN.unbind(dim=1)
     ]
-    return functools.reduce(torch.add, picked).masked_fill(_outside(rows_TN, b_AE), torch.nan)
+    return _nan_where(_outside(rows_TN, b_AE), functools.reduce(torch.add, picked))
 
 
 def _sum_of_rows(table: Tensor, rows_BN: Tensor) -> Tensor:
@@ -211,9 +211,14 @@ def _dense(
     return y_TD if b2_ED is None else y_TD + gates_TE @ b2_ED
 
 
+def _nan_where(outside_B1: Tensor, values: Tensor) -> Tensor:
+    # By a root, since PyTorch 2.8 saves no program that has NaN as a number.
+    return torch.where(outside_B1, values.new_full((), -1).sqrt(), values)
+
+
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Only where autocast is on: an exported program keeps the context as a block of its own."""
     device: Any = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

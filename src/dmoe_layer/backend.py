@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from . import aten
-from ._torch_private import constant_for_dynamo, exporting
+from ._torch_private import constant_for_dynamo, exporting, has_autocast
 from .activations import ACTIVATIONS
 from .checks import check_choice
 from .eager import experts as eager_experts
@@ -143,14 +143,9 @@ def _kernels_for(dim: int, dtype: torch.dtype, activation: str) -> str:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for, if it is on. Like PyTorch's own, it leaves fp64 alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not _has_autocast(device):
+    if x.dtype == torch.float64 or not has_autocast(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-@constant_for_dynamo  # which, up to PyTorch 2.11, it cannot trace
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
 
 
 def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:

@@ -148,5 +148,8 @@ def test_a_package_of_aotinductor_takes_other_batches_and_refuses_wrong_values(t
     run = torch._inductor.aoti_load_package(package)
     x, attributes = make_x(batch=6), torch.tensor([2, 0, 1, 1, 0, 2])
     torch.testing.assert_close(run(x, attributes), model(x, attributes))
-    with pytest.raises(RuntimeError, match=rf"out of range, expected 0 \.\. {A - 1}"):
+    # Up to PyTorch 2.8 at least, the words themselves go to stderr.
+    with pytest.raises(
+        RuntimeError, match=rf"out of range, expected 0 \.\. {A - 1}|API call failed"
+    ):
         run(x, torch.tensor([2, 0, -1, 1, 0, 2]))
