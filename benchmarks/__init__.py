@@ -1,6 +1,6 @@
-"""Benchmarks: of the layer, how its cost grows, of the 3D network, and a report of the kernels.
+"""Benchmarks: the layer, how its cost grows, the 3D network, exported programs, the kernels.
 
-``python -m benchmarks``, ``benchmarks.growth``, ``benchmarks.volumes``, ``benchmarks.kernels``.
+``python -m benchmarks``, ``benchmarks.growth``, ``.volumes``, ``.export``, ``.kernels``.
 """
 
 import os

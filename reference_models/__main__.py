@@ -19,6 +19,7 @@ from .demo import DemoSettings, demo
 from .errors import DataError, RunError
 from .evaluation.evaluate import EvaluatePredictions, EvaluateRun
 from .evaluation.prediction import PredictSettings, predict
+from .export.command import ExportSettings, export
 from .recipes.presets import DESCRIPTIONS, PRESETS
 from .report.words import findings
 from .study.command import StudySettings, study
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "train": _train,
                 "evaluate": _evaluate,
                 "predict": _predict,
+                "export": _export,
                 "demo": _demo,
                 "example": _example,
                 "study": _study,
@@ -87,6 +89,12 @@ def _evaluate(settings: Annotated[_Evaluated, tyro.conf.arg(name="")]) -> int:
 def _predict(settings: Annotated[PredictSettings, tyro.conf.arg(name="")]) -> int:
     """Writes a run's masks and overlays at the images' own size."""
     print(f"written: {predict(settings)}")
+    return 0
+
+
+def _export(settings: Annotated[ExportSettings, tyro.conf.arg(name="")]) -> int:
+    """Writes a run as one file that a server runs, by ONNX Runtime or by PyTorch."""
+    print(f"written: {export(settings)}")
     return 0
 
 

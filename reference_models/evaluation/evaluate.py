@@ -136,6 +136,8 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
                 scored[condition].append(_score(run.dataset, sample, mask, settings.scoring))
             paths[sample.case_id] = write_mask(folder / "masks", sample, masks[AS_GIVEN])
         tables = {condition: loads[condition].tables() for condition in told}
+        if run.twin:
+            notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], run.twin.note())))
         result = _Evaluation(run.dataset, run.cases, scored, notes, tables)
         return _write(folder, result, settings, settings.run, paths)
 
@@ -216,7 +218,10 @@ def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], 
     ):
         right = int((told[condition] == given_NA).all(axis=1).sum())
         notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
-    if run.unknown == "error":
+    if run.unknown == "error" and run.twin:
+        del told["unknown"]
+        notes["unknown"] = "not run: the exported file refuses an attribute that is not known"
+    elif run.unknown == "error":
         notes["unknown"] += "; trained with unknown='error', it averages over the values here"
     untrained = absent_values(run.dataset, run.trained)
     if run.unknown == "learned" and not any(

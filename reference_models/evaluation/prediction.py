@@ -6,10 +6,10 @@ Shapes: B samples of a batch, C channels, K classes, S spatial axes, N cases, A 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
+
+from dmoe_layer import routing
 
 from ..data import open_dataset
 from ..data.cases import UNKNOWN, Case, Dataset, Sample
@@ -26,12 +27,14 @@ from ..data.framing import Frame, Framing
 from ..data.patches import Windows
 from ..data.splits import read_splits
 from ..errors import DataError, shown
+from ..export.onnx_network import Twin, open_onnx
 from ..files import write_results
 from ..metrics.loads import ExpertLoads
 from ..models.inference import infer
 from ..report.pictures import Picture, overlay
 from ..training.checkpoints import Which, load_model
 from ..training.runs import Task
+from .framed import FramedCases, stacked, unbroken
 from .masks import write_mask
 
 
@@ -58,6 +61,9 @@ class RunSettings:
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is not known; the evaluation of a run that was trained so
     does anyway."""
+    onnx: Path | None = None
+    """A file that `export` has written of this run: onnxruntime computes the masks, on the CPU, and
+    the console says in how many voxels they differ from PyTorch's."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ class TrainedRun:
         unknown: the policy that it was trained with for unknown attributes, None if it is not told
             any. Trained with "error", it takes the average over the values here.
         model: in eval mode on `device`.
-        device: where it computes.
+        twin: where the model is an exported file's, PyTorch's network beside it; else None.
+        device: where they compute.
         dataset: the run's.
         framing: from native resolution to what the network sees, and back.
         windows: in which it answers volumes; None of images.
@@ -95,6 +102,7 @@ class TrainedRun:
     batch_size: int
     unknown: str | None
     model: nn.Module
+    twin: Twin | None
     device: torch.device
     dataset: Dataset
     framing: Framing
@@ -108,13 +116,21 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     """Loads a run for prediction.
 
     Raises:
-        RunError: there is no such run or checkpoint, or it is damaged.
+        RunError: there is no such run or checkpoint, or it is damaged; or the file of --onnx is not
+            of this run.
         DataError: the data cannot be read or are not the run's, a device or batch size cannot be
             used, or there are cases whose attribute is not known and no route for them.
     """
     if settings.batch_size is not None and settings.batch_size < 1:
         raise DataError(f"batch_size: got {settings.batch_size}, expected 1 or more.")
     recipe, task, model = load_model(settings.run, settings.which, refuse_unknown=False)
+    twin = None
+    if settings.onnx is not None:
+        if settings.device not in (None, "cpu"):
+            raise DataError(f"device: got {settings.device}, but --onnx is run on the CPU.")
+        twin = Twin(settings.onnx, model)
+    device = torch.device("cpu") if twin else _device(settings.device)
+    network = model if twin is None else open_onnx(twin.file, settings.run, recipe, task, model)
     data = recipe.data
     if settings.root is not None:
         data = dataclasses.replace(data, root=settings.root)
@@ -130,7 +146,6 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         splits = read_splits(settings.run / "splits.json", dataset, needed=())
         trained, chosen = frozenset(splits.train), set(getattr(splits, split))
         cases = tuple(case for case in cases if case.case_id in chosen)
-    device = _device(settings.device)
     policy = recipe.model.unknown if recipe.model.told else None
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
@@ -147,7 +162,8 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         settings=settings,
         batch_size=batch_size,
         unknown=policy,
-        model=model.to(device),
+        model=network.to(device),
+        twin=twin,
         device=device,
         dataset=dataset,
         framing=recipe.framing.build(),
@@ -174,6 +190,8 @@ def predictions(
 ) -> Iterator[tuple[Sample, dict[str, np.ndarray]]]:
     """Every case with its masks, read once and held for no longer than its batch.
 
+    At its end it says on stderr in how many voxels an exported file's masks differ from PyTorch's.
+
     Args:
         run: whose cases.
         told: by condition, the attributes (N, A) that the network is told.
@@ -186,10 +204,10 @@ def predictions(
         DataError: a case cannot be read, or the network gives no finite numbers for it.
     """
     loader = DataLoader(
-        _Framed(run),
+        FramedCases(run.dataset, run.cases, run.framing),
         batch_size=run.batch_size if run.framing.one_size else 1,
         num_workers=run.settings.workers,
-        collate_fn=_unbroken,
+        collate_fn=unbroken,
     )
     start = 0
     for batch in track(loader, "predicting", console=Console(stderr=True), transient=True):
@@ -200,6 +218,8 @@ def predictions(
         batch.clear()  # the bar holds on to it while the next one, maybe a large volume, is read
         while found:
             yield found.pop(0)
+    if run.twin is not None:
+        Console(stderr=True, soft_wrap=True).print(run.twin.note(), markup=False)
 
 
 def _answered(
@@ -211,33 +231,62 @@ def _answered(
 ) -> list[tuple[Sample, dict[str, np.ndarray]]]:
     """The samples of a batch, of which `start` were before, with their masks by condition."""
     samples, frames = zip(*batch, strict=True)
-    inputs = [_stacked([frame.image_CS for frame in frames])]
+    inputs = [stacked([frame.image_CS for frame in frames])]
     if frames[0].body_S is not None:
-        inputs.append(_stacked([frame.body_S for frame in frames]))
+        inputs.append(stacked([frame.body_S for frame in frames]))
+    asked = _Asked(samples, inputs, start)
     answers: list[tuple[Sample, dict[str, np.ndarray]]] = [(sample, {}) for sample in samples]
     for condition, told_NA in told.items():
-        with torch.random.fork_rng(), torch.inference_mode():
-            # For a router that is noisy in evaluation too: whatever else is run, a case gets the
-            # same noise.
-            torch.manual_seed(start)
-            logits_BKS = infer(
-                run.model,
-                inputs,
-                torch.from_numpy(told_NA[start : start + len(samples)]),
-                windows=run.windows,
-                device=run.device,
-                observe=None if loads is None else loads[condition].add,
-            )
-        for logits_KS, (sample, masks) in zip(logits_BKS, answers, strict=True):
-            # By the extremes, as asking every number takes a copy of a volume's logits.
-            if not torch.stack(logits_KS.aminmax()).isfinite().all():
-                raise NonFiniteOutputError(
-                    f"{run.settings.run}: the network's output for {sample.case_id} is not "
-                    f"finite (attributes {condition}); its weights or this image are damaged."
-                )
-            masks[condition] = run.framing.restore(logits_KS, sample)
-        del logits_BKS, logits_KS  # before the next condition's
+        observe = None if loads is None else loads[condition].add
+        found = _masks(run, run.model, asked, condition, told_NA, observe)
+        if run.twin is not None:  # of the two it has experts that can be observed
+            own = _masks(run, run.twin.model, asked, condition, told_NA, observe)
+            run.twin.compare(found, own)
+        for mask_S, (_, masks) in zip(found, answers, strict=True):
+            masks[condition] = mask_S
     return answers
+
+
+class _Asked(NamedTuple):
+    """A batch's samples, what the network sees of them, and how many came before it."""
+
+    samples: Sequence[Sample]
+    inputs: list[Tensor]
+    start: int
+
+
+def _masks(
+    run: TrainedRun,
+    model: nn.Module,
+    asked: _Asked,
+    condition: str,
+    told_NA: np.ndarray,
+    observe: Callable[[routing], object] | None,
+) -> list[np.ndarray]:
+    """A network's masks of a batch, told the attributes of a condition."""
+    samples, inputs, start = asked
+    with torch.random.fork_rng(), torch.inference_mode():
+        # For a router that is noisy in evaluation too: whatever else is run, a case gets the same
+        # noise.
+        torch.manual_seed(start)
+        logits_BKS = infer(
+            model,
+            inputs,
+            torch.from_numpy(told_NA[start : start + len(samples)]),
+            windows=run.windows,
+            device=run.device,
+            observe=observe,
+        )
+    masks = []
+    for logits_KS, sample in zip(logits_BKS, samples, strict=True):
+        # By the extremes, as asking every number takes a copy of a volume's logits.
+        if not torch.stack(logits_KS.aminmax()).isfinite().all():
+            raise NonFiniteOutputError(
+                f"{run.settings.run}: the network's output for {sample.case_id} is not finite "
+                f"(attributes {condition}); its weights or this image are damaged."
+            )
+        masks.append(run.framing.restore(logits_KS, sample))
+    return masks
 
 
 def given_attributes(cases: Sequence[Case]) -> np.ndarray:
@@ -296,35 +345,3 @@ def _device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"device: {name} cannot be used here ({error}).") from error
-
-
-class _Framed(TorchDataset[Any]):
-    """Each case at native resolution and as the network sees it."""
-
-    def __init__(self, run: TrainedRun) -> None:
-        self._dataset, self._cases, self._framing = run.dataset, run.cases, run.framing
-
-    def __len__(self) -> int:
-        return len(self._cases)
-
-    def __getitem__(self, index: int) -> tuple[Sample, Frame] | DataError:
-        # An error is returned, since a worker would dress it in its traceback.
-        try:
-            sample = self._dataset.load(self._cases[index])
-            # Its mask is scored at native resolution, and need not be framed.
-            return sample, self._framing.apply(dataclasses.replace(sample, mask_S=None))
-        except DataError as error:
-            return error
-
-
-def _stacked(arrays: list[np.ndarray]) -> Tensor:
-    # A volume stands alone, and is not copied.
-    return torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])
-
-
-def _unbroken(items: list[Any]) -> list[Any] | DataError:
-    """A batch as it is, or the first error that stands in it."""
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    return items

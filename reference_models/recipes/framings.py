@@ -25,6 +25,7 @@ class FramingSettings(ABC):
     """What a network sees of a sample, whichever kind it is; a frozen dataclass."""
 
     augment: Augment
+    body: bool = False
 
     @property
     @abstractmethod

@@ -1,6 +1,7 @@
 """A mixture-of-experts layer for medical imaging and vision whose router knows the attribute."""
 
 from . import flops  # noqa: F401  so that FLOP counters see the operators
+from ._version import __version__ as __version__
 from .attributes import MissingAttributesError
 from .insert import insert_after
 from .layer import DMoE
@@ -10,8 +11,6 @@ from .scope import carry_routing, routing
 from .swap import swap_mlps
 from .tensors import Routing
 from .windows import window_attributes
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AttributeRouter",

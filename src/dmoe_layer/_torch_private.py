@@ -77,6 +77,12 @@ def constant_for_dynamo(function: Function) -> Function:
     return function
 
 
+@constant_for_dynamo  # which, up to PyTorch 2.11, it cannot trace
+def has_autocast(device: str) -> bool:
+    """Whether PyTorch's autocast knows this type of device."""
+    return torch.amp.is_autocast_available(device)
+
+
 def program_capture() -> object:
     """What is turning this thread's calls into a program, None if nothing is.
 
@@ -108,6 +114,34 @@ def _program_capture(in_dynamo: bool) -> object:
             "layer(x, attributes)."
         )
     return proxy_mode()
+
+
+def exporting() -> bool:
+    """Whether this thread's calls are being made into a program that leaves Python.
+
+    By ``torch.export``, or what goes by it (``torch.onnx``, AOTInductor), or ``torch.jit.trace``.
+    ``torch.compile`` and ``make_fx`` make programs that stay where this package is.
+    """
+    return _exporting(torch.compiler.is_dynamo_compiling())
+
+
+@constant_for_dynamo  # as _program_capture
+def _exporting(in_dynamo: bool) -> bool:
+    if getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)():
+        return True
+    # All threads are told that one exports.
+    return torch.compiler.is_exporting() and (in_dynamo or _dispatches_to_python())
+
+
+def assert_in_program(condition: Tensor, message: str) -> None:
+    """Makes a program that is being captured raise unless ``condition`` holds when it runs.
+
+    Exporters to ONNX leave it out, and the programs of PyTorch's that no longer has it are
+    without: what must not pass in silence needs a second hindrance.
+    """
+    check = getattr(torch, "_assert_async", None)
+    if check is not None and not torch.onnx.is_in_onnx_export():
+        check(condition, message)
 
 
 def _dispatches_to_python() -> bool:

@@ -38,7 +38,7 @@ class Activation(NamedTuple):
 
 def _quick_gelu(z: Tensor) -> Tensor:
     """z · sigmoid(1.702 · z), as in OpenAI's CLIP."""
-    return (1.702 * z).sigmoid_().mul_(z)
+    return (1.702 * z).sigmoid_() * z  # not in place: autograd, where a program has it, keeps both
 
 
 def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._torch_private import assert_in_program, exporting
 from .checks import check_count
 from .operators import undispatched
 
@@ -76,7 +77,7 @@ def checked_copy(attributes: Any) -> Attributes:
     check_form(values)
     _refuse_meta(values)
     values = values.to(torch.int64, copy=True)
-    return Attributes(values, _bounds_2N(values))
+    return Attributes(values, None if exporting() else _bounds_2N(values))
 
 
 def as_sizes(sizes: Any) -> tuple[int, ...] | None:
@@ -146,6 +147,9 @@ def check_attributes(
 ) -> Tensor:
     """One row of attribute values for every sample, or an error that says why not.
 
+    A program that is exported checks the values as it runs: PyTorch's raises an error, and in
+    others a wrong value comes out as ``NOWHERE``, an index out of range of every table.
+
     Args:
         x: any tensor on the device where the values are wanted.
         batch: the number of samples.
@@ -159,6 +163,8 @@ def check_attributes(
     Returns:
         (batch, n) int64 on ``x``'s device.
     """
+    if exporting():
+        return _check_in_program(x, batch, attributes, sizes, unknown)
     checked: Tensor = _check(x, batch, attributes, bounds_2N, sizes, unknown)
     return checked
 
@@ -175,38 +181,12 @@ def _check_attributes(
     sizes: list[int] | None,
     unknown: str,
 ) -> Tensor:
-    if attributes is None:
-        raise MissingAttributesError(
-            f"attributes: got none, but attribute_sizes={_show(sizes)} routes by attribute. Pass "
-            "them, `layer(x, attributes=...)`, or open `with routing(attributes):` around the "
-            "forward pass of a model with DMoE layers."
-        )
-    if sizes == []:
-        raise ValueError(
-            f"attributes: got shape {tuple(attributes.shape)}, but attribute_sizes=None makes a "
-            "plain mixture of experts that does not look at them. Set attribute_sizes, or pass "
-            "none."
-        )
-    check_form(attributes)
-    values_BN = _columns(attributes)
-    shape = tuple(attributes.shape)
-    n = values_BN.shape[1] if sizes is None else len(sizes)
-    expected = f"({batch},)" if n == 1 else f"({batch}, {n})"
-    if values_BN.shape[1] != n:
-        raise ValueError(
-            f"attributes: got shape {shape}, {values_BN.shape[1]} a sample, but "
-            f"attribute_sizes={_show(sizes)} needs {n}: expected {expected}."
-        )
-    if values_BN.shape[0] not in (1, batch):
-        raise ValueError(
-            f"attributes: got shape {shape} for a batch of {batch} samples: expected {expected}, "
-            f"or a batch of 1 that applies to every sample.{_likely_cause(x, batch, values_BN)}"
-        )
-    bounds = _bounds_2N(attributes) if bounds_2N is None else bounds_2N
+    values_BN = _columns_of(x, batch, attributes, sizes)
+    bounds = _bounds_2N(values_BN) if bounds_2N is None else bounds_2N
     _check_values(values_BN, bounds, sizes, unknown)
     # Copied, as a caller may write to its tensor before backward reads these.
     values_BN = values_BN.to(x.device, torch.int64, non_blocking=True, copy=True)
-    return values_BN.expand(batch, n).contiguous()
+    return values_BN.expand(batch, values_BN.shape[1]).contiguous()
 
 
 @_check_attributes.register_fake
@@ -221,6 +201,64 @@ def _(x, batch, attributes, bounds_2N, sizes, unknown):  # type: ignore[no-untyp
 
 
 _check = undispatched(_check_attributes)
+
+# In the place of a wrong value. With the rows before an attribute's own added to it, it still fits
+# into 32 bits, in which some runtimes keep indices.
+NOWHERE = 2**30
+
+
+def _check_in_program(
+    x: Tensor, batch: int, attributes: Tensor | None, sizes: list[int] | None, unknown: str
+) -> Tensor:
+    values_BN = _columns_of(x, batch, attributes, sizes).to(x.device, torch.int64)
+    values_BN = values_BN.expand(batch, values_BN.shape[1])
+    if sizes is None:
+        return values_BN
+    lowest = 0 if unknown == "error" else -1
+    columns = []
+    for i, (values_B, size) in enumerate(zip(values_BN.unbind(dim=1), sizes, strict=True)):
+        right_B = (values_B >= lowest) & (values_B < size)
+        assert_in_program(
+            right_B.all(),
+            f"{_name(i, len(sizes))}: got a value out of range, expected {lowest} .. {size - 1} "
+            f"(attribute_sizes={_show(sizes)}, unknown={unknown!r}).",
+        )
+        columns.append(torch.where(right_B, values_B, NOWHERE))
+    return torch.stack(columns, dim=1)
+
+
+def _columns_of(
+    x: Tensor, batch: int, attributes: Tensor | None, sizes: list[int] | None
+) -> Tensor:
+    """The attributes as (batch, n) or (1, n), of any values, or an error that says why not."""
+    if attributes is None:
+        raise MissingAttributesError(
+            f"attributes: got none, but attribute_sizes={_show(sizes)} routes by attribute. Pass "
+            "them, `layer(x, attributes=...)`, or open `with routing(attributes):` around the "
+            "forward pass of a model with DMoE layers."
+        )
+    if sizes == []:
+        raise ValueError(
+            f"attributes: got shape {tuple(attributes.shape)}, but attribute_sizes=None makes a "
+            "plain mixture of experts that does not look at them. Set attribute_sizes, or pass "
+            "none."
+        )
+    check_form(attributes)
+    values_BN = _columns(attributes)
+    (rows, columns), n = values_BN.shape, None if sizes is None else len(sizes)
+    # Words stand in the branches: to write an open size is to fix it, as torch.export sees it.
+    if n is not None and columns != n:
+        raise ValueError(
+            f"attributes: got shape {tuple(attributes.shape)}, {columns} a sample, but "
+            f"attribute_sizes={_show(sizes)} needs {n}: expected {_show_shape(batch, n)}."
+        )
+    if rows != 1 and rows != batch:
+        raise ValueError(
+            f"attributes: got shape {tuple(attributes.shape)} for a batch of {batch} samples: "
+            f"expected {_show_shape(batch, columns)}, or a batch of 1 that applies to every sample."
+            f"{_likely_cause(x, batch, values_BN)}"
+        )
+    return values_BN
 
 
 def _likely_cause(x: Tensor, batch: int, values_BN: Tensor) -> str:
@@ -254,7 +292,7 @@ def _check_values(
             continue
         wrong = high if high > highest else low
         sample = int((values_BN[:, column] == wrong).nonzero()[0])
-        name = "attributes" if len(lows) == 1 else f"attributes[:, {column}]"
+        name = _name(column, len(lows))
         expected = "-1 or more" if sizes is None else f"{lowest} .. {highest}"
         meaning = (
             f" {wrong} stands for unknown, which unknown='error' refuses: choose "
@@ -266,6 +304,14 @@ def _check_values(
             f"{name}: got {wrong} (sample {sample}), expected {expected} "
             f"(attribute_sizes={_show(sizes)}, unknown={unknown!r}).{meaning}"
         )
+
+
+def _show_shape(batch: int, n: int) -> str:
+    return f"({batch},)" if n == 1 else f"({batch}, {n})"
+
+
+def _name(column: int, n: int) -> str:
+    return "attributes" if n == 1 else f"attributes[:, {column}]"
 
 
 def _show(sizes: list[int] | None) -> str:

@@ -9,6 +9,7 @@ conditions under which it is taken.
 ``eager`` is plain PyTorch and takes everything. ``triton``, the folder ``fused``, has the router's
 top-k and dispatch and the experts' MLPs fused into kernels of its own, for what ``_obstacle`` finds
 nothing against. Both use the same parameters. They draw other noise and dropout from the same seed.
+``aten`` takes the place of either while a program is exported: none of their operators is in it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ._torch_private import constant_for_dynamo
+from . import aten
+from ._torch_private import constant_for_dynamo, exporting, has_autocast
 from .activations import ACTIVATIONS
 from .checks import check_choice
 from .eager import experts as eager_experts
@@ -66,6 +68,8 @@ def load(name: str) -> Backend:
     """The backend that :func:`choose` has named; Triton is imported only here."""
     if name == "eager":
         return Backend(eager_router.route, eager_experts.experts, plans_by_routing=True)
+    if name == "aten":
+        return Backend(aten.route, aten.experts, plans_by_routing=True)
     if name == "triton":
         from .fused import experts as fused_experts
         from .fused import router as fused_router
@@ -84,6 +88,8 @@ def choose(layer: Any, x: Tensor, dtype: torch.dtype) -> Choice:
         RuntimeError: if the layer was told to use Triton, which cannot take this call.
     """
     check_choice("backend", layer.backend, BACKENDS)
+    if exporting():
+        return Choice("aten", "a program is being exported, and may run where this package is not")
     if layer.backend == "eager":
         return Choice("eager", "the layer was told to use it")
     if layer.backend == "auto" and not x.is_cuda:
@@ -137,14 +143,9 @@ def _kernels_for(dim: int, dtype: torch.dtype, activation: str) -> str:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for, if it is on. Like PyTorch's own, it leaves fp64 alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not _has_autocast(device):
+    if x.dtype == torch.float64 or not has_autocast(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-@constant_for_dynamo  # which, up to PyTorch 2.11, it cannot trace
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
 
 
 def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:

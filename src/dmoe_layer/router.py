@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch_private import has_forward_hooks
+from . import aten
+from ._torch_private import exporting, has_forward_hooks
 from .attributes import UNKNOWN_POLICIES, as_attributes, as_sizes, check_attributes, per_token
 from .checks import check_choice, check_count, check_device, check_is_no_proxy, describe
 from .eager.router import route as eager_route
@@ -183,7 +184,7 @@ class AttributeRouter(LazyDim):
             Routing, over all tokens sample after sample.
         """
         if route is None:
-            route = BackendRoute(eager_route)
+            route = BackendRoute(aten.route if exporting() else eager_route)
             self._check_input(x, tokens_per_sample)
         check_device(x, self.w_A2ED, "router")
         refuse_functional_derivatives(x)

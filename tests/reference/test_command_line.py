@@ -188,7 +188,7 @@ def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monke
 
 
 def readme_commands():
-    for page in ("README.md", "reference_models/README.md"):
+    for page in ("README.md", "reference_models/README.md", "reference_models/EXPORT.md"):
         text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
         yield from re.findall(r"^python -m reference_models (.+?)\s*(?:#.*)?$", text, re.MULTILINE)
 
@@ -202,6 +202,7 @@ def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch
         "evaluation.evaluate.evaluate_run",
         "evaluation.evaluate.evaluate_predictions",
         "__main__.predict",
+        "__main__.export",
         "__main__.demo",
         "__main__.study",
     ):

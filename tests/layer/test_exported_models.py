@@ -1,0 +1,31 @@
+"""Swapped models of MONAI and Hugging Face through both exporters."""
+
+import pytest
+import torch
+from harness.exported_models import HOSTS
+from harness.exports import exported, operators
+from harness.mlps import flat, tensors
+
+from dmoe_layer.export import export_onnx, with_attributes
+
+ATTRIBUTES = torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_swapped_model_is_one_onnx_file(name, tmp_path):
+    host = HOSTS[name]
+    found = export_onnx(host.make(), tmp_path / "m.onnx", host.x(), ATTRIBUTES, experts=host.form)
+    assert found.runs == 3
+    assert found.largest_difference < 1e-5
+
+
+@pytest.mark.parametrize(("name", "strict"), [("hf ViT", True), ("monai SwinUNETR", False)])
+def test_a_swapped_model_is_one_program(name, strict):
+    host = HOSTS[name]
+    model, x, attributes = host.make(), host.x(3), torch.tensor([1, 0, 2])
+    program = exported(model, host.x(), ATTRIBUTES, strict=strict)
+    assert not any("dmoe_layer" in each for each in operators(program))
+    with torch.no_grad():
+        found, expected = program.module()(x, attributes), with_attributes(model)(x, attributes)
+    found, expected = flat(tensors(found)), flat(tensors(expected))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
