@@ -23,7 +23,7 @@ class Host(NamedTuple):
         """The model with three attribute values, in eval mode."""
         torch.manual_seed(0)
         model = strong(self.build())
-        swap_mlps(model, self.pattern, n_experts=3, attribute_sizes=3)
+        swap_mlps(model, self.pattern, n_experts=2, k=1, attribute_sizes=3)
         return model.eval()
 
     def x(self, batch=2):

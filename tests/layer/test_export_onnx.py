@@ -20,6 +20,7 @@ from dmoe_layer import DMoE, routing
 from dmoe_layer.export import export_onnx, trials, with_attributes
 from dmoe_layer.export import onnx as writing
 
+TWO = {"n_experts": 2, "k": 1}  # each expert is some operators that torch.onnx takes its time for
 both_forms = pytest.mark.parametrize("form", ["sparse", "dense"])
 
 
@@ -39,16 +40,16 @@ def wrong_value():
 
 
 class Host(nn.Module):
-    """Several attributes and activations, channels first, a layer that is called twice."""
+    """Several attributes and activations, channels first."""
 
     def __init__(self, unknown):
         super().__init__()
-        options = {"attribute_sizes": (3, 2), "unknown": unknown, "channel_dim": 1}
+        options = {"attribute_sizes": (3, 2), "unknown": unknown, "channel_dim": 1, "n_experts": 3}
         self.first = make_quiet(activation="geglu", residual=True, **options)
-        self.second = make_quiet(activation="gelu_tanh", bias=False, k=3, **options)
+        self.second = make_quiet(activation="gelu_tanh", bias=False, k=1, **options)
 
     def forward(self, x):
-        return {"maps": self.first(self.second(self.first(x))), "pooled": (x.mean((2, 3)), None)}
+        return {"maps": self.second(self.first(x)), "pooled": (x.mean((2, 3)), None)}
 
 
 PAIRS = torch.tensor([[2, 1], [0, 0]])
@@ -117,8 +118,9 @@ def test_a_nan_in_one_sample_stays_there(written):
     assert found[1].isnan().all()
 
 
-def test_a_file_has_onnxs_own_operators_and_tells_what_it_is(written):
+def test_a_file_has_onnxs_own_operators_and_tells_what_it_is_and_nothing_of_its_maker(written):
     _, path, _ = written
+    assert b".py" not in path.read_bytes()
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
     assert {(each.domain, each.version) for each in proto.opset_import if not each.domain} == {
@@ -156,7 +158,7 @@ print(np.abs(maps - case["expected"]).max() < 1e-5)
 @both_forms
 @pytest.mark.parametrize("unknown", ["error", "average"])
 def test_unknown_does_what_the_layer_says(form, unknown, tmp_path):
-    layer, x = make_quiet(unknown=unknown).eval(), make_x()
+    layer, x = make_quiet(unknown=unknown, **TWO).eval(), make_x()
     # A batch of one, which torch.export alone would fix, and a value for all samples.
     export_onnx(layer, tmp_path / "m.onnx", x[:1], 2, experts=form)
     opened = session(tmp_path / "m.onnx")
@@ -198,16 +200,16 @@ def test_eight_bit_weights_by_onnxruntime_are_near(tmp_path):
     sizes = [(tmp_path / name).stat().st_size for name in ("m.onnx", "int8.onnx")]
     assert sizes[1] < 0.5 * sizes[0]
     (found,) = run(session(tmp_path / "int8.onnx"), x, GOOD)
-    expected = with_attributes(model)(x, GOOD)
-    tokens_off = ((found - expected).abs().amax(-1) > 0.05 * expected.abs().max()).float().mean()
-    print(tokens_off, (found - expected).abs().max() / expected.abs().max())
-    assert 0 < tokens_off < 0.1
+    expected = with_attributes(model)(x, GOOD).detach()
+    off_T = (found - expected).abs().amax(-1).flatten() / expected.abs().max()
+    # One token in a hundred or so may go to another expert, and be off by any amount.
+    assert 0 < off_T.quantile(0.9) < 0.02
     with wrong_value():
         run(session(tmp_path / "int8.onnx"), x, torch.tensor([0, 1, 2, A]))
 
 
 def test_a_model_without_attributes_is_a_file_of_one_input(tmp_path):
-    plain = make_quiet(attribute_sizes=None).eval()
+    plain = make_quiet(attribute_sizes=None, **TWO).eval()
     export_onnx(plain, tmp_path / "m.onnx", make_x())
     opened, x = session(tmp_path / "m.onnx"), make_x(batch=3)
     (found,) = opened.run(None, {"image": x.numpy()})
@@ -264,7 +266,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, package):
 
 
 def test_a_file_that_differs_or_lets_wrong_values_pass_is_not_written(tmp_path, monkeypatch):
-    layer, x, path = make_quiet().eval(), make_x(), tmp_path / "m.onnx"
+    layer, x, path = make_quiet(**TWO).eval(), make_x(), tmp_path / "m.onnx"
     path.write_text("what stood there")
     monkeypatch.setattr(trials, "_difference", lambda *_: 2e-3)
     with pytest.raises(RuntimeError, match=r"differs from the model by 2\.0e-03.*tolerance=0\.001"):
@@ -276,9 +278,6 @@ def test_a_file_that_differs_or_lets_wrong_values_pass_is_not_written(tmp_path, 
     with pytest.raises(RuntimeError, match=r"the file took the attributes \[(-1|3), 2, 1, 2\]"):
         export_onnx(layer, path, x, GOOD)
     monkeypatch.undo()
-    monkeypatch.setattr(trials, "_difference", lambda *_: float("nan"))
-    with pytest.raises(RuntimeError, match="differs from the model by nan"):
-        export_onnx(layer, path, x, GOOD)
     assert [each.name for each in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_text() == "what stood there"
 
@@ -293,7 +292,8 @@ def test_the_package_imports_without_onnx():
 def test_differences_are_relative_to_the_largest_value_and_nans_must_agree():
     true = np.array([[4.0, np.nan], [0.0, 1.0]])
     assert trials._difference(true + 1, true) == 0.25
-    assert np.isnan(trials._difference(np.zeros_like(true), true))
+    assert trials._difference(np.zeros_like(true), true) == np.inf
+    assert trials._difference(true, np.zeros_like(true)) == np.inf
     assert trials._difference(np.zeros(3), true) == np.inf
     assert trials._difference(np.full(2, 0.5), np.zeros(2)) == 0.5
     assert trials._difference(np.zeros((0, 2)), np.zeros((0, 2))) == 0

@@ -19,7 +19,7 @@ def test_a_swapped_model_is_one_onnx_file(name, tmp_path):
     assert found.largest_difference < 1e-5
 
 
-@pytest.mark.parametrize(("name", "strict"), [("hf ViT", True), ("monai SwinUNETR", False)])
+@pytest.mark.parametrize(("name", "strict"), [("hf ViT", True), ("hf DINOv2", False)])
 def test_a_swapped_model_is_one_program(name, strict):
     host = HOSTS[name]
     model, x, attributes = host.make(), host.x(3), torch.tensor([1, 0, 2])

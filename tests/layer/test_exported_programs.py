@@ -16,7 +16,8 @@ both_ways = pytest.mark.parametrize("strict", [False, True])
 
 @pytest.fixture
 def model():
-    return nn.Sequential(make_quiet(), nn.Tanh(), make_quiet(k=3)).eval().requires_grad_(False)
+    layers = make_quiet(n_experts=2, k=1), make_quiet(n_experts=3)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1]).eval().requires_grad_(False)
 
 
 def test_a_model_is_a_function_of_two_tensors(model):
@@ -28,6 +29,10 @@ def test_a_model_is_a_function_of_two_tensors(model):
     assert around.routings == []
     assert two.model is model
     assert not two.training
+    model[1].train()  # a mode that a part has stays
+    assert model[1].training
+    assert not with_attributes(model).training
+    assert model[1].training
     assert with_attributes(DMoE(6)).training
 
 

@@ -196,6 +196,9 @@ def _export(wrapped: nn.Module, example: Example, axes: list[int], opset: int) -
     )
     assert program is not None
     _fold_weights(program.model)
+    # Of each operator torch.onnx says from which line of which file on this machine it came.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
     foreign = {f"{n.domain}::{n.op_type}" for n in program.model.graph.all_nodes() if n.domain}
     if foreign:
         raise RuntimeError(

@@ -57,7 +57,7 @@ class _WithAttributes(nn.Module):
     def __init__(self, model: nn.Module, experts: str) -> None:
         super().__init__()
         self.model, self.experts = model, experts
-        self.train(model.training)
+        self.training = model.training  # and no part of the model, which may be in another mode
 
     def forward(self, x: Tensor, attributes: Tensor | None = None) -> Any:
         with routing(attributes, record=False), expert_form(self.experts):
