@@ -123,6 +123,28 @@ def _dispatches_to_python() -> bool:
     return included(keys.PreDispatch) or included(keys.Python)
 
 
+def operators_are_seen() -> bool:
+    """Whether anything sees this thread's operators as they are called.
+
+    ``torch.jit.trace``, dispatch modes (fake tensors, ``make_fx``, FLOP counters) or torch.func.
+    Where PyTorch cannot be asked any more, they count as seen.
+    """
+    included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
+    front = getattr(getattr(torch._C, "DispatchKey", None), "FuncTorchDynamicLayerFrontMode", None)
+    if included is None or front is None or included(front):
+        return True
+    return _dispatches_to_python() or torch.jit.is_tracing()
+
+
+def function_of_operator(operator: Any) -> Callable[..., Any]:
+    """The Python function that a ``torch.library.custom_op`` was made of.
+
+    Where PyTorch keeps it under another name, the operator itself, which costs more time.
+    """
+    function: Callable[..., Any] = getattr(operator, "_init_fn", operator)
+    return function
+
+
 def known_while_compiling(condition: bool) -> bool:
     """Whether a condition on open sizes holds for all of them; no new guard comes of asking.
 
@@ -143,6 +165,15 @@ def stop_being_lazy(module: nn.Module) -> None:
     for name in ("_initialize_hook", "_load_hook"):
         if (hook := vars(module).pop(name, None)) is not None:
             hook.remove()
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a forward hook, the module's or everybody's, sees what the module returns.
+
+    Where PyTorch keeps them under other names, one counts as there.
+    """
+    everybodys = getattr(nn.modules.module, "_global_forward_hooks", True)
+    return bool(getattr(module, "_forward_hooks", True)) or bool(everybodys)
 
 
 def drop_forward_hooks(module: nn.Module) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from .checks import check_count
+from .operators import undispatched
 
 # What a layer can do with a sample whose attribute is not known.
 UNKNOWN_POLICIES = ("error", "average", "learned")
@@ -96,7 +96,7 @@ def per_token(values_BN: Tensor, n_tokens: int, tokens_per_sample_B: Tensor | No
     if tokens_per_sample_B is None:
         batch = values_BN.shape[0]
         tokens = n_tokens // max(batch, 1)
-        values_TN = repeat(values_BN, "b n -> (b t) n", t=tokens)
+        values_TN = values_BN[:, None].expand(-1, tokens, -1).flatten(0, 1)
     else:
         values_TN = values_BN.repeat_interleave(tokens_per_sample_B, dim=0, output_size=n_tokens)
     return values_TN.squeeze(1) if values_TN.shape[1] == 1 else values_TN
@@ -136,10 +136,6 @@ def check_form(values: Tensor) -> None:
         )
 
 
-# An operator and not plain Python, because a compiled graph must check too: there, an `if` on a
-# tensor's value breaks the graph, and torch._assert_async is dropped by some backends. Its output
-# feeds the router, so no compiler can drop it.
-@torch.library.custom_op("dmoe_layer::check_attributes", mutates_args=())
 def check_attributes(
     x: Tensor,
     batch: int,
@@ -154,7 +150,8 @@ def check_attributes(
         x: any tensor on the device where the values are wanted.
         batch: the number of samples.
         attributes: (), (batch,), (1,), (batch, n) or (1, n), integers.
-        bounds_2N: their smallest and largest values, on the CPU; looked up here when None.
+        bounds_2N: their smallest and largest values, on the CPU; looked up here when None, which
+            waits for a GPU that the attributes are on.
         sizes: how many values each attribute has. None accepts any: a plain mixture of experts
             records a scope's attributes. An empty list refuses all: it takes none of its own.
         unknown: what -1 means; "error" refuses it.
@@ -162,6 +159,22 @@ def check_attributes(
     Returns:
         (batch, n) int64 on ``x``'s device.
     """
+    checked: Tensor = _check(x, batch, attributes, bounds_2N, sizes, unknown)
+    return checked
+
+
+# An operator and not plain Python, because a compiled graph must check too: there, an `if` on a
+# tensor's value breaks the graph, and torch._assert_async is dropped by some backends. Its output
+# feeds the router, so no compiler can drop it.
+@torch.library.custom_op("dmoe_layer::check_attributes", mutates_args=())
+def _check_attributes(
+    x: Tensor,
+    batch: int,
+    attributes: Tensor | None,
+    bounds_2N: Tensor | None,
+    sizes: list[int] | None,
+    unknown: str,
+) -> Tensor:
     if attributes is None:
         raise MissingAttributesError(
             f"attributes: got none, but attribute_sizes={_show(sizes)} routes by attribute. Pass "
@@ -191,11 +204,12 @@ def check_attributes(
         )
     bounds = _bounds_2N(attributes) if bounds_2N is None else bounds_2N
     _check_values(values_BN, bounds, sizes, unknown)
-    values_BN = values_BN.to(x.device, torch.int64, non_blocking=True)
-    return values_BN.expand(batch, n).clone(memory_format=torch.contiguous_format)
+    # Copied, as a caller may write to its tensor before backward reads these.
+    values_BN = values_BN.to(x.device, torch.int64, non_blocking=True, copy=True)
+    return values_BN.expand(batch, n).contiguous()
 
 
-@check_attributes.register_fake
+@_check_attributes.register_fake
 def _(x, batch, attributes, bounds_2N, sizes, unknown):  # type: ignore[no-untyped-def]
     # Promises the right shape even for wrong input: the error is the real operator's to raise,
     # at run time, where it reaches the user as it is. But this is also what PyTorch runs for good
@@ -204,6 +218,9 @@ def _(x, batch, attributes, bounds_2N, sizes, unknown):  # type: ignore[no-untyp
         _refuse_meta(attributes)
     n = len(sizes) if sizes else _columns(attributes).shape[1]
     return x.new_empty((batch, n), dtype=torch.int64)
+
+
+_check = undispatched(_check_attributes)
 
 
 def _likely_cause(x: Tensor, batch: int, values_BN: Tensor) -> str:

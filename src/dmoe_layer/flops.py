@@ -43,13 +43,13 @@ def _(dlogits, *inputs, **_):  # type: ignore[no-untyped-def]
 
 
 @_formula_of("fused_route")
-def _(x, w, b, rows, counts, k, seed, **_):  # type: ignore[no-untyped-def]
+def _(x, w, b, rows, counts, k, seed, *_, **__):  # type: ignore[no-untyped-def]
     return _router(x, w, b, rows, counts, seed)
 
 
 @_formula_of("fused_route_backward")
-def _(dlogits, dgates, indices, gates, *inputs, **_):  # type: ignore[no-untyped-def]
-    return 2 * _router(*inputs)
+def _(dlogits, dgates, chosen, gates, slopes, *inputs, **_):  # type: ignore[no-untyped-def]
+    return 2 * _router(*inputs, seed=slopes)
 
 
 def _products(gates_TK: Sequence[int], *weights: Sequence[int]) -> int:
@@ -66,7 +66,7 @@ def _(x, indices, gates, w1, b1, w2, *options, **_):  # type: ignore[no-untyped-
 
 
 @_formula_of("fused_experts")
-def _(x, order, offsets, gates, w1, b1, w2, *options, **_):  # type: ignore[no-untyped-def]
+def _(x, order, offsets, tiles, gates, w1, b1, w2, *options, **_):  # type: ignore[no-untyped-def]
     return _products(gates, w1, w2)
 
 
@@ -78,7 +78,7 @@ def _(dy, z, x, indices, gates, w1, b1, w2, *options, **_):  # type: ignore[no-u
 
 
 @_formula_of("fused_experts_backward")
-def _(dy, hidden, x, order, offsets, gates, w1, b1, w2, *options, **_):  # type: ignore[no-untyped-def]
+def _(dy, hidden, x, order, offsets, tiles, gates, w1, b1, w2, *options, **_):  # type: ignore[no-untyped-def]
     of_rows, of_weights = options[-2:]
     return _products(gates, w2, *[w1] * of_rows, *[w1, w2] * of_weights)
 

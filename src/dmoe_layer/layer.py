@@ -28,8 +28,8 @@ from .checks import (
 from .foreign.read_mlp import read_mlp
 from .lazy import LazyDim
 from .operators import draw_seed
-from .router import AttributeRouter, BackendRoute
-from .scope import current_attributes, record
+from .router import AttributeRouter, BackendRoute, is_watched
+from .scope import current_attributes, record, records
 from .tensors import ExpertOptions, ExpertWeights, Routing
 from .upcycling import upcycled
 
@@ -263,7 +263,8 @@ class DMoE(LazyDim):
             x: (batch, ..., D), or any layout with D at ``channel_dim`` and the samples at
                 ``batch_dim``.
             attributes: integers, (batch,) or (batch, n); a batch of 1 or a scalar applies to
-                every sample; -1 is unknown. They win over those of the open scope.
+                every sample; -1 is unknown. They win over those of the open scope. Each call
+                looks at their values, and so waits for a GPU that they are on; a scope looks once.
             mask: bool, the shape of x without ``channel_dim``. Tokens outside are not computed
                 and come out as zero (as x, if ``residual``).
             return_routing: also returns the call's :class:`Routing`.
@@ -292,7 +293,8 @@ class DMoE(LazyDim):
         dtype = autocast_dtype(x) or x.dtype
         backend = load(choose(self, x_BTD, dtype).backend)
         # The router is called as a module, so that its hooks run: offloading brings it in by one.
-        route = BackendRoute(backend.route)
+        wanted = return_routing or records() or is_watched(self.router)
+        route = BackendRoute(backend.route, wanted)
         routing = self.router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
         # Somebody may have put an nn.Identity in its place, or None.
         p = getattr(self.dropout, "p", 0.0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._torch_private import has_forward_hooks
 from .attributes import UNKNOWN_POLICIES, as_attributes, as_sizes, check_attributes, per_token
 from .checks import check_choice, check_count, check_device, check_is_no_proxy, describe
 from .eager.router import route as eager_route
@@ -28,10 +29,13 @@ class BackendRoute:
 
     Attributes:
         plan: after the call, what the backend's ``experts`` need of it.
+        wants_attributes: whether anybody will read the Routing's attributes, a number a token.
     """
 
-    def __init__(self, route: Callable[..., tuple[Routing, Any]]) -> None:
-        self._route = route
+    def __init__(
+        self, route: Callable[..., tuple[Routing, Any]], wants_attributes: bool = True
+    ) -> None:
+        self._route, self.wants_attributes = route, wants_attributes
         self.plan: Any = None
         self._indices: Tensor | None = None
 
@@ -190,7 +194,7 @@ class AttributeRouter(LazyDim):
         weights = RouterWeights(self._table(self.w_A2ED), self._table(self.bias))
         rows_BN = None if self.sizes is None or values_BN is None else self._rows(values_BN)
         routing = route(x, weights, rows_BN, tokens_per_sample, self.k, seed)
-        if values_BN is None:
+        if values_BN is None or not route.wants_attributes:
             return routing
         attributes_T = per_token(values_BN, routing.logits.shape[0], tokens_per_sample)
         # Not by _replace, which torch.compile traces from PyTorch 2.10 on only.
@@ -238,8 +242,15 @@ class AttributeRouter(LazyDim):
         """The row of the table for each sample and attribute: its value's, or its unknown's."""
         sizes = self.sizes or ()
         starts = (0, *itertools.accumulate(sizes))
-        columns = [
-            torch.where(values_B < 0, starts[-1] + i, values_B + starts[i])
-            for i, values_B in enumerate(values_BN.unbind(dim=1))
-        ]
-        return torch.stack(columns, dim=1)
+        columns = []
+        for i, values_B in enumerate(values_BN.unbind(dim=1)):
+            rows_B = values_B + starts[i] if i else values_B
+            if self.unknown != "error":
+                rows_B = torch.where(values_B < 0, starts[-1] + i, rows_B)
+            columns.append(rows_B)
+        return torch.stack(columns, dim=1) if len(columns) > 1 else columns[0][:, None]
+
+
+def is_watched(router: nn.Module) -> bool:
+    """Whether others than its layer see what a router returns: hooks, or a class of their own."""
+    return type(router) is not AttributeRouter or has_forward_hooks(router)

@@ -232,15 +232,21 @@ def _refuse_to_freeze() -> None:
     )
 
 
-def record(routed: Routing, sizes: tuple[int, ...] | None) -> None:
-    """Adds a call to this thread's open scope, if it keeps a record.
+def records() -> bool:
+    """Whether this thread's open scope keeps a record of a call that is made now.
 
     Neither a recompute nor a call that is being captured is one of the scope around it.
     """
     scope = _current.scope
     if scope is None or not scope._records:
-        return
-    if _pass_now() == scope._opened_in_pass and program_capture() is scope._made_in_capture:
+        return False
+    return _pass_now() == scope._opened_in_pass and program_capture() is scope._made_in_capture
+
+
+def record(routed: Routing, sizes: tuple[int, ...] | None) -> None:
+    """Adds a call to this thread's open scope, if it keeps a record."""
+    scope = _current.scope
+    if scope is not None and records():
         scope._last_call = Recorded(routed, sizes, scope._last_call)
 
 

@@ -3,6 +3,7 @@
 A test file that imports this is skipped where there is no Triton.
 """
 
+import itertools
 from functools import partial
 
 import pytest
@@ -16,7 +17,9 @@ from .exactness import assert_close, run_both
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from dmoe_layer.fused.kernels import common  # noqa: E402
+from dmoe_layer.fused.call import draw_kept  # noqa: E402
+from dmoe_layer.fused.kernels import noise  # noqa: E402
+from dmoe_layer.fused.kernels.common import TILE  # noqa: E402
 from dmoe_layer.fused.launch import block_size, launch  # noqa: E402
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,17 +31,9 @@ BLOCK = 256
 def _noise_kernel(out_ptr, seed, n_experts, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     e = tl.arange(0, EXPERTS)
-    noise = common.normal_noise(seed, t, EXPERTS)
+    drawn = noise.normal_noise(seed, t, EXPERTS)
     at = t[:, None] * n_experts + e[None, :]
-    tl.store(out_ptr + at, noise, mask=(e < n_experts)[None, :])
-
-
-@triton.jit
-def _kept_kernel(out_ptr, seed, threshold, dim, PAIRS: tl.constexpr, DIM: tl.constexpr):
-    p = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    d = tl.arange(0, DIM)
-    kept = common.kept(seed, p, 0, threshold, DIM).to(tl.float32)
-    tl.store(out_ptr + p[:, None] * dim + d[None, :], kept, mask=(d < dim)[None, :])
+    tl.store(out_ptr + at, drawn, mask=(e < n_experts)[None, :])
 
 
 def kernel_noise(noisy, tokens, n_experts, dtype):
@@ -54,13 +49,27 @@ def kernel_noise(noisy, tokens, n_experts, dtype):
 
 def kernel_dropout(p, indices_TK, n_experts, dim, dtype):
     """The factors of dropout in the call that follows, (T, k, D)."""
-    pairs, dropped, seed = indices_TK.numel(), round(p * 2**16), int(draw_seed())
-    blocks = -(-pairs // BLOCK)
-    kept = torch.empty(blocks * BLOCK, dim, device=HERE)
-    sizes = {"PAIRS": BLOCK, "DIM": block_size(dim)}
-    launch(_kept_kernel, (blocks,), kept, kept, seed, dropped, dim, **sizes)
+    pairs, dropped, seed = indices_TK.numel(), round(p * 2**16), draw_seed()
+    words = draw_kept(torch.empty(pairs, dtype=torch.int32, device=HERE), dim, p, seed)
+    bits = words.cpu().unsqueeze(-1) >> torch.arange(32) & 1
     scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
-    return kept[:pairs].cpu().to(dtype).view(*indices_TK.shape, dim) * scale
+    bits = bits.flatten(1)[:, :dim].to(dtype)
+    # They are those of the pairs as sorted by expert.
+    of_pairs = torch.empty_like(bits)
+    of_pairs[indices_TK.cpu().flatten().argsort(stable=True)] = bits
+    return of_pairs.view(*indices_TK.shape, dim) * scale
+
+
+def expert_tiles(offsets):
+    """The tile map of pairs in this order by expert, computed without a kernel."""
+    rows = [
+        (e, first, min(first + TILE.value, stop), 0)
+        for e, (start, stop) in enumerate(itertools.pairwise(offsets.tolist()))
+        for first in range(start, stop, TILE.value)
+    ]
+    most = int(offsets[-1]) // TILE.value + len(offsets) - 1
+    rows += [(0, 0, 0, 0)] * (most - len(rows))
+    return torch.tensor(rows, dtype=torch.int32, device=offsets.device)
 
 
 run_kernels = partial(run_both, device=HERE, noise=kernel_noise, dropout=kernel_dropout)

@@ -17,8 +17,10 @@ def _strided(t):
 
 
 def _expanded(t):
-    # A list of places, such as the ends of the experts' rows, has no second row like the first.
-    return t[:1].expand(t.shape) if t.ndim > 1 else t
+    # A list of places has no second row like the first: the ends of the experts' rows, and the map
+    # of tiles, four numbers each.
+    is_map = t.dtype == torch.int32 and t.shape[1:] == (4,)
+    return t[:1].expand(t.shape) if t.ndim > 1 and not is_map else t
 
 
 # What ``model.to(memory_format=...)`` does to parameters of 4 axes, for any number of them: the

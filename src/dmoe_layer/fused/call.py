@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..dropout import in_steps
-from ..tensors import ExpertOptions, ExpertWeights
+from ..tensors import ExpertWeights
 from .kernels import sums
-from .launch import block_size, contiguous, gemm_precision, launch
+from .kernels.common import TILE
+from .kernels.dropout import draw_kept_kernel
+from .launch import block_size, contiguous, gemm_precision, launch, offset_type
 from .router import SortedPairs
 
 # Programs that fill a GPU of 132 multiprocessors a few times.
@@ -22,13 +24,12 @@ class BackwardOutputs(NamedTuple):
     """What a backward launch leaves.
 
     Attributes:
-        slots: (R, D), each pair's share of dx, pair t·k + j in row t·k + j.
-        dgates: (T, k).
+        dx, dgates: (T, D) and (T, k); None if they were not asked for.
         weights: of w1, b1, w2 and b2; empty if they were not asked for.
     """
 
-    slots: Tensor
-    dgates: Tensor
+    dx: Tensor | None
+    dgates: Tensor | None
     weights: list[Tensor]
 
 
@@ -41,10 +42,14 @@ class ExpertCall:
         pairs: SortedPairs,
         gates_TK: Tensor,
         weights: ExpertWeights,
-        options: ExpertOptions,
+        activation: str,
+        dropout: float,
+        kept_RW: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
-        activation, dropout, seed, self.dtype = options
-        self.x, self.gates, self.order, self.offsets = contiguous(x_TD, gates_TK, *pairs)
+        self.dtype = dtype
+        self.x, self.gates, self.kept = contiguous(x_TD, gates_TK, kept_RW)
+        self.order, self.offsets, self.tiles = contiguous(*pairs)
         self.w1, self.w2 = (self._operand(p) for p in (weights.w1_EHD, weights.w2_EDH))
         self.b1, self.b2 = (
             None if b is None else self._operand(b) for b in (weights.b1_EH, weights.b2_ED)
@@ -55,14 +60,12 @@ class ExpertCall:
         self.gated = ACTIVATIONS[activation].gated
         self.rows, self.k = len(self.order), gates_TK.shape[1]
         self.relu = activation == "relu"
-        dropped, scale = in_steps(dropout, seed)
-        self.drop_args = (0 if seed is None else int(seed), dropped, scale)
+        self.scale = in_steps(dropout, kept_RW)[1]
         # Options of the kernels, each for those that take it.
-        self.drop_opts = {"DROP": dropped > 0}
         self.act_opts = {"ACTIVATION": activation, "GATED": self.gated}
-        self.sizes = {"n_experts": self.n_experts, "dim": self.dim, "hidden": self.hidden}
-        self.expert_opts = {"EXPERTS": block_size(self.n_experts, 2)}
-        self.gemm_opts = {**self.expert_opts, "PRECISION": gemm_precision()}
+        self.sizes = {"dim": self.dim, "hidden": self.hidden, "K": self.k}
+        self.search_opts = {"n_experts": self.n_experts, "EXPERTS": block_size(self.n_experts, 2)}
+        self.gemm_opts = {"PRECISION": gemm_precision()}
 
     def _operand(self, parameter: Tensor) -> Tensor:
         return parameter.to(self.dtype).contiguous()
@@ -70,13 +73,42 @@ class ExpertCall:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
-    def sum_slots(self, slots: Tensor) -> Tensor:
-        """Each token's sum over its k slots, in x's dtype."""
-        y = torch.empty_like(self.x)
+    def programs(self, rows: int) -> int:
+        """As many as have all tiles, with so many rows each."""
+        return self.tiles.shape[0] * (TILE.value // rows)
+
+    def offset_opts(self, width: int) -> dict[str, Any]:
+        """Of kernels whose tensors have a row of at most so many numbers for each pair."""
+        return {"OFFSET": offset_type(self.rows * width)}
+
+    def pair_sums(self) -> tuple[Tensor, Tensor | None]:
+        """Where kernels leave the pairs' rows that each token's sum is made of.
+
+        (T, D) in x's dtype for first pairs, which becomes the sum, and (T·(k - 1), D) for others.
+        So the sum takes no memory of its own.
+        """
+        tokens, others = self.x.shape[0], self.k - 1
+        rest = self.empty(tokens * others, self.dim) if others else None
+        return torch.empty_like(self.x), rest
+
+    def sum_pairs(self, y: Tensor, rest: Tensor | None) -> Tensor:
+        """Adds the rest to ``y``, and returns it."""
+        if rest is None:
+            return y
         width = block_size(min(self.dim, 128))
         rows = 2048 // width
         launch(
-            sums.sum_slots_kernel, (-(-len(y) // rows), -(-self.dim // width)), y,
-            slots, y, len(y), dim=self.dim, K=self.k, ROWS=rows, DIM=width,
+            sums.sum_pairs_kernel, (-(-y.shape[0] // rows), -(-self.dim // width)), y,
+            rest, y, y.shape[0], dim=self.dim, REST=self.k - 1, ROWS=rows, DIM=width,
         )  # fmt: skip
         return y
+
+
+def draw_kept(order_R: Tensor, dim: int, dropout: float, seed: Tensor) -> Tensor:
+    """Which entries of the sorted pairs' outputs dropout keeps: a bit each, (R, ⌈D / 32⌉) int32."""
+    kept = order_R.new_empty((order_R.shape[0], -(-dim // 32)))
+    launch(
+        draw_kept_kernel, (-(-kept.numel() // 256),), kept,
+        kept, int(seed), in_steps(dropout, seed)[0], kept.numel(), BLOCK=256,
+    )  # fmt: skip
+    return kept

@@ -5,33 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton import language as tl
 
-from .kernels.sums import sum_by_row_kernel, sum_chunks_kernel
+from ..operators import PLAIN_TENSORS
+from .kernels.sums import sum_chunks_kernel
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **options: Any) -> None:
     """Runs ``kernel`` on the device of ``on``; an empty grid is nothing to do."""
     if 0 in grid:
         return
-    # Subclasses such as MONAI's MetaTensor have methods of their own, which Triton must not meet.
-    plain = [a.as_subclass(Tensor) if isinstance(a, Tensor) else a for a in arguments]
-    with torch.cuda.device_of(on):
-        # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default
-        # is about to change.
-        kernel[grid](*plain, **options, enable_fp_fusion=True)
+    if on.is_cuda and on.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(on):
+            return launch(kernel, grid, on, *arguments, **options)
+    # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default is about
+    # to change.
+    kernel[grid](*arguments, **options, enable_fp_fusion=True)
 
 
 def contiguous(*tensors: Any) -> tuple[Any, ...]:
-    """Tensors as kernels read them, without gaps and in order; None stays None."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    """Tensors as kernels read them, without gaps and in order; None stays None.
+
+    Subclasses such as MONAI's MetaTensor have methods of their own, which Triton must not meet.
+    """
+    return tuple(
+        t
+        if t is None or (type(t) in PLAIN_TENSORS and t.is_contiguous())
+        else t.as_subclass(Tensor).contiguous()
+        for t in tensors
+    )
 
 
 def block_size(size: int, least: int = 16) -> int:
     """The power of two that a block needs to hold ``size``; a GEMM's side is at least 16."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def most_tiles(rows: int, block: int, groups: int) -> int:
@@ -59,6 +67,23 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     ]
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU has compute capability 9.0 or more, whose matrix products read shared memory.
+
+    Elsewhere their operands stand in registers. Of no GPU, in the interpreter: yes.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# Numbers of a tensor from which on their offsets need 64 bits.
+LEAST_INT64 = 2**31
+
+
+def offset_type(numbers: int) -> Any:
+    """The type of offsets into a tensor of so many numbers; 32 bits take half the instructions."""
+    return tl.int32 if numbers < LEAST_INT64 else tl.int64
+
+
 def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
     """Each group's sum over its chunks, (groups, ...) in fp32, always in the same order."""
     groups = len(offsets) - 1
@@ -72,15 +97,3 @@ def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
         GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
     )  # fmt: skip
     return total
-
-
-def sum_by_row(values: Tensor, rows_BN: Tensor, table_rows: int) -> Tensor:
-    """Adds each sample's values to all of its rows of a table: (table_rows, ...) in fp32."""
-    table = values.new_empty((table_rows, *values.shape[1:]))
-    numbers = values.shape[1:].numel()
-    launch(
-        sum_by_row_kernel, (table_rows, -(-numbers // 64)), values,
-        values, rows_BN, table, len(values), numbers,
-        ATTRIBUTES=rows_BN.shape[1], SAMPLES=64, BLOCK=64,
-    )  # fmt: skip
-    return table

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import narrow
-from .launch import block_size, launch, most_tiles, sum_chunks
+from .launch import block_size, is_hopper, launch, most_tiles, sum_chunks
 
 
 def fuses_forward(dim: int, dtype: torch.dtype, activation: str) -> bool:
@@ -28,18 +28,21 @@ def fuses_forward(dim: int, dtype: torch.dtype, activation: str) -> bool:
 
 
 def fuses_backward(dim: int, dtype: torch.dtype, activation: str) -> bool:
-    """Whether their gradients fit too."""
-    if ACTIVATIONS[activation].gated:
-        return dim <= 32 and dtype != torch.float32
-    return dim <= (32 if dtype == torch.float32 else 64)
+    """Whether their gradients fit too.
+
+    Never those of fp32: at D = 24 slices of 16 hidden units are all that fits, and their weights'
+    gradients take 2400 instructions a row, as each of six slices computes its rows again.
+    """
+    if dtype == torch.float32:
+        return False
+    return dim <= (32 if ACTIVATIONS[activation].gated else 64)
 
 
 class _Blocks(NamedTuple):
     """How a kernel of narrow experts is cut: rows, slice of the hidden layer, warps, stages.
 
     Chosen from what Triton's compiler makes of them for compute capability 8.0 and 9.0: nothing
-    spilled; then few instructions a row; then many warps to a multiprocessor. 64 rows to four warps
-    are the least that a Hopper GPU's own matrix instructions take.
+    spilled; then few instructions a row; then many warps to a multiprocessor.
     """
 
     rows: int
@@ -72,57 +75,72 @@ def _forward_blocks(call: ExpertCall) -> _Blocks:
     return _Blocks(128, 16, 8) if call.gated else _Blocks(64, 32, 8)
 
 
-def _backward_blocks(call: ExpertCall) -> tuple[_Blocks, _Blocks]:
-    """For the gradients of rows, and of weights: these sum a slice's in registers."""
-    if call.dtype == torch.float32:
-        return _Blocks(64, 32, 4), _Blocks(32, 16, 8)
-    if call.gated:
-        return _Blocks(64, 32, 4), _Blocks(64, 32, 4)
-    return _Blocks(64, 32, 4), _Blocks(64, 64, 4) if call.dim <= 32 else _Blocks(128, 64, 8)
+def _row_blocks(call: ExpertCall) -> _Blocks:
+    return _Blocks(64, 32, 4)
+
+
+def _weight_blocks(call: ExpertCall) -> _Blocks:
+    """A slice's sums stand in registers, and rows are read two tiles ahead.
+
+    Five stages are two tiles, for a row's place in x is read before it. Before Hopper the operands
+    of D > 32 leave no registers for that.
+    """
+    if call.dim <= 32:
+        return _Blocks(64, 32, 4, 5)
+    return _Blocks(32, 64, 4, 5) if is_hopper(call.x.device) else _Blocks(64, 16, 4)
 
 
 def forward(call: ExpertCall) -> Tensor:
-    """Each pair's gated output: (R, D), pair t·k + j in row t·k + j."""
-    blocks = _forward_blocks(call)
-    slots = call.empty(call.rows, call.dim)
+    """The tokens' outputs, (T, D)."""
+    blocks, (y, rest) = _forward_blocks(call), call.pair_sums()
     launch(
-        narrow.mlp_kernel, (most_tiles(call.rows, blocks.rows, call.n_experts),), call.x,
-        call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.b2, slots,
-        *call.drop_args, K=call.k, **call.sizes,
-        **call.gemm_opts, **call.act_opts, **call.drop_opts, **blocks.options(call.dim),
+        narrow.mlp_kernel, (call.programs(blocks.rows),), y,
+        call.x, call.order, call.tiles, call.gates, call.w1, call.b1, call.w2, call.b2, call.kept,
+        y, rest, call.scale, **_options(call, blocks),
     )  # fmt: skip
-    return slots
+    return call.sum_pairs(y, rest)
 
 
 def backward(call: ExpertCall, dy: Tensor, of_rows: bool, of_weights: bool) -> BackwardOutputs:
     """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``."""
-    slots, dgates = call.empty(call.rows, call.dim), torch.empty_like(call.gates)
+    dx, dgates = _of_rows(call, dy) if of_rows else (None, None)
+    return BackwardOutputs(dx, dgates, _of_weights(call, dy) if of_weights else [])
 
-    def run(blocks: _Blocks, chunk: int, slices: int, with_rows: bool, *shares: Any) -> None:
-        launch(
-            narrow.mlp_backward_kernel, (most_tiles(call.rows, chunk, call.n_experts), slices), dy,
-            dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.b2,
-            slots, dgates, *shares, chunk, *call.drop_args,
-            OF_ROWS=with_rows, OF_WEIGHTS=shares[0] is not None, K=call.k, **call.sizes,
-            **call.gemm_opts, **call.act_opts, **call.drop_opts, **blocks.options(call.dim),
-        )  # fmt: skip
 
-    row_blocks, blocks = _backward_blocks(call)
-    at_once = of_rows and of_weights and call.hidden <= blocks.hidden
-    if of_rows and not at_once:
-        run(row_blocks, row_blocks.rows, 1, True, None, None, None, None)
-    if not of_weights:
-        return BackwardOutputs(slots, dgates, [])
+def _of_rows(call: ExpertCall, dy: Tensor) -> tuple[Tensor, Tensor]:
+    blocks, (dx, rest) = _row_blocks(call), call.pair_sums()
+    dgates = torch.empty_like(call.gates)
+    launch(
+        narrow.mlp_backward_kernel, (call.programs(blocks.rows),), dy,
+        dy, call.x, call.order, call.tiles, call.gates, call.w1, call.b1, call.w2, call.b2,
+        call.kept, dx, rest, dgates, call.scale, **_options(call, blocks),
+    )  # fmt: skip
+    return call.sum_pairs(dx, rest), dgates
+
+
+def _of_weights(call: ExpertCall, dy: Tensor) -> list[Tensor]:
+    blocks = _weight_blocks(call)
     slices = -(-call.hidden // blocks.hidden)
+    # Each expert has a chunk that is not full: with these too a GPU is filled so many times.
+    programs = max(PROGRAMS - slices * call.n_experts, PROGRAMS // 2)
     # The shares of all chunks together are about as large as x: no more chunks than that.
     least = call.k * (call.first_rows + call.hidden)
-    chunk = max(call.rows * slices // PROGRAMS, least, blocks.rows)
+    chunk = max(call.rows * slices // programs, least, blocks.rows)
     chunk = -(-chunk // blocks.rows) * blocks.rows
     n_chunks = most_tiles(call.rows, chunk, call.n_experts)
     first, second = (call.first_rows, call.dim), (call.dim, call.hidden)
     shapes = (first, first[:1], second, second[:1])
     shares = [call.empty(n_chunks, *shape, dtype=torch.float32) for shape in shapes]
-    run(blocks, chunk, slices, at_once, *shares)
-    return BackwardOutputs(
-        slots, dgates, [sum_chunks(share, call.offsets, chunk) for share in shares]
-    )
+    launch(
+        narrow.weight_gradients_kernel, (n_chunks * slices,), dy,
+        dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.kept,
+        *shares, chunk, call.scale, **call.search_opts, **_options(call, blocks),
+    )  # fmt: skip
+    return [sum_chunks(share, call.offsets, chunk) for share in shares]
+
+
+def _options(call: ExpertCall, blocks: _Blocks) -> dict[str, Any]:
+    return {
+        **call.sizes, **call.offset_opts(call.dim), **call.act_opts, **call.gemm_opts,
+        **blocks.options(call.dim),
+    }  # fmt: skip

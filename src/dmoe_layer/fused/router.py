@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operators import refuse_double_backward
+from ..operators import differentiable, refuse_double_backward
 from ..tensors import RouterWeights, Routing
 from .kernels import routing as kernels
-from .launch import block_size, contiguous, launch, most_tiles, sum_by_row, sum_chunks, triton_dtype
+from .kernels.common import TILE
+from .launch import block_size, contiguous, launch, most_tiles, triton_dtype
 
 # A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
 CHUNKS = 1024
@@ -22,10 +23,12 @@ class SortedPairs(NamedTuple):
     Attributes:
         order_R: (T·k,) int32, each pair t·k + j, sorted by expert.
         offsets: (E + 1,) int64; expert e's are ``order_R[offsets[e] : offsets[e + 1]]``.
+        tiles: (tiles, 4) int32, the map of ``kernels.common.write_tiles`` of those.
     """
 
     order_R: Tensor
     offsets: Tensor
+    tiles: Tensor
 
 
 def route(
@@ -37,8 +40,9 @@ def route(
     seed: Tensor | None,
 ) -> tuple[Routing, SortedPairs]:
     """As ``eager.router.route``, in one kernel, with the sort by expert as the plan."""
-    found = _fused_route(x, *weights, rows_BN, tokens_per_sample, k, seed)
-    logits_TE, indices_TK, gates_TK, *pairs = found
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    found = _route(x, *weights, rows_BN, tokens_per_sample, k, seed, trained and seed is not None)
+    logits_TE, indices_TK, gates_TK, *pairs, _, _ = found
     return Routing(indices_TK, gates_TK, logits_TE), SortedPairs(*pairs)
 
 
@@ -51,92 +55,122 @@ def _fused_route(
     tokens_per_sample: Tensor | None,
     k: int,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits (T, E), experts and gates (T, k), and the two tensors of ``SortedPairs``."""
+    keep_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits (T, E), experts and gates (T, k), the three tensors of ``SortedPairs``; for backward:
+
+    the experts in a byte each (T, k), and noise · softplus'(spread) (T, E), or an empty tensor.
+    """
     x, w_A2ED, b_A2E, rows_BN = contiguous(x, w_A2ED, b_A2E, rows_BN)
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
-    tokens, n_experts, dim = samples.tokens, w_A2ED.shape[2], x.shape[-1]
-    n_tiles = most_tiles(tokens, samples.tile, samples.count)
-    logits = x.new_empty((tokens, n_experts), dtype=torch.float32)
-    indices = x.new_empty((tokens, k), dtype=torch.int64)
-    gates = x.new_empty((tokens, k), dtype=torch.float32)
-    counts = x.new_empty((n_experts, n_tiles), dtype=torch.int32)
+    found = _outputs(x, w_A2ED, k, keep_slopes)
+    logits, indices, gates, order, offsets, pair_tiles, chosen, slopes = found
+    if not samples.tokens:
+        offsets.zero_(), pair_tiles.zero_()
+        return logits, indices, gates, order, offsets, pair_tiles, chosen, slopes
+    n_experts, dim = w_A2ED.shape[2:]
+    tiles = samples.programs(samples.tile)
+    counts = x.new_empty((n_experts * tiles[0] * tiles[1],), dtype=torch.int32)
     launch(
-        kernels.route_kernel, (n_tiles,), x,
-        x, w_A2ED, b_A2E, rows_BN, samples.offsets, logits, indices, gates, counts,
-        samples.count, n_tiles, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
-        K=k, SLOTS=block_size(k, 2), NOISY=seed is not None, **samples.blocks, **samples.scoring,
+        kernels.route_kernel, tiles, x,
+        x, w_A2ED, b_A2E, rows_BN, samples.offsets,
+        logits, indices, gates, chosen, slopes if keep_slopes else None, counts,
+        samples.count, samples.each, 0 if seed is None else int(seed),
+        n_experts=n_experts, dim=dim, K=k, SLOTS=block_size(k, 2), NOISY=seed is not None,
+        **samples.blocks, **samples.scoring,
     )  # fmt: skip
-    ends = counts.view(-1).cumsum(0).view(n_experts, n_tiles)
-    offsets = torch.cat([ends.new_zeros(1), ends[:, -1]])
-    order = x.new_empty((tokens * k,), dtype=torch.int32)  # backend.py: fewer than 2³¹ pairs
+    ends = counts.cumsum(0, dtype=torch.int32)  # backend.py: fewer than 2³¹ pairs
     launch(
-        kernels.sort_kernel, (n_tiles,), x,
-        indices, samples.offsets, ends - counts, order, samples.count, n_tiles,
+        kernels.sort_kernel, tiles, x,
+        chosen, samples.offsets, ends, order, offsets, pair_tiles,
+        samples.count, samples.each, pair_tiles.shape[0],
         n_experts=n_experts, K=k, **samples.blocks,
     )  # fmt: skip
-    return logits, indices, gates, order, offsets
+    return logits, indices, gates, order, offsets, pair_tiles, chosen, slopes
 
 
-@_fused_route.register_fake
-def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, k, seed):  # type: ignore[no-untyped-def]
+def _outputs(x: Tensor, w_A2ED: Tensor, k: int, keep_slopes: bool) -> tuple[Tensor, ...]:
+    """Room for what ``_fused_route`` returns.
+
+    Of x in fp32 the slopes are kept in fp32, since a gradient's error hangs on theirs. Of the two
+    halves bf16 is as good as they are, and does not lose the smallest slopes as fp16 would.
+    """
     tokens, n_experts = x.numel() // x.shape[-1], w_A2ED.shape[2]
+    slope_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     return (
         x.new_empty((tokens, n_experts), dtype=torch.float32),
         x.new_empty((tokens, k), dtype=torch.int64),
         x.new_empty((tokens, k), dtype=torch.float32),
         x.new_empty((tokens * k,), dtype=torch.int32),
         x.new_empty((n_experts + 1,), dtype=torch.int64),
+        x.new_empty((most_tiles(tokens * k, TILE.value, n_experts), 4), dtype=torch.int32),
+        x.new_empty((tokens, k), dtype=torch.int8),
+        x.new_empty((tokens, n_experts) if keep_slopes else (0,), dtype=slope_dtype),
     )
+
+
+@_fused_route.register_fake
+def _(x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, k, seed, keep_slopes):  # type: ignore[no-untyped-def]
+    return _outputs(x, w_A2ED, k, keep_slopes)
 
 
 @torch.library.custom_op("dmoe_layer::fused_route_backward", mutates_args=())
 def fused_route_backward(
     dlogits: Tensor | None,
     dgates: Tensor | None,
-    indices: Tensor,
+    chosen: Tensor,
     gates: Tensor,
+    slopes: Tensor | None,
     x: Tensor,
     w_A2ED: Tensor,
     b_A2E: Tensor,
     rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
-    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w and b."""
-    dlogits, dgates, indices, gates = contiguous(dlogits, dgates, indices, gates)
-    x, w_A2ED, b_A2E, rows_BN = contiguous(x, w_A2ED, b_A2E, rows_BN)
+    dlogits, dgates, chosen, gates, slopes = contiguous(dlogits, dgates, chosen, gates, slopes)
+    x, w_A2ED, rows_BN = contiguous(x, w_A2ED, rows_BN)
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
-    n_experts, dim = w_A2ED.shape[2], x.shape[-1]
+    n_experts, dim = w_A2ED.shape[2:]
     # A chunk's share of dw is 2·E·D numbers, and a quarter of its tokens' x at most.
     chunk = max(samples.tokens // CHUNKS, 8 * n_experts, samples.tile)
     chunk = -(-chunk // samples.tile) * samples.tile
-    n_chunks = most_tiles(samples.tokens, chunk, samples.count)
-    dx = torch.empty_like(x)
-    shares = [x.new_empty((n_chunks, *p.shape[1:]), dtype=torch.float32) for p in (w_A2ED, b_A2E)]
+    chunks = samples.programs(chunk)
+    n_chunks = chunks[0] * chunks[1]
+    dx, dw, db = torch.empty_like(x), torch.empty_like(w_A2ED), b_A2E.new_empty(b_A2E.shape)
+    dw_shares = x.new_empty((n_chunks, *w_A2ED.shape[1:]), dtype=torch.float32)
+    db_shares = x.new_empty((n_chunks, *b_A2E.shape[1:]), dtype=torch.float32)
+    routers = x.new_empty((n_chunks, max(samples.attributes, 1)), dtype=torch.int32)
     launch(
-        kernels.route_backward_kernel, (n_chunks, -(-dim // samples.scoring["DIM"])), x,
-        dlogits, dgates, indices, gates, x, w_A2ED, b_A2E, rows_BN, samples.offsets, dx, *shares,
-        samples.count, chunk, 0 if seed is None else int(seed), n_experts=n_experts, dim=dim,
-        K=indices.shape[1], NOISY=seed is not None,
-        **{**samples.blocks, **samples.scoring, **samples.backward},
+        kernels.route_backward_kernel, (*chunks, -(-dim // samples.backward["DIM"])), x,
+        dlogits, dgates, chosen, gates, slopes, x, w_A2ED, rows_BN, samples.offsets,
+        dx, dw_shares, db_shares, routers, samples.count, samples.each, chunk,
+        n_experts=n_experts, dim=dim, K=chosen.shape[1], **{**samples.blocks, **samples.backward},
     )  # fmt: skip
-    grads = []
-    for share, parameter in zip(shares, (w_A2ED, b_A2E), strict=True):
-        total = sum_chunks(share, samples.offsets, chunk)
-        if rows_BN is not None:
-            total = sum_by_row(total, rows_BN, len(parameter))
-        grads.append(total.to(parameter.dtype))
-    return dx, grads[0], grads[1]
+    # Few numbers make few programs: each then takes more chunks at a time.
+    block = 32 if 2 * n_experts * dim < 1024 else 128
+    blocks = -(-2 * n_experts * dim // block) + -(-2 * n_experts // block)
+    launch(
+        kernels.sum_routers_kernel, (len(w_A2ED), blocks), x,
+        dw_shares, db_shares, routers, dw, db, n_chunks, n_experts=n_experts, dim=dim,
+        ROUTERS=routers.shape[1], CHUNKS=4096 // block, BLOCK=block,
+    )  # fmt: skip
+    return dx, dw, db
 
 
 @fused_route_backward.register_fake
-def _(dlogits, dgates, indices, gates, x, w_A2ED, b_A2E, *options):  # type: ignore[no-untyped-def]
+def _(dlogits, dgates, chosen, gates, slopes, x, w_A2ED, b_A2E, *options):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (x, w_A2ED, b_A2E))
 
 
 class _Samples:
-    """Where each sample's tokens stand, and the blocks that the router's kernels cut them into."""
+    """Where each sample's tokens stand, and the blocks that the router's kernels cut them into.
+
+    Attributes:
+        count: samples.
+        each: tokens of each, if all have as many; else 0.
+        offsets: where each one's tokens begin, (count + 1,), if they have not.
+    """
 
     def __init__(
         self,
@@ -146,19 +180,18 @@ class _Samples:
         tokens_per_sample: Tensor | None,
     ) -> None:
         self.tokens = x.numel() // x.shape[-1]
+        self.offsets: Tensor | None = None
         if rows_BN is None:
-            each = max(self.tokens, 1)  # one router for all: one long sample
-            self.offsets = torch.arange(0, each + 1, each, device=x.device).clamp_(max=self.tokens)
+            self.count, self.each = 1, self.tokens  # one router for all: one long sample
         elif tokens_per_sample is None:
-            ones = torch.full((x.shape[0] + 1,), x.shape[1], device=x.device)
-            self.offsets = ones.cumsum(0) - x.shape[1]
+            self.count, self.each = x.shape[:2]
         else:
-            ends = tokens_per_sample.cumsum(0)
-            self.offsets = torch.cat([ends.new_zeros(1), ends])
-        self.count = len(self.offsets) - 1
-        attributes = 0 if rows_BN is None else rows_BN.shape[1]
+            self.count, self.each = len(tokens_per_sample), 0
+            self.offsets = tokens_per_sample.new_zeros(self.count + 1)
+            torch.cumsum(tokens_per_sample, 0, out=self.offsets[1:])
+        self.attributes = 0 if rows_BN is None else rows_BN.shape[1]
         # Products of two bf16 or fp16 numbers are exact in fp32; a sum of routers is no bf16.
-        exact = x.dtype == w_A2ED.dtype and attributes <= 1
+        exact = x.dtype == w_A2ED.dtype and self.attributes <= 1
         dtype = x.dtype if exact else torch.float32
         # Registers decide: a number of fp32 is split into three of tf32, and with many experts the
         # scores of a token alone take many.
@@ -169,38 +202,56 @@ class _Samples:
         self.tile = 32 if many else 128 if x.shape[-1] <= 64 else 64
         self.blocks: dict[str, Any] = {
             "TOKENS": self.tile,
-            "SAMPLES": block_size(self.count, 2),
+            "SAMPLES": 1 if self.offsets is None else block_size(self.count, 2),
             "EXPERTS": experts,
         }
         self.scoring: dict[str, Any] = {
             "DIM": dim,
-            "ATTRIBUTES": attributes,
+            "ATTRIBUTES": self.attributes,
             "DOT": triton_dtype(dtype),
             "num_warps": 8 if many else 4,
         }
-        # The backward's products are all of fp32 numbers: fewer tokens at a time, more warps. Its
-        # chunks are multiples of the forward's tile, and so of this one.
-        fewest = many or dim > 64
-        self.backward = {
-            "TOKENS": 16 if fewest else 32 if dim > 32 or dtype == torch.float32 else 64,
-            "num_warps": 4 if 32 < dim <= 64 and not many else 8,
+        # The backward's products are of fp32 numbers. Of the blocks that spill nothing these have
+        # the fewest instructions a token; its chunks are multiples of the forward's tile, and so of
+        # these. Where x is in half precision, one product of tf32 has digits enough for dx and dw.
+        is_half = x.dtype != torch.float32
+        if many:
+            tokens, warps = 16, 8
+        elif is_half:
+            tokens, warps = 64, 4 if dim <= 64 else 8
+        else:
+            tokens, warps = 32, 4
+        self.backward: dict[str, Any] = {
+            "TOKENS": tokens,
+            "DIM": dim,
+            "ATTRIBUTES": self.attributes,
+            "PRECISION": "tf32" if is_half else "tf32x3",
+            "num_warps": warps,
             "num_stages": 1,
         }
 
+    def programs(self, block: int) -> tuple[int, int]:
+        """The first two axes of a grid whose programs have at most ``block`` tokens of a sample."""
+        if not self.tokens:
+            return 0, 0
+        if self.offsets is None:
+            return -(-self.each // block), self.count
+        return most_tiles(self.tokens, block, self.count), 1
+
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, w, b, rows, counts, _, seed = inputs
-    _, indices, gates, order, offsets = output
-    ctx.mark_non_differentiable(indices, order, offsets)
+    x, w, b, rows, counts, *_, keep_slopes = inputs
+    _, indices, gates, order, offsets, tiles, chosen, slopes = output
+    ctx.mark_non_differentiable(indices, order, offsets, tiles, chosen, slopes)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(indices, gates, x, w, b, rows, counts, seed)
+    ctx.save_for_backward(chosen, gates, slopes if keep_slopes else None, x, w, b, rows, counts)
 
 
 def _backward(ctx: Any, dlogits: Any, _: Any, dgates: Any, *__: Any) -> tuple[Tensor | None, ...]:
     if dlogits is None and dgates is None:
-        return (None,) * 7
-    return *fused_route_backward(dlogits, dgates, *ctx.saved_tensors), None, None, None, None
+        return (None,) * 8
+    return *_route_backward(dlogits, dgates, *ctx.saved_tensors), *[None] * 5
 
 
-_fused_route.register_autograd(_backward, setup_context=_save_for_backward)
-refuse_double_backward(fused_route_backward)
+_route = differentiable(_fused_route, _save_for_backward, _backward)
+_route_backward = refuse_double_backward(fused_route_backward)

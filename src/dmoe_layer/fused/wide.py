@@ -7,14 +7,15 @@ segment of rows at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import wide
-from .launch import launch, most_tiles, sum_chunks
+from .kernels.common import TILE
+from .launch import block_size, launch, most_tiles, sum_chunks
 
 # Rows of a segment that fill a GPU of 132 multiprocessors.
 LEAST_ROWS = 16384
@@ -23,53 +24,81 @@ LEAST_ROWS = 16384
 class Segment(NamedTuple):
     """Rows of the sorted order whose hidden layer is in memory at one time.
 
-    ``offsets`` are the experts' own within the segment.
+    ``offsets`` are the experts' own within the segment; ``tiles`` those that have rows of it.
     """
 
     first: int
     rows: int
     offsets: Tensor
+    tiles: Tensor
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.first, self.first + self.rows
 
 
 def segments(call: ExpertCall, at_once: bool) -> Iterator[Segment]:
     """All rows at once; or so many that their hidden layer is about as large as x."""
     if at_once or call.rows * call.first_rows <= call.x.numel():
-        yield Segment(0, call.rows, call.offsets)
+        yield Segment(0, call.rows, call.offsets, call.tiles)
         return
     most = max(call.x.numel() // call.first_rows, LEAST_ROWS)
     for first in range(0, call.rows, most):
         rows = min(most, call.rows - first)
-        yield Segment(first, rows, call.offsets.clamp(first, first + rows))
+        # Where every tile is full, row r is in tile r // TILE, and each expert has one that is not.
+        first_tile, last_tile = first // TILE.value, (first + rows - 1) // TILE.value
+        tiles = call.tiles[first_tile : last_tile + call.n_experts + 1]
+        yield Segment(first, rows, call.offsets.clamp(first, first + rows), tiles)
 
 
-def _gemm_blocks(call: ExpertCall) -> dict[str, int]:
-    """The blocks of the wide experts' GEMMs.
+class _Blocks(NamedTuple):
+    """How a GEMM is cut: rows, columns and depth of a tile; warps; stages of the pipeline."""
 
-    In bf16 and fp16 two programs of most of these kernels fit a Hopper multiprocessor, so that one
-    multiplies while the other stores; 256 columns would spill in two of the four.
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+    def grid(self, tiles: int, columns: int) -> tuple[int]:
+        """A program for every tile and every block of columns."""
+        return (tiles * (TILE.value // self.rows) * -(-columns // self.columns),)
+
+
+def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
+    """The blocks of a product with so many columns, of which a program has ``most`` at most.
+
+    All of them fit the 99 KiB of shared memory that GPUs of compute capability 8.6 and 8.9 have.
     """
     if call.dtype == torch.float32:
-        return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
-    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
-
-
-def _programs(
-    call: ExpertCall, segment: Segment, columns: int, blocks: dict[str, int]
-) -> tuple[int]:
-    n_tiles = most_tiles(segment.rows, blocks["ROWS"], call.n_experts)
-    return (n_tiles * -(-columns // blocks["COLUMNS"]),)
+        return _Blocks(64, min(64, block_size(columns)), 32, 4, 2)
+    if columns >= most == 256:
+        return _Blocks(128, 256, 32, 8, 4)
+    return _Blocks(128, min(most, 128, block_size(columns)), 64, 8, 3)
 
 
 def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
-    """Each pair's gated output, (R, D), pair t·k + j in row t·k + j; the hidden layer to keep."""
-    slots = call.empty(call.rows, call.dim)
+    """The tokens' outputs, (T, D), and the hidden layer to keep."""
+    y, rest = call.pair_sums()
     kept = call.empty(0)
     for segment in segments(call, keep):
         z, h = _hidden(call, segment)
-        _rows_product(call, segment, h, call.w2, (call.hidden, 1), slots, call.b2, call.gates)
+        _rows_product(
+            call, segment, h, call.w2, (call.hidden, 1), y, rest, call.b2, call.gates, call.kept
+        )
         if keep:
             kept = z
-    return slots, kept
+    return call.sum_pairs(y, rest), kept
 
 
 def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -77,13 +106,14 @@ def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
 
     Before a gated activation it is twice as wide.
     """
-    blocks = _gemm_blocks(call)
+    blocks = _gemm_blocks(call, call.first_rows)
     h = call.empty(segment.rows, call.hidden)
     z = h if call.relu else call.empty(segment.rows, call.first_rows)
     launch(
-        wide.hidden_kernel, _programs(call, segment, call.first_rows, blocks), h,
-        call.x, call.order, segment.offsets, call.w1, call.b1, None if call.relu else z, h,
-        segment.first, K=call.k, **call.sizes, **call.gemm_opts, **call.act_opts, **blocks,
+        wide.hidden_kernel, blocks.grid(segment.tiles.shape[0], call.first_rows), h,
+        call.x, call.order, segment.tiles, call.w1, call.b1, None if call.relu else z, h,
+        *segment.bounds, **call.sizes, **_offset_opts(call), **call.gemm_opts, **call.act_opts,
+        **blocks.options,
     )  # fmt: skip
     return z, h
 
@@ -94,19 +124,24 @@ def _rows_product(
     rows: Tensor,
     weight: Tensor,
     strides: tuple[int, int],
-    slots: Tensor,
+    y: Tensor,
+    rest: Tensor | None,
     bias: Tensor | None = None,
     gates: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
-    """slots[pair] = weight · row, (D, n) by n numbers; with gates also bias, dropout and gate."""
-    blocks, sizes = _gemm_blocks(call), {**call.sizes, "hidden": rows.shape[1]}
+    """The pairs' weight · row, (D, n) by n numbers; with bias, dropout and gate where given."""
+    blocks, sizes = _gemm_blocks(call, call.dim), {**call.sizes, "hidden": rows.shape[1]}
     launch(
-        wide.output_kernel, _programs(call, segment, call.dim, blocks), rows,
-        rows, call.order, segment.offsets, weight, bias, gates, slots, segment.first,
-        *call.drop_args, stride_d=strides[0], stride_h=strides[1],
-        DROP=gates is not None and call.drop_opts["DROP"],
-        **sizes, **call.gemm_opts, **blocks,
+        wide.output_kernel, blocks.grid(segment.tiles.shape[0], call.dim), rows,
+        rows, call.order, segment.tiles, weight, bias, gates, kept, y, rest, *segment.bounds,
+        call.scale, stride_d=strides[0], stride_h=strides[1],
+        **sizes, **_offset_opts(call), **call.gemm_opts, **blocks.options,
     )  # fmt: skip
+
+
+def _offset_opts(call: ExpertCall) -> dict[str, Any]:
+    return call.offset_opts(max(call.first_rows, call.dim))
 
 
 def backward(
@@ -116,34 +151,33 @@ def backward(
 
     ``kept`` is the hidden layer, (R, H) or, if gated, (R, 2H); or empty.
     """
-    blocks = _gemm_blocks(call)
-    # Half as many columns, for da, z and h stand in registers together: with all of them Triton 3.7
-    # spills on compute capability 8.0, even where the activation is ReLU. With both halves of a
-    # gated expert's z, half of that again.
-    sliced = {**blocks, "COLUMNS": 32 if call.gated else 64}
-    slots = call.empty(call.rows, call.dim)
-    dgates = call.empty(1 + -(-call.hidden // sliced["COLUMNS"]), call.rows, dtype=torch.float32)
+    # Few columns, for da, z and h stand in registers together: with all of them Triton 3.7 spills
+    # on compute capability 8.0, even where the activation is ReLU. With both halves of a gated
+    # expert's z, half of that again.
+    blocks = _gemm_blocks(call, call.hidden, 32 if call.gated else 64)
+    dx, rest = call.pair_sums() if of_rows else (None, None)
+    dgates = call.empty(1 + -(-call.hidden // blocks.columns), call.rows, dtype=torch.float32)
     totals: list[Tensor] = []
-    parts = list(segments(call, len(kept) > 0))
+    parts = list(segments(call, kept.shape[0] > 0))
     for segment in parts:
         do, gated = call.empty(2, segment.rows, call.dim).unbind()
         launch(
-            wide.gather_gradient_kernel, (most_tiles(segment.rows, 32, call.n_experts),), dy,
-            dy, call.order, segment.offsets, call.gates, call.b2, do, gated, dgates,
-            segment.first, *call.drop_args, n_experts=call.n_experts, dim=call.dim, K=call.k,
-            ROWS=32, COLUMNS=128, **call.expert_opts, **call.drop_opts,
+            wide.gather_gradient_kernel, (segment.tiles.shape[0] * (TILE.value // 32),), dy,
+            dy, call.order, segment.tiles, call.gates, call.b2, call.kept, do, gated, dgates,
+            *segment.bounds, call.scale, dim=call.dim, K=call.k, **_offset_opts(call),
+            ROWS=32, COLUMNS=block_size(min(call.dim, 128)),
         )  # fmt: skip
-        z = kept if len(kept) else _hidden(call, segment)[0]
+        z = kept if kept.shape[0] else _hidden(call, segment)[0]
         h = z if call.relu else call.empty(segment.rows, call.hidden)
         dz = torch.empty_like(z)
         launch(
-            wide.hidden_backward_kernel, _programs(call, segment, call.hidden, sliced), dy,
-            do, call.order, segment.offsets, call.gates, call.w2, z, None if call.relu else h, dz,
-            dgates, segment.first, call.rows, call.drop_args[-1],
-            **call.sizes, **call.gemm_opts, **call.act_opts, **sliced,
+            wide.hidden_backward_kernel, blocks.grid(segment.tiles.shape[0], call.hidden), dy,
+            do, call.order, segment.tiles, call.gates, call.w2, z, None if call.relu else h, dz,
+            dgates, *segment.bounds, call.rows, call.scale, dim=call.dim, hidden=call.hidden,
+            **_offset_opts(call), **call.gemm_opts, **call.act_opts, **blocks.options,
         )  # fmt: skip
-        if of_rows:
-            _rows_product(call, segment, dz, call.w1, (1, call.dim), slots)
+        if dx is not None:
+            _rows_product(call, segment, dz, call.w1, (1, call.dim), dx, rest)
         if not of_weights:
             continue
         # A sum over several segments has a term for each: fp32.
@@ -153,16 +187,20 @@ def backward(
             *_weight_gradient(call, segment, gated, h, dtype, gather=False),
         ]
         totals = [t.add_(n) for t, n in zip(totals, terms, strict=True)] if totals else terms
-    return BackwardOutputs(slots, dgates.sum(dim=0).view(call.gates.shape), totals)
+    if dx is None:
+        return BackwardOutputs(None, None, totals)
+    return BackwardOutputs(
+        call.sum_pairs(dx, rest), dgates.sum(dim=0).view(call.gates.shape), totals
+    )
 
 
 def _weight_gradient(
     call: ExpertCall, segment: Segment, a: Tensor, b: Tensor, dtype: torch.dtype, gather: bool
 ) -> tuple[Tensor, Tensor]:
     """Σ a[row] · b[row]ᵀ and Σ a[row] of each expert: (E, a's width, b's width), (E, a's width)."""
-    blocks = _gemm_blocks(call)
-    columns, sides = blocks["COLUMNS"], (a.shape[1], b.shape[1])
-    n_tiles = -(-sides[0] // columns) * -(-sides[1] // columns)
+    sides = a.shape[1], b.shape[1]
+    blocks = _gemm_blocks(call, max(sides), 128)
+    n_tiles = -(-sides[0] // blocks.columns) * -(-sides[1] // blocks.columns)
     # Where the weights alone are tiles enough for a GPU, an expert's rows need not be shared out.
     split = n_tiles * call.n_experts < PROGRAMS // 2
     chunk = max(segment.rows * n_tiles // PROGRAMS, 512)
@@ -174,9 +212,9 @@ def _weight_gradient(
     launch(
         wide.weight_backward_kernel, (n_chunks * n_tiles,), a,
         a, b, call.order, segment.offsets, shares, bias, segment.first, chunk,
-        a_columns=sides[0], b_columns=sides[1], n_experts=call.n_experts, K=call.k,
-        GATHER=gather, SPLIT=split, ROWS=blocks["DEPTH"], COLUMNS=columns, **call.gemm_opts,
-        num_warps=blocks["num_warps"], num_stages=blocks["num_stages"],
+        a_columns=sides[0], b_columns=sides[1], K=call.k, GATHER=gather, SPLIT=split,
+        ROWS=blocks.depth, COLUMNS=blocks.columns, **call.search_opts, **_offset_opts(call),
+        **call.gemm_opts, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if not split:
         return shares, bias

@@ -4,11 +4,20 @@ import math
 
 import pytest
 import torch
-from harness.kernels import CALL, HERE, OPTIONS, assert_same_rows, check_all, pair
+from harness.kernels import (
+    CALL,
+    HERE,
+    OPTIONS,
+    assert_same_rows,
+    check_all,
+    expert_tiles,
+    pair,
+)
 from harness.saved import gradients_and_largest_saved
 
 from dmoe_layer import backend
 from dmoe_layer.fused import experts, narrow, wide
+from dmoe_layer.fused.call import draw_kept
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -93,9 +102,10 @@ def test_the_operators_of_gated_experts_pass_opcheck(dim):
     offsets = torch.tensor([0, 4, 9], dtype=torch.int32, device=HERE)
     shapes = ((2, 12, dim), (2, 12), (2, dim, 6), (2, dim))
     weights = [torch.randn(s, device=HERE) for s in shapes]
-    options = ("swiglu", 0.1, torch.tensor(2**50), torch.float32)
+    kept = draw_kept(order, dim, 0.1, torch.tensor(2**50))
+    options = ("swiglu", 0.1, kept, torch.float32)
     floats = [t.requires_grad_() for t in (x, gates, *weights)]
-    inputs, keep = (floats[0], order, offsets, *floats[1:]), dim == 136
+    inputs, keep = (floats[0], order, offsets, expert_tiles(offsets), *floats[1:]), dim == 136
     # Without the check by torch.compile, which is no other for gated experts and slow.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(experts._fused_experts, (*inputs, *options, keep), test_utils=checks)
@@ -127,9 +137,10 @@ def test_kept_halves_give_the_same_as_halves_computed_again(monkeypatch):
     x = torch.randn(1, 20, 136, device=HERE, requires_grad=True)
     found, kept = gradients_and_largest_saved(layer, x)
     assert kept == 2 * 20 * 48
+    bits = 2 * 20 * 5  # words of dropout's bits
     monkeypatch.setattr(experts, "keeps_hidden", lambda *_: False)
     again, kept = gradients_and_largest_saved(layer, x)
-    assert kept <= 2 * 20
+    assert kept == bits
     for a, b in zip(found, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -6,6 +6,7 @@ from harness.kernels import HERE
 from harness.layouts import check_operator
 
 from dmoe_layer.fused import experts, router
+from dmoe_layer.fused.call import draw_kept
 
 SAMPLES, TOKENS, EXPERTS, HIDDEN = 2, 5, 2, 6
 NARROW, WIDE = 3, 129
@@ -20,22 +21,22 @@ def routed(dim, ragged=False):
     )
     rows = torch.tensor([[0, 3], [2, 3]], device=HERE)
     counts = torch.tensor([7, 3], device=HERE) if ragged else None
-    inputs = (x, w, b, rows, counts, 2, torch.tensor(2**50))
+    inputs = (x, w, b, rows, counts, 2, torch.tensor(2**50), True)
     with torch.no_grad():
         return inputs, router._fused_route(*inputs)
 
 
 def route_backward(ragged=False):
-    (x, w, b, rows, counts, _, seed), (_, indices, gates, *_) = routed(NARROW, ragged)
+    (x, w, b, rows, counts, *_), (_, _, gates, *_, chosen, slopes) = routed(NARROW, ragged)
     tokens = SAMPLES * TOKENS
     grads = torch.randn(tokens, EXPERTS, device=HERE), torch.randn(tokens, 2, device=HERE)
     given = (t.detach() for t in (x, w, b))
-    return router.fused_route_backward, (*grads, indices, gates, *given, rows, counts, seed)
+    return router.fused_route_backward, (*grads, chosen, gates, slopes, *given, rows, counts)
 
 
 def experts_inputs(dim, activation="gelu"):
     wide = HIDDEN * (2 if activation == "swiglu" else 1)
-    _, (_, _, gates, order, offsets) = routed(dim)
+    _, (_, _, gates, *pairs, _, _) = routed(dim)
     shapes = ((EXPERTS, wide, dim), (EXPERTS, wide), (EXPERTS, dim, HIDDEN), (EXPERTS, dim))
     dtypes = (torch.float32, torch.bfloat16) * 2  # biases in another, as their gradients are not
     weights = [
@@ -43,8 +44,9 @@ def experts_inputs(dim, activation="gelu"):
         for s, dtype in zip(shapes, dtypes, strict=True)
     ]
     x = torch.randn(SAMPLES * TOKENS, dim, device=HERE, requires_grad=True)
-    options = (activation, 0.1, torch.tensor(2**50), torch.float32)
-    return (x, order, offsets, gates.requires_grad_(), *weights), options
+    kept = draw_kept(pairs[0], dim, 0.1, torch.tensor(2**50))
+    options = (activation, 0.1, kept, torch.float32)
+    return (x, *pairs, gates.requires_grad_(), *weights), options
 
 
 def experts_forward(*sizes):

@@ -1,9 +1,11 @@
-"""What the kernels share: which rows a program has, activations, random bits."""
+"""What the kernels share: which rows a program has, where they go, activations, random bits."""
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Rows of an entry in the tile map: the most that any kernel's program has.
+TILE = tl.constexpr(128)
 
 
 @triton.jit
@@ -34,6 +36,58 @@ def rows_of_tile(offsets_ptr, n_groups, tile, block, GROUPS: tl.constexpr):
     first = tl.sum(tl.where(g == group, first_G, 0), axis=0)
     stop = tl.sum(tl.where(g == group, stop_G, 0), axis=0)
     return group, first, tl.minimum(first + block, stop)
+
+
+@triton.jit
+def write_tiles(tiles_ptr, start_G, stop_G, tile, n_tiles, GROUPS: tl.constexpr):
+    """Entries ``tile`` of the tile map, (tiles, 4): group, first row, last row, and 0.
+
+    Tiles have TILE rows as ``rows_of_tile`` cuts them, and those past the last have none.
+    """
+    g = tl.arange(0, GROUPS)
+    tiles_G = (stop_G - start_G + TILE - 1) // TILE
+    end_G = tl.cumsum(tiles_G, axis=0)
+    own_TG = (tile[:, None] >= (end_G - tiles_G)[None, :]) & (tile[:, None] < end_G[None, :])
+    first_TG = start_G[None, :] + (tile[:, None] - (end_G - tiles_G)[None, :]) * TILE
+    first_T = tl.sum(tl.where(own_TG, first_TG, 0), axis=1)
+    stop_T = tl.sum(tl.where(own_TG, stop_G[None, :], 0), axis=1)
+    group_T = tl.sum(tl.where(own_TG, g[None, :], 0), axis=1)
+    at, live = tiles_ptr + tile * 4, tile < n_tiles
+    tl.store(at, group_T.to(tl.int32), mask=live)
+    tl.store(at + 1, first_T.to(tl.int32), mask=live)
+    tl.store(at + 2, tl.minimum(first_T + TILE, stop_T).to(tl.int32), mask=live)
+    tl.store(at + 3, tl.zeros_like(tile), mask=live)
+
+
+@triton.jit
+def rows_of_program(tiles_ptr, program, ROWS: tl.constexpr):
+    """(group, first row, how many rows) of a program of at most ROWS, TILE // ROWS to a tile.
+
+    Read from the map: to search the offsets, as ``rows_of_tile`` does, takes 250 instructions, a
+    quarter of what a narrow kernel's program has. Without rows of its own there are 0 or fewer.
+    """
+    at = tiles_ptr + program // (TILE // ROWS) * 4
+    group, first, last = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    first += program % (TILE // ROWS) * ROWS
+    return group, first, tl.minimum(last - first, ROWS)
+
+
+@triton.jit
+def store_pairs(
+    y_ptr, rest_ptr, pair, live, n, columns, value_RN, K: tl.constexpr,
+):  # fmt: skip
+    """Writes the pairs' rows where ``sum_pairs_kernel`` adds them: pair t·K + j is row t of y if
+    j = 0, else row t·(K - 1) + j - 1 of the rest.
+    """
+    token, slot = pair // K, pair % K
+    inside = live[:, None] & (n < columns)[None, :]
+    at = token[:, None] * columns + n[None, :]
+    is_first = inside & (slot == 0)[:, None]
+    tl.store(y_ptr + at, value_RN.to(y_ptr.dtype.element_ty), mask=is_first)
+    if K > 1:
+        at = (token * (K - 1) + slot - 1)[:, None] * columns + n[None, :]
+        is_other = inside & (slot > 0)[:, None]
+        tl.store(rest_ptr + at, value_RN.to(rest_ptr.dtype.element_ty), mask=is_other)
 
 
 @triton.jit
@@ -93,47 +147,3 @@ def random_words(seed, row_R, column_C, STREAM: tl.constexpr):
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     stream = tl.full(low.shape, STREAM, tl.uint32)
     return tl.philox(seed, low, high, column.to(tl.uint32), stream, 7)
-
-
-@triton.jit
-def _normal_pair(radius, angle):
-    """Two standard normal numbers from two words of random bits (Box and Muller).
-
-    The angle's two highest bits choose one of four arcs around the axes, the rest the place within
-    it, so that sine and cosine are needed between -π/4 and π/4 only: there these polynomials (of
-    the Cephes library) have fp32's accuracy, and unlike tl.sin need no stack for huge arguments.
-    """
-    # Half a step off zero, of which there is no logarithm.
-    uniform = (radius.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    r = tl.sqrt(-2 * tl.log(uniform))
-    t = (angle << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572951981e-10
-    t2 = t * t
-    sine = t + t * t2 * (-1.6666654611e-1 + t2 * (8.3321608736e-3 - t2 * 1.9515295891e-4))
-    cosine = 4.166664568298827e-2 + t2 * (-1.388731625493765e-3 + t2 * 2.443315711809948e-5)
-    cosine = 1 - 0.5 * t2 + t2 * t2 * cosine
-    cosine = tl.where((angle >> 31) != 0, -cosine, cosine)
-    along = ((angle >> 30) & 1) != 0
-    return r * tl.where(along, cosine, sine), r * tl.where(along, sine, cosine)
-
-
-@triton.jit
-def normal_noise(seed, token_T, EXPERTS: tl.constexpr):
-    """Standard normal numbers, [T, EXPERTS]; a call of the generator makes four of them."""
-    a, b, c, d = random_words(seed, token_T, tl.arange(0, EXPERTS // 4), 0)
-    a, b = _normal_pair(a, b)
-    c, d = _normal_pair(c, d)
-    return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [token_T.shape[0], EXPERTS])
-
-
-@triton.jit
-def kept(seed, pair_R, first_column, threshold, COLUMNS: tl.constexpr):
-    """Which entries dropout keeps, [R, COLUMNS], from ``first_column``, a multiple of 8, on.
-
-    A random word holds two 16-bit numbers, each compared with a threshold, so that a call of the
-    generator decides eight entries.
-    """
-    column = first_column // 8 + tl.arange(0, COLUMNS // 8)
-    a, b, c, d = random_words(seed, pair_R, column, 1)
-    words = tl.join(tl.join(a, b), tl.join(c, d))
-    halves = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
-    return tl.reshape(halves, [pair_R.shape[0], COLUMNS]) >= threshold

@@ -7,7 +7,32 @@ weights stand as columns 2e and 2e + 1 of one matrix, so that one GEMM gives bot
 import triton
 import triton.language as tl
 
-from .common import dot, normal_noise, rows_of_tile, sigmoid
+from .common import dot, rows_of_tile, write_tiles
+from .noise import normal_noise, softplus_and_slope
+
+
+@triton.jit
+def _tokens_of_program(offsets_ptr, n_samples, sample_tokens, block, SAMPLES: tl.constexpr):
+    """(sample, first token, number of tokens) of a program; no tokens, or no sample: none.
+
+    Without offsets all samples have ``sample_tokens``, and stand along the grid's second axis.
+    There are fewer than 2³¹ tokens.
+    """
+    if offsets_ptr is None:
+        sample = tl.program_id(1)
+        start = tl.program_id(0) * block
+        count = tl.minimum(sample_tokens - start, block)
+        return sample, sample * sample_tokens + start, count
+    else:
+        tile = tl.program_id(0)
+        sample, first, last = rows_of_tile(offsets_ptr, n_samples, tile, block, SAMPLES)
+        return sample, first.to(tl.int32), (last - first).to(tl.int32)
+
+
+@triton.jit
+def _tile():
+    """The program's number along the grid's first two axes."""
+    return tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
 
 
 @triton.jit
@@ -20,14 +45,14 @@ def _routers(
     ATTRIBUTES = 0: all samples have the table's only row.
     """
     c = tl.arange(0, 2 * EXPERTS)
-    entry = ((c % 2) * n_experts + c // 2)[None, :].to(tl.int64) * dim + d[:, None]
+    entry = ((c % 2) * n_experts + c // 2)[None, :] * dim + d[:, None]
     live = (c // 2 < n_experts)[None, :] & (d < dim)[:, None]
     if ATTRIBUTES == 0:
         total = tl.load(table_ptr + entry, mask=live, other=0).to(tl.float32)
     else:
         total = tl.zeros(entry.shape, tl.float32)
         for i in tl.static_range(ATTRIBUTES):
-            row = tl.load(rows_ptr + sample.to(tl.int64) * ATTRIBUTES + i)
+            row = tl.load(rows_ptr + sample * ATTRIBUTES + i)
             router = table_ptr + row * 2 * n_experts * dim
             total += tl.load(router + entry, mask=live, other=0).to(tl.float32)
     return total
@@ -35,56 +60,82 @@ def _routers(
 
 @triton.jit
 def _scores(
-    x_ptr, w_ptr, b_ptr, rows_ptr, sample, token_T, live_T, n_experts, dim,
-    EXPERTS: tl.constexpr, DIM: tl.constexpr, ATTRIBUTES: tl.constexpr, DOT: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, rows_ptr, sample, live_T, n_experts, dim,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, DIM: tl.constexpr, ATTRIBUTES: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
-    """Clean scores and the noise's before softplus, [T, EXPERTS] each, accumulated in fp32."""
-    scores = tl.zeros([token_T.shape[0], 2 * EXPERTS], tl.float32)
+    """Clean scores and the noise's before softplus, [T, EXPERTS] each, accumulated in fp32.
+
+    ``x_ptr`` points to the tile's first token.
+    """
+    t = tl.arange(0, TOKENS)
+    scores = tl.zeros([TOKENS, 2 * EXPERTS], tl.float32)
     for first in range(0, dim, DIM):
         d = first + tl.arange(0, DIM)
         live = live_T[:, None] & (d < dim)[None, :]
-        x_TD = tl.load(x_ptr + token_T[:, None] * dim + d[None, :], mask=live, other=0).to(DOT)
+        x_TD = tl.load(x_ptr + t[:, None] * dim + d[None, :], mask=live, other=0).to(DOT)
         w_DC = _routers(w_ptr, rows_ptr, sample, n_experts, dim, d, EXPERTS, ATTRIBUTES).to(DOT)
         scores = dot(x_TD, w_DC, scores, "tf32x3")
-    one = tl.zeros([1], tl.int64)
+    one = tl.zeros([1], tl.int32)
     bias = _routers(b_ptr, rows_ptr, sample, n_experts, 1, one, EXPERTS, ATTRIBUTES)
-    return tl.split(tl.reshape(scores + bias, [token_T.shape[0], EXPERTS, 2]))
+    return tl.split(tl.reshape(scores + bias, [TOKENS, EXPERTS, 2]))
 
 
-@triton.jit(do_not_specialize=["n_samples", "n_tiles", "seed"])
+@triton.jit
+def _packed(counts_TE, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Counts of at most 255, four experts' in the bytes of one word: [T, EXPERTS // 4].
+
+    What is then summed or scanned over the tokens is a quarter of what it was.
+    """
+    tl.static_assert(TOKENS <= 255, "a tile's counts do not fit into bytes")
+    shift = (tl.arange(0, EXPERTS) % 4) * 8
+    words = tl.reshape(
+        counts_TE.to(tl.uint32) << shift[None, :].to(tl.uint32), [TOKENS, EXPERTS // 4, 4]
+    )
+    return tl.sum(words, axis=2)
+
+
+@triton.jit(do_not_specialize=["n_samples", "sample_tokens", "seed"])
 def route_kernel(
     x_ptr, w_ptr, b_ptr, rows_ptr, offsets_ptr,
-    logits_ptr, indices_ptr, gates_ptr, counts_ptr,
-    n_samples, n_tiles, seed,
+    logits_ptr, indices_ptr, gates_ptr, chosen_ptr, slopes_ptr, counts_ptr,
+    n_samples, sample_tokens, seed,
     n_experts: tl.constexpr, dim: tl.constexpr,
     K: tl.constexpr, SLOTS: tl.constexpr, NOISY: tl.constexpr,
     TOKENS: tl.constexpr, SAMPLES: tl.constexpr, EXPERTS: tl.constexpr, DIM: tl.constexpr,
     ATTRIBUTES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A tile's logits (T, E), experts (T, K), gates (T, K), and its column of counts (E, tiles)."""
-    tile = tl.program_id(0)
+    """A tile's logits (T, E), experts (T, K), gates (T, K), and its column of counts (E, tiles).
+
+    Backward gets the experts in a byte each and, of noisy scores, noise · softplus'(spread),
+    (T, E).
+    """
     e = tl.arange(0, EXPERTS)
-    sample, first, last = rows_of_tile(offsets_ptr, n_samples, tile, TOKENS, SAMPLES)
+    sample, first, count = _tokens_of_program(
+        offsets_ptr, n_samples, sample_tokens, TOKENS, SAMPLES
+    )
+    counts_at = counts_ptr + e * (tl.num_programs(0) * tl.num_programs(1)) + _tile()
     if sample >= n_samples:
-        tl.store(counts_ptr + e.to(tl.int64) * n_tiles + tile, tl.zeros_like(e), e < n_experts)
+        tl.store(counts_at, tl.zeros_like(e), e < n_experts)
         return
-    token = first + tl.arange(0, TOKENS)
-    live = token < last
+    t = tl.arange(0, TOKENS)
+    live = t < count
+    before = first.to(tl.int64)
     logits, spread = _scores(
-        x_ptr, w_ptr, b_ptr, rows_ptr, sample, token, live, n_experts, dim,
-        EXPERTS, DIM, ATTRIBUTES, DOT,
+        x_ptr + before * dim, w_ptr, b_ptr, rows_ptr, sample, live, n_experts, dim,
+        TOKENS, EXPERTS, DIM, ATTRIBUTES, DOT,
     )  # fmt: skip
-    if NOISY:
-        # softplus as max(v, 0) + log1p(exp(-|v|)), with log1p made exact where its argument
-        # vanishes beside 1.
-        small = tl.exp(-tl.abs(spread))
-        one = 1 + small
-        log1p = tl.where(one == 1, small, tl.log(one) * (small / (one - 1)))
-        softplus = tl.where(spread < 0, 0.0, spread) + log1p
-        logits += normal_noise(seed, token, EXPERTS) * softplus
     real = (e < n_experts)[None, :]
-    at = token[:, None] * n_experts + e[None, :]
-    tl.store(logits_ptr + at, logits, mask=live[:, None] & real)
+    live_te = live[:, None] & real
+    at = t[:, None] * n_experts + e[None, :]
+    if NOISY:
+        softplus, slope = softplus_and_slope(spread)
+        noise = normal_noise(seed, first + t, EXPERTS)
+        logits += noise * softplus
+        if slopes_ptr is not None:
+            slope = (noise * slope).to(slopes_ptr.dtype.element_ty)
+            tl.store(slopes_ptr + before * n_experts + at, slope, mask=live_te)
+    tl.store(logits_ptr + before * n_experts + at, logits, mask=live_te)
 
     # As integers scores sort with a NaN above all, as in torch.topk, and what is taken or no
     # expert below all, -inf included, so that no expert is ever chosen twice.
@@ -96,120 +147,198 @@ def route_kernel(
     chosen = tl.zeros([TOKENS, SLOTS], tl.int32)
     scores = tl.full([TOKENS, SLOTS], float("-inf"), tl.float32)
     for j in tl.static_range(K):
-        best = tl.argmax(rank, axis=1, tie_break_left=True)
-        is_best = e[None, :] == best[:, None]
-        score = tl.sum(tl.where(is_best, logits, 0.0), axis=1)
-        rank = tl.where(is_best, -0x80000000, rank)
+        highest, best = tl.max(rank, axis=1, return_indices=True)
+        rank = tl.where(e[None, :] == best[:, None], -0x80000000, rank)
+        # Of a NaN this is another NaN.
+        score = tl.where(highest < 0, highest ^ 0x7FFFFFFF, highest).to(tl.float32, bitcast=True)
+        if j == 0:
+            largest = score
         chosen = tl.where(slot[None, :] == j, best[:, None], chosen)
         scores = tl.where(slot[None, :] == j, score[:, None], scores)
-    # The first score is the largest.
-    largest = tl.sum(tl.where(slot[None, :] == 0, scores, 0.0), axis=1)
     powers = tl.where(slot[None, :] < K, tl.exp(scores - largest[:, None]), 0.0)
     gates = powers / tl.sum(powers, axis=1)[:, None]
-    at = token[:, None] * K + slot[None, :]
+    at = t[:, None] * K + slot[None, :]
     live_slots = live[:, None] & (slot < K)[None, :]
-    tl.store(indices_ptr + at, chosen.to(tl.int64), mask=live_slots)
-    tl.store(gates_ptr + at, gates, mask=live_slots)
-    taken = (rank == -0x80000000) & real & live[:, None]
-    count = tl.sum(taken.to(tl.int32), axis=0)
-    tl.store(counts_ptr + e.to(tl.int64) * n_tiles + tile, count, e < n_experts)
+    tl.store(indices_ptr + before * K + at, chosen.to(tl.int64), mask=live_slots)
+    tl.store(gates_ptr + before * K + at, gates, mask=live_slots)
+    tl.store(chosen_ptr + before * K + at, chosen.to(tl.int8), mask=live_slots)
+    taken = (rank == -0x80000000) & live_te
+    words = tl.sum(_packed(taken, TOKENS, EXPERTS), axis=0)
+    byte = (tl.arange(0, 4) * 8).to(tl.uint32)
+    counts = tl.reshape((words[:, None] >> byte[None, :]) & 0xFF, [EXPERTS])
+    tl.store(counts_at, counts.to(tl.int32), e < n_experts)
 
 
-@triton.jit(do_not_specialize=["n_samples", "n_tiles"])
+@triton.jit(do_not_specialize=["n_samples", "sample_tokens", "n_pair_tiles"])
 def sort_kernel(
-    indices_ptr, offsets_ptr, starts_ptr, order_ptr, n_samples, n_tiles,
+    chosen_ptr, offsets_ptr, ends_ptr, order_ptr, starts_ptr, pair_tiles_ptr,
+    n_samples, sample_tokens, n_pair_tiles,
     n_experts: tl.constexpr, K: tl.constexpr,
     TOKENS: tl.constexpr, SAMPLES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Writes each (token, slot) pair of a tile to its place in the order by expert.
 
-    ``starts`` (E, tiles) is where the tile's first pair of each expert goes. Pairs of one expert
-    stay in the order of their tokens: nothing depends on which program runs first.
+    ``ends`` (E, tiles) are the sums of the counts up to and with each tile's, expert after expert,
+    so that the entry before a tile's own is where its first pair goes. The first program writes
+    ``starts`` (E + 1), where each expert's pairs begin. Pairs of one expert stay in the order of
+    their tokens: nothing depends on which program runs first. The tile map of that order is shared
+    out among the programs.
     """
-    tile = tl.program_id(0)
+    sample, first, count = _tokens_of_program(
+        offsets_ptr, n_samples, sample_tokens, TOKENS, SAMPLES
+    )
+    tile, n_tiles = _tile(), tl.num_programs(0) * tl.num_programs(1)
     e = tl.arange(0, EXPERTS)
-    sample, first, last = rows_of_tile(offsets_ptr, n_samples, tile, TOKENS, SAMPLES)
+    start = tl.load(ends_ptr + e * n_tiles - 1, mask=(e > 0) & (e < n_experts), other=0)
+    stop = tl.load(ends_ptr + e * n_tiles + n_tiles - 1, mask=e < n_experts, other=0)
+    for first_tile in range(tile * 16, n_pair_tiles, n_tiles * 16):
+        pair_tile = first_tile + tl.arange(0, 16)
+        write_tiles(pair_tiles_ptr, start, stop, pair_tile, n_pair_tiles, EXPERTS)
+    if tile == 0:
+        tl.store(starts_ptr + 1 + e, stop.to(tl.int64), mask=e < n_experts)
+        tl.store(starts_ptr, tl.zeros([], tl.int64))
     if sample >= n_samples:
         return
-    token = first + tl.arange(0, TOKENS)
-    live = token < last
-    chosen = tl.zeros([TOKENS, EXPERTS], tl.int32)
+    t = tl.arange(0, TOKENS)
+    live = t < count
+    group = tl.arange(0, EXPERTS // 4)
+    own = tl.zeros([TOKENS, EXPERTS // 4], tl.uint32)
     for j in tl.static_range(K):
-        expert = tl.load(indices_ptr + token * K + j, mask=live, other=-1)
-        chosen += (expert[:, None] == e[None, :]).to(tl.int32)
-    starts = tl.load(starts_ptr + e.to(tl.int64) * n_tiles + tile, mask=e < n_experts, other=0)
-    place = starts[None, :] + tl.cumsum(chosen, axis=0) - chosen
+        expert = tl.load(chosen_ptr + first.to(tl.int64) * K + t * K + j, mask=live, other=0).to(
+            tl.int32
+        )
+        one = tl.where(live, 1, 0).to(tl.uint32) << (expert % 4 * 8).to(tl.uint32)
+        own += tl.where((expert // 4)[:, None] == group[None, :], one[:, None], 0)
+    # The tokens before, four experts' counts in a word as in ``_packed``.
+    before = tl.cumsum(own, axis=0) - own
     for j in tl.static_range(K):
-        expert = tl.load(indices_ptr + token * K + j, mask=live, other=-1)
-        row = tl.sum(tl.where(expert[:, None] == e[None, :], place, 0), axis=1)
-        pair = token * K + j
-        tl.store(order_ptr + row, pair.to(order_ptr.dtype.element_ty), mask=live)
+        pair = first * K + t * K + j
+        expert = tl.load(chosen_ptr + pair, mask=live, other=0).to(tl.int32)
+        word = tl.sum(tl.where((expert // 4)[:, None] == group[None, :], before, 0), axis=1)
+        place = expert * n_tiles + tile
+        start = tl.load(ends_ptr + place - 1, mask=live & (place > 0), other=0)
+        row = start + ((word >> (expert % 4 * 8).to(tl.uint32)) & 0xFF).to(tl.int32)
+        tl.store(order_ptr + row, pair, mask=live)
 
 
-@triton.jit(do_not_specialize=["n_samples", "chunk_tokens", "seed"])
+@triton.jit(do_not_specialize=["n_samples", "sample_tokens", "chunk_tokens"])
 def route_backward_kernel(
-    dlogits_ptr, dgates_ptr, indices_ptr, gates_ptr,
-    x_ptr, w_ptr, b_ptr, rows_ptr, offsets_ptr, dx_ptr, dw_ptr, db_ptr,
-    n_samples, chunk_tokens, seed,
-    n_experts: tl.constexpr, dim: tl.constexpr,
-    K: tl.constexpr, NOISY: tl.constexpr,
+    dlogits_ptr, dgates_ptr, chosen_ptr, gates_ptr, slopes_ptr,
+    x_ptr, w_ptr, rows_ptr, offsets_ptr, dx_ptr, dw_ptr, db_ptr, routers_ptr,
+    n_samples, sample_tokens, chunk_tokens,
+    n_experts: tl.constexpr, dim: tl.constexpr, K: tl.constexpr,
     TOKENS: tl.constexpr, SAMPLES: tl.constexpr, EXPERTS: tl.constexpr, DIM: tl.constexpr,
-    ATTRIBUTES: tl.constexpr, DOT: tl.constexpr,
+    ATTRIBUTES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk of one sample's tokens, and the chunk's share of dw (2, E, D) and db (2, E).
 
-    The second axis of the grid has DIM features each. No atomics: each share is written once, and
-    summed afterwards in the same order every time.
+    The third axis of the grid has DIM features each. No atomics: each share is written once, with
+    the sample's routers beside it, and summed afterwards in the same order every time.
     """
-    chunk = tl.program_id(0)
-    d = tl.program_id(1) * DIM + tl.arange(0, DIM)
-    sample, first, last = rows_of_tile(offsets_ptr, n_samples, chunk, chunk_tokens, SAMPLES)
+    chunk = _tile().to(tl.int64)
+    is_first = tl.program_id(2) == 0
+    d = tl.program_id(2) * DIM + tl.arange(0, DIM)
+    sample, first, count = _tokens_of_program(
+        offsets_ptr, n_samples, sample_tokens, chunk_tokens, SAMPLES
+    )
+    routers: tl.constexpr = 1 if ATTRIBUTES == 0 else ATTRIBUTES
+    for i in tl.static_range(routers):
+        row = tl.full([], -1, tl.int64)
+        if sample < n_samples:
+            row = tl.zeros([], tl.int64)
+            if ATTRIBUTES > 0:
+                row = tl.load(rows_ptr + sample * ATTRIBUTES + i)
+        if is_first:
+            tl.store(routers_ptr + chunk * routers + i, row.to(tl.int32))
     if sample >= n_samples:
         return
     e = tl.arange(0, EXPERTS)
-    w_DC = _routers(w_ptr, rows_ptr, sample, n_experts, dim, d, EXPERTS, ATTRIBUTES)
+    t = tl.arange(0, TOKENS)
+    w_CD = tl.trans(_routers(w_ptr, rows_ptr, sample, n_experts, dim, d, EXPERTS, ATTRIBUTES))
     dw_CD = tl.zeros([2 * EXPERTS, DIM], tl.float32)
-    db_C = tl.zeros([2 * EXPERTS], tl.float32)
-    for tile in range(first, last, TOKENS):
-        token = tile + tl.arange(0, TOKENS).to(tl.int64)
-        live = token < last
+    db_TC = tl.zeros([TOKENS, 2 * EXPERTS], tl.float32)
+    at_te, at_td = t[:, None] * n_experts + e[None, :], t[:, None] * dim + d[None, :]
+    for start in range(0, count, TOKENS):
+        before = first.to(tl.int64) + start
+        live = t < count - start
         live_te = live[:, None] & (e < n_experts)[None, :]
         dscores = tl.zeros([TOKENS, EXPERTS], tl.float32)
         if dlogits_ptr is not None:
-            at = token[:, None] * n_experts + e[None, :]
-            dscores += tl.load(dlogits_ptr + at, mask=live_te, other=0)
+            dscores += tl.load(dlogits_ptr + before * n_experts + at_te, mask=live_te, other=0)
         if dgates_ptr is not None:
             # Softmax over the K chosen: dscore_j = gate_j · (dgate_j - Σ_i gate_i · dgate_i).
             mean = tl.zeros([TOKENS], tl.float32)
             for j in tl.static_range(K):
-                gate = tl.load(gates_ptr + token * K + j, mask=live, other=0)
-                mean += gate * tl.load(dgates_ptr + token * K + j, mask=live, other=0)
+                gate = tl.load(gates_ptr + before * K + t * K + j, mask=live, other=0)
+                mean += gate * tl.load(dgates_ptr + before * K + t * K + j, mask=live, other=0)
             for j in tl.static_range(K):
-                gate = tl.load(gates_ptr + token * K + j, mask=live, other=0)
-                dgate = tl.load(dgates_ptr + token * K + j, mask=live, other=0)
-                expert = tl.load(indices_ptr + token * K + j, mask=live, other=-1)
+                gate = tl.load(gates_ptr + before * K + t * K + j, mask=live, other=0)
+                dgate = tl.load(dgates_ptr + before * K + t * K + j, mask=live, other=0)
+                expert = tl.load(chosen_ptr + before * K + t * K + j, mask=live, other=-1)
                 dscore = gate * (dgate - mean)
                 dscores += tl.where(expert[:, None] == e[None, :], dscore[:, None], 0.0)
         dspread = tl.zeros_like(dscores)
-        if NOISY:
-            _, spread = _scores(
-                x_ptr, w_ptr, b_ptr, rows_ptr, sample, token, live, n_experts, dim,
-                EXPERTS, DIM, ATTRIBUTES, DOT,
-            )  # fmt: skip
-            noise = normal_noise(seed, token, EXPERTS)
-            dspread = tl.where(live_te, dscores * noise * sigmoid(spread), 0.0)
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + before * n_experts + at_te, mask=live_te, other=0).to(
+                tl.float32
+            )
+            dspread = dscores * slope
         d_TC = tl.reshape(tl.join(dscores, dspread), [TOKENS, 2 * EXPERTS])
-        db_C += tl.sum(d_TC, axis=0)
-        at = token[:, None] * dim + d[None, :]
+        db_TC += d_TC
         live_td = live[:, None] & (d < dim)[None, :]
-        x_TD = tl.load(x_ptr + at, mask=live_td, other=0).to(tl.float32)
-        dw_CD = dot(tl.trans(d_TC), x_TD, dw_CD, "tf32x3")
-        dx_TD = dot(d_TC, tl.trans(w_DC), None, "tf32x3")
-        tl.store(dx_ptr + at, dx_TD.to(dx_ptr.dtype.element_ty), mask=live_td)
+        x_TD = tl.load(x_ptr + before * dim + at_td, mask=live_td, other=0).to(tl.float32)
+        dw_CD = dot(tl.trans(d_TC), x_TD, dw_CD, PRECISION)
+        dx_TD = dot(d_TC, w_CD, None, PRECISION)
+        tl.store(dx_ptr + before * dim + at_td, dx_TD.to(dx_ptr.dtype.element_ty), mask=live_td)
     c = tl.arange(0, 2 * EXPERTS)
-    share = chunk.to(tl.int64) * 2 * n_experts + (c % 2) * n_experts + c // 2
+    share = chunk * 2 * n_experts + (c % 2) * n_experts + c // 2
     real_c = c // 2 < n_experts
     at = share[:, None] * dim + d[None, :]
     tl.store(dw_ptr + at, dw_CD, mask=real_c[:, None] & (d < dim)[None, :])
-    if tl.program_id(1) == 0:
-        tl.store(db_ptr + share, db_C, mask=real_c)
+    if is_first:
+        tl.store(db_ptr + share, tl.sum(db_TC, axis=0), mask=real_c)
+
+
+@triton.jit
+def _sum_of_router(
+    shares_ptr, routers_ptr, table_ptr, n_chunks, row, block, numbers,
+    ROUTERS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    live = i < numbers
+    total_CB = tl.zeros([CHUNKS, BLOCK], tl.float32)
+    for first in range(0, n_chunks, CHUNKS):
+        c = first + tl.arange(0, CHUNKS)
+        at = c.to(tl.int64)[:, None] * numbers + i[None, :]
+        for router in tl.static_range(ROUTERS):
+            theirs = tl.load(routers_ptr + c * ROUTERS + router, mask=c < n_chunks, other=-1)
+            # Shares of other rows are not read, so that no NaN of theirs gets in.
+            picked = (theirs == row)[:, None] & live[None, :]
+            total_CB += tl.load(shares_ptr + at, mask=picked, other=0)
+    total = tl.sum(total_CB, axis=0).to(table_ptr.dtype.element_ty)
+    tl.store(table_ptr + row.to(tl.int64) * numbers + i, total, mask=live)
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+def sum_routers_kernel(
+    dw_shares_ptr, db_shares_ptr, routers_ptr, dw_ptr, db_ptr, n_chunks,
+    n_experts: tl.constexpr, dim: tl.constexpr,
+    ROUTERS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dw and db of a row of the table: the sum of the shares of the chunks that it has routed.
+
+    Always in one order. The blocks of db come after those of dw.
+    """
+    row, block = tl.program_id(0), tl.program_id(1)
+    numbers: tl.constexpr = 2 * n_experts * dim
+    blocks: tl.constexpr = (numbers + BLOCK - 1) // BLOCK
+    if block < blocks:
+        _sum_of_router(
+            dw_shares_ptr, routers_ptr, dw_ptr, n_chunks, row, block, numbers,
+            ROUTERS, CHUNKS, BLOCK,
+        )  # fmt: skip
+    else:
+        _sum_of_router(
+            db_shares_ptr, routers_ptr, db_ptr, n_chunks, row, block - blocks, 2 * n_experts,
+            ROUTERS, CHUNKS, BLOCK,
+        )  # fmt: skip

@@ -5,20 +5,20 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def sum_slots_kernel(
-    slots_ptr, y_ptr, tokens,
-    dim: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+def sum_pairs_kernel(
+    rest_ptr, y_ptr, tokens,
+    dim: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = Σ_j slots[t·K + j], in fp32."""
+    """y[t] += Σ_j rest[t·REST + j], in fp32; y has each token's first pair already."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * DIM + tl.arange(0, DIM)
     live = (token < tokens)[:, None] & (d < dim)[None, :]
-    total = tl.zeros([ROWS, DIM], tl.float32)
-    for j in tl.static_range(K):
-        at = (token * K + j)[:, None] * dim + d[None, :]
-        total += tl.load(slots_ptr + at, mask=live, other=0).to(tl.float32)
-    at = token[:, None] * dim + d[None, :]
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=live)
+    y_at = y_ptr + token[:, None] * dim + d[None, :]
+    total = tl.load(y_at, mask=live, other=0).to(tl.float32)
+    for j in tl.static_range(REST):
+        at = (token * REST + j)[:, None] * dim + d[None, :]
+        total += tl.load(rest_ptr + at, mask=live, other=0).to(tl.float32)
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["chunk_rows"])
@@ -44,25 +44,3 @@ def sum_chunks_kernel(
         total += tl.sum(share, axis=0)
     at = group.to(tl.int64) * numbers + i
     tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=["samples"])
-def sum_by_row_kernel(
-    values_ptr, rows_ptr, table_ptr, samples, numbers,
-    ATTRIBUTES: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """table[row] = the sum of the values of the samples that have this row, as any attribute."""
-    row = tl.program_id(0)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = i < numbers
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, samples, SAMPLES):
-        sample = first + tl.arange(0, SAMPLES).to(tl.int64)
-        for attribute in tl.static_range(ATTRIBUTES):
-            at = sample * ATTRIBUTES + attribute
-            theirs = tl.load(rows_ptr + at, mask=sample < samples, other=-1)
-            # Values of other rows are not read, so that no NaN of theirs gets in.
-            picked = (theirs == row)[:, None] & live[None, :]
-            at = sample[:, None] * numbers + i[None, :]
-            total += tl.sum(tl.load(values_ptr + at, mask=picked, other=0), axis=0)
-    tl.store(table_ptr + row.to(tl.int64) * numbers + i, total, mask=live)

@@ -2,13 +2,22 @@
 
 Rows stand sorted by expert, and buffers hold those of one segment of them, from row ``base`` on.
 Gathers happen where a GEMM loads its operand, and bias, activation, dropout and gate where it
-stores its result.
+stores its result. OFFSET is the type of offsets into tensors with a row for each token or pair.
 """
 
 import triton
 import triton.language as tl
 
-from .common import activate, dot, kept, rows_of_tile, slope
+from .common import activate, dot, rows_of_program, rows_of_tile, slope, store_pairs
+from .dropout import load_kept
+
+
+@triton.jit
+def _rows_of_segment(tiles_ptr, program, base, stop, ROWS: tl.constexpr):
+    """As ``rows_of_program``, of the rows from ``base`` to ``stop``."""
+    expert, first, rows = rows_of_program(tiles_ptr, program, ROWS)
+    start = tl.maximum(first, base)
+    return expert, start, tl.minimum(first + rows, stop) - start
 
 
 @triton.jit
@@ -20,7 +29,7 @@ def _product(
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     k = tl.arange(0, DEPTH)
     a_ptrs = a_ptr + row_R[:, None] * depth + k[None, :]
-    w_ptrs = w_ptr + n.to(tl.int64)[None, :] * stride_n + k[:, None] * stride_k
+    w_ptrs = w_ptr + n.to(row_R.dtype)[None, :] * stride_n + k[:, None] * stride_k
     total = tl.zeros([row_R.shape[0], n.shape[0]], tl.float32)
     live_n = (n < columns)[None, :]
     for first in range(0, depth, DEPTH):
@@ -33,12 +42,12 @@ def _product(
     return total
 
 
-@triton.jit(do_not_specialize=["base"])
+@triton.jit(do_not_specialize=["base", "stop"])
 def hidden_kernel(
-    x_ptr, order_ptr, offsets_ptr, w1_ptr, b1_ptr, z_ptr, h_ptr, base,
-    n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr,
+    x_ptr, order_ptr, tiles_ptr, w1_ptr, b1_ptr, z_ptr, h_ptr, base, stop,
+    dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """h[row] = act(w1 · x + b1), and z[row], what it is the activation of, where z is wanted.
 
@@ -47,16 +56,17 @@ def hidden_kernel(
     """
     first_rows: tl.constexpr = 2 * hidden if GATED else hidden
     UNITS: tl.constexpr = COLUMNS // 2 if GATED else COLUMNS
-    tile = tl.program_id(0) // tl.cdiv(hidden, UNITS)
-    first_unit = (tl.program_id(0) % tl.cdiv(hidden, UNITS)) * UNITS
+    parts: tl.constexpr = (hidden + UNITS - 1) // UNITS
+    program = tl.program_id(0)
+    expert, first, rows = _rows_of_segment(tiles_ptr, program // parts, base, stop, ROWS)
+    if rows <= 0:
+        return
+    first_unit = program % parts * UNITS
     n = tl.arange(0, COLUMNS)
     n = first_unit + n // 2 + n % 2 * hidden if GATED else first_unit + n
-    expert, first, last = rows_of_tile(offsets_ptr, n_experts, tile, ROWS, EXPERTS)
-    if expert >= n_experts:
-        return
     row = first + tl.arange(0, ROWS)
-    live = row < last
-    token = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64) // K
+    live = tl.arange(0, ROWS) < rows
+    token = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET) // K
     w1_ptr += expert.to(tl.int64) * first_rows * dim
     z = _product(x_ptr, token, live, w1_ptr, dim, 1, n, first_rows, dim, PRECISION, DEPTH)
     if b1_ptr is not None:
@@ -64,7 +74,8 @@ def hidden_kernel(
     z = z.to(h_ptr.dtype.element_ty)
     unit = first_unit + tl.arange(0, UNITS)
     inside = live[:, None] & (unit < hidden)[None, :]
-    at = (row - base)[:, None] * first_rows + unit[None, :]
+    row = (row - base).to(OFFSET)[:, None]
+    at = row * first_rows + unit[None, :]
     if GATED:
         z, linear = tl.split(tl.reshape(z, [ROWS, UNITS, 2]))
         if z_ptr is not None:
@@ -74,67 +85,69 @@ def hidden_kernel(
     h = activate(z.to(tl.float32), ACTIVATION)
     if GATED:
         h *= linear.to(tl.float32)
-    at = (row - base)[:, None] * hidden + unit[None, :]
+    at = row * hidden + unit[None, :]
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["base", "seed", "threshold"])
+@triton.jit(do_not_specialize=["base", "stop"])
 def output_kernel(
-    h_ptr, order_ptr, offsets_ptr, w_ptr, b_ptr, gates_ptr, slots_ptr,
-    base, seed, threshold, scale,
-    n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr,
-    stride_d: tl.constexpr, stride_h: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    h_ptr, order_ptr, tiles_ptr, w_ptr, b_ptr, gates_ptr, kept_ptr, y_ptr, rest_ptr,
+    base, stop, scale,
+    dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
+    stride_d: tl.constexpr, stride_h: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """slots[pair] = gate · Dropout(w · h[row] + b); without gates and b a plain product."""
-    tile = tl.program_id(0) // tl.cdiv(dim, COLUMNS)
-    first_n = (tl.program_id(0) % tl.cdiv(dim, COLUMNS)) * COLUMNS
-    n = first_n + tl.arange(0, COLUMNS)
-    expert, first, last = rows_of_tile(offsets_ptr, n_experts, tile, ROWS, EXPERTS)
-    if expert >= n_experts:
+    """A pair's gate · Dropout(w · h[row] + b); without gates and b a plain product."""
+    parts: tl.constexpr = (dim + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    expert, first, rows = _rows_of_segment(tiles_ptr, program // parts, base, stop, ROWS)
+    if rows <= 0:
         return
+    first_n = program % parts * COLUMNS
+    n = first_n + tl.arange(0, COLUMNS)
     row = first + tl.arange(0, ROWS)
-    live = row < last
+    live = tl.arange(0, ROWS) < rows
     w_ptr += expert.to(tl.int64) * hidden * dim
-    y = _product(
-        h_ptr, row - base, live, w_ptr, stride_d, stride_h, n, dim, hidden, PRECISION, DEPTH
-    )
+    row_h = (row - base).to(OFFSET)
+    y = _product(h_ptr, row_h, live, w_ptr, stride_d, stride_h, n, dim, hidden, PRECISION, DEPTH)
     if b_ptr is not None:
         y += tl.load(b_ptr + expert * dim + n, mask=n < dim, other=0)[None, :]
-    pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
-    if DROP:
-        y = tl.where(kept(seed, pair, first_n, threshold, COLUMNS), y, 0.0)
+    pair = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET)
+    if kept_ptr is not None:
+        words: tl.constexpr = (dim + 31) // 32
+        kept = load_kept(kept_ptr, row.to(OFFSET), live, first_n // 32, words, COLUMNS)
+        y = tl.where(kept, y, 0.0)
     if gates_ptr is not None:
-        y *= (tl.load(gates_ptr + pair, mask=live, other=0) * scale)[:, None]
-    inside = live[:, None] & (n < dim)[None, :]
-    at = pair[:, None] * dim + n[None, :]
-    tl.store(slots_ptr + at, y.to(slots_ptr.dtype.element_ty), mask=inside)
+        y *= tl.load(gates_ptr + pair, mask=live, other=0)[:, None] * scale
+    store_pairs(y_ptr, rest_ptr, pair, live, n, dim, y, K)
 
 
-@triton.jit(do_not_specialize=["base", "seed", "threshold"])
+@triton.jit(do_not_specialize=["base", "stop"])
 def gather_gradient_kernel(
-    dy_ptr, order_ptr, offsets_ptr, gates_ptr, b2_ptr, do_ptr, gated_ptr, dgates_ptr,
-    base, seed, threshold, scale,
-    n_experts: tl.constexpr, dim: tl.constexpr, K: tl.constexpr,
-    DROP: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+    dy_ptr, order_ptr, tiles_ptr, gates_ptr, b2_ptr, kept_ptr, do_ptr, gated_ptr, dgates_ptr,
+    base, stop, scale,
+    dim: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """do[row], the gradient of the row's output after dropout; gate · do; and <do, b2>."""
-    expert, first, last = rows_of_tile(offsets_ptr, n_experts, tl.program_id(0), ROWS, EXPERTS)
-    if expert >= n_experts:
+    expert, first, rows = _rows_of_segment(tiles_ptr, tl.program_id(0), base, stop, ROWS)
+    if rows <= 0:
         return
     row = first + tl.arange(0, ROWS)
-    live = row < last
-    pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
+    live = tl.arange(0, ROWS) < rows
+    pair = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET)
+    row = row.to(OFFSET)
     gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
     dgate = tl.zeros([ROWS], tl.float32)
+    words: tl.constexpr = (dim + 31) // 32
     for first_n in range(0, dim, COLUMNS):
         n = first_n + tl.arange(0, COLUMNS)
         inside = live[:, None] & (n < dim)[None, :]
         at = (pair // K)[:, None] * dim + n[None, :]
         do = tl.load(dy_ptr + at, mask=inside, other=0).to(tl.float32)
-        if DROP:
-            do = tl.where(kept(seed, pair, first_n, threshold, COLUMNS), do, 0.0)
+        if kept_ptr is not None:
+            kept = load_kept(kept_ptr, row, live, first_n // 32, words, COLUMNS)
+            do = tl.where(kept, do, 0.0)
         if b2_ptr is not None:
             b2 = tl.load(b2_ptr + expert * dim + n, mask=n < dim, other=0)
             dgate += tl.sum(do * b2[None, :], axis=1)
@@ -145,35 +158,36 @@ def gather_gradient_kernel(
     tl.store(dgates_ptr + pair, dgate * scale, mask=live)
 
 
-@triton.jit(do_not_specialize=["base", "n_pairs"])
+@triton.jit(do_not_specialize=["base", "stop", "n_pairs"])
 def hidden_backward_kernel(
-    do_ptr, order_ptr, offsets_ptr, gates_ptr, w2_ptr, z_ptr, h_ptr, dz_ptr, dgates_ptr,
-    base, n_pairs, scale,
-    n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr,
+    do_ptr, order_ptr, tiles_ptr, gates_ptr, w2_ptr, z_ptr, h_ptr, dz_ptr, dgates_ptr,
+    base, stop, n_pairs, scale,
+    dim: tl.constexpr, hidden: tl.constexpr, OFFSET: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """dz[row]; h[row] where it is not at hand; and this slice's <do · w2, h>, in dgates[1 + slice].
 
     ``z`` may be h itself where the activation is ReLU, which does not change it.
     """
-    tile = tl.program_id(0) // tl.cdiv(hidden, COLUMNS)
-    part = tl.program_id(0) % tl.cdiv(hidden, COLUMNS)
-    n = part * COLUMNS + tl.arange(0, COLUMNS)
-    expert, first, last = rows_of_tile(offsets_ptr, n_experts, tile, ROWS, EXPERTS)
-    if expert >= n_experts:
+    parts: tl.constexpr = (hidden + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    expert, first, rows = _rows_of_segment(tiles_ptr, program // parts, base, stop, ROWS)
+    if rows <= 0:
         return
-    row = first + tl.arange(0, ROWS)
-    live = row < last
+    part = program % parts
+    n = part * COLUMNS + tl.arange(0, COLUMNS)
+    live = tl.arange(0, ROWS) < rows
+    row = (first - base + tl.arange(0, ROWS)).to(OFFSET)
     w2_ptr += expert.to(tl.int64) * hidden * dim
-    da = _product(do_ptr, row - base, live, w2_ptr, 1, hidden, n, hidden, dim, PRECISION, DEPTH)
+    da = _product(do_ptr, row, live, w2_ptr, 1, hidden, n, hidden, dim, PRECISION, DEPTH)
     inside = live[:, None] & (n < hidden)[None, :]
-    at = (row - base)[:, None] * hidden + n[None, :]
+    at = row[:, None] * hidden + n[None, :]
     first_rows: tl.constexpr = 2 * hidden if GATED else hidden
-    at_z = (row - base)[:, None] * first_rows + n[None, :]
+    at_z = row[:, None] * first_rows + n[None, :]
     z = tl.load(z_ptr + at_z, mask=inside, other=0).to(tl.float32)
     h = activate(z, ACTIVATION)
-    pair = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64)
+    pair = tl.load(order_ptr + first + tl.arange(0, ROWS), mask=live, other=0).to(tl.int64)
     gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
     if GATED:
         dlinear = da * h * gate[:, None]
@@ -190,12 +204,50 @@ def hidden_backward_kernel(
     tl.store(dgates_ptr + (1 + part).to(tl.int64) * n_pairs + pair, dgate, mask=live)
 
 
+@triton.jit
+def _sum_of_products(
+    a_ptr, b_ptr, order_ptr, first, last, base, i, j,
+    a_columns: tl.constexpr, b_columns: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
+    GATHER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Σ_row a[row] · b[row]ᵀ, [i, j], and if BIAS Σ_row a, [i, 16] with all columns equal.
+
+    The latter is a product with ones: a sum over a tile's rows would pass numbers between the
+    threads, and wait for them, at every tile.
+    """
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    total = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    bias = tl.zeros([i.shape[0], 16], tl.float32)
+    # Made in fp32, since the interpreter of Triton 3.7 and older has no scalars of bf16.
+    ones = tl.full([ROWS, 16], 1, tl.float32).to(dtype)
+    order_ptr += first
+    first_row = (first - base).to(OFFSET)
+    rows = (last - first).to(tl.int32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        live = row < rows
+        at = (first_row + row)[:, None] * a_columns + i[None, :]
+        inside = live[:, None] & (i < a_columns)[None, :]
+        a = tl.trans(tl.load(a_ptr + at, mask=inside, other=0))
+        if GATHER:
+            row_b = tl.load(order_ptr + row, mask=live, other=0).to(OFFSET) // K
+        else:
+            row_b = first_row + row
+        inside = live[:, None] & (j < b_columns)[None, :]
+        at = row_b[:, None] * b_columns + j[None, :]
+        b = tl.load(b_ptr + at, mask=inside, other=0).to(dtype)
+        total = dot(a, b, total, PRECISION)
+        if BIAS:
+            bias = dot(a, ones, bias, PRECISION)
+    return total, bias
+
+
 @triton.jit(do_not_specialize=["base", "chunk_rows"])
 def weight_backward_kernel(
     a_ptr, b_ptr, order_ptr, offsets_ptr, shares_ptr, bias_ptr,
     base, chunk_rows,
     n_experts: tl.constexpr, a_columns: tl.constexpr, b_columns: tl.constexpr, K: tl.constexpr,
-    GATHER: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSET: tl.constexpr, GATHER: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A chunk's share Σ_row a[row] · b[row]ᵀ, (a_columns, b_columns), and of the bias, Σ_row a.
@@ -203,39 +255,31 @@ def weight_backward_kernel(
     GATHER: b's rows are tokens. SPLIT: chunks of ``chunk_rows``, to be summed afterwards; else one
     program has all rows of its expert, and writes the gradient itself.
     """
-    tiles_b = tl.cdiv(b_columns, COLUMNS)
-    tiles = tl.cdiv(a_columns, COLUMNS) * tiles_b
+    tiles_b: tl.constexpr = (b_columns + COLUMNS - 1) // COLUMNS
+    tiles: tl.constexpr = (a_columns + COLUMNS - 1) // COLUMNS * tiles_b
     chunk = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     i = (tile // tiles_b) * COLUMNS + tl.arange(0, COLUMNS)
     j = (tile % tiles_b) * COLUMNS + tl.arange(0, COLUMNS)
     if SPLIT:
+        # Searched, not read: a chunk of hundreds of rows has time for it.
         expert, first, last = rows_of_tile(offsets_ptr, n_experts, chunk, chunk_rows, EXPERTS)
         if expert >= n_experts:
             return
     else:
         first, last = tl.load(offsets_ptr + chunk), tl.load(offsets_ptr + chunk + 1)
-    dtype: tl.constexpr = a_ptr.dtype.element_ty
-    total = tl.zeros([COLUMNS, COLUMNS], tl.float32)
-    bias = tl.zeros([COLUMNS], tl.float32)
-    for start in range(first, last, ROWS):
-        row = start + tl.arange(0, ROWS).to(tl.int64)
-        live = row < last
-        inside = live[:, None] & (i < a_columns)[None, :]
-        at = (row - base)[:, None] * a_columns + i[None, :]
-        a = tl.load(a_ptr + at, mask=inside, other=0)
-        if GATHER:
-            row_b = tl.load(order_ptr + row, mask=live, other=0).to(tl.int64) // K
-        else:
-            row_b = row - base
-        inside = live[:, None] & (j < b_columns)[None, :]
-        at = row_b[:, None] * b_columns + j[None, :]
-        b = tl.load(b_ptr + at, mask=inside, other=0).to(dtype)
-        total = dot(tl.trans(a), b, total, PRECISION)
-        bias += tl.sum(a.to(tl.float32), axis=0)
+    if tile % tiles_b == 0:
+        total, bias = _sum_of_products(
+            a_ptr, b_ptr, order_ptr, first, last, base, i, j, a_columns, b_columns, K, OFFSET,
+            GATHER, True, PRECISION, ROWS,
+        )  # fmt: skip
+        own = bias_ptr + chunk * a_columns + i
+        tl.store(own, tl.max(bias, axis=1).to(bias_ptr.dtype.element_ty), mask=i < a_columns)
+    else:
+        total, bias = _sum_of_products(
+            a_ptr, b_ptr, order_ptr, first, last, base, i, j, a_columns, b_columns, K, OFFSET,
+            GATHER, False, PRECISION, ROWS,
+        )  # fmt: skip
     inside = (i < a_columns)[:, None] & (j < b_columns)[None, :]
     at = (chunk * a_columns + i)[:, None] * b_columns + j[None, :]
     tl.store(shares_ptr + at, total.to(shares_ptr.dtype.element_ty), mask=inside)
-    if tile % tiles_b == 0:
-        own = bias_ptr + chunk * a_columns + i
-        tl.store(own, bias.to(bias_ptr.dtype.element_ty), mask=i < a_columns)
