@@ -42,4 +42,4 @@ def test_the_committed_occupancy_follows_from_the_committed_columns():
     for row in rows:
         gpu = GPUS[row.capability]
         resident = gpu.resident_blocks(row.warps, row.registers, row.shared_bytes)
-        assert row.occupancy == pytest.approx(resident * row.warps / gpu.warps, rel=1e-5), row
+        assert row.occupancy == float(f"{resident * row.warps / gpu.warps:.5g}"), row

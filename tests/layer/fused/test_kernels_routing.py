@@ -71,9 +71,8 @@ def test_backward_is_left_the_slope_of_the_noise_and_no_more(dtype, options, kep
     inputs = (x, *layer.parameters())
     with saved_for_backward(*inputs) as saved:
         layer(x, torch.tensor([0, 2]))
-    # A slot's place in the order, its gate, its expert and its dropout's bits; slopes. Each
-    # sample's row of the table, where each expert's pairs begin, and the map of tiles,
-    # 400 // 128 + 8 of them.
+    # A slot's place in the order, gate, expert and dropout's bits; slopes. Each sample's row of the
+    # table, where each expert's pairs begin, and the map of 400 // 128 + 8 tiles.
     assert bytes_of(saved) == 200 * (2 * 13 + kept) + 2 * 8 + 9 * 8 + 11 * 16
 
 
