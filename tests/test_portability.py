@@ -34,7 +34,7 @@ NEED_TRITON = {
     ),
     *(
         f"dmoe_layer.fused.kernels.{name}"
-        for name in ("common", "narrow", "noise", "routing", "sums", "wide")
+        for name in ("common", "dropout", "narrow", "noise", "routing", "sums", "wide")
     ),
 }
 NEED_NNUNET = {

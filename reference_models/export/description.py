@@ -134,6 +134,7 @@ def _channels(recipe: Recipe, task: Task) -> list[dict[str, Any]]:
         "ct": {"scale": "clip", "low": low, "high": high},
         "nonorm": {"scale": "none"},
         "rescale_to_0_1": {"scale": "range"},
+        "rgb_to_0_1": {"scale": "divide", "by": 255},
     }
     z_score = {"scale": "z-score"}
     scaled = [{"name": name, **by_name.get(name.lower(), z_score)} for name in task.channel_names]

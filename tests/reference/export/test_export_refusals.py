@@ -90,7 +90,7 @@ def test_a_missing_onnxruntime_is_one_sentence_of_what_to_install(tmp_path, monk
 
 
 SITE = Attribute("site", ("A", "B"))
-CHANNELS = ("CT", "noNorm", "rescale_to_0_1", "T1")
+CHANNELS = ("CT", "noNorm", "rescale_to_0_1", "rgb_to_0_1", "T1")
 
 
 def test_the_files_numbers_are_what_the_data_sets_do(tmp_path):
@@ -116,7 +116,9 @@ def test_the_files_numbers_are_what_the_data_sets_do(tmp_path):
     for channel in channels:
         voxels = torch.randn(4, 5, 6).mul(200).round().numpy()
         voxels[0] = 0
-        true = data._scaled(channel["name"], voxels.copy())
+        if channel["scale"] == "divide":
+            voxels = abs(voxels) % 256
+        true = data._scaled(channel["name"], "a.nii", voxels.copy())
         torch.testing.assert_close(scaled(voxels, channel), true, rtol=1e-4, atol=1e-5)
 
 
@@ -130,6 +132,8 @@ def scaled(voxels, channel):
     if channel["scale"] == "clip":
         low, high = channel["low"], channel["high"]
         return (voxels.clip(low, high) - low) / (high - low)
+    if channel["scale"] == "divide":
+        return voxels / channel["by"]
     if channel["scale"] == "range":
         return (voxels - voxels.min()) / (voxels.max() - voxels.min())
     if channel["scale"] == "z-score":
