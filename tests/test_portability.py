@@ -111,8 +111,8 @@ def texts_without_encoding(path):
         if (
             name in ("read_text", "write_text")
             or any(keyword.arg == "text" for keyword in call.keywords)
-            # Of images, of gzip's bytes, and of handles.
-            or (name == "open" and owner not in ("Image", "gzip", "os") and not modes & BINARY)
+            # Of images, of bytes that are packed, and of handles.
+            or (name == "open" and owner not in ("Image", "gzip", "os", "tarfile") and not modes & BINARY)
         ):
             yield call.lineno
 

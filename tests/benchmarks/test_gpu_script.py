@@ -65,7 +65,7 @@ class Run:
     def __init__(self, folder, call, **environment):
         for name, text in (("timeout", TIMEOUT), ("python", PYTHON)):
             stub = folder / name
-            stub.write_text(text.format(python=sys.executable))
+            stub.write_text(text.format(python=sys.executable), encoding="utf-8")
             stub.chmod(0o755)
         log, self.out = folder / "log", folder / "out"
         log.touch()
@@ -85,7 +85,7 @@ class Run:
             encoding="utf-8",
         )
         self.status, self.printed, self.errors = done.returncode, done.stdout, done.stderr
-        lines = log.read_text().splitlines()
+        lines = log.read_text(encoding="utf-8").splitlines()
         self.boxes = [int(line.split()[1]) for line in lines if line.startswith("box")]
         self.commands = [line for line in lines if line.startswith("run")]
 

@@ -267,7 +267,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, package):
 
 def test_a_file_that_differs_or_lets_wrong_values_pass_is_not_written(tmp_path, monkeypatch):
     layer, x, path = make_quiet(**TWO).eval(), make_x(), tmp_path / "m.onnx"
-    path.write_text("what stood there")
+    path.write_text("what stood there", encoding="utf-8")
     monkeypatch.setattr(trials, "_difference", lambda *_: 2e-3)
     with pytest.raises(RuntimeError, match=r"differs from the model by 2\.0e-03.*tolerance=0\.001"):
         export_onnx(layer, path, x, GOOD)
@@ -279,7 +279,7 @@ def test_a_file_that_differs_or_lets_wrong_values_pass_is_not_written(tmp_path, 
         export_onnx(layer, path, x, GOOD)
     monkeypatch.undo()
     assert [each.name for each in tmp_path.iterdir()] == ["m.onnx"]
-    assert path.read_text() == "what stood there"
+    assert path.read_text(encoding="utf-8") == "what stood there"
 
 
 def test_the_package_imports_without_onnx():

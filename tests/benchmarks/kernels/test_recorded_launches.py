@@ -3,6 +3,7 @@
 Triton must not be in interpreter mode, hence one process of its own for all of it.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from benchmarks.kernels.sweep import CANDIDATES
 
-pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
