@@ -112,7 +112,11 @@ def texts_without_encoding(path):
             name in ("read_text", "write_text")
             or any(keyword.arg == "text" for keyword in call.keywords)
             # Of images, of bytes that are packed, and of handles.
-            or (name == "open" and owner not in ("Image", "gzip", "os", "tarfile") and not modes & BINARY)
+            or (
+                name == "open"
+                and owner not in ("Image", "gzip", "os", "tarfile")
+                and not modes & BINARY
+            )
         ):
             yield call.lineno
 
