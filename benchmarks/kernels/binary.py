@@ -25,7 +25,7 @@ _TYPES = {
     torch.int64: "i64",
 }
 # Of compute capability 8, 9 and 10.
-_MATRIX = r"\b(?:H?G?MMA|UTC\w*MMA)\.[\w.]*"
+_MATRIX = r"\b(?:H?G?MMA\.|UTC\w*MMA\b)[\w.]*"
 
 
 class Binary(NamedTuple):
