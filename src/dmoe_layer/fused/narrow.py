@@ -83,11 +83,14 @@ def _weight_blocks(call: ExpertCall) -> _Blocks:
     """A slice's sums stand in registers, and rows are read two tiles ahead.
 
     Five stages are two tiles, for a row's place in x is read before it. Before Hopper the operands
-    of D > 32 leave no registers for that.
+    of D > 32, and the two halves of gated experts, leave no registers for that.
     """
-    if call.dim <= 32:
+    narrowest = call.dim <= 32
+    if narrowest and not call.gated:
         return _Blocks(64, 32, 4, 5)
-    return _Blocks(32, 64, 4, 5) if is_hopper(call.x.device) else _Blocks(64, 16, 4)
+    if is_hopper(call.x.device):
+        return _Blocks(64, 32, 4, 5) if narrowest else _Blocks(32, 64, 4, 5)
+    return _Blocks(64, 16, 4)
 
 
 def forward(call: ExpertCall) -> Tensor:
