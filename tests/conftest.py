@@ -51,6 +51,7 @@ def pytest_configure(config):
     needed = {
         "src/dmoe_layer/fused/*": "triton",
         "tests/harness/fake_gpu.py": "triton",
+        "benchmarks/export/*": "monai",
         "benchmarks/volumes/*": "monai",
         "reference_models/nnunet/*": "nnunetv2",
     }

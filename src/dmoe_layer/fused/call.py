@@ -106,6 +106,7 @@ class ExpertCall:
 
 def draw_kept(order_R: Tensor, dim: int, dropout: float, seed: Tensor) -> Tensor:
     """Which entries of the sorted pairs' outputs dropout keeps: a bit each, (R, ⌈D / 32⌉) int32."""
+    (order_R,) = contiguous(order_R)
     kept = order_R.new_empty((order_R.shape[0], -(-dim // 32)))
     launch(
         draw_kept_kernel, (-(-kept.numel() // 256),), kept,

@@ -209,7 +209,7 @@ class _Samples:
             "DIM": dim,
             "ATTRIBUTES": self.attributes,
             "DOT": triton_dtype(dtype),
-            "num_warps": 8 if many else 4,
+            "num_warps": 16 if experts > 32 else 8 if many else 4,
         }
         # The backward's products are of fp32 numbers. Of the blocks that spill nothing these have
         # the fewest instructions a token; its chunks are multiples of the forward's tile, and so of
