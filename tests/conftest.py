@@ -52,6 +52,7 @@ def pytest_configure(config):
         "src/dmoe_layer/fused/*": "triton",
         "tests/harness/fake_gpu.py": "triton",
         "benchmarks/export/*": "monai",
+        "tests/benchmarks/export/*": "monai",
         "benchmarks/volumes/*": "monai",
         "reference_models/nnunet/*": "nnunetv2",
     }

@@ -170,6 +170,13 @@ def operators_are_seen() -> bool:
     return _dispatches_to_python() or torch.jit.is_tracing()
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether ``autograd.grad(is_grads_batched=True)`` runs over it; unknown counts as yes."""
+    functorch = getattr(torch._C, "_functorch", None)
+    asked = getattr(functorch, "is_legacy_batchedtensor", None)
+    return True if asked is None else bool(asked(tensor))
+
+
 def function_of_operator(operator: Any) -> Callable[..., Any]:
     """The Python function that a ``torch.library.custom_op`` was made of.
 

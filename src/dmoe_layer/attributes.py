@@ -110,7 +110,7 @@ def _columns(values: Tensor) -> Tensor:
 def _bounds_2N(values: Tensor) -> Tensor:
     values_BN = _columns(values).to(torch.int64)
     if values_BN.shape[0] == 0:
-        return torch.zeros(2, values_BN.shape[1], dtype=torch.int64)
+        return torch.zeros(2, values_BN.shape[1], dtype=torch.int64, device="cpu")
     return torch.stack(torch.aminmax(values_BN, dim=0)).to("cpu")
 
 

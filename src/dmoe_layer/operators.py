@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ._torch_private import function_of_operator, in_functional_derivative, operators_are_seen
+from ._torch_private import (
+    function_of_operator,
+    in_functional_derivative,
+    is_batched,
+    operators_are_seen,
+)
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
@@ -69,7 +74,8 @@ def differentiable(
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager: Any = type(function.__name__, (torch.autograd.Function,), methods)
+    name = getattr(function, "__name__", "operator")
+    eager: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
         return eager.apply(*inputs) if _is_eager(inputs) else operator(*inputs)
@@ -109,5 +115,9 @@ def _is_eager(inputs: tuple[Any, ...]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not operators_are_seen()
-        and all(type(i) in PLAIN_TENSORS and not i.is_meta for i in inputs if isinstance(i, Tensor))
+        and all(map(_is_plain, (i for i in inputs if isinstance(i, Tensor))))
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN_TENSORS and not tensor.is_meta and not is_batched(tensor)

@@ -3,12 +3,10 @@
 import csv
 from functools import partial
 
+import onnxruntime
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("monai")
 
 from benchmarks.export import command, subjects
 from benchmarks.export.rows import read_rows, section

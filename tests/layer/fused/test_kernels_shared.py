@@ -43,6 +43,7 @@ def test_offsets_of_64_bits_give_what_those_of_32_give(dim, fused, k, monkeypatc
         y = layer(x, a.to(HERE))
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     half = len(seen) // 2
+    assert half
     assert seen == [triton.language.int32] * half + [triton.language.int64] * half
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
