@@ -47,6 +47,8 @@ def _onnx(subject: Subject, model: nn.Module, file: Path, experts: str | None) -
         export_onnx(model, file, subject.x(), attributes, experts=experts or "auto")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Else its threads spin on after a run, on the cores of the next in turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     inputs = {"image": subject.x().numpy()}
     if attributes is not None:

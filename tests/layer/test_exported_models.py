@@ -1,4 +1,7 @@
-"""Swapped models of MONAI and Hugging Face through both exporters."""
+"""Swapped models of MONAI and Hugging Face leave Python: some by one exporter, some by the other.
+
+Either takes any of them; to have each take all would cost the tests a minute.
+"""
 
 import pytest
 import torch
@@ -11,15 +14,17 @@ from dmoe_layer.export import export_onnx, with_attributes
 ATTRIBUTES = torch.tensor([0, 2])
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", ["monai UNETR", "hf ViT"])
 def test_a_swapped_model_is_one_onnx_file(name, tmp_path):
     host = HOSTS[name]
-    found = export_onnx(host.make(), tmp_path / "m.onnx", host.x(), ATTRIBUTES, experts=host.form)
+    found = export_onnx(host.make(), tmp_path / "m.onnx", host.x(), ATTRIBUTES)
     assert found.runs == 3
     assert found.largest_difference < 1e-5
 
 
-@pytest.mark.parametrize(("name", "strict"), [("hf ViT", True), ("hf DINOv2", False)])
+@pytest.mark.parametrize(
+    ("name", "strict"), [("hf ViT", True), ("hf DINOv2", True), ("monai SwinUNETR", False)]
+)
 def test_a_swapped_model_is_one_program(name, strict):
     host = HOSTS[name]
     model, x, attributes = host.make(), host.x(3), torch.tensor([1, 0, 2])

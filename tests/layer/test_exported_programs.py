@@ -120,9 +120,8 @@ def saved(tmp_path, model):
     return [tmp_path / name for name in tensors]
 
 
-@both_forms
-def test_a_saved_program_runs_where_the_package_is_not(model, tmp_path, form):
-    torch.export.save(exported(model, make_x(), GOOD, experts=form), tmp_path / "model.pt2")
+def test_a_saved_program_runs_where_the_package_is_not(model, tmp_path):
+    torch.export.save(exported(model, make_x(), GOOD), tmp_path / "model.pt2")
     code = RUNS.format(load="torch.export.load(program).module()", wrong=A)
     said = run_without_package(code, tmp_path / "model.pt2", *saved(tmp_path, model))
     assert f"expected 0 .. {A - 1}" in said
