@@ -106,7 +106,9 @@ def read_attributes(
         try:
             records[case_id] = CaseRecord(
                 row.line,
-                cells.identifier(row.cells.get("subject", "")) or case_id,
+                cells.subject("subject", row.cells["subject"], case_id)
+                if "subject" in table.columns
+                else case_id,
                 _split(row.cells.get("split", "")),
                 tuple(_value_index(name, values[name], entries[name][case_id]) for name in chosen),
                 _value_index(default, strata, entries[default][case_id]) if strata else UNKNOWN,

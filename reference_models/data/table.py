@@ -79,6 +79,7 @@ class Cells:
     unknown_texts: Collection[str] = UNKNOWN_TEXTS
     _unknown: dict[str, Counter[str]] = field(default_factory=dict, init=False)
     _spellings: dict[tuple[str, str], set[str]] = field(default_factory=dict, init=False)
+    _alone: set[str] = field(default_factory=set, init=False)  # columns of `subject`
 
     def __post_init__(self) -> None:
         self._saying_unknown = {alike(text) for text in (*ALWAYS_UNKNOWN, *self.unknown_texts)}
@@ -86,6 +87,14 @@ class Cells:
     def identifier(self, text: str) -> str | None:
         """Gives the text as it is, None where it says that it is not known."""
         return None if self._says_unknown(text) else text
+
+    def subject(self, column: str, text: str, case_id: str) -> str:
+        """Gives the subject; one who is not known is nobody else's, and is called by the case."""
+        if self._says_unknown(text):
+            self.count_unknown(column, text)
+            self._alone.add(column)
+            return case_id
+        return text
 
     def value(self, column: str, text: str) -> str | None:
         """Gives the value of an attribute, None where the text says that it is not known."""
@@ -114,8 +123,9 @@ class Cells:
                 for text, count in sorted(counts.items())
             )
             own = any(text.casefold() not in ALWAYS_UNKNOWN for text in counts)
+            alone = "; each such case counts as a subject of its own" * (column in self._alone)
             hint = "; if that is a value of yours, name the other texts by --unknown-texts"
-            said.append(f"{source}: {column}: taken for unknown: {cells}{hint * own}")
+            said.append(f"{source}: {column}: taken for unknown: {cells}{alone}{hint * own}")
         return said
 
     def _says_unknown(self, text: str) -> bool:
