@@ -89,7 +89,9 @@ def read_attributes(
     values = {attribute.name: attribute.values for attribute in known}
     for name in entries:
         if name not in values:
-            values[name] = _distinct_values(path, name, entries[name], rows, faults)
+            # A default that nobody asks for orders the splits, and its spelling refuses nothing.
+            found = faults if name in chosen else []
+            values[name] = _distinct_values(path, name, entries[name], rows, found)
         count = len(values[name])
         if name in chosen and not 1 <= count <= MOST_VALUES:
             if names is not None or name == default:
@@ -164,8 +166,9 @@ def _rows_by_case(
     path, known = table.path, {*case_ids}
     rows: dict[str, Row] = {}
     strangers: list[Row] = []
-    for row in table.rows:
-        case_id = _case_of(row.cells["case"], known)
+    # Exact names first: pat_0001 may be a channel of pat, and must not take the row that pat has.
+    for row in sorted(table.rows, key=lambda row: row.cells["case"] not in known):
+        case_id = _case_of(row.cells["case"], known, channels=not others)
         if case_id is None:
             strangers += [] if others else [row]
         elif case_id in rows:
@@ -204,11 +207,14 @@ def _rows_by_case(
     return rows
 
 
-def _case_of(text: str, case_ids: Collection[str]) -> str | None:
-    """Finds the case that is called so, or that one of whose files is."""
+def _case_of(text: str, case_ids: Collection[str], *, channels: bool) -> str | None:
+    """Finds the case that is called so, or that one of whose files is; `channels`: its images too.
+
+    Where a csv tells of other cases too, pat_0001 may be one of them, and not an image of pat.
+    """
     name = PureWindowsPath(text).name
     stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
-    names = (text, name, stem, re.sub(r"_\d{4}$", "", stem))
+    names = (text, name, stem, *([re.sub(r"_\d{4}$", "", stem)] if channels else []))
     return next((name for name in names if name in case_ids), None)
 
 

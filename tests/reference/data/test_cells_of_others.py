@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from harness.checks import checked
+from harness.checks import checked, errors
 from harness.image_folders import fairseg_folder, write_npz
 from harness.nifti_folders import nnunet_folder
 
@@ -46,3 +46,11 @@ def test_patients_that_are_not_known_are_counted_and_told(tmp_path):
     code, text = checked(settings)
     assert code == 0
     assert f"pid: taken for unknown: 'NA' in 2 cells; {ALONE}; if" in text
+
+
+def test_a_row_with_the_exact_name_wins_over_one_with_a_channels(tmp_path):
+    settings = table(tmp_path, "case,site", "p0_0001,A", "p0,B", "p1,A", "p2,B", n=3)
+    code, text = checked(settings)
+    assert code == 1
+    (line,) = errors(text)
+    assert f"{tmp_path / 'attributes.csv'}:2: p0 has a row already, line 3" in line
