@@ -54,3 +54,13 @@ def test_a_row_with_the_exact_name_wins_over_one_with_a_channels(tmp_path):
     assert code == 1
     (line,) = errors(text)
     assert f"{tmp_path / 'attributes.csv'}:2: p0 has a row already, line 3" in line
+
+
+def test_cells_that_look_like_markup_are_printed_as_they_are(tmp_path):
+    values = ["[unknown]", "[/]", "[red]"] * 2
+    rows = [f"p{i},{value}" for i, value in enumerate(values)]
+    code, text = checked(table(tmp_path, "case,[b]site[/b]", *rows))
+    assert code == 0
+    assert "cases by [b]site[/b]" in text
+    for value in ("[unknown]", "[/]", "[red]"):
+        assert f"│ {value} " in text
