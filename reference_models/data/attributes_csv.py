@@ -72,12 +72,14 @@ def read_attributes(
             f"{path}: no such file; write one with a row a case, such as\n"
             "  case,T-stage\n  patient1,T3"
         )
-    table = read_table(path, faults, notes, _column_name)
+    misfits: list[DataError] = []
+    table = read_table(path, misfits, notes, _column_name)
     own = _attribute_columns(table, notes)
     default = own[0]
     chosen = own if names is None else [nfc(name) for name in names] or [default]
     if missing := [name for name in chosen if name not in own]:
         raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(own)}")
+    faults += misfits  # which would follow from columns that are misread
     cells = Cells(unknown_texts)
     rows = _rows_by_case(table, case_ids, optional, others, faults)
     if not rows:  # which is a fault, and what they would have said is not known
