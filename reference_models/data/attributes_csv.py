@@ -45,6 +45,7 @@ def read_attributes(
     notes: list[str],
     *,
     optional: Collection[str] = (),
+    left_out: Collection[str] = (),
     others: bool = False,
     unknown_texts: Collection[str] = UNKNOWN_TEXTS,
 ) -> tuple[tuple[Attribute, ...], dict[str, CaseRecord]]:
@@ -58,6 +59,7 @@ def read_attributes(
         faults: what is wrong with single rows is added there, and such rows are left out.
         notes: remarks are added there.
         optional: those of the cases that need no row; without one, all of theirs is unknown.
+        left_out: names of what is no whole case, a fault that is told; such rows are passed over.
         others: whether the csv may tell of other cases too, whose rows are then passed over.
         unknown_texts: what says that a value is not known.
 
@@ -81,7 +83,7 @@ def read_attributes(
         raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(own)}")
     faults += misfits  # which would follow from columns that are misread
     cells = Cells(unknown_texts)
-    rows = _rows_by_case(table, case_ids, optional, others, faults)
+    rows = _rows_by_case(table, case_ids, optional, left_out, others, faults)
     if not rows:  # which is a fault, and what they would have said is not known
         return (), {}
     entries: _Entries = {
@@ -161,6 +163,7 @@ def _rows_by_case(
     table: Table,
     case_ids: Collection[str],
     optional: Collection[str],
+    left_out: Collection[str],
     others: bool,
     faults: list[DataError],
 ) -> dict[str, Row]:
@@ -172,7 +175,8 @@ def _rows_by_case(
     for row in sorted(table.rows, key=lambda row: row.cells["case"] not in known):
         case_id = _case_of(row.cells["case"], known, channels=not others)
         if case_id is None:
-            strangers += [] if others else [row]
+            told = _case_of(row.cells["case"], left_out, channels=True)
+            strangers += [] if others or told else [row]
         elif case_id in rows:
             line = rows[case_id].line
             faults.append(DataError(f"{path}:{row.line}: {case_id} has a row already, line {line}"))
