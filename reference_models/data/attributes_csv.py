@@ -45,6 +45,7 @@ def read_attributes(
     notes: list[str],
     *,
     optional: Collection[str] = (),
+    left_out: Collection[str] = (),
     others: bool = False,
     unknown_texts: Collection[str] = UNKNOWN_TEXTS,
 ) -> tuple[tuple[Attribute, ...], dict[str, CaseRecord]]:
@@ -58,6 +59,7 @@ def read_attributes(
         faults: what is wrong with single rows is added there, and such rows are left out.
         notes: remarks are added there.
         optional: those of the cases that need no row; without one, all of theirs is unknown.
+        left_out: names of what is no whole case, a fault that is told; such rows are passed over.
         others: whether the csv may tell of other cases too, whose rows are then passed over.
         unknown_texts: what says that a value is not known.
 
@@ -72,14 +74,16 @@ def read_attributes(
             f"{path}: no such file; write one with a row a case, such as\n"
             "  case,T-stage\n  patient1,T3"
         )
-    table = read_table(path, faults, notes, _column_name)
+    misfits: list[DataError] = []
+    table = read_table(path, misfits, notes, _column_name)
     own = _attribute_columns(table, notes)
     default = own[0]
     chosen = own if names is None else [nfc(name) for name in names] or [default]
     if missing := [name for name in chosen if name not in own]:
         raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(own)}")
+    faults += misfits  # which would follow from columns that are misread
     cells = Cells(unknown_texts)
-    rows = _rows_by_case(table, case_ids, optional, others, faults)
+    rows = _rows_by_case(table, case_ids, optional, left_out, others, faults)
     if not rows:  # which is a fault, and what they would have said is not known
         return (), {}
     entries: _Entries = {
@@ -89,7 +93,9 @@ def read_attributes(
     values = {attribute.name: attribute.values for attribute in known}
     for name in entries:
         if name not in values:
-            values[name] = _distinct_values(path, name, entries[name], rows, faults)
+            # A default that nobody asks for orders the splits, and its spelling refuses nothing.
+            found = faults if name in chosen else []
+            values[name] = _distinct_values(path, name, entries[name], rows, found)
         count = len(values[name])
         if name in chosen and not 1 <= count <= MOST_VALUES:
             if names is not None or name == default:
@@ -106,7 +112,9 @@ def read_attributes(
         try:
             records[case_id] = CaseRecord(
                 row.line,
-                cells.identifier(row.cells.get("subject", "")) or case_id,
+                cells.subject("subject", row.cells["subject"], case_id)
+                if "subject" in table.columns
+                else case_id,
                 _split(row.cells.get("split", "")),
                 tuple(_value_index(name, values[name], entries[name][case_id]) for name in chosen),
                 _value_index(default, strata, entries[default][case_id]) if strata else UNKNOWN,
@@ -155,6 +163,7 @@ def _rows_by_case(
     table: Table,
     case_ids: Collection[str],
     optional: Collection[str],
+    left_out: Collection[str],
     others: bool,
     faults: list[DataError],
 ) -> dict[str, Row]:
@@ -162,10 +171,12 @@ def _rows_by_case(
     path, known = table.path, {*case_ids}
     rows: dict[str, Row] = {}
     strangers: list[Row] = []
-    for row in table.rows:
-        case_id = _case_of(row.cells["case"], known)
+    # Exact names first: pat_0001 may be a channel of pat, and must not take the row that pat has.
+    for row in sorted(table.rows, key=lambda row: row.cells["case"] not in known):
+        case_id = _case_of(row.cells["case"], known, channels=not others)
         if case_id is None:
-            strangers += [] if others else [row]
+            told = _case_of(row.cells["case"], left_out, channels=True)
+            strangers += [] if others or told else [row]
         elif case_id in rows:
             line = rows[case_id].line
             faults.append(DataError(f"{path}:{row.line}: {case_id} has a row already, line {line}"))
@@ -202,11 +213,14 @@ def _rows_by_case(
     return rows
 
 
-def _case_of(text: str, case_ids: Collection[str]) -> str | None:
-    """Finds the case that is called so, or that one of whose files is."""
+def _case_of(text: str, case_ids: Collection[str], *, channels: bool) -> str | None:
+    """Finds the case that is called so, or that one of whose files is; `channels`: its images too.
+
+    Where a csv tells of other cases too, pat_0001 may be one of them, and not an image of pat.
+    """
     name = PureWindowsPath(text).name
     stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
-    names = (text, name, stem, re.sub(r"_\d{4}$", "", stem))
+    names = (text, name, stem, *([re.sub(r"_\d{4}$", "", stem)] if channels else []))
     return next((name for name in names if name in case_ids), None)
 
 

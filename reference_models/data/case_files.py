@@ -68,7 +68,8 @@ def list_cases(
         faults, notes: what is wrong with files, and remarks, are added there.
 
     Returns:
-        The files of all cases, and the ids of those whose files are not as they should be.
+        The files of all cases, and the ids of those whose files are not as they should be; those
+        of labels without an image are among these alone.
 
     Raises:
         DataError: there is no image.
@@ -109,7 +110,9 @@ def list_cases(
                     f"it to <case>{layout.ending}",
                 )
             else:
-                causes.add(path, f"no image for it in {root / images}, <case>_0000{layout.ending}")
+                refuse(
+                    stem, path, f"no image for it in {root / images}, <case>_0000{layout.ending}"
+                )
         for case_id, case in here.items():
             missing = sorted({*range(len(layout.channels))} - {*case.channels})
             if missing and case_id not in broken:

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import DataError, shown
 from .cases import SPLITS, UNKNOWN, Case, Dataset
@@ -154,13 +155,15 @@ def _counts(dataset: Dataset, split_of: Mapping[str, str | None]) -> list[Table]
             )
             for case in dataset.cases
         )
-        table = Table(title=f"{dataset.name}: cases by {attribute.name}")
-        table.add_column(attribute.name)
+        # Texts of the csv are no markup.
+        table = Table(title=Text(f"{dataset.name}: cases by {attribute.name}"))
+        table.add_column(Text(attribute.name))
         found = {split for _, split in counts}
         columns = [*SPLITS, *(split for split in ("no split", "no mask") if split in found)]
         for split in columns:
             table.add_column(split, justify="right")
         for value in (*range(len(attribute.values)), UNKNOWN):
-            table.add_row(attribute.label(value), *(str(counts[value, s]) for s in columns))
+            label = Text(attribute.label(value))
+            table.add_row(label, *(str(counts[value, s]) for s in columns))
         tables.append(table)
     return tables

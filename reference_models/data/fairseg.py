@@ -83,8 +83,9 @@ class FairSeg(Dataset):
         for case_id, (path, _) in listed.items():
             try:
                 values, patient = _metadata(path, tuple(found))
-                # A patient who is not known is nobody else's.
-                subjects[case_id] = cells.identifier(patient) or case_id
+                subjects[case_id] = (
+                    case_id if patient is None else cells.subject("pid", patient, case_id)
+                )
                 for name, value in values.items():
                     found[name][case_id] = value
             except DataError as error:
@@ -100,6 +101,7 @@ class FairSeg(Dataset):
                 del found[name]
         if "age" in found:
             found["age"] = _age_groups(found["age"], listed, subjects, faults, notes)
+        notes += cells.notes(root)
         notes += doubtful_identifiers("pid", {*subjects.values()} - {*listed})
         report_faults(faults, damaged)
         names = tuple(name for name in names if name in found)
@@ -242,15 +244,16 @@ def _lists(root: Path) -> dict[str, Path]:
     return {}
 
 
-def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str]:
+def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str | None]:
     """Reads the attributes that the file holds (-1 unknown, age as it stands) and its patient.
 
-    The patient is empty where the file does not say.
+    The patient is None where the file has no such member.
 
     Raises:
         DataError: the file is damaged, or one of them is not what it may be.
     """
     values: dict[str, float] = {}
+    patient: str | None = None
     with _opened(path) as members:
         for name in names:
             aliases = ("age",) if name == "age" else CODED[name][0]
@@ -271,7 +274,6 @@ def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str
                 codes = "0 or more" if name == "age" else f"0..{len(CODED[name][1]) - 1}"
                 raise DataError(f"{path}: {name} must be {codes} or -1 (unknown), got {value:g}")
             values[name] = value
-        patient = ""
         if "pid" in members.files:
             array = _member(path, members, ("pid",))
             if array.size != 1:

@@ -102,6 +102,7 @@ class Nifti(Dataset):
                     for case_id, case in files.items()
                     if case.label is None and case_id not in broken
                 ],
+                left_out=broken - files.keys(),
                 unknown_texts=unknown_texts,
             )
         except DataError as error:
@@ -122,7 +123,7 @@ class Nifti(Dataset):
             grids.append(canonical_grid(images[0]))
         report_faults(faults, damaged)
         self.cases = tuple(cases)
-        self.left_out = files.keys() - {case.case_id for case in cases}
+        self.left_out = (files.keys() | broken) - {case.case_id for case in cases}
         if cases:
             self.spacing, self.size = _median_grid(cases, grids, notes)
 

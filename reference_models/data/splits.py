@@ -207,7 +207,12 @@ def read_splits(
         ),
     ):
         if wrong:
-            raise DataError(f"{path}: {shown(wrong, 5)}: {what}")
+            advice = (
+                "; folds name no test case: score every case by --split all, or a fold's "
+                "validation cases by --split validation --fold <number>"
+            )
+            of_folds = bool(folds) and wrong == ["test"]
+            raise DataError(f"{path}: {shown(wrong, 5)}: {what}{advice * of_folds}")
     split_of = {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
     if leaks := leaked_subjects(split_of, dataset):
         raise DataError(f"{path}: {leaks[0]} ({len(leaks)} such subjects)")

@@ -12,8 +12,9 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..errors import DataError, reading, shown
@@ -25,7 +26,8 @@ ALWAYS_UNKNOWN = ("", "unknown")
 
 _WHOLE = re.compile(r"([+-]?)0*(\d+)(?:\.0*)?")
 _ROUNDED = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)
-_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # which Excel writes and obeys
+# Excel writes and obeys it; a program that does not know it puts separators of its own behind.
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t]*\s*', re.IGNORECASE)
 # What a file begins with that is no text.
 _NO_TEXT = {
     b"PK\x03\x04": "an Excel workbook or another zip file",
@@ -79,6 +81,7 @@ class Cells:
     unknown_texts: Collection[str] = UNKNOWN_TEXTS
     _unknown: dict[str, Counter[str]] = field(default_factory=dict, init=False)
     _spellings: dict[tuple[str, str], set[str]] = field(default_factory=dict, init=False)
+    _alone: set[str] = field(default_factory=set, init=False)  # columns of `subject`
 
     def __post_init__(self) -> None:
         self._saying_unknown = {alike(text) for text in (*ALWAYS_UNKNOWN, *self.unknown_texts)}
@@ -86,6 +89,14 @@ class Cells:
     def identifier(self, text: str) -> str | None:
         """Gives the text as it is, None where it says that it is not known."""
         return None if self._says_unknown(text) else text
+
+    def subject(self, column: str, text: str, case_id: str) -> str:
+        """Gives the subject; one who is not known is nobody else's, and is called by the case."""
+        if self._says_unknown(text):
+            self.count_unknown(column, text)
+            self._alone.add(column)
+            return case_id
+        return text
 
     def value(self, column: str, text: str) -> str | None:
         """Gives the value of an attribute, None where the text says that it is not known."""
@@ -114,8 +125,9 @@ class Cells:
                 for text, count in sorted(counts.items())
             )
             own = any(text.casefold() not in ALWAYS_UNKNOWN for text in counts)
+            alone = "; each such case counts as a subject of its own" * (column in self._alone)
             hint = "; if that is a value of yours, name the other texts by --unknown-texts"
-            said.append(f"{source}: {column}: taken for unknown: {cells}{hint * own}")
+            said.append(f"{source}: {column}: taken for unknown: {cells}{alone}{hint * own}")
         return said
 
     def _says_unknown(self, text: str) -> bool:
@@ -210,6 +222,30 @@ def read_table(
 def _split(text: str) -> tuple[list[tuple[int, list[str]]], int]:
     """Takes a csv apart: each row that is not blank with its line, and the number of comments."""
     physical = list(io.StringIO(text, newline=""))
+    said = _SEPARATOR_LINE.fullmatch(physical[0]) if physical else None
+    if said:
+        physical[0] = "\n"
+    header = next((line for line in physical if line.strip() and line[0] != "#"), "")
+    header = re.sub('"[^"]*"', "", header)
+    if said and said[1] in header:
+        return _parsed(physical, said[1])
+    # A name may have another one's separator in it, as in "T-stage (clinical, path)": the rows
+    # tell which it is, and where they do not, the one that comes first.
+    possible = sorted({*",;\t"} & {*header}, key=header.index) or [","]
+    return _parsed(physical, max(possible, key=partial(_n_fitting, physical)))
+
+
+def _n_fitting(physical: Sequence[str], separator: str) -> int:
+    """Counts the rows that have a cell for each column, -1 where the quotes are not in order."""
+    try:
+        (_, header), *rows = _parsed(physical, separator)[0]
+    except csv.Error:
+        return -1
+    return sum(len(row) >= len(header) and not any(row[len(header) :]) for _, row in rows)
+
+
+def _parsed(physical: Sequence[str], separator: str) -> tuple[list[tuple[int, list[str]]], int]:
+    """Does what `_split` does, by a separator."""
     n_comments = 0
     at_row = True  # not within a quoted cell of several lines
 
@@ -221,12 +257,6 @@ def _split(text: str) -> tuple[list[tuple[int, list[str]]], int]:
             at_row = False
             yield "\n" if comment else line  # blank, so that lines keep their numbers
 
-    separator = None
-    if physical and (said := _SEPARATOR_LINE.fullmatch(physical[0])):
-        separator, physical[0] = said[1], "\n"
-    if separator is None:
-        first = next((line for line in physical if line.strip() and line[0] != "#"), "")
-        separator = max(",;\t", key=re.sub('"[^"]*"', "", first).count)
     reader = csv.reader(without_comments(), delimiter=separator, strict=True)
     rows = []
     for row in reader:

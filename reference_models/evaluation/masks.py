@@ -80,7 +80,7 @@ def choose_cases(
         The cases, and a note on test cases that were left out, empty if there are none.
 
     Raises:
-        DataError: as of `choose_splits`.
+        DataError: as of `choose_splits`, or "all" is to be of a splits file or a fold.
     """
     if split != "all":
         splits = choose_splits(
@@ -88,6 +88,12 @@ def choose_cases(
         )
         chosen = set(getattr(splits, split))
         return tuple(case for case in dataset.cases if case.case_id in chosen), ""
+    given = {"--splits": settings.splits, "--fold": settings.fold}
+    if idle := [f"{flag} {value}" for flag, value in given.items() if value is not None]:
+        raise DataError(
+            f"split: all scores every case, so that {' and '.join(idle)} would change nothing; "
+            "leave it out, or name one of the splits, such as --split validation"
+        )
     cases = tuple(case for case in dataset.cases if case.labelled)
     own = [case.case_id for case in cases if case.split == "test"]
     if not own or len(own) == len(cases) or any(case_id in files for case_id in own):

@@ -92,3 +92,17 @@ def test_accents_may_be_taken_apart_in_the_names_of_files(csv):
     apart = unicodedata.normalize("NFD", "jérôme")
     attributes = CaseAttributes.read(csv(["jérôme,A,old", "p2,B,old"]), [apart, "p2"])
     assert attributes.of([apart]).tolist() == [[0]]
+
+
+def test_another_case_whose_name_ends_like_a_channel_is_not_taken_for_the_case(csv):
+    path = csv(["pat_0001,A,old", "pat,B,young"])
+    attributes = CaseAttributes.read(path, ["pat"], known={"site": ["A", "B"]})
+    assert attributes.of(["pat"]).tolist() == [[1]]
+    with refused("no row for case pat"):
+        CaseAttributes.read(csv(["pat_0001,A,old"]), ["pat"], known={"site": ["A", "B"]})
+
+
+def test_a_column_that_the_model_does_not_use_refuses_nothing(csv):
+    path = csv(["p1,Male,old", "p2,male,young"], header="case,sex,age")
+    attributes = CaseAttributes.read(path, ["p1", "p2"], known={"age": ["young", "old"]})
+    assert attributes.of(["p1", "p2"]).tolist() == [[1], [0]]

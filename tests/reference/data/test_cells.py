@@ -96,6 +96,12 @@ WAYS = {
     "comments": ["# of 2024, by hand", "case,site", "p0,A", '# "p9,B', "p1,B"],
     "both": ["SEP=\t", "# x", "case\tsite", "p0\tA", "p1\tB"],
     "a separator in the first name": ['case,"site; of; scan"', "p0,A", "p1,B"],
+    "sep= of another program": ["sep=;,", "case,site", "p0,A", "p1,B"],
+    "sep= with separators behind": ["sep=;,", "case;site", "p0;A", "p1;B"],
+    "commas in the last name": ["case;site (clinical, path, x)", "p0;A", "p1;B"],
+    "commas in cells of tabs": ["case\tsite\tage, sex, b", "p0\tA\tx, y", "p1\tB\t"],
+    "as many commas throughout": ["case;site;at a, b, c", "p0;A;1,2,3", "p1;B;1,2,3"],
+    "quotes that commas would break": ["case;site, now", '"p0";"A"', '"p1";"B"'],
     "two lines in a cell": ['case,site,"remark', '# of"', 'p0,A,"x', '#y"', "p1,B,"],
 }
 
@@ -130,6 +136,7 @@ ONE_ERROR = {
     "a row cut short": (["case,site", "p0,A", "p1", "p2,B"], ":3: 1 cells, expected 2"),
     "every row cut short": (["case,site,age", "p0,A", "p1,B", "p2,B"], ":2: 2 cells, expected 3"),
     "another cohort": (["case,site", "x0,A", "x1,B", "x2,B"], "none of its 3 rows is a case"),
+    "no column of cases": (["id,site", "p0", "p1", "p2"], "must have a column case"),
     "a zero lost": (["case,site", "00,A", "p1,B", "p2,B"], "write 0 if that is meant"),
     "rows missing": (["case,site", "p1,A"], "no row for 2 cases: p0, p2"),
 }

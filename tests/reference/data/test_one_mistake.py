@@ -100,8 +100,19 @@ def test_labels_are_not_taken_for_those_of_a_case_with_a_longer_number(tmp_path)
     (tmp_path / "labelsTr/p1.nii.gz").unlink()
     (tmp_path / "imagesTr/p10_0000.nii.gz").unlink()
     lines = errors(checked(settings)[1])
-    assert len(lines) == 3  # a label, an image and p10's row
+    assert len(lines) == 2  # a label and an image; p10's row is a consequence
     assert any("labelsTr/p10.nii.gz: no image for it" in line.replace("\\", "/") for line in lines)
+
+
+def test_an_image_that_is_missing_is_one_error_whatever_else_names_its_case(tmp_path):
+    settings = nnunet_folder(tmp_path, n=10)
+    (tmp_path / "imagesTr/p3_0000.nii.gz").unlink()
+    names = [f"p{i}" for i in range(10)]
+    (tmp_path / "splits_final.json").write_text(
+        json.dumps([{"train": names[2:], "val": names[:2]}]), encoding="utf-8"
+    )
+    (line,) = errors(checked(settings)[1])
+    assert "labelsTr/p3.nii.gz: no image for it" in line.replace("\\", "/")
 
 
 def test_cases_to_be_predicted_need_no_row(tmp_path):

@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 from harness.evaluations import FEW, Bars, Ruler
@@ -71,6 +73,25 @@ def test_a_splits_file_that_has_test_cases_alone_is_enough_to_score_them(crossva
     assert summary.n_cases == 9
     with pytest.raises(DataError, match="train: without a case"):
         evaluate_predictions(dataclasses.replace(crossval, data=data, split="train"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"splits": Path("missing.json")}, "--splits missing.json"), ({"fold": 77}, "--fold 77")],
+)
+def test_the_split_all_refuses_a_file_or_fold_that_it_would_not_look_at(crossval, change, words):
+    data = dataclasses.replace(crossval.data, **change)
+    with pytest.raises(DataError, match=f"all scores every case, so that {words} would change"):
+        evaluate_predictions(dataclasses.replace(crossval, data=data))
+
+
+def test_folds_without_test_cases_say_which_split_to_score(crossval):
+    path = crossval.data.root / "splits_final.json"
+    names = [f"p{i}" for i in range(9)]
+    path.write_text(json.dumps([{"train": names[3:], "val": names[:3]}]), encoding="utf-8")
+    advice = r"test: without a case; .* --split all, or .* --split validation --fold <number>"
+    with pytest.raises(DataError, match=advice):
+        evaluate_predictions(dataclasses.replace(crossval, split="test"))
 
 
 def test_columns_that_are_called_like_ours_are_kept_apart(crossval):
