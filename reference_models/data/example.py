@@ -80,8 +80,8 @@ NOTE = (
     "from its tissue maps. It shows how a folder is laid out and that the pipeline runs; scores "
     "on it say nothing about scanners, patients or fairness. What to expect: images show by "
     "themselves how they were acquired, so that telling the network gains no more than another "
-    "seed does; a dense one, to compare, is trained by --moe none. Low field is the lowest, as it "
-    "is blurred, noisy and turned, and one training scan in ten; its router has seen that scan "
+    "seed does; a dense one, to compare, is trained by --moe none. Low field may be the lowest, as "
+    "it is blurred, noisy and turned, and one training scan in ten; its router has seen that scan "
     "alone, and another's may do better. The two test scans of an acquisition show one block of "
     "one head, so that intervals are of noise alone and say nothing of other heads."
 )

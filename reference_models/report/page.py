@@ -23,7 +23,7 @@ from ..metrics.scores import (
 )
 from .charts import MOST_DOTS, chart, heat
 from .pictures import LONGEST, Picture, colour_of, data_uri, examples, pictures_wanted
-from .words import COVERAGE, comparisons_made, gap_by_chance, gaps_compared
+from .words import COVERAGE, comparisons_made, gap_by_chance
 
 
 def write_report(
@@ -64,7 +64,7 @@ def write_report(
         chart=lambda attribute, scores: chart(cases, attribute, scores),
         finding=_finding,
         compared=_compared,
-        by_chance=lambda scores: gap_by_chance(scores, gaps_compared(summary)),
+        by_chance=lambda scores: gap_by_chance(scores, summary),
         comparisons_made=comparisons_made(summary),
         coverage=COVERAGE,
         counted=_counted(summary),
@@ -96,12 +96,6 @@ class Pair:
 
     low: GroupScores
     high: GroupScores
-
-    @property
-    def overlap(self) -> bool | None:
-        """Whether their intervals overlap; None where one of them has no interval."""
-        top, bottom = self.low.metrics["dice"].high, self.high.metrics["dice"].low
-        return None if top is None or bottom is None else top >= bottom
 
 
 def _finding(scores: RegionScores) -> tuple[Pair | None, Pair | None]:

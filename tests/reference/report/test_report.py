@@ -138,10 +138,13 @@ def test_what_spans_groups_is_held_against_chance(tmp_path):
         cells = f"{value:.3f} {found.corrected.value:.3f} {low} to {high} {chance}"
         assert f"{cells} {found.p_value:.3f}" in text
     assert "Groups served exactly alike would show a gap of about 0.224 by chance" in text
-    assert "(0.181 to 0.264), and one as large as here with probability 0.343." in text
+    assert "(0.181 to 0.264), and groups as far apart as here, for how much their scores" in text
+    assert "vary, with probability 0.343." in text
     assert "do not show that any group is served worse" in text
     assert "Allowing for chance, the gap is about 0.223 (0.191 to 0.254)." in text
-    assert "Compared were 2 group means by site" in text
+    assert "2 group means by site (groups times regions) were compared, in 1 gap." in text
+    # Intervals of single groups say something else than the probability, which is of their gap.
+    assert "overlap" not in text
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,15 @@ def test_what_spans_groups_is_held_against_chance(tmp_path):
         (0.026, 2, "unlikely for a single gap, but is not for the largest of 2"),
         (0.025, 2, "chance alone hardly explains it"),
         (0.0004, 1, "with probability below 0.001"),
+        # Of 234 shuffles none lies below 1 / 235, which is .0043.
+        (1 / 235, 11, "chance alone hardly explains it"),
+        (
+            1 / 235,
+            12,
+            "234 are too few to tell whether it is chance of one gap among 12: set "
+            "--resamples to at least 240.",
+        ),
+        (2 / 235, 12, "unlikely for a single gap, but is not for the largest of 12"),
     ],
 )
 def test_the_more_gaps_are_looked_at_the_less_one_of_them_says(tmp_path, p, regions, said):
@@ -221,11 +233,34 @@ def test_a_group_too_small_to_judge_is_marked_and_the_gap_on_it_is_qualified(tmp
 
 
 @pytest.mark.parametrize(
-    ("higher", "said"), [(0.606, "Their intervals overlap"), (0.703, "do not overlap")]
+    ("low", "said"),
+    [
+        (0.0004, "It may be chance all the same, since the interval reaches down to no gap."),
+        (0.0006, "So chance alone hardly explains it."),
+    ],
 )
-def test_the_page_says_whether_the_intervals_overlap(tmp_path, higher, said):
-    scores = region([group("a", 41, 0.601), group("b", 46, higher)])
+def test_what_is_said_of_chance_agrees_with_the_interval(tmp_path, low, said):
+    gap = {"gap": Comparison(Estimate(0.1, low, 0.2), Estimate(0.05, 0.0, 0.09), 0.01)}
+    scores = region([group("a", 41, 0.601), group("b", 46, 0.703)], compared=gap)
     assert said in written(tmp_path, summary([scores], ("a", "b"))).text
+
+
+def test_too_few_shuffles_for_a_single_gap_are_told_as_well(tmp_path):
+    gap = {"gap": against_chance(0.2, 1 / 11)}
+    scores = region([group("a", 41, 0.601), group("b", 46, 0.703)], compared=gap)
+    few = dataclasses.replace(summary([scores], ("a", "b")), resamples=10)
+    assert "10 are too few to tell whether it is chance: set --resamples to at least 20." in (
+        written(tmp_path, few).text
+    )
+
+
+def test_groups_of_one_subject_each_cannot_be_compared(tmp_path):
+    alone = summary([region([group("a", 1, 0.601), group("b", 3, 0.703, n_subjects=1)])], ("a",))
+    said = "Every group has a single subject, so they cannot be compared."
+    assert said in written(tmp_path, alone).text
+    assert [said in line for line in findings(alone)] == [True]
+    several = summary([region([group("a", 1, 0.601), group("b", 3, 0.703)])], ("a", "b"))
+    assert said not in written(tmp_path, several).text
 
 
 def test_of_groups_that_are_level_none_is_called_lowest_or_highest(tmp_path):
