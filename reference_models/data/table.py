@@ -124,10 +124,20 @@ class Cells:
                 f"{f'{text!r} in' if text else 'nothing in'} {count} cell{'s' * (count > 1)}"
                 for text, count in sorted(counts.items())
             )
-            own = any(text.casefold() not in ALWAYS_UNKNOWN for text in counts)
+            # Others, such as rare sites, are unknown whatever the flag says.
+            own = [
+                repr(text)
+                for text in sorted(counts)
+                if self._says_unknown(text) and text.casefold() not in ALWAYS_UNKNOWN
+            ]
             alone = "; each such case counts as a subject of its own" * (column in self._alone)
-            hint = "; if that is a value of yours, name the other texts by --unknown-texts"
-            said.append(f"{source}: {column}: taken for unknown: {cells}{alone}{hint * own}")
+            hint = (
+                f"; if {' or '.join(own)} is a value of yours, name the other texts by "
+                "--unknown-texts"
+            )
+            said.append(
+                f"{source}: {column}: taken for unknown: {cells}{alone}{hint if own else ''}"
+            )
         return said
 
     def _says_unknown(self, text: str) -> bool:

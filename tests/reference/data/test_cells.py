@@ -67,7 +67,8 @@ def test_check_quotes_what_it_took_for_unknown_and_the_flag_says_otherwise(tmp_p
     assert code == 0
     assert (
         "phase: taken for unknown: nothing in 1 cell, 'None' in 1 cell, 'none' in 1 cell, "
-        "'unknown' in 1 cell; if that is a value of yours, name the other texts by --unknown-texts"
+        "'unknown' in 1 cell; if 'None' or 'none' is a value of yours, name the other texts by "
+        "--unknown-texts"
     ) in text
     own = dataclasses.replace(settings, unknown_texts=("nan",))
     with pytest.raises(DataError, match=r"'none' .* and 'None' .* differ in upper and lower case"):
@@ -82,13 +83,17 @@ def test_check_quotes_what_it_took_for_unknown_and_the_flag_says_otherwise(tmp_p
 
 
 def test_photographs_take_the_same_list_and_quote_rare_sites(tmp_path):
-    sites = ["ear", "ear", "n/a", *["back"] * 9]
+    sites = ["ear", "ear", "N/A", *["Back"] * 9]
     settings, _ = ham_folder(tmp_path, localization=sites, Sex=["NULL", *"MF" * 5, "F"])
     text = checked(settings)[1]
-    assert "localization: taken for unknown: 'ear' in 2 cells, 'n/a' in 1 cell; if that" in text
-    assert "sex: taken for unknown: 'null' in 1 cell" in text
+    assert (
+        "localization: taken for unknown: 'N/A' in 1 cell, 'ear' in 2 cells; if 'N/A' is a value "
+    ) in text
+    assert "sex: taken for unknown: 'NULL' in 1 cell" in text
     strict = dataclasses.replace(settings, unknown_texts=())
-    assert len(errors(checked(strict)[1])) == 2  # n/a is no site and null no sex
+    text = checked(strict)[1]
+    assert len(errors(text)) == 2  # N/A is no site and NULL no sex
+    assert "'ear' in 1 cell\n" in text  # of the rows that are left; the flag would not change it
 
 
 WAYS = {
