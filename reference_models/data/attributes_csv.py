@@ -143,7 +143,7 @@ def _attribute_columns(table: Table, notes: list[str]) -> list[str]:
     if not own or "case" not in table.columns:
         raise DataError(
             f"{table.path}: must have a column case and one for each attribute, such as "
-            f"case,T-stage; got {', '.join(table.columns)}"
+            f"case,T-stage; got {', '.join(table.columns)}{table.doubt}"
         )
     if "" in table.columns:
         notes.append(f"{table.path}: a column without a name is left out")

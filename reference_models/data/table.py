@@ -33,7 +33,12 @@ _NO_TEXT = {
     b"PK\x03\x04": "an Excel workbook or another zip file",
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
     b"\x1f\x8b": "packed by gzip",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
 }
+
+# What `_split` gives: each row with its line, and the comments.
+_Split = tuple[list[tuple[int, list[str]]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,19 @@ class Table:
         columns: names in their order.
         rows: those with a cell for each column.
         n_misfits: how many rows have too few or too many cells, and are not among the rows.
+        comment: the first line that begins with #, empty if there is none.
     """
 
     path: Path
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     n_misfits: int
+    comment: str
+
+    @property
+    def doubt(self) -> str:
+        """What to add where columns are missing: a comment may have been meant as the columns."""
+        return f"; {self.comment!r} is left out, as it begins with #" if self.comment else ""
 
 
 @dataclass
@@ -196,14 +208,14 @@ def read_table(
         if kind := next(
             (kind for magic, kind in _NO_TEXT.items() if content.startswith(magic)), ""
         ):
-            raise ValueError(f"{kind}, expected text")
+            raise ValueError(f"{kind}, expected text in UTF-8")
         text = content.decode("utf-8-sig")
         if "\0" in text:
             raise ValueError("has zero bytes, as UTF-16 does")
-        lines, n_comments = _split(text)
-    if n_comments:
-        s = "s" * (n_comments > 1)
-        notes.append(f"{path}: {n_comments} line{s} that begin{'s' * (not s)} with # left out")
+        lines, comments = _split(text)
+    if comments:
+        s = "s" * (len(comments) > 1)
+        notes.append(f"{path}: {len(comments)} line{s} that begin{'s' * (not s)} with # left out")
     if len(lines) < 2:
         raise DataError(f"{path}: has no row; expected a line of columns, and rows below it")
     (_, header), *lines = lines
@@ -226,11 +238,12 @@ def read_table(
             )
         else:
             rows.append(Row(line, dict(zip(columns, cells, strict=False))))
-    return Table(path, columns, tuple(rows), len(lines) - len(rows))
+    comment = comments[0].strip() if comments else ""
+    return Table(path, columns, tuple(rows), len(lines) - len(rows), comment)
 
 
-def _split(text: str) -> tuple[list[tuple[int, list[str]]], int]:
-    """Takes a csv apart: each row that is not blank with its line, and the number of comments."""
+def _split(text: str) -> _Split:
+    """Takes a csv apart: each row that is not blank with its line, and the comments."""
     physical = list(io.StringIO(text, newline=""))
     said = _SEPARATOR_LINE.fullmatch(physical[0]) if physical else None
     if said:
@@ -254,16 +267,16 @@ def _n_fitting(physical: Sequence[str], separator: str) -> int:
     return sum(len(row) >= len(header) and not any(row[len(header) :]) for _, row in rows)
 
 
-def _parsed(physical: Sequence[str], separator: str) -> tuple[list[tuple[int, list[str]]], int]:
+def _parsed(physical: Sequence[str], separator: str) -> _Split:
     """Does what `_split` does, by a separator."""
-    n_comments = 0
+    comments: list[str] = []
     at_row = True  # not within a quoted cell of several lines
 
     def without_comments() -> Iterator[str]:
-        nonlocal n_comments, at_row
+        nonlocal at_row
         for line in physical:
             comment = at_row and line.startswith("#")
-            n_comments += comment
+            comments.extend([line] * comment)
             at_row = False
             yield "\n" if comment else line  # blank, so that lines keep their numbers
 
@@ -274,7 +287,7 @@ def _parsed(physical: Sequence[str], separator: str) -> tuple[list[tuple[int, li
         cells = [nfc(cell.strip()) for cell in row]
         if any(cells):
             rows.append((reader.line_num, cells))
-    return rows, n_comments
+    return rows, comments
 
 
 def _plain(text: str) -> str:

@@ -124,6 +124,8 @@ NO_TABLES = {
     "an Excel workbook": b"PK\x03\x04" + bytes(40),
     "an Excel workbook, expected": b"\xd0\xcf\x11\xe0" + bytes(40),
     "packed by gzip": b"\x1f\x8b\x08" + bytes(40),
+    "text in UTF-16, expected text in UTF-8": "case,site\np0,A\n".encode("utf-16"),
+    "text in UTF-16": b"\xfe\xff" + "case,site\np0,A\n".encode("utf-16-be"),
     "zero bytes, as UTF-16": "case,site\np0,A\n".encode("utf-16-le"),
 }
 
@@ -138,6 +140,7 @@ def test_what_is_no_text_is_called_what_it_is(tmp_path, words):
 
 
 ONE_ERROR = {
+    "columns behind a #": (["#case,site", "p0,A", "p1,B", "p2,B"], "'#case,site' is left out, as"),
     "a row cut short": (["case,site", "p0,A", "p1", "p2,B"], ":3: 1 cells, expected 2"),
     "every row cut short": (["case,site,age", "p0,A", "p1,B", "p2,B"], ":2: 2 cells, expected 3"),
     "another cohort": (["case,site", "x0,A", "x1,B", "x2,B"], "none of its 3 rows is a case"),
