@@ -261,10 +261,10 @@ def _split(text: str) -> _Split:
 def _n_fitting(physical: Sequence[str], separator: str) -> int:
     """Counts the rows that have a cell for each column, -1 where the quotes are not in order."""
     try:
-        (_, header), *rows = _parsed(physical, separator)[0]
+        rows = [cells for _, cells in _parsed(physical, separator)[0]]
     except csv.Error:
         return -1
-    return sum(len(row) >= len(header) and not any(row[len(header) :]) for _, row in rows)
+    return sum(len(row) >= len(rows[0]) and not any(row[len(rows[0]) :]) for row in rows[1:])
 
 
 def _parsed(physical: Sequence[str], separator: str) -> _Split:
