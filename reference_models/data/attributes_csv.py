@@ -183,7 +183,7 @@ def _rows_by_case(
         else:
             rows[case_id] = row
     # Those of a row that does not fit may be among these: that row is the fault, and is named.
-    lacking = [] if table.n_misfits else sorted(known - rows.keys() - {*optional})
+    lacking = [] if table.misfits else sorted(known - rows.keys() - {*optional})
     folder = f"the folder, whose are {shown(sorted(known), 3)}"
     if strangers[1:] and not rows:
         names = shown([repr(row.cells["case"]) for row in strangers], 3)

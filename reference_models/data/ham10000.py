@@ -94,6 +94,7 @@ class Ham10000(Dataset):
         left_out: set[str] = set()
         for split, table in tables:
             cells = Cells(unknown_texts)
+            left_out |= {row.cells.get("image_id", "") for row in table.misfits}
             for row in table.rows:
                 try:
                     case = _case(root, row, split, names, cells)

@@ -57,14 +57,14 @@ class Table:
         path: of the file.
         columns: names in their order.
         rows: those with a cell for each column.
-        n_misfits: how many rows have too few or too many cells, and are not among the rows.
+        misfits: rows with too few or too many cells, as far as they go; not among the rows.
         comment: the first line that begins with #, empty if there is none.
     """
 
     path: Path
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    n_misfits: int
+    misfits: tuple[Row, ...]
     comment: str
 
     @property
@@ -222,14 +222,16 @@ def read_table(
     columns = tuple(column_name(name) for name in header)
     if repeated := sorted({name for name in columns if name and columns.count(name) > 1}):
         raise DataError(f"{path}: two columns are called {', '.join(repeated)}; rename one")
-    rows = []
+    rows, misfits = [], []
     for line, cells in lines:
+        row = Row(line, dict(zip(columns, cells, strict=False)))
         if len(cells) < len(columns) or any(cells[len(columns) :]):
             why = (
                 "the row is cut short"
                 if len(cells) < len(columns)
                 else "put what has a separator in it between quotes"
             )
+            misfits.append(row)
             faults.append(
                 DataError(
                     f"{path}:{line}: {len(cells)} cells, expected {len(columns)} "
@@ -237,9 +239,9 @@ def read_table(
                 )
             )
         else:
-            rows.append(Row(line, dict(zip(columns, cells, strict=False))))
+            rows.append(row)
     comment = comments[0].strip() if comments else ""
-    return Table(path, columns, tuple(rows), len(lines) - len(rows), comment)
+    return Table(path, columns, tuple(rows), tuple(misfits), comment)
 
 
 def _split(text: str) -> _Split:

@@ -1,6 +1,7 @@
 """No cell of a csv is misread: identifiers are text, and what is merged or unknown is said."""
 
 import dataclasses
+import json
 import unicodedata
 
 import pytest
@@ -173,6 +174,12 @@ def test_a_row_cut_short_of_a_photograph_is_no_case_of_unknown_age(tmp_path):
     path.write_text("\n".join([*lines[:-1], lines[-1].rsplit(",", 3)[0]]), encoding="utf-8")
     (line,) = errors(checked(settings)[1])
     assert f"{path}:9: 5 cells, expected 8" in line
+    ids = [f"ISIC_{i:07}" for i in range(12)]
+    content = {"dataset": "ham10000", "seed": 0}
+    content |= {"train": ids[:8], "validation": ids[8:10], "test": ids[10:]}
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps(content), encoding="utf-8")
+    assert errors(checked(dataclasses.replace(settings, splits=splits))[1]) == [line]
 
 
 @pytest.mark.parametrize(("in_file", "in_table"), [("NFC", "NFD"), ("NFD", "NFC")])
