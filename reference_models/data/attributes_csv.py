@@ -143,7 +143,7 @@ def _attribute_columns(table: Table, notes: list[str]) -> list[str]:
     if not own or "case" not in table.columns:
         raise DataError(
             f"{table.path}: must have a column case and one for each attribute, such as "
-            f"case,T-stage; got {', '.join(table.columns)}"
+            f"case,T-stage; got {', '.join(table.columns)}{table.doubt}"
         )
     if "" in table.columns:
         notes.append(f"{table.path}: a column without a name is left out")
@@ -183,7 +183,7 @@ def _rows_by_case(
         else:
             rows[case_id] = row
     # Those of a row that does not fit may be among these: that row is the fault, and is named.
-    lacking = [] if table.n_misfits else sorted(known - rows.keys() - {*optional})
+    lacking = [] if table.misfits else sorted(known - rows.keys() - {*optional})
     folder = f"the folder, whose are {shown(sorted(known), 3)}"
     if strangers[1:] and not rows:
         names = shown([repr(row.cells["case"]) for row in strangers], 3)

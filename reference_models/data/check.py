@@ -89,7 +89,9 @@ def _source(
     dataset: Dataset, settings: DataSettings, split_of: Mapping[str, str | None]
 ) -> str | None:
     """Says where the splits come from, unless they are the data set's own or the file's."""
-    if (file := settings.splits or dataset.folds) and (n_folds := count_folds(file)):
+    file = settings.splits or dataset.folds
+    n_folds = count_folds(file) if file else 0
+    if (settings.fold or 0) in range(n_folds):  # else that is an error, and told as one
         return (
             f"fold {settings.fold or 0} of 0 to {n_folds - 1} (--fold) of {file}; its val is the "
             "validation split"

@@ -94,6 +94,7 @@ class Ham10000(Dataset):
         left_out: set[str] = set()
         for split, table in tables:
             cells = Cells(unknown_texts)
+            left_out |= {row.cells.get("image_id", "") for row in table.misfits}
             for row in table.rows:
                 try:
                     case = _case(root, row, split, names, cells)
@@ -207,24 +208,25 @@ def _age(row: dict[str, str], cells: Cells) -> int:
 
 def _sex(row: dict[str, str], cells: Cells) -> int:
     """Reads 0 for female, 1 for male."""
-    text = cells.value("sex", row["sex"].lower())
+    text = cells.value("sex", row["sex"])
     if text is None:
         return UNKNOWN
-    if text not in SEXES:
+    if text.lower() not in SEXES:
         raise DataError(f"{row['image_id']}: Sex must be one of {list(SEXES)}, got {row['sex']!r}")
-    return SEXES[text]
+    return SEXES[text.lower()]
 
 
 def _site(row: dict[str, str], cells: Cells) -> int:
     """Reads an index of `SITES`."""
-    text = cells.value("localization", row["localization"].lower())
+    text = cells.value("localization", row["localization"])
     if text is None:
         return UNKNOWN
-    if text in RARE_SITES:
+    site = text.lower()
+    if site in RARE_SITES:
         cells.count_unknown("localization", text)
         return UNKNOWN
-    if text not in SITES:
+    if site not in SITES:
         raise DataError(
             f"{row['image_id']}: localization must be one of {[*SITES, *RARE_SITES]}, got {text!r}"
         )
-    return SITES.index(text)
+    return SITES.index(site)

@@ -24,8 +24,9 @@ from .volumes import canonical_grid, oddities, open_volume, read_voxels, require
 CT_WINDOW = (-175.0, 250.0)  # Hounsfield units: soft tissue
 UNLIKE = 500  # of two voxels' volumes; cm taken for mm are a factor of 1000
 # mm, of the median volume's longest side and of its voxel (the cube root of its volume): a head of
-# 1 mm that is written in cm has 20 and 0.1. Crops of clinical scans are small, but not both.
-SHORT, FINE = 80.0, 0.5
+# 1 mm that is written in cm has 20 and 0.1. Crops of clinical scans are small, but not both. A
+# whole body in cm is longer than SHORT, but of voxels finer than any clinical scan's.
+SHORT, FINE, FINEST = 80.0, 0.5, 0.15
 LONG = 3000.0  # mm, of the same side: longer than anybody is
 INTEGRAL = 1e-3  # what a label may lack to a whole number, since slopes are float32
 
@@ -236,7 +237,7 @@ def _median_grid(
         "from left to right, back to front and below to above"
     )
     longest, cube = float((sizes * counts).max()), float(np.prod(sizes) ** (1 / 3))
-    if longest < SHORT and cube < FINE:
+    if (longest < SHORT and cube < FINE) or cube < FINEST:
         notes.append(
             f"warning: the median volume is {longest:.3g} mm long, of voxels of {voxel} mm, as if "
             "its affine were in cm or m; if so, correct the affines, since all scores in mm and "

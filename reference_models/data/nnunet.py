@@ -58,7 +58,7 @@ def read_layout(root: Path) -> Layout:
             '"labels": {"background": 0, "tumour": 1}, "file_ending": ".nii.gz"}'
         )
     with reading(path, "not readable json", "often a comma too many or too few there"):
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object of channel_names, labels and file_ending")
     if "dataset" in content:

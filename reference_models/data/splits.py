@@ -176,7 +176,7 @@ def read_splits(
         "not a splits file",
         f"expected json with dataset, seed, {', '.join(SPLITS)}, or nnU-Net's {FOLDS}",
     ):
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_bytes())
         folds = _folds(content)
         if isinstance(content, list) and not folds:
             raise ValueError("a list, but not of folds with train and val")
@@ -222,7 +222,7 @@ def read_splits(
 def count_folds(path: Path) -> int:
     """Counts the folds of a file, 0 where it is a splits file of ours, or damaged."""
     try:
-        return len(_folds(json.loads(path.read_text(encoding="utf-8-sig"))))
+        return len(_folds(json.loads(path.read_bytes())))
     except (OSError, ValueError, RecursionError):
         return 0
 

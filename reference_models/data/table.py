@@ -33,7 +33,12 @@ _NO_TEXT = {
     b"PK\x03\x04": "an Excel workbook or another zip file",
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
     b"\x1f\x8b": "packed by gzip",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
 }
+
+# What `_split` gives: each row with its line, and the comments.
+_Split = tuple[list[tuple[int, list[str]]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,20 @@ class Table:
         path: of the file.
         columns: names in their order.
         rows: those with a cell for each column.
-        n_misfits: how many rows have too few or too many cells, and are not among the rows.
+        misfits: rows with too few or too many cells, as far as they go; not among the rows.
+        comment: the first line that begins with #, empty if there is none.
     """
 
     path: Path
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    n_misfits: int
+    misfits: tuple[Row, ...]
+    comment: str
+
+    @property
+    def doubt(self) -> str:
+        """What to add where columns are missing: a comment may have been meant as the columns."""
+        return f"; {self.comment!r} is left out, as it begins with #" if self.comment else ""
 
 
 @dataclass
@@ -124,10 +136,20 @@ class Cells:
                 f"{f'{text!r} in' if text else 'nothing in'} {count} cell{'s' * (count > 1)}"
                 for text, count in sorted(counts.items())
             )
-            own = any(text.casefold() not in ALWAYS_UNKNOWN for text in counts)
+            # Others, such as rare sites, are unknown whatever the flag says.
+            own = [
+                repr(text)
+                for text in sorted(counts)
+                if self._says_unknown(text) and text.casefold() not in ALWAYS_UNKNOWN
+            ]
             alone = "; each such case counts as a subject of its own" * (column in self._alone)
-            hint = "; if that is a value of yours, name the other texts by --unknown-texts"
-            said.append(f"{source}: {column}: taken for unknown: {cells}{alone}{hint * own}")
+            hint = (
+                f"; if {' or '.join(own)} is a value of yours, name the other texts by "
+                "--unknown-texts"
+            )
+            said.append(
+                f"{source}: {column}: taken for unknown: {cells}{alone}{hint if own else ''}"
+            )
         return said
 
     def _says_unknown(self, text: str) -> bool:
@@ -186,28 +208,30 @@ def read_table(
         if kind := next(
             (kind for magic, kind in _NO_TEXT.items() if content.startswith(magic)), ""
         ):
-            raise ValueError(f"{kind}, expected text")
+            raise ValueError(f"{kind}, expected text in UTF-8")
         text = content.decode("utf-8-sig")
         if "\0" in text:
             raise ValueError("has zero bytes, as UTF-16 does")
-        lines, n_comments = _split(text)
-    if n_comments:
-        s = "s" * (n_comments > 1)
-        notes.append(f"{path}: {n_comments} line{s} that begin{'s' * (not s)} with # left out")
+        lines, comments = _split(text)
+    if comments:
+        s = "s" * (len(comments) > 1)
+        notes.append(f"{path}: {len(comments)} line{s} that begin{'s' * (not s)} with # left out")
     if len(lines) < 2:
         raise DataError(f"{path}: has no row; expected a line of columns, and rows below it")
     (_, header), *lines = lines
     columns = tuple(column_name(name) for name in header)
     if repeated := sorted({name for name in columns if name and columns.count(name) > 1}):
         raise DataError(f"{path}: two columns are called {', '.join(repeated)}; rename one")
-    rows = []
+    rows, misfits = [], []
     for line, cells in lines:
+        row = Row(line, dict(zip(columns, cells, strict=False)))
         if len(cells) < len(columns) or any(cells[len(columns) :]):
             why = (
                 "the row is cut short"
                 if len(cells) < len(columns)
                 else "put what has a separator in it between quotes"
             )
+            misfits.append(row)
             faults.append(
                 DataError(
                     f"{path}:{line}: {len(cells)} cells, expected {len(columns)} "
@@ -215,12 +239,13 @@ def read_table(
                 )
             )
         else:
-            rows.append(Row(line, dict(zip(columns, cells, strict=False))))
-    return Table(path, columns, tuple(rows), len(lines) - len(rows))
+            rows.append(row)
+    comment = comments[0].strip() if comments else ""
+    return Table(path, columns, tuple(rows), tuple(misfits), comment)
 
 
-def _split(text: str) -> tuple[list[tuple[int, list[str]]], int]:
-    """Takes a csv apart: each row that is not blank with its line, and the number of comments."""
+def _split(text: str) -> _Split:
+    """Takes a csv apart: each row that is not blank with its line, and the comments."""
     physical = list(io.StringIO(text, newline=""))
     said = _SEPARATOR_LINE.fullmatch(physical[0]) if physical else None
     if said:
@@ -238,22 +263,22 @@ def _split(text: str) -> tuple[list[tuple[int, list[str]]], int]:
 def _n_fitting(physical: Sequence[str], separator: str) -> int:
     """Counts the rows that have a cell for each column, -1 where the quotes are not in order."""
     try:
-        (_, header), *rows = _parsed(physical, separator)[0]
+        rows = [cells for _, cells in _parsed(physical, separator)[0]]
     except csv.Error:
         return -1
-    return sum(len(row) >= len(header) and not any(row[len(header) :]) for _, row in rows)
+    return sum(len(row) >= len(rows[0]) and not any(row[len(rows[0]) :]) for row in rows[1:])
 
 
-def _parsed(physical: Sequence[str], separator: str) -> tuple[list[tuple[int, list[str]]], int]:
+def _parsed(physical: Sequence[str], separator: str) -> _Split:
     """Does what `_split` does, by a separator."""
-    n_comments = 0
+    comments: list[str] = []
     at_row = True  # not within a quoted cell of several lines
 
     def without_comments() -> Iterator[str]:
-        nonlocal n_comments, at_row
+        nonlocal at_row
         for line in physical:
             comment = at_row and line.startswith("#")
-            n_comments += comment
+            comments.extend([line] * comment)
             at_row = False
             yield "\n" if comment else line  # blank, so that lines keep their numbers
 
@@ -264,7 +289,7 @@ def _parsed(physical: Sequence[str], separator: str) -> tuple[list[tuple[int, li
         cells = [nfc(cell.strip()) for cell in row]
         if any(cells):
             rows.append((reader.line_num, cells))
-    return rows, n_comments
+    return rows, comments
 
 
 def _plain(text: str) -> str:

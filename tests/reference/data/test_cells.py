@@ -1,6 +1,7 @@
 """No cell of a csv is misread: identifiers are text, and what is merged or unknown is said."""
 
 import dataclasses
+import json
 import unicodedata
 
 import pytest
@@ -67,7 +68,8 @@ def test_check_quotes_what_it_took_for_unknown_and_the_flag_says_otherwise(tmp_p
     assert code == 0
     assert (
         "phase: taken for unknown: nothing in 1 cell, 'None' in 1 cell, 'none' in 1 cell, "
-        "'unknown' in 1 cell; if that is a value of yours, name the other texts by --unknown-texts"
+        "'unknown' in 1 cell; if 'None' or 'none' is a value of yours, name the other texts by "
+        "--unknown-texts"
     ) in text
     own = dataclasses.replace(settings, unknown_texts=("nan",))
     with pytest.raises(DataError, match=r"'none' .* and 'None' .* differ in upper and lower case"):
@@ -82,13 +84,17 @@ def test_check_quotes_what_it_took_for_unknown_and_the_flag_says_otherwise(tmp_p
 
 
 def test_photographs_take_the_same_list_and_quote_rare_sites(tmp_path):
-    sites = ["ear", "ear", "n/a", *["back"] * 9]
+    sites = ["ear", "ear", "N/A", *["Back"] * 9]
     settings, _ = ham_folder(tmp_path, localization=sites, Sex=["NULL", *"MF" * 5, "F"])
     text = checked(settings)[1]
-    assert "localization: taken for unknown: 'ear' in 2 cells, 'n/a' in 1 cell; if that" in text
-    assert "sex: taken for unknown: 'null' in 1 cell" in text
+    assert (
+        "localization: taken for unknown: 'N/A' in 1 cell, 'ear' in 2 cells; if 'N/A' is a value "
+    ) in text
+    assert "sex: taken for unknown: 'NULL' in 1 cell" in text
     strict = dataclasses.replace(settings, unknown_texts=())
-    assert len(errors(checked(strict)[1])) == 2  # n/a is no site and null no sex
+    text = checked(strict)[1]
+    assert len(errors(text)) == 2  # N/A is no site and NULL no sex
+    assert "'ear' in 1 cell\n" in text  # of the rows that are left; the flag would not change it
 
 
 WAYS = {
@@ -119,6 +125,8 @@ NO_TABLES = {
     "an Excel workbook": b"PK\x03\x04" + bytes(40),
     "an Excel workbook, expected": b"\xd0\xcf\x11\xe0" + bytes(40),
     "packed by gzip": b"\x1f\x8b\x08" + bytes(40),
+    "text in UTF-16, expected text in UTF-8": "case,site\np0,A\n".encode("utf-16"),
+    "text in UTF-16": b"\xfe\xff" + "case,site\np0,A\n".encode("utf-16-be"),
     "zero bytes, as UTF-16": "case,site\np0,A\n".encode("utf-16-le"),
 }
 
@@ -133,6 +141,7 @@ def test_what_is_no_text_is_called_what_it_is(tmp_path, words):
 
 
 ONE_ERROR = {
+    "columns behind a #": (["#case,site", "p0,A", "p1,B", "p2,B"], "'#case,site' is left out, as"),
     "a row cut short": (["case,site", "p0,A", "p1", "p2,B"], ":3: 1 cells, expected 2"),
     "every row cut short": (["case,site,age", "p0,A", "p1,B", "p2,B"], ":2: 2 cells, expected 3"),
     "another cohort": (["case,site", "x0,A", "x1,B", "x2,B"], "none of its 3 rows is a case"),
@@ -165,6 +174,12 @@ def test_a_row_cut_short_of_a_photograph_is_no_case_of_unknown_age(tmp_path):
     path.write_text("\n".join([*lines[:-1], lines[-1].rsplit(",", 3)[0]]), encoding="utf-8")
     (line,) = errors(checked(settings)[1])
     assert f"{path}:9: 5 cells, expected 8" in line
+    ids = [f"ISIC_{i:07}" for i in range(12)]
+    content = {"dataset": "ham10000", "seed": 0}
+    content |= {"train": ids[:8], "validation": ids[8:10], "test": ids[10:]}
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps(content), encoding="utf-8")
+    assert errors(checked(dataclasses.replace(settings, splits=splits))[1]) == [line]
 
 
 @pytest.mark.parametrize(("in_file", "in_table"), [("NFC", "NFD"), ("NFD", "NFC")])

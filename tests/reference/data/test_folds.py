@@ -111,6 +111,20 @@ def test_a_fold_must_not_contradict_the_csvs_split_nor_spread_a_patient(settings
         chosen(settings)
 
 
+@pytest.mark.parametrize("fold", [5, -1])
+def test_a_fold_that_cannot_be_is_told_once(settings, fold):
+    text = checked(dataclasses.replace(settings, fold=fold))[1]
+    assert [line for line in text.splitlines() if "fold" in line] == errors(text)
+
+
+def test_json_may_be_in_utf_16_as_windows_writes_it(settings):
+    for name in ("splits_final.json", "dataset.json"):
+        path = settings.root / name
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-16")
+    assert chosen(settings).validation == tuple(FOLDS[0]["val"])
+    assert checked(settings)[0] == 0
+
+
 def test_training_takes_the_fold(settings):
     recipe = Recipe(
         dataclasses.replace(settings, fold=3),

@@ -204,6 +204,16 @@ def test_a_cohort_that_is_not_in_mm_is_warned_of(tmp_path, scale, words):
     assert words is None or words in text
 
 
+def test_a_whole_body_in_cm_is_warned_of_though_it_is_long(tmp_path):
+    settings = nnunet_folder(tmp_path, n=4)
+    for size, warned in ((0.1, True), (0.2, False)):
+        affine = np.diag([size, size, size, 1])
+        for i in range(4):
+            save(tmp_path / f"imagesTr/p{i}_0000.nii.gz", np.zeros((4, 4, 990), np.int16), affine)
+            save(tmp_path / f"labelsTr/p{i}.nii.gz", np.zeros((4, 4, 990), np.uint8), affine)
+        assert ("as if its affine were in cm or m" in checked(settings)[1]) == warned
+
+
 def test_json_that_nests_without_end_is_named(tmp_path):
     settings = nnunet_folder(tmp_path, n=3)
     path = tmp_path / "dataset.json"
