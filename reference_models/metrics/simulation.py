@@ -106,8 +106,16 @@ SCENES = (
     *(Scene((200, 200), lower, images) for images in (2, 5) for lower in (0.0, 0.04)),
     *(Scene((40, 40, 40), lower, crossed=True) for lower in (0.0, 0.02)),
     *(Scene(sizes, lower, missed=True) for sizes in SIZES for lower in (0.0, 0.04)),
-    *(Scene(sizes, wider=2.5) for sizes in ((300, 10), (150, 150, 10), (1000, 300, 30))),
-    Scene((300, 100), images=5, wider=2.5),
+    *(
+        Scene(sizes, lower, images, wider=2.5)
+        for sizes, images in (
+            ((300, 10), 1),
+            ((150, 150, 10), 1),
+            ((1000, 300, 30), 1),
+            ((300, 100), 5),
+        )
+        for lower in (0.0, 0.08)
+    ),
 )
 
 
