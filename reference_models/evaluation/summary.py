@@ -17,9 +17,10 @@ import numpy as np
 from ..data.cases import UNKNOWN, Attribute, Case, Dataset
 from ..files import write_whole
 from ..metrics import fairness
-from ..metrics.comparisons import compare, shuffled_groups, shuffled_means
+from ..metrics.comparisons import compare
 from ..metrics.region import RegionScore
 from ..metrics.scores import METRICS, CaseScore, Estimate, GroupScores, RegionScores, Summary
+from ..metrics.shuffles import shuffled_covariances, shuffled_groups, shuffled_means
 
 
 def case_scores(
@@ -181,6 +182,11 @@ def _region_scores(
         compare(
             known[metric],
             shuffled_means(values[metric][sample.known], sample.shuffled_DN),
+            shuffled_covariances(
+                values[metric][sample.known],
+                sample.shuffled_DN,
+                [sample.subjects[case] for case in sample.known],
+            ),
             shares,
             n_subjects,
             sample.seed,

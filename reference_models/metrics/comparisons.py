@@ -4,7 +4,8 @@ All three pick extremes of group means that each vary by chance, and chance look
 groups served exactly alike have a lowest mean, a gap above 0 and an ES-Dice below the overall Dice,
 and percentile intervals of a bootstrap leave the truth out (`simulation` counts how often). Here is
 
-* what chance alone shows: the same numbers with the group labels shuffled among subjects;
+* what chance alone shows: the same numbers in `shuffles` of the group labels among subjects;
+* how probable means as unequal as measured are, by distances in standard errors of their own;
 * an estimate from group means that are drawn together by as much as chance has spread them;
 * an interval that holds the truth whether groups are alike or not.
 
@@ -21,12 +22,17 @@ beside it, for the scenes of `simulation`: percentile, BCa and double bootstrap 
 equal groups never, the basic bootstrap holds the truth in as few as 52 of 100 samples, and one
 about shrunken means in as few as 55, where groups differ a little.
 
-Shapes: N cases, D draws or shuffles, G groups, J members; row 0 of a D is what was measured.
+Distances are held against their own standard errors, since a shuffle spreads the scores of a group
+that varies much over all groups: a small one of them would be far from the others more often than
+its shuffled self (Janssen, Statistics and Probability Letters 36(1), 1997).
+
+Shapes: N cases, D draws or shuffles, S subjects, G groups, J members; row 0 of a D is what was
+measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from scipy.stats import chi2, norm
@@ -35,66 +41,13 @@ from . import fairness
 from .scores import Comparison, Estimate
 
 _TINY = 1e-9  # stands for a spread, or a Dice, of 0 where it divides
-
-
-def shuffled_groups(
-    groups: Sequence[int], subjects: Sequence[str], shuffles: int, seed: int
-) -> np.ndarray:
-    """Gives each case's group in each shuffle, as if the groups were named at random.
-
-    Subjects whose cases are all of one group swap their groups as a whole, so that every group
-    keeps its number of subjects; a subject with cases in several groups swaps these among its own.
-
-    Returns:
-        (1 + shuffles, N). Row 0 is `groups`.
-
-    Example:
-        >>> shuffled_groups([0, 1, 1, 0, 1], ["a", "b", "b", "c", "c"], shuffles=3, seed=0)
-        array([[0, 1, 1, 0, 1],
-               [0, 1, 1, 0, 1],
-               [1, 0, 0, 0, 1],
-               [1, 0, 0, 1, 0]])
-    """
-    rng = np.random.default_rng((seed, 1))
-    groups_N = np.array(groups)
-    shuffled_DN = np.tile(groups_N, (1 + shuffles, 1))
-    whole: list[list[int]] = []
-    crossed: list[list[int]] = []
-    for pattern, members in fairness.subjects_alike(groups, subjects):
-        kind = whole if len(pattern) == 1 else crossed
-        kind += [[case for of_group in own.values() for case in of_group] for own in members]
-    if whole:
-        of_subjects = np.tile(groups_N[[cases[0] for cases in whole]], (shuffles, 1))
-        sizes = [len(cases) for cases in whole]
-        shuffled_DN[1:, np.concatenate(whole)] = np.repeat(
-            rng.permuted(of_subjects, axis=1), sizes, axis=1
-        )
-    if crossed:
-        cases = np.concatenate(crossed)
-        subject = np.repeat(np.arange(len(crossed)), [len(own) for own in crossed])
-        # Sorted by subject, and within a subject by chance.
-        order = np.argsort(subject + rng.random((shuffles, len(cases))), axis=1)
-        shuffled_DN[1:, cases] = groups_N[cases][order]
-    return shuffled_DN
-
-
-def shuffled_means(values_N: np.ndarray, shuffled_DN: np.ndarray) -> dict[int, np.ndarray]:
-    """Each group's mean in each shuffle (D,), of values that every case defines.
-
-    Example:
-        >>> shuffled_means(np.array([1.0, 0.5, 0.0]), np.array([[0, 0, 1], [0, 1, 0]]))
-        {0: array([0.75, 0.5 ]), 1: array([0. , 0.5])}
-    """
-    means = {}
-    for group in np.unique(shuffled_DN[0]).tolist():
-        member_DN = (shuffled_DN == group).astype(values_N.dtype)
-        means[group] = member_DN @ values_N / member_DN.sum(axis=1)
-    return means
+_LEAST_ERROR = 1e-6  # stands for a standard error of 0: far above rounding, far below a real one
 
 
 def compare(
     drawn: Mapping[int, np.ndarray],
     shuffled: Mapping[int, np.ndarray],
+    covariances_DGG: np.ndarray,
     shares: Mapping[int, float],
     n_subjects: Mapping[int, int],
     seed: int,
@@ -104,15 +57,18 @@ def compare(
     Args:
         drawn: by group, its mean in each draw of `fairness.draws`, between 0 and 1.
         shuffled: by group, its mean in each shuffle.
+        covariances_DGG: of these means, as of `shuffles.shuffled_covariances`.
         shares: of each group in "overall", as of `fairness.overall`.
         n_subjects: by group.
         seed: of the draws of what is not known of the groups' variances.
 
     Returns:
-        For "worst", "gap" and "es_dice". Without a second group nothing is compared; where a group
-        has one subject, which does not tell how subjects vary, there is no corrected estimate.
+        For "worst", "gap" and "es_dice". Nothing is compared without a second group, nor where
+        all groups have one subject, so that shuffles only swap their names. Where some have one,
+        which does not tell how subjects vary, there is no corrected estimate, and the p-value takes
+        the subjects of all groups to vary alike.
     """
-    if len(drawn) < 2:
+    if len(drawn) < 2 or max(n_subjects[group] for group in drawn) < 2:
         return {}
     chance = {
         "worst": fairness.worst(shuffled),
@@ -120,16 +76,19 @@ def compare(
         "es_dice": fairness.es_dice(shuffled, shares),
     }
     corrected = dict.fromkeys(chance, Estimate(None))
+    unequal = {name: values_D if name == "gap" else -values_D for name, values_D in chance.items()}
     if min(n_subjects[group] for group in drawn) > 1:
         means_DG = np.stack([*drawn.values()], axis=1)
         shares_G = np.array([shares[group] for group in drawn])
         n_subjects_G = np.array([n_subjects[group] for group in drawn])
         corrected = _corrected(means_DG, shares_G, n_subjects_G, seed)
+        shuffled_DG = np.stack([shuffled[group] for group in drawn], axis=1)
+        unequal = _studentized(shuffled_DG, covariances_DGG, shares_G)
     return {
         name: Comparison(
             corrected[name],
             Estimate(float(values_D[1:].mean()), *(fairness.interval(values_D[1:]) or ())),
-            _p_value(values_D if name == "gap" else -values_D),
+            _p_value(unequal[name]),
         )
         for name, values_D in chance.items()
     }
@@ -137,7 +96,32 @@ def compare(
 
 def _p_value(values_D: np.ndarray) -> float:
     """The share of shuffles, what was measured among them, with as high a value as that."""
-    return float(np.mean(values_D >= values_D[0] - _TINY))
+    return float(np.mean(values_D >= values_D[0] - _TINY * max(1.0, abs(values_D[0]))))
+
+
+def _studentized(
+    means_DG: np.ndarray, covariances_DGG: np.ndarray, shares_G: np.ndarray
+) -> dict[str, np.ndarray]:
+    """How unequal means are in standard errors, (D,) for each of the three numbers.
+
+    For the gap, the largest difference of two groups; for the worst group, how far a mean is below
+    the overall one at the most; for ES-Dice, the sum of the distances from the overall one.
+    """
+    low, high = np.triu_indices(len(shares_G), 1)
+    pairs_JG = np.eye(len(shares_G))[high] - np.eye(len(shares_G))[low]
+    from_overall_GG = np.eye(len(shares_G)) - shares_G
+
+    def in_errors(weights_JG: np.ndarray) -> np.ndarray:
+        variance_DJ = ((weights_JG @ covariances_DGG) * weights_JG).sum(axis=2)
+        errors_DJ = np.sqrt(np.maximum(variance_DJ, 0))
+        return (means_DG @ weights_JG.T) / np.maximum(errors_DJ, _LEAST_ERROR)
+
+    apart_DG = in_errors(from_overall_GG)
+    return {
+        "worst": -apart_DG.min(axis=1),
+        "gap": np.abs(in_errors(pairs_JG)).max(axis=1),
+        "es_dice": np.abs(apart_DG).sum(axis=1),
+    }
 
 
 def _corrected(
@@ -190,7 +174,7 @@ def _student_tails(deviations_DG: np.ndarray, freedom_G: np.ndarray, seed: int) 
 
 
 def _within(value: float, low: float, high: float) -> Estimate:
-    low, high = np.clip([low, high], 0, 1).tolist()
+    low, high = (np.clip([low, high], 0, 1) + 0.0).tolist()  # no -0.0
     return Estimate(min(max(value, low), high), low, high)
 
 

@@ -29,7 +29,7 @@ class Comparison:
             where a group has a single subject.
         chance: mean and 95 % range of the number when group labels are shuffled among subjects.
         p_value: the share of these shuffles, the true labels among them, in which groups are as
-            unequal as measured.
+            unequal as measured, in standard errors of their means.
     """
 
     corrected: Estimate

@@ -20,7 +20,8 @@ import tyro
 from ..errors import DataError
 from ..markdown import markdown_table, replace_section
 from . import fairness
-from .comparisons import compare, shuffled_groups, shuffled_means
+from .comparisons import compare
+from .shuffles import shuffled_covariances, shuffled_groups, shuffled_means
 
 MARK = "coverage"  # the name of the part of a page that is this file's
 NUMBERS = ("worst", "gap", "es_dice")
@@ -38,6 +39,8 @@ class Scene:
         images: cases of a subject, which have the same score.
         crossed: every subject has a case in every group, and two thirds of the scores' variance.
         missed: `MISSED` of the cases have a Dice of 0, the others one of a beta distribution.
+        wider: how many times as much the last group's scores vary as those of the others, if not
+            once: then all are of beta distributions.
     """
 
     sizes: tuple[int, ...]
@@ -45,6 +48,7 @@ class Scene:
     images: int = 1
     crossed: bool = False
     missed: bool = False
+    wider: float = 1.0
 
     @property
     def means(self) -> list[float]:
@@ -56,6 +60,7 @@ class Scene:
             f"{self.images} images a subject" if self.images > 1 else "",
             "every subject in every group" if self.crossed else "",
             f"{100 * MISSED:.0f} % missed" if self.missed else "",
+            f"the last varying {self.wider:g} times as much" if self.wider != 1 else "",
         )
         equal = len({*self.sizes}) == 1 and len(self.sizes) > 3
         sizes = f"{len(self.sizes)} × {self.sizes[0]}" if equal else "/".join(map(str, self.sizes))
@@ -72,18 +77,26 @@ class Scene:
         ]
         shared = rng.normal(0, DEVIATION, max(subjects)) * (2 / 3) ** 0.5
         scores = []
-        for mean, number, size in zip(self.means, subjects, self.sizes, strict=True):
+        deviations = [DEVIATION] * (len(self.sizes) - 1) + [DEVIATION * self.wider]
+        for mean, deviation, number, size in zip(
+            self.means, deviations, subjects, self.sizes, strict=True
+        ):
             if self.crossed:
                 own = mean + shared[:number] + rng.normal(0, DEVIATION / 3**0.5, number)
             elif self.missed:
-                hit = mean / (1 - MISSED)
-                total = hit * (1 - hit) / DEVIATION**2 - 1
-                own = rng.beta(hit * total, (1 - hit) * total, number)
+                own = _beta(rng, mean / (1 - MISSED), deviation, number)
                 own = np.where(rng.random(number) < MISSED, 0.0, own)
+            elif self.wider != 1:
+                own = _beta(rng, mean, deviation, number)
             else:
-                own = rng.normal(mean, DEVIATION, number)
+                own = rng.normal(mean, deviation, number)
             scores.append(np.repeat(own, self.images)[:size])
         return np.concatenate(scores), groups, names
+
+
+def _beta(rng: np.random.Generator, mean: float, deviation: float, number: int) -> np.ndarray:
+    total = mean * (1 - mean) / deviation**2 - 1
+    return rng.beta(mean * total, (1 - mean) * total, number)
 
 
 SIZES = ((1500, 300, 200), (30, 30, 30), (10,) * 5, (10, 60, 200, 300, 80))
@@ -93,6 +106,16 @@ SCENES = (
     *(Scene((200, 200), lower, images) for images in (2, 5) for lower in (0.0, 0.04)),
     *(Scene((40, 40, 40), lower, crossed=True) for lower in (0.0, 0.02)),
     *(Scene(sizes, lower, missed=True) for sizes in SIZES for lower in (0.0, 0.04)),
+    *(
+        Scene(sizes, lower, images, wider=2.5)
+        for sizes, images in (
+            ((300, 10), 1),
+            ((150, 150, 10), 1),
+            ((1000, 300, 30), 1),
+            ((300, 100), 5),
+        )
+        for lower in (0.0, 0.08)
+    ),
 )
 
 
@@ -132,14 +155,19 @@ def coverage(scene: Scene, repetitions: int, resamples: int, seed: int = 0) -> C
         drawn = fairness.drawn_means(
             scores_N, fairness.draws(groups, resamples, repetition, subjects)
         )
-        shuffled = shuffled_means(
-            scores_N, shuffled_groups(groups, subjects, resamples, repetition)
-        )
+        shuffled_DN = shuffled_groups(groups, subjects, resamples, repetition)
         n_subjects = {
             group: len({s for g, s in zip(groups, subjects, strict=True) if g == group})
             for group in drawn
         }
-        found = compare(drawn, shuffled, shares, n_subjects, repetition)
+        found = compare(
+            drawn,
+            shuffled_means(scores_N, shuffled_DN),
+            shuffled_covariances(scores_N, shuffled_DN, subjects),
+            shares,
+            n_subjects,
+            repetition,
+        )
         for name, values_D in _numbers(drawn, shares).items():
             estimate = found[name].corrected
             low, high = fairness.interval(values_D[1:]) or (np.nan, np.nan)

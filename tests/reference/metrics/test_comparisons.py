@@ -5,16 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import permutation_test, ttest_1samp
+from scipy.stats import permutation_test, ttest_1samp, ttest_ind, ttest_rel
 
 from reference_models.metrics import fairness
 from reference_models.metrics.comparisons import (
     compare,
     lower_limit,
     shrunk_means,
+    upper_limit,
+)
+from reference_models.metrics.shuffles import (
+    shuffled_covariances,
     shuffled_groups,
     shuffled_means,
-    upper_limit,
 )
 from reference_models.metrics.simulation import SCENES, Scene, coverage, table
 from reference_models.report.words import COVERAGE
@@ -26,11 +29,14 @@ def compared(scores, groups, subjects=None, *, draws=2000, shares=None, seed=0):
     scores = np.asarray(scores, dtype=float)
     subjects = [str(i) for i in range(len(scores))] if subjects is None else subjects
     drawn = fairness.drawn_means(scores, fairness.draws(groups, draws, seed, subjects))
-    shuffled = shuffled_means(scores, shuffled_groups(groups, subjects, draws, seed))
+    shuffled_DN = shuffled_groups(groups, subjects, draws, seed)
+    shuffled = shuffled_means(scores, shuffled_DN)
+    covariances_DGG = shuffled_covariances(scores, shuffled_DN, subjects)
     pairs = {*zip(groups, subjects, strict=True)}
     n_subjects = {group: sum(g == group for g, _ in pairs) for group in drawn}
     counts = {group: groups.count(group) for group in drawn}
-    return compare(drawn, shuffled, shares or fairness.shares_of(counts), n_subjects, seed)
+    shares = shares or fairness.shares_of(counts)
+    return compare(drawn, shuffled, covariances_DGG, shares, n_subjects, seed)
 
 
 def test_subjects_bring_all_their_cases_to_a_draw_and_groups_keep_their_number_of_them():
@@ -90,7 +96,16 @@ def test_the_p_value_and_the_chance_range_are_those_of_scipys_permutations():
         own, gap, n_resamples=8000, alternative="greater", vectorized=True, rng=rng
     )
     found = compared(scores, groups, draws=8000)["gap"]
-    assert found.p_value == pytest.approx(oracle.pvalue, abs=0.015)
+
+    def in_errors(*samples, axis):
+        pairs = [(a, b) for a in range(3) for b in range(a)]
+        tests = [ttest_ind(samples[a], samples[b], axis=axis, equal_var=False) for a, b in pairs]
+        return np.max([np.abs(test.statistic) for test in tests], axis=0)
+
+    studentized = permutation_test(
+        own, in_errors, n_resamples=8000, alternative="greater", vectorized=True, rng=rng
+    )
+    assert found.p_value == pytest.approx(studentized.pvalue, abs=0.015)
     limits = np.quantile(oracle.null_distribution, [0.025, 0.975])
     assert [found.chance.low, found.chance.high] == pytest.approx(limits, abs=0.006)
     assert found.chance.value == pytest.approx(oracle.null_distribution.mean(), abs=0.003)
@@ -101,19 +116,32 @@ def test_every_number_by_chance_as_a_loop_finds_it():
     scores, groups = rng.uniform(0.3, 0.9, 12), [0] * 5 + [1] * 4 + [2] * 3
     shares = {0: 0.6, 1: 0.3, 2: 0.1}
     found = compared(scores, groups, draws=400, shares=shares)
-    rows = []
+    rows, apart = [], []
     subjects = [str(i) for i in range(12)]
     for labels in shuffled_groups(groups, subjects, 400, 0):
         means = {group: scores[labels == group].mean() for group in range(3)}
         rows.append(
             (min(means.values()), np.ptp([*means.values()]), fairness.es_dice(means, shares))
         )
-    for place, (name, sign) in enumerate((("worst", -1), ("gap", 1), ("es_dice", -1))):
-        first, *rest = (row[place] for row in rows)
+        squared = {g: scores[labels == g].var(ddof=1) / (labels == g).sum() for g in range(3)}
+        overall = sum(shares[g] * means[g] for g in range(3))
+        below = []  # the overall Dice, in standard errors of the distance
+        for g in range(3):
+            weights = [float(g == h) - shares[h] for h in range(3)]
+            error = sum(weights[h] ** 2 * squared[h] for h in range(3)) ** 0.5
+            below.append((overall - means[g]) / error)
+        pairs = [
+            abs(means[a] - means[b]) / (squared[a] + squared[b]) ** 0.5
+            for a in range(3)
+            for b in range(a)
+        ]
+        apart.append((max(below), max(pairs), sum(map(abs, below))))
+    for place, name in enumerate(("worst", "gap", "es_dice")):
+        rest = [row[place] for row in rows[1:]]
         chance = found[name].chance
         assert chance.value == pytest.approx(np.mean(rest))
         assert [chance.low, chance.high] == pytest.approx(np.percentile(rest, [2.5, 97.5]))
-        as_unequal = 1 + sum(sign * value >= sign * first - 1e-12 for value in rest)
+        as_unequal = sum(row[place] >= apart[0][place] - 1e-12 for row in apart)
         assert found[name].p_value == pytest.approx(as_unequal / 401)
 
 
@@ -170,7 +198,53 @@ def test_shrunken_means_spread_as_the_groups_do():
     assert np.mean(plain) > np.mean(true) + 0.015
 
 
+def test_errors_of_means_are_those_of_t_tests_of_subjects():
+    rng = np.random.default_rng(9)
+    scores, subjects = rng.normal(0.8, 0.1, 30), [str(i) for i in range(30)]
+
+    def t_of(scores, groups, subjects):
+        shuffled_DN = np.array([groups])
+        low, high = shuffled_means(scores, shuffled_DN).values()
+        ((a, c), (_, b)) = shuffled_covariances(scores, shuffled_DN, subjects)[0]
+        return ((low - high) / (a + b - 2 * c) ** 0.5).item()
+
+    groups = [0] * 20 + [1] * 10
+    own = scores[:20], scores[20:]
+    welch = pytest.approx(ttest_ind(*own, equal_var=False).statistic)
+    assert t_of(scores, groups, subjects) == welch
+    # Three images alike of every subject tell no more than one.
+    assert t_of(np.repeat(scores, 3), np.repeat(groups, 3), np.repeat(subjects, 3)) == welch
+    paired = ttest_rel(scores[:15], scores[15:]).statistic
+    assert t_of(scores, [0] * 15 + [1] * 15, subjects[:15] * 2) == pytest.approx(paired)
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene((300, 30), wider=2.5),
+        Scene((90, 90, 30), wider=2.5),
+        Scene((450, 150), images=5, wider=2.5),
+        Scene((20, 20), wider=1.0),
+    ],
+    ids=lambda scene: scene.title,
+)
+def test_a_group_whose_scores_vary_more_does_not_seem_served_worse(scene):
+    rng, plain, unlikely = np.random.default_rng(0), [], []
+    for seed in range(150):
+        scores, groups, subjects = scene.draw(rng)
+        found = compared(scores, groups, subjects, draws=99, seed=seed)
+        unlikely.append([found[name].p_value <= 0.05 for name in found])
+        gaps = fairness.gap(shuffled_means(scores, shuffled_groups(groups, subjects, 99, seed)))
+        plain.append(np.mean(gaps >= gaps[0]) <= 0.05)
+    # Of 150 samples, 10.3 % are three standard deviations above 5 %. The table of README tells of
+    # ten cases, whose own spread is not well known.
+    assert max(np.mean(unlikely, axis=0)) <= 0.103
+    if scene.wider > 1:
+        assert np.mean(plain) > 0.15
+
+
 def test_one_group_or_one_subject_leaves_nothing_to_compare():
+    assert compared([0.2, 0.5, 0.9], [0, 1, 2]) == {}
     assert compared([0.5, 0.7, 0.8], [0, 0, 0]) == {}
     # Three images of one patient do not tell how patients vary.
     found = compared([0.5, 0.7, 0.8, 0.9, 0.6], [0, 0, 0, 1, 1], [*"aaabc"])["gap"]
@@ -185,6 +259,7 @@ def test_scores_that_are_all_alike_have_no_gap_and_no_width(score):
         expected = pytest.approx(0 if name == "gap" else score, abs=1e-6)
         corrected = found.corrected
         assert (corrected.value, corrected.low, corrected.high) == (expected,) * 3
+        assert not np.signbit([corrected.value, corrected.low, corrected.high]).any()
         assert found.p_value == 1
 
 
@@ -245,15 +320,23 @@ def test_the_page_and_the_report_say_at_which_sizes_the_intervals_hold():
     ]
     assert [(row[0], float(row[1])) for row in rows] == [(s.title, s.lower) for s in SCENES]
     assert header[3] == "report's interval holds, %"
-    held = {"groups": 100, "twenty": 100, "missed": 100}
+    assert header[7] == "p of the gap ≤ .05, %"
+    held = {"groups": 100, "twenty": 100, "missed": 100, "wider": 100}
+    unlikely = {"wider": 0, "others": 0}
     for scene, row in zip(SCENES, rows, strict=True):
         kind = "missed" if scene.missed else "twenty" if len(scene.sizes) == 20 else "groups"
+        kind = "wider" if scene.wider != 1 else kind
         held[kind] = min(held[kind], *map(int, row[3].split(" / ")))
+        if scene.lower == 0:
+            kind = "wider" if scene.wider != 1 else "others"
+            unlikely[kind] = max(unlikely[kind], int(row[7]))
     said = re.search(
-        r"(\d+) of 100 samples; .* in at least (\d+); .* in at least (\d+)\.", COVERAGE
+        r"(\d+) of 100 samples; .* in at least (\d+); .* in at least (\d+); .* in at least (\d+)\. "
+        r".* up to (\d+) of 100 samples, .* up to (\d+)\.",
+        COVERAGE,
     )
-    assert [*map(int, said.groups())] == [*held.values()]
-    for number in held.values():
+    assert [*map(int, said.groups())] == [*held.values(), *unlikely.values()]
+    for number in (*held.values(), *unlikely.values()):
         assert re.search(rf"\b{number}\b", page.partition("So the report's intervals hold")[2])
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from reference_models.data.cases import Attribute, Case, Dataset
 from reference_models.evaluation.summary import comparisons, population_shares, region_scores
 from reference_models.metrics import fairness
-from reference_models.metrics.comparisons import shuffled_groups, shuffled_means
 from reference_models.metrics.region import RegionScore
 from reference_models.metrics.scores import METRICS
+from reference_models.metrics.shuffles import shuffled_groups, shuffled_means
 
 
 class Listed(Dataset):
