@@ -43,7 +43,7 @@ class BodyAsChannel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, image_BCS: Tensor) -> Tensor:
         logits_BKS: Tensor = self.model(image_BCS[:, :-1], image_BCS[:, -1] > 0.5)

@@ -97,13 +97,18 @@ def _ragged_scores(
         return _scores(x_TD, None, w_AED, b_AE)
     positions_T1 = torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
     samples_T = (positions_T1 >= counts_B.cumsum(0)).sum(dim=1)
+    # Zeros are added, one a sample, so that a run with fewer rows fails even if no token would miss
+    # the row of a sample that is masked whole; and every sample's biases are picked, so that its
+    # wrong value fails too.
+    rows_BN = rows_BN + (counts_B < 0)[:, None]
+    b_BE = _nan_where(_outside(rows_BN, b_AE), _sum_of_rows(b_AE, rows_BN))
     rows_TN = rows_BN.index_select(0, samples_T)
-    scores_TAE = F.linear(x_TD, w_AED.flatten(0, 1), b_AE.flatten()).unflatten(1, b_AE.shape)
+    scores_TAE = F.linear(x_TD, w_AED.flatten(0, 1)).unflatten(1, b_AE.shape)
     picked = [
         scores_TAE.gather(1, rows_T[:, None, None].expand(-1, 1, b_AE.shape[1]))[:, 0]
         for rows_T in rows_TN.unbind(dim=1)
     ]
-    return _nan_where(_outside(rows_TN, b_AE), functools.reduce(torch.add, picked))
+    return functools.reduce(torch.add, picked) + b_BE.index_select(0, samples_T)
 
 
 def _sum_of_rows(table: Tensor, rows_BN: Tensor) -> Tensor:

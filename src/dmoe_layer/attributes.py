@@ -38,11 +38,13 @@ class Attributes(NamedTuple):
 
     ``bounds_2N`` holds the smallest and largest value of each attribute in CPU memory, so that
     a layer can check values that live on an accelerator without waiting for it. A scope has looked
-    for them; ``None``, as of an explicit call, means that the check itself must look.
+    for them; ``None``, as of an explicit call or where a program is exported, means that the check
+    itself must look.
     """
 
     values: Tensor
     bounds_2N: Tensor | None = None
+    from_scope: bool = False
 
 
 def as_attributes(attributes: Any) -> Attributes:
@@ -77,7 +79,7 @@ def checked_copy(attributes: Any) -> Attributes:
     check_form(values)
     _refuse_meta(values)
     values = values.to(torch.int64, copy=True)
-    return Attributes(values, None if exporting() else _bounds_2N(values))
+    return Attributes(values, None if exporting() else _bounds_2N(values), from_scope=True)
 
 
 def as_sizes(sizes: Any) -> tuple[int, ...] | None:

@@ -207,15 +207,15 @@ class AttributeRouter(LazyDim):
         A router without ``attribute_sizes`` takes a scope's attributes, which are only recorded,
         refuses any others, and has None without.
         """
-        values, bounds_2N = None, None
+        values, bounds_2N, from_scope = None, None, False
         if attributes is not None:
-            values, bounds_2N = as_attributes(attributes)
+            values, bounds_2N, from_scope = as_attributes(attributes)
         if self.sizes is not None:
             sizes: list[int] | None = list(self.sizes)
         elif attributes is None:
             return None
         else:
-            sizes = [] if bounds_2N is None else None
+            sizes = None if from_scope else []
         return check_attributes(x, batch, values, bounds_2N, sizes, self.unknown)
 
     def _check_input(self, x: Tensor, tokens_per_sample: Tensor | None) -> None:

@@ -133,7 +133,7 @@ class routing:
                 "attribute_sizes: got None, expected how many values each attribute has, an int or "
                 "a tuple of ints."
             )
-        values, bounds = current_attributes() or (None, None)
+        values, bounds, _ = current_attributes() or (None, None, True)
         return check_attributes(x, x.shape[0], values, bounds, list(sizes), unknown)
 
     @property

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def run_without_package(code, *arguments, modules=(), expect=0):
     ``argv`` is a list of the further arguments there. Gives back what was written to stdout, and to
     stderr where it shall fail.
     """
-    paths = "\n".join(p for p in sys.path if "site-packages" in p or "export-libs" in p)
+    paths = "\n".join(p for p in sys.path if p and not Path(p, "dmoe_layer").exists())
     code = f"argv = sys.argv[4:]\n{code}"
     done = subprocess.run(
         [sys.executable, "-I", "-c", _WITHOUT_PACKAGE, code, ",".join(modules), paths]
