@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 endif
 
-.PHONY: demo demo3d bench gpu test lint resolve versions nnunet clean
+.PHONY: demo demo3d bench gpu test slow lint resolve versions nnunet clean
 
 demo: .venv/demo
 	$(BIN)/python -m reference_models demo
@@ -36,6 +36,10 @@ gpu:
 # is done takes over tests that wait for another process: those of the kernels are long.
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# What takes minutes: narrow experts in fp32, compiled for two GPUs.
+slow: .venv/test
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/test
 	$(BIN)/ruff check .
