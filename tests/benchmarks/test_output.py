@@ -16,9 +16,11 @@ from benchmarks.layer.rows import LayerRow
 from benchmarks.machine import commit
 from reference_models.study.csv_table import Table
 
+ExportRow = pytest.importorskip("benchmarks.export.rows").ExportRow
 VolumeRow = pytest.importorskip("benchmarks.volumes.rows").VolumeRow
 
 ROW_OF = {
+    "export": ExportRow,
     "growth": GrowthRow,
     "kernels": KernelRow,
     "kernels-matrix": MatrixRow,

@@ -1,5 +1,6 @@
 """The networks of the recipes leave Python."""
 
+import pytest
 import torch
 from harness import resunets3d, transunets
 from harness.exports import exported, operators
@@ -25,6 +26,7 @@ def test_a_hybrid_transunet_is_one_file(tmp_path):
     assert found.largest_difference < 1e-5
 
 
+@pytest.mark.slow
 def test_a_resunet3d_is_one_file_for_volumes_of_open_size(tmp_path):
     # With 64 voxels two are left at the last stage: torch.export fixes what is one.
     model, x = resunets3d.make(stages=(5,), **FEW).eval(), torch.randn(1, 1, 32, 32, 64)
