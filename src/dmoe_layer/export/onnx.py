@@ -194,7 +194,11 @@ def _export(wrapped: nn.Module, example: Example, axes: list[int], opset: int) -
         opset_version=opset,
         verbose=False,
     )
-    assert program is not None
+    if program is None:
+        raise RuntimeError(
+            "export_onnx: torch.onnx.export gave no program back, and said nothing. Try another "
+            f"PyTorch than {torch.__version__}."
+        )
     _fold_weights(program.model)
     # Of each operator torch.onnx says from which line of which file on this machine it came.
     for node in program.model.graph.all_nodes():
