@@ -16,6 +16,7 @@ from nibabel.nifti1 import Nifti1Header
 from ..errors import DataError
 
 UNKNOWN = -1
+IGNORED = 255  # in a mask: what is there is not known, so no loss and no score count it
 SPLITS = ("train", "validation", "test")
 
 
@@ -62,7 +63,7 @@ class Sample:
     Args:
         case_id: its case's.
         image_CS: float32, intensities as the network is to see them, before any resizing.
-        mask_S: uint8, indices into the data set's classes; None of an unlabelled case.
+        mask_S: uint8, indices into the data set's classes, or `IGNORED`; None of an unlabelled case.
         attributes: its case's.
         spacing: size of a pixel along each spatial axis, in the data set's unit.
         header: of a NIfTI image, whose axes are the spatial ones: where its voxels lie, and how a
@@ -109,6 +110,11 @@ class Sample:
         return self.image_CS.shape[1:]
 
 
+def highest_label(mask_S: np.ndarray) -> int:
+    """The highest label of a mask but `IGNORED`; 0 where there is none."""
+    return int(mask_S.max(where=mask_S != IGNORED, initial=0))
+
+
 class Dataset(ABC):
     """Cases of one kind, and how to read one.
 
@@ -124,6 +130,7 @@ class Dataset(ABC):
         spacing: of volumes, the median voxel in mm along left-right, back-front and below-above.
         size: of volumes, the median number of voxels along these axes.
         about: what the files say of the data, such as where they come from; empty if nothing.
+        ignores: whether parts of masks may be `IGNORED`.
         left_out: ids of the cases that are damaged, where opening left such cases out.
         folds: nnU-Net's file of folds, where it lies beside the cases.
         made_with: whatever else decides what `load` gives, so that cached frames are made anew
@@ -146,6 +153,7 @@ class Dataset(ABC):
     spacing: tuple[float, float, float] | None = None
     size: tuple[float, float, float] | None = None
     about: str = ""
+    ignores: bool = False
     left_out: Collection[str] = frozenset()
     folds: Path | None = None
     made_with: tuple[float | str, ...] = ()

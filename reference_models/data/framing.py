@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .augmentation import Augment, Augmentation, augment_images
-from .cases import Sample
+from .cases import IGNORED, Sample
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,14 @@ def resampled_labels(mask_S: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
     The nearest pixel's label would shift a mask by half a pixel wherever an even number of them
     becomes one, since middles then lie between two. Of equal shares the highest label wins, so that
-    the background does not gain.
+    the background does not gain; `IGNORED` is the highest.
     """
     mask_S = mask_S.astype(np.uint8, copy=False)
     if mask_S.shape == size:
         return mask_S
     mode = "bilinear" if mask_S.ndim == 2 else "trilinear"
     labels_S, most_S = np.zeros(size, np.uint8), np.zeros(size, np.float32)
-    for label in range(int(mask_S.max()) + 1):
+    for label in (*range(highest_label(mask_S) + 1), IGNORED):
         own_S = mask_S == label
         if own_S.any():
             share_11S = torch.from_numpy(own_S.astype(np.float32))[None, None]

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from .cases import IGNORED, highest_label
+
 _VOXELS = 10_000  # kept of a label, as many as nnU-Net keeps; each may lie anywhere in its patch
+_OUTLINED = "outlined"  # among the labels of `find_voxels`: all that are not ignored
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Patches:
         count: patches of each volume.
         foreground: share of the patches that are laid around a voxel of the foreground. Its label
             is drawn from those that the volume has, however small, and then the voxel. The other
-            patches lie anywhere.
+            patches lie anywhere or, in a volume of which parts are ignored, around a voxel that is
+            not.
 
     Raises:
         ValueError: a size or count below 1, or a share outside of 0 to 1.
@@ -57,8 +61,12 @@ class Patches:
             raise ValueError(f"a volume of {volume} holds no patch of {self.size}; pad it first")
         lowest = np.zeros(3, int)
         highest = np.subtract(volume, self.size)
-        if voxels and random.random() < self.foreground:
-            voxels_V3 = voxels[random.choice(sorted(voxels))]
+        labels = sorted(voxels.keys() - {_OUTLINED})
+        around = _OUTLINED if _OUTLINED in voxels else None
+        if labels and random.random() < self.foreground:
+            around = random.choice(labels)
+        if around is not None:
+            voxels_V3 = voxels[around]
             voxel = voxels_V3[random.integers(len(voxels_V3))].numpy()
             lowest = np.maximum(lowest, voxel - self.size + 1)
             highest = np.minimum(highest, voxel)
@@ -84,14 +92,23 @@ class Windows:
 
 
 def find_voxels(mask_S: np.ndarray) -> dict[str, np.ndarray]:
-    """Where labels other than 0 lie: by label, int32 (V, 3), at most 10,000 drawn from all."""
+    """Where labels other than 0 lie: by label, int32 (V, 3), at most 10,000 drawn from all.
+
+    Where parts are ignored, under "outlined" as many of those voxels that are not.
+    """
     found = {}
-    for label in range(1, int(mask_S.max()) + 1):
-        flat_V = np.flatnonzero(mask_S == label)
-        if len(flat_V) > _VOXELS:
-            random = np.random.default_rng(label)
-            flat_V = flat_V[random.choice(len(flat_V), _VOXELS, replace=False, shuffle=False)]
-        if len(flat_V):
-            voxels_V3 = np.stack(np.unravel_index(flat_V, mask_S.shape), axis=1)
-            found[str(label)] = voxels_V3.astype(np.int32)
-    return found
+    kept_S = mask_S != IGNORED
+    for label in range(1, highest_label(mask_S) + 1):
+        found[str(label)] = _drawn(mask_S == label, label)
+    if not kept_S.all():
+        found[_OUTLINED] = _drawn(kept_S, IGNORED)
+    return {label: voxels_V3 for label, voxels_V3 in found.items() if len(voxels_V3)}
+
+
+def _drawn(where_S: np.ndarray, seed: int) -> np.ndarray:
+    """The voxels that are true, int32 (V, 3), at most 10,000 drawn from all."""
+    flat_V = np.flatnonzero(where_S)
+    if len(flat_V) > _VOXELS:
+        random = np.random.default_rng(seed)
+        flat_V = flat_V[random.choice(len(flat_V), _VOXELS, replace=False, shuffle=False)]
+    return np.stack(np.unravel_index(flat_V, where_S.shape), axis=1).astype(np.int32)

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import track
 
 from ..data import DataSettings, open_dataset
-from ..data.cases import UNKNOWN, Case, Dataset, Sample
+from ..data.cases import IGNORED, UNKNOWN, Case, Dataset, Sample
 from ..data.splits import absent_values
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.fairness import SMALL_GROUP
 from ..metrics.loads import ExpertLoads, LoadTables
-from ..metrics.region import POLICY, RegionScore, score_region
+from ..metrics.region import IGNORING, POLICY, RegionScore, score_region
 from ..metrics.scores import Condition, RegionScores, Summary
 from ..report.page import write_report
 from ..report.pictures import Picture, pictures_wanted
@@ -257,12 +257,14 @@ def _score(
     dataset: Dataset, sample: Sample, mask_S: np.ndarray, scoring: Scoring
 ) -> list[RegionScore]:
     """Every region of one case."""
+    ignored_S = sample.truth_S == IGNORED
     return [
         score_region(
             np.isin(mask_S, labels),
             np.isin(sample.truth_S, labels),
             spacing=sample.spacing,
             tolerance=scoring.tolerance,
+            ignored_S=ignored_S if ignored_S.any() else None,
         )
         for labels in dataset.regions.values()
     ]
@@ -327,7 +329,7 @@ def _write(
         resamples=scoring.resamples,
         attributes={attribute.name: attribute.values for attribute in dataset.attributes},
         population=population_shares(dataset, result.cases),
-        policy=POLICY,
+        policy=f"{POLICY} {IGNORING}" if dataset.ignores else POLICY,
         conditions=tuple(conditions),
         about=dataset.about,
         comparisons=comparisons(conditions[0].scores),

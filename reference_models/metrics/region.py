@@ -1,7 +1,9 @@
 """Scores one region of one case, 2D or 3D: its overlap, and how far apart the outlines lie.
 
 The boundary of a region is those of its pixels (voxels) that have a neighbour along an axis outside
-the region; what lies beyond the image is outside. Shapes: S the spatial axes, P boundary pixels.
+the region; what lies beyond the image is outside. Pixels that are ignored, since nobody has said
+what is there, are neither in a region nor outside: none is scored, and none makes a neighbour part
+of a boundary. Shapes: S the spatial axes, P boundary pixels.
 
 MONAI has HD95 and surface Dice as well, and a test finds the same numbers. They are computed here
 because MONAI's are rounded to float32, are not a number where both masks are empty, and took twice
@@ -24,6 +26,10 @@ POLICY = (
     "Dice, IoU and surface Dice 0, HD95 not defined; such a case is missing in the mean HD95, and "
     "the cases that define it are counted beside it."
 )
+IGNORING = (
+    "What is ignored counts in no score, and where a region ends there it has no outline; a region "
+    "that has none at all is taken for empty in HD95 and surface Dice."
+)
 
 
 class RegionScore(NamedTuple):
@@ -38,17 +44,25 @@ class RegionScore(NamedTuple):
 
 
 def score_region(
-    predicted_S: np.ndarray, truth_S: np.ndarray, *, spacing: Sequence[float], tolerance: float
+    predicted_S: np.ndarray,
+    truth_S: np.ndarray,
+    *,
+    spacing: Sequence[float],
+    tolerance: float,
+    ignored_S: np.ndarray | None = None,
 ) -> RegionScore:
     """Computes all scores of one region; empty masks as `POLICY` says.
 
-    IoU is |P ∩ T| / |P ∪ T|; for the others see `dice`, `hd95` and `surface_dice`.
+    IoU is |P ∩ T| / |P ∪ T|; for the others see `dice`, `hd95` and `surface_dice`. A region that
+    fills all that is not ignored has no boundary: two of them are scored as two empty masks, and
+    one and another as one empty mask in HD95 and surface Dice.
 
     Args:
         predicted_S: bool, 2D or 3D.
         truth_S: bool, the same shape.
         spacing: size of a pixel along each axis.
         tolerance: of the surface Dice, in the spacing's unit.
+        ignored_S: bool, the same shape: pixels that count nowhere. None: every pixel counts.
 
     Raises:
         TypeError: a mask is not bool.
@@ -63,15 +77,20 @@ def score_region(
             truth_size=9, predicted_size=9)
     """
     _check(predicted_S, truth_S, spacing, tolerance)
+    if ignored_S is not None:
+        _check_masks("ignored", ignored_S, truth_S, np.dtype(bool))
+        predicted_S, truth_S = predicted_S & ~ignored_S, truth_S & ~ignored_S
     shared = int(np.count_nonzero(predicted_S & truth_S))
     sizes = int(np.count_nonzero(truth_S)), int(np.count_nonzero(predicted_S))
     overlap = dice(shared, sum(sizes))
-    if 0 in sizes:  # no outline to measure from; of two empty masks, the overlap is 1
-        return RegionScore(overlap, overlap, 0.0 if overlap else None, overlap, *sizes)
-    distances = boundary_distances(predicted_S, truth_S, spacing)
+    iou = shared / (sum(sizes) - shared) if any(sizes) else overlap
+    distances = boundary_distances(predicted_S, truth_S, spacing, ignored_S)
+    if not all(map(len, distances)):  # no boundary to measure from, or to
+        alike = overlap == 1
+        return RegionScore(overlap, iou, 0.0 if alike else None, float(alike), *sizes)
     return RegionScore(
         overlap,
-        shared / (sum(sizes) - shared),
+        iou,
         hd95(*distances),
         surface_dice(*distances, tolerance=tolerance),
         *sizes,
@@ -122,20 +141,26 @@ def batch_dice(prediction: Tensor, truth: Tensor) -> list[float]:
 
 
 def boundary_distances(
-    predicted_S: np.ndarray, truth_S: np.ndarray, spacing: Sequence[float]
+    predicted_S: np.ndarray,
+    truth_S: np.ndarray,
+    spacing: Sequence[float],
+    ignored_S: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measures how far each boundary pixel of one mask is from the nearest of the other.
 
     Args:
-        predicted_S, truth_S: bool, neither empty.
-        spacing: as in `score_region`.
+        predicted_S, truth_S: bool, neither with a pixel that is ignored.
+        spacing, ignored_S: as in `score_region`.
 
     Returns:
-        From the predicted boundary to the true one (P,), and back (P',); float64.
+        From the predicted boundary to the true one (P,), and back (P',); float64. Where one of the
+        two has no pixel, neither has a distance.
     """
     predicted_P2, truth_P2 = (
-        _boundary(mask) * np.asarray(spacing) for mask in (predicted_S, truth_S)
+        _boundary(mask, ignored_S) * np.asarray(spacing) for mask in (predicted_S, truth_S)
     )
+    if not len(predicted_P2) or not len(truth_P2):
+        return np.empty(0), np.empty(0)
     # A tree over the boundary alone is exact, and needs no distance at any other pixel.
     to_truth_P, _ = KDTree(truth_P2).query(predicted_P2)
     to_predicted_P, _ = KDTree(predicted_P2).query(truth_P2)
@@ -169,12 +194,18 @@ def surface_dice(to_truth_P: np.ndarray, to_predicted_P: np.ndarray, *, toleranc
     return float(np.mean(distances <= tolerance * (1 + 1e-9)))
 
 
-def _boundary(mask_S: np.ndarray) -> np.ndarray:
+def _boundary(mask_S: np.ndarray, ignored_S: np.ndarray | None) -> np.ndarray:
     """Finds the boundary's pixels, (P, axes); looks at the mask's bounding box only."""
     axes = range(mask_S.ndim)
     used = [np.flatnonzero(mask_S.any(tuple({*axes} - {axis}))) for axis in axes]
-    box_S = mask_S[tuple(slice(at[0], at[-1] + 1) for at in used)]
-    return np.argwhere(box_S & ~binary_erosion(box_S)) + [at[0] for at in used]
+    if not len(used[0]):
+        return np.empty((0, mask_S.ndim))
+    # With the pixels around it, which may be ignored.
+    starts = [max(at[0] - 1, 0) for at in used]
+    box = tuple(slice(start, at[-1] + 2) for start, at in zip(starts, used, strict=True))
+    box_S = mask_S[box]
+    within_S = binary_erosion(box_S if ignored_S is None else box_S | ignored_S[box])
+    return np.argwhere(box_S & ~within_S) + starts
 
 
 def _check(

@@ -14,6 +14,7 @@ from nibabel.affines import voxel_sizes
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
+from ..data.cases import IGNORED
 from ..metrics.scores import CaseScore
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, in the order in which they stand
@@ -63,12 +64,14 @@ class Picture:
         Args:
             case_id: the case's.
             image_CS: 3 channels of a 2D image are colours; of others, the mean is shown.
-            truth_S: labels; None where nobody knows them, and none are drawn.
+            truth_S: labels; None where nobody knows them. Of what is `IGNORED` none is drawn.
             predicted_S: labels.
             affine: of a volume, from indices to mm (RAS+), (4, 4).
         """
         predicted_S = predicted_S.astype(np.uint8)
-        truth_S = np.zeros_like(predicted_S) if truth_S is None else truth_S.astype(np.uint8)
+        if truth_S is None:
+            truth_S = np.zeros_like(predicted_S)
+        truth_S = np.where(truth_S == IGNORED, 0, truth_S).astype(np.uint8)
         if affine is not None:
             planes = _planes(image_CS[0], truth_S, predicted_S, affine)
             return cls(case_id, np.stack([planes[0]] * 3, -1), planes[1], planes[2], len(planes))

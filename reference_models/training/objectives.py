@@ -11,8 +11,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
+from monai.networks import one_hot
 from torch import Tensor, nn
 
+from ..data.cases import IGNORED
 from .parallel import global_max, global_sum
 
 Fairness = Literal["none", "reweight", "group-dro", "fair-dro", "febs"]
@@ -48,7 +50,9 @@ class Objective(nn.Module):
       as it is. The scaled probabilities stand squared in the denominator, as in the authors'
       code; its further tanh of w_g is left out, since it scales even the best group down.
 
-    Samples whose attribute is not known are a group of their own, the last.
+    Samples whose attribute is not known are a group of their own, the last. Pixels whose label is
+    `IGNORED` are as if they were not there, and a sample of nothing else as if it were not in the
+    batch; a batch of nothing else has loss 0.
 
     Args:
         fairness: one of the five.
@@ -74,7 +78,7 @@ class Objective(nn.Module):
         self.fairness = fairness
         self.lambda_dice, self.lambda_ce = lambda_dice, lambda_ce
         self.rate, self.temperature, self.gamma = rate, temperature, gamma
-        self.dice = DiceLoss(to_onehot_y=True, softmax=True, reduction="none")
+        self.dice = DiceLoss(reduction="none")
         present_G = (group_counts > 0).float()
         self.weights_G: Tensor
         self.register_buffer("weights_G", present_G / present_G.sum())
@@ -89,31 +93,35 @@ class Objective(nn.Module):
 
         Args:
             logits_BKP: fp32, (B, K, ...).
-            mask_BP: int64 labels, (B, ...).
+            mask_BP: int64 labels or `IGNORED`, (B, ...).
             group_B: int64 indices into the groups; -1, unknown, is the last.
 
         Returns:
             The scalar to minimise, the same number on every rank, whose gradients are to be
             averaged over ranks; and (B,) DiceCE losses without gradient.
         """
-        ce_B = F.cross_entropy(logits_BKP, mask_BP, reduction="none").flatten(1).mean(1)
+        n_kept_B = (mask_BP != IGNORED).flatten(1).sum(1)
+        ce_BP = F.cross_entropy(logits_BKP, mask_BP, ignore_index=IGNORED, reduction="none")
+        ce_B = ce_BP.flatten(1).sum(1) / n_kept_B.clamp(min=1)
         loss_B = self.lambda_ce * ce_B
         if self.lambda_dice:
-            dice_BK = self.dice(logits_BKP, mask_BP[:, None]).flatten(1)
+            dice_BK = self.dice(*_kept(logits_BKP, mask_BP)).flatten(1)
             loss_B = loss_B + self.lambda_dice * dice_BK.mean(1)
+        counted_B = n_kept_B > 0
         member_BG = F.one_hot(group_B % len(self.weights_G), len(self.weights_G)).to(loss_B)
+        member_BG = member_BG * counted_B[:, None]
         if self.fairness == "reweight":
-            loss = _mean(loss_B * (member_BG @ self.inverse_G))
+            loss = _mean(loss_B * (member_BG @ self.inverse_G), counted_B)
         elif self.fairness == "group-dro":
             loss = self._group_dro(loss_B, member_BG)
         elif self.fairness == "fair-dro":
             loss = self._fair_dro(loss_B, member_BG)
         elif self.fairness == "febs":
-            loss = self.lambda_ce * _mean(ce_B) + self.lambda_dice * self._febs(
+            loss = self.lambda_ce * _mean(ce_B, counted_B) + self.lambda_dice * self._febs(
                 logits_BKP, mask_BP, member_BG
             )
         else:
-            loss = _mean(loss_B)
+            loss = _mean(loss_B, counted_B)
         return loss, loss_B.detach()
 
     def _group_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:
@@ -131,11 +139,11 @@ class Objective(nn.Module):
         sums_2G = global_sum(torch.stack([risen_BG.sum(0), member_BG.sum(0)]))
         present_G = sums_2G[1] > 0
         mean_G = sums_2G[0][present_G] / sums_2G[1][present_G].detach()
-        return (self.temperature * (mean_G.log() + top_G[present_G])).mean()
+        risk_G = self.temperature * (mean_G.log() + top_G[present_G])
+        return risk_G.sum() / max(len(risk_G), 1)
 
     def _febs(self, logits_BKP: Tensor, mask_BP: Tensor, member_BG: Tensor) -> Tensor:
-        probability_BKP = logits_BKP.softmax(1).flatten(2)
-        truth_BKP = F.one_hot(mask_BP.flatten(1), logits_BKP.shape[1]).mT.to(probability_BKP)
+        probability_BKP, truth_BKP = (part.flatten(2) for part in _kept(logits_BKP, mask_BP))
         of_samples = torch.stack([
             (probability_BKP * truth_BKP).sum(2),
             probability_BKP.square().sum(2),
@@ -143,8 +151,8 @@ class Objective(nn.Module):
         ])  # fmt: skip
         shared_GK, predicted_GK, true_GK = global_sum(member_BG.T @ of_samples)
         bound_G = _dice_loss(shared_GK, predicted_GK, true_GK).detach().clamp(min=_SMOOTH)
-        present_G = true_GK.sum(1) > 0  # every sample has pixels of some class
-        best = bound_G[present_G].min()
+        present_G = true_GK.sum(1) > 0  # every sample that counts has pixels of some class
+        best = bound_G.where(present_G, torch.inf).min()
         weight_G1 = torch.where(present_G, (best / bound_G) ** self.gamma, 0)[:, None]
         return _dice_loss(
             (weight_G1 * shared_GK).sum(0),
@@ -153,10 +161,20 @@ class Objective(nn.Module):
         )
 
 
-def _mean(loss_B: Tensor) -> Tensor:
-    """Over all ranks' samples."""
-    total, n = global_sum(torch.stack([loss_B.sum(), loss_B.new_tensor(float(len(loss_B)))]))
-    return total / n.detach()
+def _kept(logits_BKP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and truth, (B, K, ...), 0 in all classes where the label is `IGNORED`."""
+    n_classes = logits_BKP.shape[1]
+    probability_BKP = logits_BKP.softmax(1) * (mask_BP != IGNORED)[:, None]
+    # What is ignored is a class more, which is cut off again.
+    label_B1P = mask_BP.clamp(max=n_classes)[:, None]
+    truth_BKP = one_hot(label_B1P, n_classes + 1, dtype=logits_BKP.dtype)[:, :n_classes]
+    return probability_BKP, truth_BKP
+
+
+def _mean(loss_B: Tensor, counted_B: Tensor) -> Tensor:
+    """Over all ranks' samples that count; the others' losses are 0."""
+    total, n = global_sum(torch.stack([loss_B.sum(), counted_B.sum().to(loss_B)]))
+    return total / n.detach().clamp(min=1)
 
 
 def _dice_loss(shared_K: Tensor, predicted_K: Tensor, true_K: Tensor) -> Tensor:

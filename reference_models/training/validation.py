@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data.cases import Dataset
+from ..data.cases import IGNORED, Dataset
 from ..data.loading import Batch
 from ..data.patches import Windows
 from ..metrics import fairness, region
@@ -148,7 +148,8 @@ def _by_group(scored: dict[str, _CaseScore], dataset: Dataset) -> tuple[float, d
 
 
 def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[float]:
-    """Each case's mean Dice over the data set's regions."""
+    """Each case's mean Dice over the data set's regions, of pixels that are not `IGNORED`."""
+    predicted_BS = predicted_BS.masked_fill(truth_BS == IGNORED, IGNORED)
     by_region = []
     for labels in dataset.regions.values():
         wanted = torch.tensor(labels, device=truth_BS.device)
