@@ -19,7 +19,7 @@ demo3d: export OMP_NUM_THREADS = 1
 demo3d: .venv/demo
 	rm -rf demo3d_output
 	$(BIN)/python -m reference_models example --out demo3d_output/brain
-	$(BIN)/python -m reference_models check --data nifti --root demo3d_output/brain
+	$(BIN)/python -m reference_models check --data folder --root demo3d_output/brain
 	$(BIN)/python -m reference_models train small3d --root demo3d_output/brain --out demo3d_output/run
 	$(BIN)/python -m reference_models evaluate run --run demo3d_output/run
 	$(BIN)/python -m reference_models predict --run demo3d_output/run

@@ -120,6 +120,8 @@ class Dataset(ABC):
 
     Attributes:
         name: as the command line calls it.
+        former_name: what it was called before, if that was otherwise: splits are drawn by that
+            name, and files of splits that say it are this data set's.
         classes: names by label; 0 is the background.
         regions: what is scored: a name, and the labels that make it up together.
         attributes: in the order of `Case.attributes`.
@@ -143,6 +145,7 @@ class Dataset(ABC):
     """
 
     name: str
+    former_name: str = ""
     classes: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]]
     attributes: tuple[Attribute, ...]

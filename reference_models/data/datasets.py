@@ -14,23 +14,25 @@ from typing import Literal
 from ..errors import DataError
 from . import fairseg, ham10000
 from .cases import Attribute, Dataset
+from .folder import CT_WINDOW, Folder
 from .mni152 import HeldOut, Mni152
-from .nifti import CT_WINDOW, Nifti
 from .phantom import Phantom, PhantomSettings
 from .table import UNKNOWN_TEXTS
+
+FORMER_NAMES = {Folder.former_name: Folder.name}  # which recipes and commands of old still say
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Which data, from where, by which attributes, and how split."""
 
-    data: Literal["fairseg", "ham10000", "mni152", "phantom", "nifti"]
-    """The data set."""
+    data: Literal["fairseg", "ham10000", "mni152", "phantom", "folder", "nifti"]
+    """The data set. folder: a folder of your own, in nnU-Net's layout; nifti: its former name."""
     root: Path | None = None
     """Folder of its files; mni152 and phantom have none."""
     attributes: tuple[str, ...] = ()
     """What the router knows: fairseg has race (default), gender, ethnicity, language,
-    maritalstatus and age; ham10000 has age (default), sex and localization; nifti has the columns
+    maritalstatus and age; ham10000 has age (default), sex and localization; folder has the columns
     of its attributes.csv, the first by default."""
     splits: Path | None = None
     """A splits file (json), such as every run leaves in its folder, or nnU-Net's
@@ -47,11 +49,14 @@ class DataSettings:
     cache: Path | None = None
     """Folder of decoded and resized cases, shared by runs; ~/.cache/dmoe-frames by default."""
     ct_window: tuple[float, float] = CT_WINDOW
-    """Hounsfield units that CT (a channel of that name, of nifti) is clipped to."""
+    """Hounsfield units that CT (a channel of that name, of folder) is clipped to."""
     mni152: HeldOut = "middle"
     """The slices of mni152 that are held out for test and validation."""
     phantom: PhantomSettings = field(default_factory=PhantomSettings)
     """What the phantom is made of."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", FORMER_NAMES.get(self.data, self.data))
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,8 @@ DATASETS = {
     "phantom": Source(
         lambda request: Phantom(request.settings.phantom), needs_root=False, settings=("phantom",)
     ),
-    "nifti": Source(
-        lambda request: Nifti(
+    "folder": Source(
+        lambda request: Folder(
             request.root,
             request.names,
             request.damaged,
@@ -137,7 +142,7 @@ def find_source(name: str) -> Source:
         DataError: there is no data set of that name.
 
     Example:
-        >>> find_source("nifti").axes
+        >>> find_source("folder").axes
         3
     """
     if name not in DATASETS:
@@ -170,7 +175,7 @@ def open_dataset(
             those cases are left out, and all attributes that the files hold are read unless
             `settings` names some.
         known: the attributes of a trained run. They are read unless `settings` names others, and
-            where the files decide which values an attribute has (nifti), it has these, in this
+            where the files decide which values an attribute has (folder), it has these, in this
             order; a case with another value is a fault.
 
     Raises:

@@ -73,7 +73,7 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
             pool.append(case)
     if seed < 0:
         raise DataError(f"the split's seed must be 0 or more, got {seed}")
-    rng = np.random.default_rng([seed, *dataset.name.encode()])
+    rng = np.random.default_rng([seed, *(dataset.former_name or dataset.name).encode()])
     for split, share in (("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
         if split not in chosen.values():
             taken = _drawn_subjects(pool, share, rng)
@@ -193,7 +193,7 @@ def read_splits(
         needed = ("train", "validation") if needed is None else needed
     elif fold is not None:
         raise DataError(f"fold: got {fold}, but {path} is one split and not a list of folds")
-    if splits.dataset != dataset.name:
+    if splits.dataset not in (dataset.name, dataset.former_name):
         raise DataError(f"{path}: splits of {splits.dataset}, but the data set is {dataset.name}")
     named = Counter(case_id for split in SPLITS for case_id in getattr(splits, split))
     known = {case.case_id: case.labelled for case in dataset.cases}

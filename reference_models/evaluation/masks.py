@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..data import DataSettings
 from ..data.cases import Case, Dataset, Sample
-from ..data.nifti import INTEGRAL
+from ..data.folder import INTEGRAL
 from ..data.splits import choose_splits
 from ..data.table import nfc
 from ..data.volumes import ASTRAY, apart, open_volume, read_voxels

@@ -19,7 +19,7 @@ _PAPER = Recipe(data=DataSettings("fairseg"), leave_out_unknown=True, lambda_dic
 # released code's. Of spacing, patience, overlap, augmentation and normalisation nothing is said:
 # they are ours, and so is what the comment above names for 2D.
 _PAPER_3D = Recipe(
-    data=DataSettings("nifti"),
+    data=DataSettings("folder"),
     model=ResUNet3DSettings(),
     framing=VolumeFramingSettings(),
     batch_size=4,

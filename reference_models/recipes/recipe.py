@@ -102,7 +102,7 @@ class Recipe:
     """Steps between checkpoints; there is one at the end of each epoch besides."""
 
 
-_PAPER_EPOCHS = {"fairseg": 300, "ham10000": 100, "nifti": 100}
+_PAPER_EPOCHS = {"fairseg": 300, "ham10000": 100, "folder": 100}
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -144,7 +144,7 @@ def describe_grid(recipe: Recipe) -> str | None:
 
     Example:
         >>> volumes = VolumeFramingSettings((1.0, 1.0, 3.0), (128, 128, 32))
-        >>> describe_grid(Recipe(DataSettings("nifti"), ResUNet3DSettings(), volumes, batch_size=4))
+        >>> describe_grid(Recipe(DataSettings("folder"), ResUNet3DSettings(), volumes, batch_size=4))
         'patches of 128 x 128 x 32 voxels of 1 x 1 x 3 mm; a training step takes about 0.5 GiB'
     """
     framing, model = recipe.framing, recipe.model

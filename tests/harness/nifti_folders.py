@@ -40,7 +40,7 @@ def nnunet_folder(root, n=10, rows=None, **changes):
     write_layout(root, **changes)
     rows = rows or [f"p{i},T{(10, 2, 1)[i % 3]}" for i in range(n)]
     (root / "attributes.csv").write_text("\n".join(["case,T-stage", *rows]), encoding="utf-8")
-    return DataSettings("nifti", root)
+    return DataSettings("folder", root)
 
 
 def set_voxel(index, value):

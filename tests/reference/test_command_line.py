@@ -147,7 +147,7 @@ def test_what_a_pipe_has_no_letter_for_is_printed_all_the_same(
 ):
     pipe = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", pipe)
-    assert main(["check", "--data", "nifti", "--root", str(tmp_path / "测\udcff")]) == 1
+    assert main(["check", "--data", "folder", "--root", str(tmp_path / "测\udcff")]) == 1
     with pytest.raises(SystemExit):
         main(["--help"])
     pipe.flush()

@@ -14,12 +14,12 @@ from harness.image_folders import fairseg_folder, ham_folder
 from harness.nifti_folders import nnunet_folder
 
 from reference_models.data import DataSettings, PhantomSettings, open_dataset
-from reference_models.data.datasets import DATASETS, unused_settings
+from reference_models.data.datasets import DATASETS, FORMER_NAMES, unused_settings
 from reference_models.errors import DataError
 
 
 def test_settings_take_the_tables_names_and_the_help_tells_its_attributes(capsys):
-    assert set(get_args(get_type_hints(DataSettings)["data"])) == DATASETS.keys()
+    assert set(get_args(get_type_hints(DataSettings)["data"])) == DATASETS.keys() | FORMER_NAMES
     with pytest.raises(SystemExit):
         tyro.cli(DataSettings, args=["--help"])
     text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
@@ -35,7 +35,7 @@ def test_the_tables_axes_are_those_of_the_data_sets(tmp_path):
     folders = {
         "fairseg": fairseg_folder(tmp_path / "fairseg"),
         "ham10000": ham_folder(tmp_path)[0],
-        "nifti": nnunet_folder(tmp_path / "nifti"),
+        "folder": nnunet_folder(tmp_path / "folder"),
     }
     for name, source in DATASETS.items():
         settings = folders[name] if source.needs_root else DataSettings(name)
@@ -43,7 +43,7 @@ def test_the_tables_axes_are_those_of_the_data_sets(tmp_path):
 
 
 def test_settings_that_are_another_data_sets_alone_are_known_as_such():
-    assert unused_settings("nifti") == ("data.mni152", "data.phantom")
+    assert unused_settings("folder") == ("data.mni152", "data.phantom")
     assert unused_settings("fairseg") == ("data.mni152", "data.phantom", "data.ct_window")
     names = {f"data.{field.name}" for field in dataclasses.fields(DataSettings)}
     assert {*unused_settings("phantom")} < names

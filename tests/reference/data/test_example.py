@@ -20,7 +20,7 @@ def example(tmp_path_factory):
 
 
 def test_the_example_is_a_sound_folder_that_trains_unbalanced(example):
-    settings = DataSettings("nifti", example)
+    settings = DataSettings("folder", example)
     code, text = checked(settings)
     assert code == 0
     assert "warning" not in text
@@ -40,7 +40,7 @@ def test_the_example_is_a_sound_folder_that_trains_unbalanced(example):
 
 def test_no_scan_of_the_example_shows_what_another_split_does(example):
     reach = {}
-    for case in open_dataset(DataSettings("nifti", example)).cases:
+    for case in open_dataset(DataSettings("folder", example)).cases:
         image = nib.load(case.files[0])
         far = np.array(image.shape) - 0.5  # the outer faces of the voxels
         corners = [
@@ -61,7 +61,7 @@ def test_the_examples_labels_lie_where_the_templates_tissues_do(example):
     )
     tissues = [image.get_fdata(dtype=np.float32) for image in (grey, white)]
     truth_S = np.stack([1 - tissues[0] - tissues[1], *tissues]).argmax(0)
-    dataset = open_dataset(DataSettings("nifti", example))
+    dataset = open_dataset(DataSettings("folder", example))
     found = {}
     for case in dataset.cases:
         if case.split != "validation":

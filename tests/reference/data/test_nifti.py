@@ -206,7 +206,7 @@ def test_nibabels_own_files_are_read_or_refused(tmp_path, name):
     label = np.arange(np.prod(image.shape[:3])).reshape(image.shape[:3]) % 3
     affine = getattr(image, "affine", AFFINE)
     save(tmp_path / f"labelsTr/own{ending}", label.astype(np.uint8), affine)
-    settings = DataSettings("nifti", tmp_path)
+    settings = DataSettings("folder", tmp_path)
     if NIBABELS_OWN[name]:
         with pytest.raises(DataError, match=re.escape(f"{path}: ") + NIBABELS_OWN[name]):
             read(settings, 0)

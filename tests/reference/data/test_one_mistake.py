@@ -135,7 +135,7 @@ def test_cases_to_be_predicted_need_no_row(tmp_path):
 def test_the_folder_above_names_those_in_it(tmp_path):
     nnunet_folder(tmp_path / "Dataset007_Pancreas", n=2)
     with pytest.raises(DataError, match=r"but its folders have one.*Dataset007_Pancreas"):
-        open_dataset(DataSettings("nifti", tmp_path))
+        open_dataset(DataSettings("folder", tmp_path))
 
 
 def test_check_says_how_each_channel_is_scaled(tmp_path):

@@ -334,7 +334,7 @@ def test_a_run_trains_on_patches_and_validates_on_volumes(tmp_path):
         recipe.framing, spacing=(1.0, 1.5, 2.0), patch=(32, 64, 32), patches=2, foreground=0.5
     )
     recipe = dataclasses.replace(
-        recipe, framing=framing, batch_size=4, seed=3, data=DataSettings("nifti", cache=tmp_path)
+        recipe, framing=framing, batch_size=4, seed=3, data=DataSettings("folder", cache=tmp_path)
     )
     dataset = Volumes()
     splits = Splits("nifti", 0, ("case0", "case1"), ("case2",), ("case3",))

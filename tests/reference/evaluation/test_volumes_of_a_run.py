@@ -11,7 +11,7 @@ from harness.evaluations import FEW
 from harness.volumes import Threshold, stored_as
 
 from reference_models.data import DataSettings
-from reference_models.data.nifti import Nifti
+from reference_models.data.folder import Folder
 from reference_models.data.splits import Splits
 from reference_models.errors import DataError
 from reference_models.evaluation import masks as mask_files
@@ -71,9 +71,9 @@ def run_of(folder, tmp_path, monkeypatch):
     """Puts a network in the place of a trained run; returns the run's folder, and its network."""
 
     def place(model=None, test=(*PLATES,)):
-        dataset = Nifti(folder, (), None)
+        dataset = Folder(folder, (), None)
         recipe = Recipe(
-            data=DataSettings("nifti", root=folder),
+            data=DataSettings("folder", root=folder),
             model=ResUNet3DSettings(),
             framing=VolumeFramingSettings(spacing=SPACING, patch=(32, 32, 32)),
             batch_size=2,
@@ -98,7 +98,7 @@ def test_volumes_are_scored_in_mm_by_a_run_and_by_its_files_alike(run_of, folder
     assert sorted(path.name for path in masks.iterdir()) == ["a.1.nii.gz", "b.nii.gz", "c.nii.gz"]
     again = evaluate_predictions(
         EvaluatePredictions(
-            masks, DataSettings("nifti", root=folder), out=tmp_path / "again", scoring=FEW
+            masks, DataSettings("folder", root=folder), out=tmp_path / "again", scoring=FEW
         )
     )
     assert again.conditions[0].scores == own.conditions[0].scores
@@ -171,7 +171,7 @@ def test_a_case_without_a_label_is_never_scored(run_of, folder, tmp_path):
     with pytest.raises(DataError, match=words):
         evaluate_run(EvaluateRun(run, scoring=FEW))
     settings = EvaluatePredictions(
-        folder / "labelsTr", DataSettings("nifti", root=folder), out=tmp_path / "out", scoring=FEW
+        folder / "labelsTr", DataSettings("folder", root=folder), out=tmp_path / "out", scoring=FEW
     )
     with pytest.raises(DataError, match=words):
         evaluate_predictions(settings)
@@ -181,7 +181,7 @@ def test_a_case_without_a_label_is_never_scored(run_of, folder, tmp_path):
 def test_another_tools_masks_of_volumes_are_nifti(run_of, folder, tmp_path):
     run_of()
     settings = EvaluatePredictions(
-        folder / "labelsTr", DataSettings("nifti", root=folder), out=tmp_path / "out", scoring=FEW
+        folder / "labelsTr", DataSettings("folder", root=folder), out=tmp_path / "out", scoring=FEW
     )
     assert dice_of(evaluate_predictions(settings)) == [1, 1, 1]
     # A mask that is turned, but not as its image, has the right size and the wrong place.

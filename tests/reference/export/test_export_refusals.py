@@ -11,7 +11,7 @@ from reference_models.__main__ import main
 from reference_models.data import DataSettings
 from reference_models.data.cases import Attribute
 from reference_models.data.datasets import DATASETS
-from reference_models.data.nifti import Nifti
+from reference_models.data.folder import Folder
 from reference_models.errors import RunError
 from reference_models.evaluation.prediction import PredictSettings, predict
 from reference_models.export.command import ExportSettings, export
@@ -96,7 +96,7 @@ CHANNELS = ("CT", "noNorm", "rescale_to_0_1", "rgb_to_0_1", "T1")
 def test_the_files_numbers_are_what_the_data_sets_do(tmp_path):
     assert SCALES.keys() == {name for name, source in DATASETS.items() if source.axes == 2}
     recipe = Recipe(
-        DataSettings("nifti", ct_window=(-100.0, 300.0)),
+        DataSettings("folder", ct_window=(-100.0, 300.0)),
         ResUNet3DSettings(unknown="learned"),
         VolumeFramingSettings((1.0, 2.0, 3.0), (64, 32, 32), overlap=0.25, body=True),
     )
@@ -111,7 +111,7 @@ def test_the_files_numbers_are_what_the_data_sets_do(tmp_path):
     }  # fmt: skip
     *channels, body = said["reference_models.channels"]
     assert body == {"name": "body", "scale": "body"}
-    data = Nifti.__new__(Nifti)
+    data = Folder.__new__(Folder)
     data._window = recipe.data.ct_window
     for channel in channels:
         voxels = torch.randn(4, 5, 6).mul(200).round().numpy()

@@ -49,7 +49,7 @@ def exported(tmp_path_factory):
     layout = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1, "b": 2}}
     (root / "dataset.json").write_text(json.dumps(layout), encoding="utf-8")
     recipe = Recipe(
-        DataSettings("nifti", root=root),
+        DataSettings("folder", root=root),
         ResUNet3DSettings(features=2, stages=(3,), unknown="average"),
         VolumeFramingSettings((1.0, 1.0, 1.0), (64, 32, 32), body=True),
         batch_size=3,

@@ -67,7 +67,7 @@ def test_predictions_by_our_command_are_scored_by_subgroup(home, trained, tmp_pa
         assert mask.shape == image.shape
         np.testing.assert_allclose(mask.affine, image.affine, atol=1e-5)
     home.run(
-        *("reference_models", "evaluate", "predictions", "--folder", masks, "--data", "nifti"),
+        *("reference_models", "evaluate", "predictions", "--folder", masks, "--data", "folder"),
         *("--root", home.dataset, "--attributes", "site", "--out", report),
     )
     rows = (report / "cases.csv").read_text(encoding="utf-8").splitlines()

@@ -31,7 +31,7 @@ class DeeperSettings(UNetSettings):
     depth: int = 2
 
 
-VOLUMES = Recipe(DataSettings("nifti"), ResUNet3DSettings(), VolumeFramingSettings())
+VOLUMES = Recipe(DataSettings("folder"), ResUNet3DSettings(), VolumeFramingSettings())
 
 
 @pytest.mark.parametrize("model", [UNetSettings(k=3), DeeperSettings(k=3)], ids=type)

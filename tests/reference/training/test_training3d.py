@@ -83,7 +83,7 @@ def recipe(folder, tmp_path):
     """7 training cases, two patches of each: 3 steps an epoch."""
     return dataclasses.replace(
         PRESETS["small3d"],
-        data=DataSettings("nifti", root=folder, cache=tmp_path / "cache"),
+        data=DataSettings("folder", root=folder, cache=tmp_path / "cache"),
         model=ResUNet3DSettings(features=2),
         framing=VolumeFramingSettings(spacing=(2.0, 2.0, 3.0), patch=(64, 32, 32), patches=2),
         out=tmp_path / "run",
@@ -178,7 +178,7 @@ def test_what_does_not_fit_volumes_is_said_before_anything_is_written(recipe, ch
 
 def test_the_commands_lead_from_a_folder_of_cts_to_masks_that_lie_on_them(folder, tmp_path, capsys):
     run, cache = tmp_path / "run", str(tmp_path / "cache")
-    data = ["--data", "nifti", "--root", str(folder), "--cache", cache]
+    data = ["--data", "folder", "--root", str(folder), "--cache", cache]
     assert main(["check", *data]) == 0
     flags = "--features=2 --spacing 2 2 3 --patch 64 32 32 --patches=2 --body --epochs=2 --out"
     assert main(["train", "small3d", *data, *flags.split(), str(run)]) == 0

@@ -31,7 +31,7 @@ LONG = 3000.0  # mm, of the same side: longer than anybody is
 INTEGRAL = 1e-3  # what a label may lack to a whole number, since slopes are float32
 
 
-class Nifti(Dataset):
+class Folder(Dataset):
     """The volumes under `root`.
 
     Intensities by the name of their channel in `dataset.json`: "CT" is clipped to `ct_window` and
@@ -54,7 +54,8 @@ class Nifti(Dataset):
             `dataset.json` or `attributes.csv` says does not fit the files.
     """
 
-    name = "nifti"
+    name = "folder"
+    former_name = "nifti"
     axes = 3
     unit = "mm"
 
@@ -208,7 +209,7 @@ class Nifti(Dataset):
 
 
 def _scaling(channel: str, ct_window: tuple[float, float]) -> str:
-    """Says what `Nifti` does to a channel's intensities."""
+    """Says what `Folder` does to a channel's intensities."""
     low, high = ct_window
     return {
         "ct": f"clipped to {low:g} .. {high:g} HU, then scaled to 0 .. 1",
