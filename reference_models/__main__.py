@@ -1,4 +1,4 @@
-"""The command line: `python -m reference_models check|train|evaluate|predict|demo|...`.
+"""The command line: `python -m reference_models convert|check|train|evaluate|predict|...`.
 
 A command is a function here, whose arguments become its flags, and a line in `main`.
 """
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from .convert.command import ConvertSettings, convert
 from .data import DataSettings
 from .data.check import check
 from .demo import DemoSettings, demo
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             {
                 "check": _check,
+                "convert": _convert,
                 "train": _train,
                 "evaluate": _evaluate,
                 "predict": _predict,
@@ -64,6 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(settings: Annotated[DataSettings, tyro.conf.arg(name="")]) -> int:
     """Reads a whole data set before anyone trains on it, and names what is wrong with it."""
     return check(settings)
+
+
+def _convert(settings: Annotated[ConvertSettings, tyro.conf.arg(name="")]) -> int:
+    """Lays images, masks and a csv out as a folder that `check` and `train` read."""
+    for sentence in convert(settings):
+        print(sentence)
+    return 0
 
 
 def _train(recipe: Annotated[_Preset, tyro.conf.arg(name="")], resume: bool = False) -> int:

@@ -67,6 +67,8 @@ def write_folder(path: Path, write: Callable[[Path], Result], contents: Collecti
         new.mkdir()
         result = write(new)
         for written in new.rglob("*"):
+            if written.is_symlink():  # to a file of the user's, which stays as it is
+                continue
             # mkdtemp's folders and safetensors' files are the owner's alone
             written.chmod(0o755 if written.is_dir() else 0o644)
             _reach_disk(written)

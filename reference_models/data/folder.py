@@ -15,8 +15,8 @@ from nibabel.affines import voxel_sizes
 from ..errors import DataError, report_faults, shown
 from .attributes_csv import CaseRecord, read_attributes
 from .case_files import CaseFiles, list_cases
-from .cases import Attribute, Case, Dataset, Sample
-from .nnunet import read_layout
+from .cases import IGNORED, Attribute, Case, Dataset, Sample
+from .nnunet import IGNORE, read_layout
 from .splits import FOLDS
 from .table import UNKNOWN_TEXTS
 from .volumes import canonical_grid, oddities, open_volume, read_voxels, require_one_grid
@@ -79,8 +79,13 @@ class Folder(Dataset):
         self._window = ct_window
         self.channels, self.channel_names = len(layout.channels), layout.channels
         self.classes, self.regions = layout.classes, layout.regions
+        self.ignores = layout.ignore is not None
         self.about = layout.description
-        self.made_with = (*layout.channels, *ct_window)
+        self.made_with = (*layout.channels, *ct_window, f"ignore {layout.ignore}")
+        if self.ignores:
+            notes.append(
+                f"label {layout.ignore} ({IGNORE}): what has it counts in no loss and no score"
+            )
         notes += [
             f"channel {number:04} ({name}): {_scaling(name, ct_window)}"
             for number, name in enumerate(layout.channels)
@@ -189,22 +194,32 @@ class Folder(Dataset):
         """Turns a mask's voxels into uint8 labels; changes `voxels_S`.
 
         Raises:
-            DataError: a voxel is no whole number, or no label of `dataset.json`.
+            DataError: a voxel is no whole number, or no label of `dataset.json`, or all are
+                ignored.
         """
         labels_S = np.rint(voxels_S)
+        last = len(self.classes) - 1
         voxels_S -= labels_S
-        expected = f"0 to {len(self.classes) - 1} ({', '.join(self.classes)})"
+        names = ", ".join((*self.classes, *[IGNORE] * self.ignores))
+        expected = f"0 to {last + self.ignores} ({names})"
         if (between_S := np.abs(voxels_S) > INTEGRAL).any():
             raise DataError(
                 f"{path}: labels must be whole numbers, {expected}; got "
                 f"{_few((labels_S + voxels_S)[between_S])}; resample labels to the nearest "
                 "neighbour, never smoothly"
             )
-        if (strange_S := (labels_S < 0) | (labels_S >= len(self.classes))).any():
+        if (strange_S := (labels_S < 0) | (labels_S > last + self.ignores)).any():
             raise DataError(
                 f"{path}: labels must be {expected}, as dataset.json says; got also "
                 f"{_few(labels_S[strange_S])}; correct the one or the other"
             )
+        if self.ignores:
+            labels_S[labels_S > last] = IGNORED
+            if (labels_S == IGNORED).all():
+                raise DataError(
+                    f"{path}: all of it has the label {IGNORE}, so that there is nothing to learn "
+                    "or to score; leave the case out, or move its image to imagesTs"
+                )
         return labels_S.astype(np.uint8)
 
 

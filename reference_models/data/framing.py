@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .augmentation import Augment, Augmentation, augment_images
-from .cases import IGNORED, Sample
+from .cases import IGNORED, Sample, highest_label
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,24 @@
-"""HAM10000: dermatoscopic photographs with the lesion's outline, in the layout of MEDFAIR.
+"""HAM10000: dermatoscopic photographs with the lesion's outline, as MEDFAIR or its archives have it.
 
-    HAM10000_images/ISIC_0024306.jpg
+    HAM10000_images/ISIC_0024306.jpg                         or HAM10000_images_part_1, _part_2
     HAM10000_segmentations/ISIC_0024306_segmentation.png     0 skin, 255 lesion
-    split/new_train.csv, new_val.csv, new_test.csv           or one csv, such as HAM10000_metadata
+    split/new_train.csv, new_val.csv, new_test.csv           or HAM10000_metadata
 
-A row is an image: `image_id`, `lesion_id`, `Path` (of the image, from the root; without
-that column `HAM10000_images/<image_id>.jpg`), `Age_multi` (0..4) or `age` (years), `Sex` and
-`localization`.
+A row is an image: `image_id`, `lesion_id`, `Age_multi` (0..4) or `age` (years), `Sex`,
+`localization` and, in MEDFAIR's, `Path`, of the image from the root. Without that, or where it leads
+nowhere, photographs and outlines are found by `image_id` in what Dataverse's or Kaggle's archives
+unpack to: folders whose names begin with HAM10000_images and HAM10000_segmentations, in upper or
+lower case, one in the other or not, `images` and `masks`, or the root itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..errors import DataError, report_faults
+from ..errors import DataError, report_faults, shown
 from .cases import SPLITS, UNKNOWN, Attribute, Case, Dataset, Sample
 from .images import find_file, read_image
 from .table import UNKNOWN_TEXTS, Cells, Row, doubtful_identifiers, read_table
@@ -38,8 +40,9 @@ class Ham10000(Dataset):
     """The images that the csv files under `root` name.
 
     The files are `train`, `val` (or `validation`) and `test.csv`, with or without `new_` before
-    the name, in `root` or its folder `split`; without a train.csv, the only csv in `root`, whose
-    split is left open. The subject is the lesion.
+    the name, in `root` or its folder `split`; without a train.csv, HAM10000_metadata in `root`,
+    whether it ends in .csv, .tab or nothing, or else the only csv there, whose split is left open.
+    The subject is the lesion.
 
     What is not known stays unknown (-1): a missing age, sex "unknown", and sites other than
     `SITES`. The paper's code drops the first and the last and counts the second as female.
@@ -71,9 +74,18 @@ class Ham10000(Dataset):
         notes = ["unknown ages, sexes and rare sites are kept, as unknown"]
         self.notes = notes
         tables = [
-            (split, read_table(path, faults, notes, str.lower)) for split, path in _csv_files(root)
+            (split, read_table(path, faults, notes, str.lower))
+            for split, path in _csv_files(root, notes)
         ]
         columns = set.intersection(*({*table.columns} for _, table in tables))
+        archives = {kind: _unpacked(root, kind, notes) for kind in _ARCHIVES}
+        for kind, found in archives.items():
+            if not found and "path" not in columns:
+                raise DataError(
+                    f"{root}: no {kind}: there is no *{_ARCHIVES[kind][0]} in it, nor in a folder "
+                    f"of it whose name begins with {' or '.join(_ARCHIVES[kind][1:])}; unpack the "
+                    "archives of that name into it"
+                )
         sources = {
             "age": {"age_multi", "age"} & columns,
             "sex": {"sex"} & columns,
@@ -97,7 +109,7 @@ class Ham10000(Dataset):
             left_out |= {row.cells.get("image_id", "") for row in table.misfits}
             for row in table.rows:
                 try:
-                    case = _case(root, row, split, names, cells)
+                    case = _case(root, archives, row, split, names, cells)
                     if case.case_id in cases:
                         raise DataError(
                             f"{case.case_id} is listed already, in {cases[case.case_id].split}"
@@ -138,8 +150,16 @@ class Ham10000(Dataset):
         )
 
 
-def _csv_files(root: Path) -> list[tuple[str | None, Path]]:
-    """Finds the csv files and their splits, in the first folder that has a train.csv."""
+# How files end, and how the folders' names begin that archives unpack to.
+_ARCHIVES = {
+    "photographs": (".jpg", "HAM10000_images", "images"),
+    "outlines": ("_segmentation.png", "HAM10000_segmentations", "masks"),
+}
+_METADATA = [f"ham10000_metadata{ending}" for ending in (".csv", "", ".tab", ".tsv", ".txt")]
+
+
+def _csv_files(root: Path, notes: list[str]) -> list[tuple[str | None, Path]]:
+    """Finds the csv files and their splits: in the first folder that has a train.csv, or one."""
     for folder in (root, root / "split"):
         found: list[tuple[str | None, Path]] = []
         for split in SPLITS:
@@ -148,16 +168,55 @@ def _csv_files(root: Path) -> list[tuple[str | None, Path]]:
             found += [(split, path) for path in paths if path.is_file()][:1]
         if "train" in [split for split, _ in found]:
             return found
-    alone = sorted(root.glob("*.csv"))
-    if len(alone) != 1:
+    files = [path for path in sorted(root.iterdir()) if path.is_file()]
+    metadata = [path for path in files if path.name.lower() in _METADATA]
+    metadata.sort(key=lambda path: _METADATA.index(path.name.lower()))
+    alone = metadata or [path for path in files if path.suffix.lower() == ".csv"]
+    if not metadata and len(alone) != 1:
         raise DataError(
-            f"{root}: expected a train.csv in it or in {root / 'split'}, or a single csv; got "
+            f"{root}: expected HAM10000_metadata (with .csv, .tab or no ending), a train.csv in it "
+            f"or in {root / 'split'}, or a single csv; got "
             f"{', '.join(path.name for path in alone) or 'none'}"
+        )
+    if metadata[1:]:
+        notes.append(
+            f"{metadata[0]} is read, and not {shown([path.name for path in metadata[1:]])}"
         )
     return [(None, alone[0])]
 
 
-def _case(root: Path, row: Row, split: str | None, names: tuple[str, ...], cells: Cells) -> Case:
+def _unpacked(root: Path, kind: str, notes: list[str]) -> dict[str, Path]:
+    """Finds the files of a kind of archive by name in lower case, however it was unpacked."""
+    ending, *beginnings = _ARCHIVES[kind]
+    folders = [
+        path
+        for path in sorted(root.iterdir())
+        if path.is_dir() and path.name.lower().startswith(tuple(map(str.lower, beginnings)))
+    ]
+    found: dict[str, Path] = {}
+    again: list[Path] = []
+    for paths in (*(folder.rglob("*") for folder in folders), root.iterdir()):
+        for path in sorted(paths):
+            name = path.name.lower()
+            if name.endswith(ending) and name[0] != "." and path.is_file():
+                if found.setdefault(name, path) != path:
+                    again.append(path)
+    if again:
+        notes.append(
+            f"{len(again)} {kind} are there twice, such as {again[0]}; it is not read, but "
+            f"{found[again[0].name.lower()]}"
+        )
+    return found
+
+
+def _case(
+    root: Path,
+    archives: Mapping[str, Mapping[str, Path]],
+    row: Row,
+    split: str | None,
+    names: tuple[str, ...],
+    cells: Cells,
+) -> Case:
     """Makes a case of a row of the csv and the attributes' names.
 
     Raises:
@@ -173,8 +232,14 @@ def _case(root: Path, row: Row, split: str | None, names: tuple[str, ...], cells
     relative = PurePosixPath(written)
     mask = str(relative.with_name(f"{relative.stem}_segmentation.png"))
     mask = mask.replace("_images", "_segmentations")
-    files = {str(name): find_file(root, str(name)) for name in (relative, mask)}
-    if absent := [str(root / name) for name, path in files.items() if path is None]:
+    files, absent = [], []
+    for expected, (kind, found) in zip((str(relative), mask), archives.items(), strict=True):
+        name = f"{image_id}{_ARCHIVES[kind][0]}"
+        if path := find_file(root, expected) or found.get(name.lower()):
+            files.append(str(path))
+        else:
+            absent.append(str(root / expected) if row.cells.get("path") else f"{name} ({kind})")
+    if absent:
         raise DataError(f"{image_id}: no such file: {', '.join(absent)}")
     readers = {"age": _age, "sex": _sex, "localization": _site}
     attributes = {name: readers[name](row.cells, cells) for name in names}
@@ -185,8 +250,7 @@ def _case(root: Path, row: Row, split: str | None, names: tuple[str, ...], cells
             if "age" in attributes
             else _age(row.cells, Cells(cells.unknown_texts))
         )
-    paths = tuple(str(path) for path in files.values())
-    return Case(image_id, lesion, tuple(attributes.values()), split, paths, stratum)
+    return Case(image_id, lesion, tuple(attributes.values()), split, tuple(files), stratum)
 
 
 def _age(row: dict[str, str], cells: Cells) -> int:

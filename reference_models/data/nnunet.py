@@ -14,7 +14,8 @@ from typing import Any
 from ..errors import DataError, reading, shown
 
 ENDINGS = (".nii.gz", ".nii")
-MOST_LABELS = 256  # that a mask's uint8 can hold
+MOST_LABELS = 255  # that a mask's uint8 can hold beside `IGNORED`
+IGNORE = "ignore"  # as nnU-Net calls the label of what is not outlined
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Layout:
         channels: names in their order.
         classes: names by label.
         regions: what is scored: a name, and the labels that make it up.
+        ignore: the label of what is ignored, if there is one: as high as there are classes.
         ending: of the files, one of `ENDINGS`.
         n_training: how many training cases there are, where the file says so.
         description: what it says of the data, empty if nothing.
@@ -35,6 +37,7 @@ class Layout:
     channels: tuple[str, ...]
     classes: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]]
+    ignore: int | None
     ending: str
     n_training: int | None
     description: str
@@ -79,21 +82,24 @@ def read_layout(root: Path) -> Layout:
         )
     if not names:
         raise DataError(f'{path}: channel_names names no channel; write {{"0": "CT"}} or its like')
-    classes, regions = _labels(path, content.get("labels"))
+    classes, regions, ignore = _labels(path, content.get("labels"))
     n_training = content.get("numTraining")
     return Layout(
         path,
         tuple(str(names[str(channel)]).strip() for channel in range(len(names))),
         classes,
         regions,
+        ignore,
         ending,
         n_training if isinstance(n_training, int) else None,
         str(content.get("description", "")).strip(),
     )
 
 
-def _labels(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
-    """Reads `labels`, whether by name or by number: the classes' names, and the regions.
+def _labels(
+    path: Path, labels: Any
+) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]], int | None]:
+    """Reads `labels`, by name or by number: the classes' names, the regions, and what is ignored.
 
     Raises:
         DataError: they are not what can be trained on here.
@@ -108,11 +114,13 @@ def _labels(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, tuple[i
         if len(set(names)) < len(names):
             raise DataError(f"{path}: labels name one thing twice: {', '.join(names)}")
         labels = {str(name): int(number) for number, name in labels.items()}
-    if "ignore" in {name.lower() for name in labels}:
+    if other := sorted(name for name in labels if name != IGNORE and name.lower() == IGNORE):
         raise DataError(
-            f"{path}: labels has an ignore label, and training that leaves voxels out is not "
-            "offered here; outline those cases in full, or leave them out"
+            f"{path}: labels has {other[0]!r}, which nnU-Net takes for a class; write {IGNORE!r} "
+            "for what is to be left out of loss and scores, or call the class otherwise"
         )
+    ignore = labels.get(IGNORE)
+    labels = {name: value for name, value in labels.items() if name != IGNORE}
     values: dict[str, tuple[int, ...]] = {}
     for name, value in labels.items():
         numbers = value if isinstance(value, list) else [value]
@@ -130,10 +138,16 @@ def _labels(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, tuple[i
             f"{path}: labels must count up from 0, the background, without a gap, at least 0 and "
             f"1, at most {MOST_LABELS} of them; got {every}; renumber them there and in the files"
         )
+    if ignore is not None and (isinstance(ignore, bool) or ignore != len(every)):
+        raise DataError(
+            f"{path}: the ignore label must be one whole number, the next after the other labels: "
+            f"{len(every)}; got {ignore}; renumber it there and in the files"
+        )
     single = {numbers[0]: name for name, numbers in values.items() if len(numbers) == 1}
     if 0 not in single or any(numbers[0] == 0 and numbers[1:] for numbers in values.values()):
         raise DataError(f'{path}: labels must name 0 alone, as {{"background": 0}}; got {values}')
     if len({*values.values()}) < len(values):
         raise DataError(f"{path}: labels has two names for one thing: {values}")
     classes = tuple(single.get(label, f"label {label}") for label in every)
-    return classes, {name: numbers for name, numbers in values.items() if numbers != (0,)}
+    regions = {name: numbers for name, numbers in values.items() if numbers != (0,)}
+    return classes, regions, ignore

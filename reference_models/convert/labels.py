@@ -1,0 +1,283 @@
+"""What the numbers and colours in masks stand for, and masks with labels in their place.
+
+Rules, the first that fits: masks of 0, 1, 2 and so on hold labels as they are; of 0 and 255, or of
+black and one colour, the latter is label 1; of anything else `--labels` has to say what each of
+them is.
+
+Shapes: S spatial axes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from ..data.endings import NIFTI, VOLUMES
+from ..data.folder import INTEGRAL
+from ..data.images import read_image, read_labels
+from ..data.nnunet import IGNORE, MOST_LABELS
+from ..data.volumes import open_volume, read_voxels
+from ..errors import DataError, reading, shown
+from .pairing import File
+
+COLOUR = 1 << 24  # what is added to 0xRRGGBB, so that no colour is taken for a grey level
+WHITE = 255
+_MANY = 30  # values that nobody has chosen: as of masks that were smoothed or packed with loss
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What masks hold.
+
+    Args:
+        names: of the labels, in their order; the background first, and what is ignored last.
+        of_value: the label of each value, such as 255 or a colour.
+        said: how that was found out, in a sentence.
+    """
+
+    names: tuple[str, ...]
+    of_value: Mapping[int, int]
+    said: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a mask holds.
+
+    Args:
+        path: of the mask.
+        values: each of them once.
+        plain: whether a pixel is one number, as labels are read.
+    """
+
+    path: Path
+    values: frozenset[int]
+    plain: bool = True
+
+    def holds(self, labels: Labels) -> bool:
+        """Whether what it holds are these labels as they are."""
+        return self.plain and all(labels.of_value[value] == value for value in self.values)
+
+
+def look_at_masks(files: Mapping[str, File]) -> dict[str, Held]:
+    """Reads all masks; .mha and .nrrd, which need more than is installed, are not looked into.
+
+    Raises:
+        DataError: as of `read_values`, or palettes give one label different colours.
+    """
+    masks: dict[str, Held] = {}
+    colours: dict[int, tuple[tuple[int, ...], Path]] = {}
+    console = Console(stderr=True)
+    for name, file in track(files.items(), "reading masks", console=console, transient=True):
+        if file.ending in VOLUMES and file.ending not in NIFTI:
+            masks[name] = Held(file.path, frozenset())
+            continue
+        values_S = read_values(file)
+        values = frozenset(np.unique(values_S).tolist())
+        palette = {} if file.ending in VOLUMES else _palette(file.path)
+        for value in palette.keys() & values:
+            colour, other = colours.setdefault(value, (palette[value], file.path))
+            if colour != palette[value]:
+                raise DataError(
+                    f"{file.path}: its palette gives {value} the colour {palette[value]}, but that "
+                    f"of {other} {colour}, so that numbers are no labels; save all masks as RGB"
+                )
+        masks[name] = Held(file.path, values, file.ending in VOLUMES or _single(file.path))
+    return masks
+
+
+def _single(path: Path) -> bool:
+    """Whether an image has one number a pixel."""
+    with Image.open(path) as image:
+        return image.mode in ("1", "L", "P")
+
+
+def _palette(path: Path) -> dict[int, tuple[int, ...]]:
+    """The colours of an image's palette by place; none where they are grey, or there is none."""
+    with Image.open(path) as image:
+        colours = np.array(image.getpalette() or [], int).reshape(-1, 3)
+    if (colours == colours[:, :1]).all():
+        return {}
+    return {place: tuple(colour) for place, colour in enumerate(colours.tolist())}
+
+
+def read_values(file: File) -> np.ndarray:
+    """Reads what a mask holds at each pixel: a number, or a colour as `COLOUR` + 0xRRGGBB.
+
+    Raises:
+        DataError: it cannot be read, is packed with loss, or holds fractions.
+    """
+    path = str(file.path)
+    if file.ending in VOLUMES:
+        voxels_S = read_voxels(path, open_volume(path))
+        values_S = np.rint(voxels_S)
+        if np.abs(voxels_S - values_S).max() > INTEGRAL:
+            raise DataError(f"{path}: holds fractions, expected a whole number for each label")
+        return values_S.astype(np.int32)
+    with reading(path, "cannot be read as a mask", "write it again"):
+        single = _single(file.path)
+    if single or file.ending == ".jpg":  # the latter is refused
+        return read_labels(path)
+    image_S3 = read_image(path).astype(np.int32)
+    grey_S = image_S3[..., 0]
+    if (image_S3 == grey_S[..., None]).all():
+        return grey_S
+    values_S = image_S3 @ np.array([1 << 16, 1 << 8, 1])
+    return np.where(values_S == 0, 0, values_S + COLOUR)
+
+
+def find_labels(masks: Mapping[str, Held], given: Sequence[str]) -> Labels:
+    """Decides what each value is.
+
+    Args:
+        masks: as of `look_at_masks`.
+        given: names, each with the value that masks hold there or none of them, as in background=0
+            lesion=255; none at all where that can be one thing only.
+
+    Raises:
+        DataError: that is not to be known, or `given` does not fit what was found.
+    """
+    found = {value: mask.path for mask in masks.values() for value in mask.values}
+    names, values = _parsed(given)
+    if not names:
+        names, values = _guessed(found)
+    elif not values:
+        values = [*range(len(names))]
+        if len(names) == 2:
+            values = _binary(found) or values
+    order = sorted(range(len(names)), key=lambda place: names[place] == IGNORE)  # which is stable
+    names, values = tuple(names[place] for place in order), [values[place] for place in order]
+    if strange := sorted({*found} - {*values}):
+        raise DataError(
+            f"{found[strange[0]]}: holds {_written(strange[0])}, which is none of --labels "
+            f"({', '.join(map(_written, values))}); masks hold {_list(found)}: give each its name, "
+            f"as in --labels {_example(found)}"
+        )
+    of_value = {value: label for label, value in enumerate(values)}
+    if all(value == label for value, label in of_value.items()):
+        said = f"The masks hold labels as they are: {_table(names, values)}."
+    else:
+        said = f"Masks are written anew, with labels for what they hold: {_table(names, values)}."
+    return Labels(names, of_value, said)
+
+
+def _parsed(given: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Takes name=value apart: the names, and the values, of which there are none or all.
+
+    Raises:
+        DataError: a value is no number and no colour, or names or values are there twice.
+    """
+    names, values = [], []
+    for text in given:
+        name, equals, value = text.rpartition("=")
+        names.append((name if equals else text).strip())
+        if equals:
+            if re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+                number = int(value[1:], 16)
+                red, green, blue = number >> 16, number >> 8 & 255, number & 255
+                values.append(red if red == green == blue else COLOUR + number)
+            elif value.isascii() and value.isdecimal():
+                values.append(int(value))
+            else:
+                raise DataError(
+                    f"labels: got {text}, expected a name, or a name and what masks hold there, "
+                    "such as lesion=255 or lesion=#ff0000"
+                )
+    if given and (
+        "" in names
+        or not 2 <= len(names) <= MOST_LABELS
+        or len({*names}) < len(names)
+        or len({*values}) < len(values)
+        or len(values) not in (0, len(names))
+    ):
+        raise DataError(
+            f"labels: got {' '.join(given)}; expected two or more names, the background first, each "
+            "once, and a value for each or for none, such as background=0 lesion=255"
+        )
+    return names, values
+
+
+def _guessed(found: Mapping[int, Path]) -> tuple[list[str], list[int]]:
+    """Names what masks hold where that can be one thing only.
+
+    Raises:
+        DataError: it can be several.
+    """
+    values = sorted(found)
+    if not values:
+        raise DataError(
+            "labels: masks that end in .mha or .nrrd are not looked into; name their labels, as in "
+            "--labels background tumour"
+        )
+    if values == [0]:
+        raise DataError("all masks are background alone (only 0); look at what --masks names")
+    if len(values) > _MANY:
+        raise DataError(
+            f"{found[values[1]]}: masks hold {len(values)} values, {_list(found)}, as if smoothed, "
+            "packed as JPEG, or no masks at all; export them again, one number for each label"
+        )
+    top = values[-1]
+    if top < MOST_LABELS and values in ([1], [*range(top + 1)]):
+        names = ["foreground"] if top == 1 else [f"label {label}" for label in range(1, top + 1)]
+        return ["background", *names], [*range(top + 1)]
+    if binary := _binary(found):
+        return ["background", "foreground"], binary
+    raise DataError(
+        f"{found[top]}: masks hold {_list(found)}, and which is which is not known; say so by "
+        f"--labels {_example(found)}"
+    )
+
+
+def _binary(found: Mapping[int, Path]) -> list[int]:
+    """The values of masks that are black and white, or black and one colour; else none."""
+    top = max(found, default=0)
+    return [0, top] if {*found} <= {0, top} and (top == WHITE or top >= COLOUR) else []
+
+
+def _written(value: int) -> str:
+    return f"#{value - COLOUR:06x}" if value >= COLOUR else str(value)
+
+
+def _list(found: Mapping[int, Path]) -> str:
+    return shown([_written(value) for value in sorted(found)], 8)
+
+
+def _example(found: Mapping[int, Path]) -> str:
+    """A --labels for what was found, which needs names alone."""
+    others = [_written(value) for value in sorted({*found} - {0})]
+    named = [f"'label{place}={value}'" for place, value in enumerate(others[:8], 1)]
+    return " ".join(["background=0", *named])
+
+
+def _table(names: Sequence[str], values: Sequence[int]) -> str:
+    return ", ".join(
+        f"{label} {name}" + (f" (of {_written(value)})" if value != label else "")
+        for label, (name, value) in enumerate(zip(names, values, strict=True))
+    )
+
+
+def write_labels(file: File, target: Path, labels: Labels) -> None:
+    """Writes a mask with labels for its values, 8 bits each, in the format of its new ending.
+
+    Raises:
+        DataError: as of `read_values`.
+    """
+    values_S = read_values(file)
+    labels_S = np.zeros(values_S.shape, np.uint8)
+    for value, label in labels.of_value.items():
+        labels_S[values_S == value] = label
+    if file.ending not in NIFTI:
+        Image.fromarray(labels_S).save(target)
+        return
+    header = open_volume(str(file.path)).header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    nibabel.save(nibabel.Nifti1Image(labels_S, None, header), target)
