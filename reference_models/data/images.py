@@ -1,13 +1,18 @@
-"""Reads images of 2D data sets from files: upright, 8 bits a channel, to their end."""
+"""Reads images and masks of 2D data sets from files: upright, 8 bits a channel, to their end.
+
+Shapes: H rows, W columns.
+"""
 
 from __future__ import annotations
 
 import struct
 import unicodedata
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from ..errors import reading
 
@@ -21,8 +26,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)  # of these, those by which rows become columns
 
 _SHORT = 3  # EXIF's code of a number of 16 bits
+_LOSSLESS = ("PNG", "TIFF", "BMP")
+_FORMATS = (*_LOSSLESS, "JPEG", "MPO")  # MPO: a phone's JPEG, with further pictures behind it
 
 
 def read_image(path: Path | str) -> np.ndarray:
@@ -34,18 +42,83 @@ def read_image(path: Path | str) -> np.ndarray:
     Raises:
         DataError: it is damaged, or not of 8 opaque bits a channel.
     """
-    with reading(path, "cannot be read as an image", "copy or export it again"):
-        with Image.open(path) as image:
-            image.verify()  # a PNG's checksums, which decoding alone does not look at to the end
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # which Pillow would cut off at 255
-                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-            turn = _TURNS.get(_orientation(image))
-            upright = image if turn is None else image.transpose(turn)
-            see_through = "A" in image.mode or "transparency" in image.info
-            if see_through and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
-                raise ValueError("parts of it are transparent, and what lies behind is not known")
-            return np.asarray(upright.convert("RGB"))
+    with _reading(path), _upright(path) as image:
+        see_through = "A" in image.mode or "transparency" in image.info
+        if see_through and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            raise ValueError("parts of it are transparent, and what lies behind is not known")
+        return np.asarray(image.convert("RGB"))
+
+
+def read_labels(path: Path | str) -> np.ndarray:
+    """Reads a mask as rows x columns, uint8: its pixels' numbers, of a palette their places in it.
+
+    Raises:
+        DataError: it is damaged, packed with loss, or not of one number of up to 8 bits a pixel.
+    """
+    with reading(path, "cannot be read as a mask", "write it again"):
+        with _upright(path) as image:
+            lossy = image.format not in _LOSSLESS or image.info.get("compression") == "jpeg"
+            if lossy:
+                raise ValueError("it is packed as JPEG, which changes labels; expected PNG or TIFF")
+            if image.mode not in ("1", "L", "P"):
+                raise ValueError(
+                    f"a {image.format} of mode {image.mode}, expected one label a pixel: 8 bits, "
+                    "grey or palette"
+                )
+            labels_HW = np.asarray(image).astype(np.uint8)
+            palette = np.array(image.getpalette() or [], np.int64).reshape(-1, 3)
+        colours = palette[: int(labels_HW.max()) + 1]
+        # Of colours, places in the palette are the labels. Of greys that do not rise with their
+        # places they need not be: tools that make files small put greys into any order.
+        if (colours == colours[:, :1]).all() and (np.diff(colours[:, 0]) < 0).any():
+            raise ValueError(
+                f"its palette's greys are {', '.join(map(str, colours[:5, 0]))}, so that place and "
+                "grey level are different labels; write it as 8-bit grey"
+            )
+        return labels_HW
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """Reads from a file's header how many rows and columns it has when it is upright.
+
+    Raises:
+        DataError: it is no image that can be read here.
+    """
+    with _reading(path), Image.open(path, formats=_FORMATS) as image:
+        columns, rows = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # some Pillows turn its size
+            columns, rows = (int(image.tag_v2[tag]) for tag in (_COLUMNS, _ROWS))
+        return (columns, rows) if _orientation(image) in _ON_ITS_SIDE else (rows, columns)
+
+
+_COLUMNS, _ROWS = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
+
+
+def _reading(path: Path | str) -> AbstractContextManager[None]:
+    """Names the file of whatever Pillow raises."""
+    return reading(path, "cannot be read as an image", "copy or export it again")
+
+
+@contextmanager
+def _upright(path: Path | str) -> Iterator[Image.Image]:
+    """Decodes a file's only image, of 8 bits a channel, and turns it as its EXIF says."""
+    with Image.open(path, formats=_FORMATS) as image:
+        image.verify()  # a PNG's checksums, which decoding alone does not look at to the end
+    with Image.open(path, formats=_FORMATS) as image:
+        # Pillow cuts the one off at 255, and of the other takes the upper 8 bits.
+        if image.mode[0] in "IF" or ";16" in str(image.tile):
+            bits = f"mode {image.mode}" if image.mode[0] in "IF" else "16 bits a channel"
+            raise ValueError(f"{bits}, expected 8 bits a channel; bring it to 0..255")
+        if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+            raise ValueError(f"{frames} images in one file, expected one")
+        image.load()  # by which Pillow turns a TIFF by itself, and forgets its orientation
+        turn = _TURNS.get(_orientation(image))
+        if turn is None:
+            yield image
+        else:
+            turned = image.transpose(turn)
+            turned.format = image.format
+            yield turned
 
 
 def _orientation(image: Image.Image) -> int:
