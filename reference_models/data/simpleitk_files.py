@@ -76,10 +76,9 @@ class SimpleItkVolume(Volume):
             return np.array(sitk.GetArrayViewFromImage(image).T, np.float32, order="F")
 
     def oddities(self) -> list[str]:
-        side = next(
-            (self._fields[n] for n in _SIDES[_ending(self.path)] if n in self._fields), None
-        )
-        if side is None or side.lower().startswith(("scanner", "3d")):
+        sides = [self._fields.get(name) for name in _SIDES[_ending(self.path)]]
+        side = next(filter(None, sides), "3d")
+        if side.lower().startswith(("scanner", "3d")):
             return ["header does not say which side is left; taken from right to left"]
         return []
 
@@ -130,7 +129,7 @@ def _simpleitk(path: str) -> Any:
         DataError: it is not installed.
     """
     try:
-        import SimpleITK as sitk  # noqa: N813
+        import SimpleITK as sitk
     except ImportError as error:
         raise DataError(
             f"{path}: {_ending(path)} files are read by SimpleITK, which cannot be imported "

@@ -77,8 +77,8 @@ class ImageFramingSettings(FramingSettings):
     size: int = 224
     """Pixels a side that the network sees."""
     crop: int | Literal["paper", "whole"] = "paper"
-    """Native pixels a side of the central crop, or whole; paper: 512 for FairSeg, 1024 for HAM10000,
-    whole for a folder."""
+    """Native pixels a side of the central crop, or whole; paper: 512 for FairSeg, 1024 for
+    HAM10000, whole for a folder."""
     augment: Literal["paper", "shift", "none"] = "paper"
     """How training images are varied. paper: turned, flipped and rotated as in the paper's code;
     shift: moved by up to a twelfth of the size, where all are in one pose."""

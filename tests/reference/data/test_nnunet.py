@@ -98,7 +98,10 @@ BAD_LAYOUTS = {
     "trailing comma": ('{"labels": {"background": 0,},}', "not readable json .*line 1"),
     "a list": ("[]", "expected an object"),
     "a dataset key": ({"dataset": {}}, "by the key 'dataset'"),
-    "other ending": ({"file_ending": ".nrrd"}, "file_ending is '.nrrd', expected .nii.gz or .nii"),
+    "other ending": (
+        {"file_ending": ".dcm"},
+        "file_ending is '.dcm', expected one of .nii.gz, .nii, .mha",
+    ),
     "no channels": ({"channel_names": None}, "channel_names must name"),
     "empty channels": ({"channel_names": {}}, "names no channel"),
     "channels from 1": ({"channel_names": {"1": "CT"}}, "channel_names must name"),
