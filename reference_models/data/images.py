@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image
 
 from ..errors import reading
 
@@ -42,7 +42,12 @@ def read_image(path: Path | str) -> np.ndarray:
     Raises:
         DataError: it is damaged, or not of 8 opaque bits a channel.
     """
-    with _reading(path), _upright(path) as image:
+    with _reading(path), _opened(path) as image:
+        # Pillow cuts these off at 255, and of 16 bits a colour takes the upper 8.
+        if image.mode[0] in "IF" or ";16" in str(image.tile):
+            bits = f"mode {image.mode}" if image.mode[0] in "IF" else "16 bits a channel"
+            raise ValueError(f"{bits}, expected 8 bits a channel; bring its intensities to 0..255")
+        image = _upright(image)
         see_through = "A" in image.mode or "transparency" in image.info
         if see_through and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
             raise ValueError("parts of it are transparent, and what lies behind is not known")
@@ -55,18 +60,17 @@ def read_labels(path: Path | str) -> np.ndarray:
     Raises:
         DataError: it is damaged, packed with loss, or not of one number of up to 8 bits a pixel.
     """
-    with reading(path, "cannot be read as a mask", "write it again"):
-        with _upright(path) as image:
-            lossy = image.format not in _LOSSLESS or image.info.get("compression") == "jpeg"
-            if lossy:
-                raise ValueError("it is packed as JPEG, which changes labels; expected PNG or TIFF")
-            if image.mode not in ("1", "L", "P"):
-                raise ValueError(
-                    f"a {image.format} of mode {image.mode}, expected one label a pixel: 8 bits, "
-                    "grey or palette"
-                )
-            labels_HW = np.asarray(image).astype(np.uint8)
-            palette = np.array(image.getpalette() or [], np.int64).reshape(-1, 3)
+    with reading(path, "cannot be read", "write it again"), _opened(path) as image:
+        if image.format not in _LOSSLESS or image.info.get("compression") == "jpeg":
+            raise ValueError("it is packed as JPEG, which changes labels; expected PNG or TIFF")
+        if image.mode not in ("1", "L", "P"):
+            raise ValueError(
+                f"a {image.format} of mode {image.mode}, expected one label a pixel: 8 bits, grey "
+                "or palette"
+            )
+        image = _upright(image)
+        labels_HW = np.asarray(image).astype(np.uint8)
+        palette = np.array(image.getpalette() or [], np.int64).reshape(-1, 3)
         colours = palette[: int(labels_HW.max()) + 1]
         # Of colours, places in the palette are the labels. Of greys that do not rise with their
         # places they need not be: tools that make files small put greys into any order.
@@ -86,12 +90,10 @@ def image_size(path: Path | str) -> tuple[int, int]:
     """
     with _reading(path), Image.open(path, formats=_FORMATS) as image:
         columns, rows = image.size
-        if isinstance(image, TiffImagePlugin.TiffImageFile):  # some Pillows turn its size
-            columns, rows = (int(image.tag_v2[tag]) for tag in (_COLUMNS, _ROWS))
-        return (columns, rows) if _orientation(image) in _ON_ITS_SIDE else (rows, columns)
-
-
-_COLUMNS, _ROWS = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
+        # Of a PNG, Pillow would decode all to look for EXIF behind the pixels.
+        told = image.format != "PNG" or {"exif", "XML:com.adobe.xmp"} & image.info.keys()
+        lying = bool(told) and _orientation(image) in _ON_ITS_SIDE
+        return (columns, rows) if lying else (rows, columns)
 
 
 def _reading(path: Path | str) -> AbstractContextManager[None]:
@@ -100,25 +102,21 @@ def _reading(path: Path | str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _upright(path: Path | str) -> Iterator[Image.Image]:
-    """Decodes a file's only image, of 8 bits a channel, and turns it as its EXIF says."""
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """Opens a file of a single image, of which nothing has been decoded yet."""
     with Image.open(path, formats=_FORMATS) as image:
         image.verify()  # a PNG's checksums, which decoding alone does not look at to the end
     with Image.open(path, formats=_FORMATS) as image:
-        # Pillow cuts the one off at 255, and of the other takes the upper 8 bits.
-        if image.mode[0] in "IF" or ";16" in str(image.tile):
-            bits = f"mode {image.mode}" if image.mode[0] in "IF" else "16 bits a channel"
-            raise ValueError(f"{bits}, expected 8 bits a channel; bring it to 0..255")
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
             raise ValueError(f"{frames} images in one file, expected one")
-        image.load()  # by which Pillow turns a TIFF by itself, and forgets its orientation
-        turn = _TURNS.get(_orientation(image))
-        if turn is None:
-            yield image
-        else:
-            turned = image.transpose(turn)
-            turned.format = image.format
-            yield turned
+        yield image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decodes an image and turns it as its EXIF says."""
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -128,12 +126,16 @@ def _orientation(image: Image.Image) -> int:
     `getexif` takes an EXIF block that it cannot read for an empty one.
 
     Raises:
-        ValueError: it is no EXIF block.
+        ValueError: it is no EXIF block; or it is a TIFF that lies otherwise, which some versions of
+            Pillow turn by themselves, and some uncompressed ones wrongly.
         struct.error: its directory is cut off.
     """
     tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
     if not tiff:  # XMP and TIFF have it elsewhere
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        side = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        if image.format == "TIFF" and side in _TURNS:
+            raise ValueError(f"a TIFF of orientation {side}; save it upright, with orientation 1")
+        return side
     if (order := {b"II": "<", b"MM": ">"}.get(tiff[:2])) is None:
         raise ValueError("its EXIF is damaged, so that which side is up is not known")
     (start,) = struct.unpack_from(f"{order}L", tiff, 4)

@@ -17,7 +17,7 @@ from ..errors import DataError
 from .endings import IMAGES, NIFTI, split_ending
 from .images import image_size, read_image, read_labels
 from .nifti_files import NiftiVolume
-from .simpleitk_files import SimpleItkVolume
+from .simpleitk_files import SimpleItkVolume, import_simpleitk
 from .volumes import Volume, canonical_grid, require_one_grid
 
 
@@ -148,8 +148,16 @@ def open_volume(path: str) -> Volume:
 
 
 def reader_of(ending: str, channels: int) -> Reader:
-    """Chooses what reads files of an ending, `channels` of a case."""
-    return ImageReader(channels) if ending in IMAGES else VolumeReader()
+    """Chooses what reads files of an ending, `channels` of a case.
+
+    Raises:
+        DataError: a package that is needed for them is not installed.
+    """
+    if ending in IMAGES:
+        return ImageReader(channels)
+    if ending not in NIFTI:
+        import_simpleitk(ending)
+    return VolumeReader()
 
 
 def _opened(images: Sequence[str], mask: str | None) -> list[Volume]:

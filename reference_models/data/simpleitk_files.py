@@ -42,7 +42,7 @@ class SimpleItkVolume(Volume):
     """
 
     def __init__(self, path: str) -> None:
-        sitk = _simpleitk(path)
+        sitk = import_simpleitk(_ending(path))
         with _reading(path):
             self._fields, self._start = _header(path)
             reader = sitk.ImageFileReader()
@@ -67,7 +67,7 @@ class SimpleItkVolume(Volume):
         header.set_qform(affine, _SCANNER)
 
     def stored(self) -> np.ndarray:
-        sitk = _simpleitk(self.path)
+        sitk = import_simpleitk(_ending(self.path))
         with _reading(self.path):
             if self._fields.get("compresseddata", "").lower() == "true":
                 self._require_sum()
@@ -122,8 +122,8 @@ def _require_whole(path: str, fields: Mapping[str, str]) -> None:
         raise DataError(f"{path}: lengths are in {', '.join(sorted(units))}, expected mm")
 
 
-def _simpleitk(path: str) -> Any:
-    """Imports SimpleITK.
+def import_simpleitk(ending: str) -> Any:
+    """Imports SimpleITK, to read files of an ending.
 
     Raises:
         DataError: it is not installed.
@@ -132,9 +132,8 @@ def _simpleitk(path: str) -> Any:
         import SimpleITK as sitk
     except ImportError as error:
         raise DataError(
-            f"{path}: {_ending(path)} files are read by SimpleITK, which cannot be imported "
-            f"here ({error}); install it by `pip install SimpleITK`, or convert the files to "
-            ".nii.gz"
+            f"{ending} files are read by SimpleITK, which cannot be imported here ({error}); "
+            "install it by `pip install SimpleITK`, or convert the files to .nii.gz"
         ) from error
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     return sitk

@@ -130,10 +130,11 @@ def assign_masks(
         for case_id in case_ids
         if len(files.get(case_id, ())) > 1
     ]
+    *suffixes, last = SUFFIXES[axes]
     if missing:
         faults.append(
             f"{len(missing)} of {len(case_ids)} cases have no mask "
-            f"(<case id>{' or <case id>'.join(SUFFIXES[axes])}): {shown(missing)}."
+            f"(<case id>{', '.join(suffixes)} or {last}): {shown(missing)}."
         )
     for stems, what in (
         ([stem for stem in extra if stem not in others], "of no case of this split"),
