@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def convert(settings: ConvertSettings) -> list[str]:
         What was done and what could not be, in sentences; the next command comes last.
 
     Raises:
-        DataError: `to` is there already, or what is to be written is not to be known from the files.
+        DataError: `to` is there already, or the files do not say what is to be written.
     """
     to = settings.to
     if to.is_symlink() or (to.exists() and not (to.is_dir() and not any(to.iterdir()))):
@@ -101,7 +102,8 @@ def convert(settings: ConvertSettings) -> list[str]:
         f"{copied} files are copied, since the system allows no links here."
         if copied
         else "Files are links to yours: leave those where they are, or copy the folder by cp -rL.",
-        f"Written: {to}. Next: python -m reference_models check --data folder --root {to}",
+        f"Written: {to}. Next: python -m reference_models check --data folder --root "
+        f"{shlex.quote(str(to))}",
     ]
 
 
@@ -119,41 +121,27 @@ def _channels(pairs: Mapping[str, Pair], names: tuple[str, ...]) -> tuple[tuple[
     """The channels' names, and a sentence on how that makes intensities be scaled.
 
     Raises:
-        DataError: images are grey and coloured, or there are not as many channels as names.
+        DataError: there are not as many channels as names, or an image cannot be read.
     """
     count = len(next(iter(pairs.values())).channels)
-    if _ending(pairs) in VOLUMES:
-        usual: tuple[str, ...] = tuple(f"channel {number}" for number in range(count))
-    else:
-        first: dict[bool, Path] = {}
-        for case in pairs.values():
-            for image in case.channels.values():
-                with reading(image.path, "cannot be read as an image", "export it again"):
-                    with Image.open(image.path) as opened:
-                        first.setdefault(opened.mode in _GREY, image.path)
-        if len(first) == 2:
-            raise DataError(
-                f"{first[True]} is grey and {first[False]} has colours; save all images alike"
-            )
-        if True in first:
-            usual = ("grey",) if count == 1 else tuple(f"grey {n}" for n in range(count))
-        elif count == 1:
-            usual = _RGB
-        else:
-            raise DataError(
-                f"{first[False]} has colours, but is one of {count} channels, which have to be grey"
-            )
+    images = [image.path for case in pairs.values() for image in case.channels.values()]
+    usual: tuple[str, ...] = ("image",)
+    if count > 1:
+        usual = tuple(f"channel {number}" for number in range(count))
+    elif _ending(pairs) not in VOLUMES and not all(map(_is_grey, images)):
+        usual = _RGB  # grey images among them count as three channels alike
     if names and len(names) != len(usual):
         raise DataError(f"channels: got {', '.join(names)}, but images have {len(usual)} of them")
     said = (
-        ""
-        if names
-        else (
-            f"Channels are called {', '.join(usual)}, so that each is brought to mean 0 and variance 1 "
-            "in every image; name them by --channels, such as CT of a CT in Hounsfield units."
-        )
+        f"Channels are called {', '.join(usual)}, so that each is brought to mean 0 and variance 1 "
+        "in every image; name them by --channels, such as CT of a CT in Hounsfield units."
     )
-    return names or usual, said
+    return (names, "") if names else (usual, said)
+
+
+def _is_grey(path: Path) -> bool:
+    with reading(path, "cannot be read as an image", "export it again"), Image.open(path) as image:
+        return image.mode in _GREY
 
 
 def _link(source: Path, target: Path) -> bool:

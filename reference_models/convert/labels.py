@@ -24,7 +24,7 @@ from ..data.endings import NIFTI, VOLUMES
 from ..data.folder import INTEGRAL
 from ..data.images import read_image, read_labels
 from ..data.nnunet import IGNORE, MOST_LABELS
-from ..data.volumes import open_volume, read_voxels
+from ..data.readers import open_volume
 from ..errors import DataError, reading, shown
 from .pairing import File
 
@@ -117,12 +117,12 @@ def read_values(file: File) -> np.ndarray:
     """
     path = str(file.path)
     if file.ending in VOLUMES:
-        voxels_S = read_voxels(path, open_volume(path))
+        voxels_S = open_volume(path).read()
         values_S = np.rint(voxels_S)
         if np.abs(voxels_S - values_S).max() > INTEGRAL:
             raise DataError(f"{path}: holds fractions, expected a whole number for each label")
         return values_S.astype(np.int32)
-    with reading(path, "cannot be read as a mask", "write it again"):
+    with reading(path, "cannot be read", "write it again"):
         single = _single(file.path)
     if single or file.ending == ".jpg":  # the latter is refused
         return read_labels(path)
@@ -199,8 +199,8 @@ def _parsed(given: Sequence[str]) -> tuple[list[str], list[int]]:
         or len(values) not in (0, len(names))
     ):
         raise DataError(
-            f"labels: got {' '.join(given)}; expected two or more names, the background first, each "
-            "once, and a value for each or for none, such as background=0 lesion=255"
+            f"labels: got {' '.join(given)}; expected two or more names, the background first, "
+            "each once, and a value for each or for none, such as background=0 lesion=255"
         )
     return names, values
 

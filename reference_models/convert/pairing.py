@@ -1,9 +1,9 @@
 """Which mask is whose: images and masks are paired by their names without the ending.
 
-A mask is called as its image is, where neither counts what tools put around a name: mask, seg,
-segmentation, label, gt, annotation (and their plurals) of a mask, image or img of an image, behind
-the name or before it, set off by _, -, a dot or a blank. So p1.png or p1_img.png go with p1_mask.png,
-and image_01.png with mask_01.png. Names count as text, accents however the system writes them.
+A mask is called as its image is. What tools put behind a name or before it does not count: mask,
+seg, segmentation, label, gt or annotation (or their plurals) of a mask, image or img of an image,
+set off by _, -, a dot or a blank. So p1.png or p1_img.png go with p1_mask.png, and image_01.png
+with mask_01.png. Names count as text, accents however the system writes them.
 
 `_0000` to `_9999` behind an image's name is a channel only where its mask is called without it.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.endings import ENDINGS, IMAGES, NIFTI, find_ending
+from ..data.endings import ENDINGS, IMAGES, NIFTI, split_ending
 from ..data.table import alike, nfc
 from ..errors import DataError, shown
 
@@ -26,7 +26,7 @@ _SHORT = {".tiff": ".tif", ".jpeg": ".jpg"}  # one ending for what may be writte
 
 @dataclass(frozen=True)
 class File:
-    """A file: its name without the ending, accents as everywhere, and the ending as it is linked."""
+    """A file: its name without the ending, in NFC, and the ending that a link to it has."""
 
     path: Path
     stem: str
@@ -118,7 +118,7 @@ def _files(flag: str, folder: Path) -> list[File]:
         raise DataError(f"{folder}: no such folder ({flag})")
     files, others = [], []
     for path in sorted(folder.iterdir()):
-        ending = find_ending(path.name)
+        stem, ending = split_ending(path.name)
         if path.name.startswith("."):
             continue
         if path.is_dir():
@@ -126,8 +126,7 @@ def _files(flag: str, folder: Path) -> list[File]:
         elif ending is None:
             others.append(path.name)
         else:
-            stem = nfc(path.name[: -len(ending)])
-            files.append(File(path, stem, _SHORT.get(ending, ending)))
+            files.append(File(path, nfc(stem), _SHORT.get(ending, ending)))
     if not files:
         raise DataError(
             f"{folder}: has no file that ends in {', '.join(ENDINGS)} ({flag}); it has "
@@ -167,8 +166,8 @@ def pair(images: Sequence[File], masks: Sequence[File]) -> Pairing:
         raise DataError("\n".join(faults))
     if not pairs:
         raise DataError(
-            f"no image and no mask are called alike: images are {_few(images)}, masks {_few(masks)}; "
-            "a mask has its image's name, with _mask, _seg, _segmentation or _label behind it or "
+            f"no image and no mask are called alike: images are {_few(images)}, masks "
+            f"{_few(masks)}; a mask has its image's name, with _mask, _seg, _segmentation or _label behind it or "
             "nothing"
         )
     pairs = dict(sorted(pairs.items()))
@@ -235,6 +234,6 @@ def _require_endings(pairs: dict[str, Pair]) -> None:
     for case in pairs.values():
         if case.mask.ending not in alike_enough:
             raise DataError(
-                f"{case.mask.path}: ends in {case.mask.ending}, but its image in {endings[0]}; save "
-                f"masks as {' or '.join(alike_enough)}"
+                f"{case.mask.path}: ends in {case.mask.ending}, but its image in {endings[0]}; "
+                f"save masks as {' or '.join(alike_enough)}"
             )

@@ -1,4 +1,4 @@
-"""Reads a csv whose rows are images, whatever its columns are called, as rows of `attributes.csv`."""
+"""Makes the rows of `attributes.csv` of a csv whose columns may be called anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from ..data.attributes_csv import RESERVED
-from ..data.endings import find_ending
+from ..data.endings import split_ending
 from ..data.table import Row, Table, nfc, read_table
 from ..errors import DataError, report_faults, shown
 from .pairing import Pair
@@ -108,8 +108,7 @@ def _called(pair: Pair) -> list[str]:
 def _case(cell: str, known: Mapping[str, str]) -> str | None:
     """The case that a cell names, by its id or a file of it, in whatever folder."""
     name = nfc(PureWindowsPath(cell).name)
-    ending = find_ending(name) or ""
-    return known.get(cell) or known.get(name) or known.get(name[: len(name) - len(ending)])
+    return known.get(cell) or known.get(name) or known.get(split_ending(name)[0])
 
 
 def _case_column(table: Table, known: Mapping[str, str]) -> str:
@@ -123,8 +122,8 @@ def _case_column(table: Table, known: Mapping[str, str]) -> str:
     if not counts[best]:
         cells = [f"{column} ({table.rows[0].cells[column]!r})" for column in table.columns]
         raise DataError(
-            f"{table.path}: no column names the images, which are {shown(sorted(known.values()), 3)}"
-            f"; its columns are, with their first cells, {shown(cells, 10)}"
+            f"{table.path}: no column names the images, which are "
+            f"{shown(sorted({*known.values()}), 3)}; its columns are, with their first cells, {shown(cells, 10)}"
         )
     return best
 

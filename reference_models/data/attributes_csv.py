@@ -17,6 +17,7 @@ from pathlib import Path, PureWindowsPath
 
 from ..errors import DataError, shown
 from .cases import SPLITS, UNKNOWN, Attribute
+from .endings import split_ending
 from .table import UNKNOWN_TEXTS, Cells, Row, Table, alike, doubtful_identifiers, nfc, read_table
 
 RESERVED = ("case", "subject", "split")
@@ -219,7 +220,7 @@ def _case_of(text: str, case_ids: Collection[str], *, channels: bool) -> str | N
     Where a csv tells of other cases too, pat_0001 may be one of them, and not an image of pat.
     """
     name = PureWindowsPath(text).name
-    stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+    stem, _ = split_ending(name)
     names = (text, name, stem, *([re.sub(r"_\d{4}$", "", stem)] if channels else []))
     return next((name for name in names if name in case_ids), None)
 

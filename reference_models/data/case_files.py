@@ -1,8 +1,9 @@
 """Finds which files of nnU-Net's folders make up which case.
 
 Read from nnU-Net's pages: `imagesTr/<case>_0000.nii.gz`, `_0001` and so on, one file a channel,
-`labelsTr/<case>.nii.gz`, the same for test cases in `imagesTs` and `labelsTs`. Older ones (nnU-Net
-v1, the Medical Segmentation Decathlon) give images of one channel without a `_0000`.
+`labelsTr/<case>.nii.gz`, the same for test cases in `imagesTs` and `labelsTs`. Of images, red,
+green and blue may stand in one file, `imagesTr/<case>_0000.png`. Older folders (nnU-Net v1, the
+Medical Segmentation Decathlon) give images of one file without a `_0000`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import DataError, shown
-from .nnunet import ENDINGS, Layout
+from .endings import IMAGES, LOSSLESS, NIFTI, VOLUMES, split_ending
+from .nifti_files import misnamed
+from .nnunet import Layout
 from .table import nfc
-from .volumes import misnamed
 
 # Folders of images and of labels, whether each image needs a label, and nnU-Net's split.
 FOLDERS = (("imagesTr", "labelsTr", True, None), ("imagesTs", "labelsTs", False, "test"))
@@ -77,6 +80,15 @@ def list_cases(
     found: dict[str, CaseFiles] = {}
     broken: set[str] = set()
     causes = _Causes()
+    files = {
+        folder: _files(root / folder, layout, causes, notes, masks=masks)
+        for images, labels, _, _ in FOLDERS
+        for folder, masks in ((images, False), (labels, True))
+    }
+    channels = layout.channels
+    numbers = {_channel(stem)[1] for images, *_ in FOLDERS for stem, _ in files[images].found}
+    if layout.axes == 2 and len(channels) == 3 and not numbers & {1, 2}:
+        channels = channels[:1]  # all colours are in one file
 
     def refuse(case_id: str, path: Path, cause: str) -> None:
         broken.add(case_id)
@@ -84,18 +96,20 @@ def list_cases(
 
     for images, labels, needs_label, split in FOLDERS:
         here: dict[str, CaseFiles] = {}
-        for stem, path in _files(root / images, layout, causes, notes):
+        broken |= {_channel(stem)[0] for stem in files[images].refused}
+        for stem, path in files[images].found:
             case_id, channel = _channel(stem)
             if case_id in found:
                 refuse(case_id, path, f"its case is in {found[case_id].folder} already")
                 continue
             case = here.setdefault(case_id, CaseFiles(root / images, split))
             try:
-                _add_image(case, channel, path, layout)
+                _add_image(case, channel, path, layout, len(channels))
             except ValueError as error:
                 refuse(case_id, path, str(error))
         strays: dict[str, Path] = {}
-        for stem, path in _files(root / labels, layout, causes, notes):
+        broken |= here.keys() & files[labels].refused
+        for stem, path in files[labels].found:
             if stem in here:
                 here[stem].label = path
             elif here and stem not in broken:  # without an image at all, that is the fault
@@ -107,26 +121,26 @@ def list_cases(
                     meant[stem],
                     path,
                     "no case is called so; a label has its case's name and nothing more: rename "
-                    f"it to <case>{layout.ending}",
+                    f"it to <case>{split_ending(path.name)[1]}",
                 )
             else:
                 refuse(
                     stem, path, f"no image for it in {root / images}, <case>_0000{layout.ending}"
                 )
         for case_id, case in here.items():
-            missing = sorted({*range(len(layout.channels))} - {*case.channels})
+            missing = sorted({*range(len(channels))} - {*case.channels})
             if missing and case_id not in broken:
                 path = case.folder / f"{case_id}_{missing[0]:04}{layout.ending}"
-                refuse(case_id, path, f"no such file (channel {layout.channels[missing[0]]})")
+                refuse(case_id, path, f"no such file (channel {channels[missing[0]]})")
             if needs_label and case.label is None and case_id not in broken:
                 refuse(
                     case_id,
-                    root / labels / f"{case_id}{layout.ending}",
+                    root / labels / f"{case_id}{layout.mask_endings[0]}",
                     "no such file; an image without a mask, which can be predicted alone, belongs "
                     "into imagesTs",
                 )
             for path in (*case.channels.values(), *([case.label] if case.label else [])):
-                if misnamed(str(path)):
+                if layout.ending in NIFTI and misnamed(str(path)):
                     refuse(case_id, path, _MISNAMED[layout.ending])
         found |= here
     wrong = causes.errors()
@@ -175,22 +189,34 @@ def _cases_meant(strays: Collection[str], cases: Collection[str]) -> dict[str, s
     return meant
 
 
-def _add_image(case: CaseFiles, channel: int | None, path: Path, layout: Layout) -> None:
+def _add_image(
+    case: CaseFiles, channel: int | None, path: Path, layout: Layout, count: int
+) -> None:
     """Takes an image for a channel of its case; an image without a number is channel 0.
+
+    Args:
+        case: added to.
+        channel: its number, if it has one.
+        path: of the image.
+        layout: of the folder.
+        count: files of a case.
 
     Raises:
         ValueError: it has no number and needs one, or there is no such channel, or it is taken.
     """
-    count = len(layout.channels)
     if channel is None and count > 1:
+        parts = "split a 4D image up, and name the parts" if layout.axes == 3 else "name them"
         raise ValueError(
             f"expected a file for each of the {count} channels, <case>_0000{layout.ending} and "
-            "so on; split a 4D image up, and name the parts so"
+            f"so on; {parts} so"
         )
     channel = channel or 0
     if channel >= count:
+        named = len(layout.channels)
+        in_one = f"; its {named} colours are in one file, <case>_0000{layout.ending}"
         raise ValueError(
-            f"channel {channel:04}, but {layout.path} names {count} (0000 on); where {channel:04} "
+            f"channel {channel:04}, but {layout.path} names {named} (0000 on)"
+            f"{in_one * (named > count)}; where {channel:04} "
             f"is part of the case's name, add _0000 to it: <case>_{channel:04}_0000{layout.ending}"
         )
     if channel in case.channels:
@@ -204,35 +230,60 @@ def _channel(stem: str) -> tuple[str, int | None]:
     return (parts[1], int(parts[2])) if parts else (stem, None)
 
 
+class _Listed(NamedTuple):
+    """A folder's files.
+
+    Args:
+        found: the name without its ending, and the path.
+        refused: names without their endings of those that are no such files as they should be.
+    """
+
+    found: list[tuple[str, Path]]
+    refused: set[str]
+
+
 def _files(
-    folder: Path, layout: Layout, causes: _Causes, notes: list[str]
-) -> list[tuple[str, Path]]:
-    """Lists a folder's NIfTI files: the name without its ending, and the path.
+    folder: Path, layout: Layout, causes: _Causes, notes: list[str], *, masks: bool
+) -> _Listed:
+    """Lists a folder's images or masks.
 
     Hidden files, such as macOS's, are passed over; what else does not fit is a fault or a note.
     """
-    if not folder.is_dir():
-        return []
     files: dict[str, Path] = {}
+    refused: set[str] = set()
     others: list[str] = []
-    for path in sorted(folder.iterdir()):
+    expected = layout.mask_endings if masks else (layout.ending,)
+    kin = IMAGES if layout.axes == 2 else VOLUMES
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = path.name
         if name.startswith("."):
             continue
-        ending = next((e for e in ENDINGS if name.lower().endswith(e)), None)
-        if ending is None:
+        stem, ending = split_ending(name)
+        stem = nfc(stem)  # macOS takes accents apart, so that a name may be written in two ways
+        if ending is None or ending not in kin:
             others.append(name)
-        elif ending != layout.ending:
-            causes.add(
-                path,
-                f"ends in {ending}, but the file_ending of {layout.path} is {layout.ending}; "
-                f"convert it, or take it away if it is there as {layout.ending} too",
-            )
-        # macOS takes accents apart, so that one name may be written in two ways.
-        elif (stem := nfc(name[: -len(ending)])) in files:
+        elif ending not in expected:
+            refused.add(stem)
+            causes.add(path, _unexpected(ending, layout, masks))
+        elif stem in files:
             causes.add(path, f"the same name as {files[stem]}")
         else:
             files[stem] = path
     if others:
-        notes.append(f"warning: {folder}: not {layout.ending} and left out: {shown(others, 5)}")
-    return [*files.items()]
+        notes.append(
+            f"warning: {folder}: not {' or '.join(expected)} and left out: {shown(others, 5)}"
+        )
+    return _Listed([*files.items()], refused)
+
+
+def _unexpected(ending: str, layout: Layout, masks: bool) -> str:
+    """Says why files of an ending are not taken."""
+    if masks and layout.axes == 2:
+        return (
+            "a mask as JPEG, which changes labels; write it as .png or .tif from what it was drawn "
+            f"in ({', '.join(LOSSLESS)} are read)"
+        )
+    return (
+        f"ends in {ending}, but the file_ending of {layout.path} is {layout.ending}; convert it, "
+        f"or take it away if it is there as {layout.ending} too"
+    )

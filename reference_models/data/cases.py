@@ -63,7 +63,8 @@ class Sample:
     Args:
         case_id: its case's.
         image_CS: float32, intensities as the network is to see them, before any resizing.
-        mask_S: uint8, indices into the data set's classes, or `IGNORED`; None of an unlabelled case.
+        mask_S: uint8, indices into the data set's classes, or `IGNORED`; None of an unlabelled
+            case.
         attributes: its case's.
         spacing: size of a pixel along each spatial axis, in the data set's unit.
         header: of a NIfTI image, whose axes are the spatial ones: where its voxels lie, and how a

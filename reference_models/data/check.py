@@ -27,11 +27,11 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
     """Prints counts, warnings and errors; errors name every bad file.
 
     Errors: files that are missing or cannot be read, masks of labels out of range, of background
-    alone (in 2D) or of another size than their image, volumes with NaN voxels or whose label lies
-    elsewhere, attributes that are missing or no known value, subjects in several splits. Warnings:
-    unknown attributes, masks that lack a class, images of one intensity, odd headers. It also says
-    which texts were taken for unknown or for one value, and how intensities are scaled. Without
-    attributes named, all that the files hold are looked at.
+    alone (but in a folder) or of another size than their image, volumes with NaN voxels or whose
+    label lies elsewhere, attributes that are missing or no known value, subjects in several splits.
+    Warnings: unknown attributes, masks that lack a class, images of one intensity, odd headers. It
+    also says which texts were taken for unknown or for one value, and how intensities are scaled.
+    Without attributes named, all that the files hold are looked at.
 
     Returns:
         1 if there is an error, else 0: the exit code of the command.

@@ -14,8 +14,10 @@ from typing import Literal
 from ..errors import DataError
 from . import fairseg, ham10000
 from .cases import Attribute, Dataset
-from .folder import CT_WINDOW, Folder
+from .folder import Folder
+from .intensities import CT_WINDOW
 from .mni152 import HeldOut, Mni152
+from .nnunet import read_layout
 from .phantom import Phantom, PhantomSettings
 from .table import UNKNOWN_TEXTS
 
@@ -87,14 +89,14 @@ class Source:
         needs_root: whether it is read from a folder; if not, it is made and takes none.
         attributes: names to choose from, the default one first. Empty where they are known only
             once the data set is open: as columns of its files, or by what it is made of.
-        axes: spatial axes of a sample: 2 of images, 3 of volumes.
+        axes: spatial axes of a sample: 2 of images, 3 of volumes; or what finds them in the folder.
         settings: those of `DataSettings` that are this data set's alone.
     """
 
     create: Callable[[Request], Dataset]
     needs_root: bool
     attributes: tuple[str, ...] = ()
-    axes: int = 2
+    axes: int | Callable[[Path], int] = 2
     settings: tuple[str, ...] = ()
 
 
@@ -129,7 +131,7 @@ DATASETS = {
             unknown_texts=request.settings.unknown_texts,
         ),
         needs_root=True,
-        axes=3,
+        axes=lambda root: read_layout(root).axes,
         settings=("ct_window",),
     ),
 }
@@ -142,12 +144,27 @@ def find_source(name: str) -> Source:
         DataError: there is no data set of that name.
 
     Example:
-        >>> find_source("folder").axes
-        3
+        >>> find_source("fairseg").axes
+        2
     """
     if name not in DATASETS:
         raise DataError(f"data: got {name!r}, expected one of {', '.join(DATASETS)}")
     return DATASETS[name]
+
+
+def find_axes(settings: DataSettings) -> int | None:
+    """Finds how many spatial axes samples have, before the data set is opened.
+
+    Returns:
+        2 of images, 3 of volumes; None where the folder decides, and there is none yet.
+
+    Raises:
+        DataError: there is no data set of that name, or the folder does not say.
+    """
+    axes, root = find_source(settings.data).axes, settings.root
+    if isinstance(axes, int):
+        return axes
+    return axes(root) if root is not None and root.is_dir() else None
 
 
 def unused_settings(name: str) -> tuple[str, ...]:

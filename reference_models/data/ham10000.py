@@ -1,14 +1,14 @@
-"""HAM10000: dermatoscopic photographs with the lesion's outline, as MEDFAIR or its archives have it.
+"""HAM10000: dermatoscopic photographs with the lesion's outline, laid out by MEDFAIR or unpacked.
 
     HAM10000_images/ISIC_0024306.jpg                         or HAM10000_images_part_1, _part_2
     HAM10000_segmentations/ISIC_0024306_segmentation.png     0 skin, 255 lesion
     split/new_train.csv, new_val.csv, new_test.csv           or HAM10000_metadata
 
 A row is an image: `image_id`, `lesion_id`, `Age_multi` (0..4) or `age` (years), `Sex`,
-`localization` and, in MEDFAIR's, `Path`, of the image from the root. Without that, or where it leads
-nowhere, photographs and outlines are found by `image_id` in what Dataverse's or Kaggle's archives
-unpack to: folders whose names begin with HAM10000_images and HAM10000_segmentations, in upper or
-lower case, one in the other or not, `images` and `masks`, or the root itself.
+`localization` and, in MEDFAIR's, `Path`, of the image from the root. Without that, or where it
+leads nowhere, photographs and outlines are found by `image_id` in what Dataverse's or Kaggle's
+archives unpack to: folders whose names begin with HAM10000_images and HAM10000_segmentations, in
+upper or lower case, one in the other or not, `images` and `masks`, or the root itself.
 """
 
 from __future__ import annotations
@@ -198,9 +198,10 @@ def _unpacked(root: Path, kind: str, notes: list[str]) -> dict[str, Path]:
     for paths in (*(folder.rglob("*") for folder in folders), root.iterdir()):
         for path in sorted(paths):
             name = path.name.lower()
-            if name.endswith(ending) and name[0] != "." and path.is_file():
-                if found.setdefault(name, path) != path:
-                    again.append(path)
+            if not name.endswith(ending) or name[0] == "." or not path.is_file():
+                continue
+            if found.setdefault(name, path) != path:
+                again.append(path)
     if again:
         notes.append(
             f"{len(again)} {kind} are there twice, such as {again[0]}; it is not read, but "

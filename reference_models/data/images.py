@@ -1,9 +1,14 @@
-"""Reads images of 2D data sets from files: upright, 8 bits a channel, to their end."""
+"""Reads images and masks of 2D data sets from files: upright, 8 bits a channel, to their end.
+
+Shapes: H rows, W columns.
+"""
 
 from __future__ import annotations
 
 import struct
 import unicodedata
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +26,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)  # of these, those by which rows become columns
 
 _SHORT = 3  # EXIF's code of a number of 16 bits
+_LOSSLESS = ("PNG", "TIFF", "BMP")
+_FORMATS = (*_LOSSLESS, "JPEG", "MPO")  # MPO: a phone's JPEG, with further pictures behind it
 
 
 def read_image(path: Path | str) -> np.ndarray:
@@ -34,18 +42,81 @@ def read_image(path: Path | str) -> np.ndarray:
     Raises:
         DataError: it is damaged, or not of 8 opaque bits a channel.
     """
-    with reading(path, "cannot be read as an image", "copy or export it again"):
-        with Image.open(path) as image:
-            image.verify()  # a PNG's checksums, which decoding alone does not look at to the end
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # which Pillow would cut off at 255
-                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-            turn = _TURNS.get(_orientation(image))
-            upright = image if turn is None else image.transpose(turn)
-            see_through = "A" in image.mode or "transparency" in image.info
-            if see_through and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
-                raise ValueError("parts of it are transparent, and what lies behind is not known")
-            return np.asarray(upright.convert("RGB"))
+    with _reading(path), _opened(path) as image:
+        # Pillow cuts these off at 255, and of 16 bits a colour takes the upper 8.
+        if image.mode[0] in "IF" or ";16" in str(image.tile):
+            bits = f"mode {image.mode}" if image.mode[0] in "IF" else "16 bits a channel"
+            raise ValueError(f"{bits}, expected 8 bits a channel; bring its intensities to 0..255")
+        image = _upright(image)
+        see_through = "A" in image.mode or "transparency" in image.info
+        if see_through and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            raise ValueError("parts of it are transparent, and what lies behind is not known")
+        return np.asarray(image.convert("RGB"))
+
+
+def read_labels(path: Path | str) -> np.ndarray:
+    """Reads a mask as rows x columns, uint8: its pixels' numbers, of a palette their places in it.
+
+    Raises:
+        DataError: it is damaged, packed with loss, or not of one number of up to 8 bits a pixel.
+    """
+    with reading(path, "cannot be read", "write it again"), _opened(path) as image:
+        if image.format not in _LOSSLESS or image.info.get("compression") == "jpeg":
+            raise ValueError("it is packed as JPEG, which changes labels; expected PNG or TIFF")
+        if image.mode not in ("1", "L", "P"):
+            raise ValueError(
+                f"a {image.format} of mode {image.mode}, expected one label a pixel: 8 bits, grey "
+                "or palette"
+            )
+        image = _upright(image)
+        labels_HW = np.asarray(image).astype(np.uint8)
+        palette = np.array(image.getpalette() or [], np.int64).reshape(-1, 3)
+        colours = palette[: int(labels_HW.max()) + 1]
+        # Of colours, places in the palette are the labels. Of greys that do not rise with their
+        # places they need not be: tools that make files small put greys into any order.
+        if (colours == colours[:, :1]).all() and (np.diff(colours[:, 0]) < 0).any():
+            raise ValueError(
+                f"its palette's greys are {', '.join(map(str, colours[:5, 0]))}, so that place and "
+                "grey level are different labels; write it as 8-bit grey"
+            )
+        return labels_HW
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """Reads from a file's header how many rows and columns it has when it is upright.
+
+    Raises:
+        DataError: it is no image that can be read here.
+    """
+    with _reading(path), Image.open(path, formats=_FORMATS) as image:
+        columns, rows = image.size
+        # Of a PNG, Pillow would decode all to look for EXIF behind the pixels.
+        told = image.format != "PNG" or {"exif", "XML:com.adobe.xmp"} & image.info.keys()
+        lying = bool(told) and _orientation(image) in _ON_ITS_SIDE
+        return (columns, rows) if lying else (rows, columns)
+
+
+def _reading(path: Path | str) -> AbstractContextManager[None]:
+    """Names the file of whatever Pillow raises."""
+    return reading(path, "cannot be read as an image", "copy or export it again")
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """Opens a file of a single image, of which nothing has been decoded yet."""
+    with Image.open(path, formats=_FORMATS) as image:
+        image.verify()  # a PNG's checksums, which decoding alone does not look at to the end
+    with Image.open(path, formats=_FORMATS) as image:
+        if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+            raise ValueError(f"{frames} images in one file, expected one")
+        yield image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decodes an image and turns it as its EXIF says."""
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -55,12 +126,16 @@ def _orientation(image: Image.Image) -> int:
     `getexif` takes an EXIF block that it cannot read for an empty one.
 
     Raises:
-        ValueError: it is no EXIF block.
+        ValueError: it is no EXIF block; or it is a TIFF that lies otherwise, which some versions of
+            Pillow turn by themselves, and some uncompressed ones wrongly.
         struct.error: its directory is cut off.
     """
     tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
     if not tiff:  # XMP and TIFF have it elsewhere
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        side = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        if image.format == "TIFF" and side in _TURNS:
+            raise ValueError(f"a TIFF of orientation {side}; save it upright, with orientation 1")
+        return side
     if (order := {b"II": "<", b"MM": ">"}.get(tiff[:2])) is None:
         raise ValueError("its EXIF is damaged, so that which side is up is not known")
     (start,) = struct.unpack_from(f"{order}L", tiff, 4)

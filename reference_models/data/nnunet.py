@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, reading, shown
+from .endings import ENDINGS, IMAGES, LOSSLESS, NIFTI
 
-ENDINGS = (".nii.gz", ".nii")
 MOST_LABELS = 255  # that a mask's uint8 can hold beside `IGNORED`
 IGNORE = "ignore"  # as nnU-Net calls the label of what is not outlined
 
@@ -28,7 +28,7 @@ class Layout:
         classes: names by label.
         regions: what is scored: a name, and the labels that make it up.
         ignore: the label of what is ignored, if there is one: as high as there are classes.
-        ending: of the files, one of `ENDINGS`.
+        ending: of images or volumes, one of `ENDINGS`.
         n_training: how many training cases there are, where the file says so.
         description: what it says of the data, empty if nothing.
     """
@@ -41,6 +41,16 @@ class Layout:
     ending: str
     n_training: int | None
     description: str
+
+    @property
+    def axes(self) -> int:
+        """2 of images, 3 of volumes."""
+        return 2 if self.ending in IMAGES else 3
+
+    @property
+    def mask_endings(self) -> tuple[str, ...]:
+        """How masks may end: of images in any way that keeps labels, JPEG's or not."""
+        return LOSSLESS if self.axes == 2 else (self.ending,)
 
 
 def read_layout(root: Path) -> Layout:
@@ -69,10 +79,11 @@ def read_layout(root: Path) -> Layout:
             f"{path}: lists files by the key 'dataset', which is not read here; lay or link them "
             "into imagesTr and labelsTr, and leave the key out"
         )
-    ending = content.get("file_ending", ENDINGS[0])
+    ending = content.get("file_ending", NIFTI[0])
     if ending not in ENDINGS:
         raise DataError(
-            f"{path}: file_ending is {ending!r}, expected {' or '.join(ENDINGS)}; convert the files"
+            f"{path}: file_ending is {ending!r}, expected one of {', '.join(ENDINGS)}; convert the "
+            "files if they end otherwise"
         )
     names = content.get("channel_names", content.get("modality"))
     if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):

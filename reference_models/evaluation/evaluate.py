@@ -90,9 +90,9 @@ class EvaluateRun(RunSettings):
 class EvaluatePredictions:
     """Scores masks that any tool has written.
 
-    One file a case: `<case id>.png`, 8 bits, grey or palette, or `<case id>.npy`, integers; of
-    volumes `<case id>.nii.gz` or .nii, on the image's own grid. Values are labels, the size is the
-    image's own.
+    One file a case: `<case id>.png` (or .tif, .bmp), 8 bits, grey or palette, or `<case id>.npy`,
+    integers; of volumes `<case id>.nii.gz` (or .nii, .mha, .nrrd), on the image's own grid. Values
+    are labels, the size is the image's own.
     """
 
     folder: Path

@@ -1,6 +1,7 @@
 """Masks as files, ours or another tool's: one a case, label values at native resolution.
 
-Of volumes they are NIfTI, as their images are; of images PNG, or .npy of another tool.
+We write NIfTI of volumes and PNG of images; another tool's may be whatever images are read from
+without loss, or .npy.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from PIL import Image
 
 from ..data import DataSettings
 from ..data.cases import Case, Dataset, Sample
+from ..data.endings import LOSSLESS, VOLUMES, split_ending
 from ..data.folder import INTEGRAL
+from ..data.images import read_labels
+from ..data.readers import open_volume
 from ..data.splits import choose_splits
 from ..data.table import nfc
-from ..data.volumes import ASTRAY, apart, open_volume, read_voxels
+from ..data.volumes import ASTRAY, apart
 from ..errors import DataError, reading, shown
 
 # By the axes of what they are masks of, in this order where an error names them.
-SUFFIXES = {2: (".png", ".npy"), 3: (".nii.gz", ".nii")}
+SUFFIXES = {2: (*LOSSLESS, ".npy"), 3: VOLUMES}
 
 
 def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
@@ -58,10 +62,9 @@ def find_masks(folder: Path, *, axes: int = 2) -> dict[str, list[Path]]:
         raise DataError(f"{folder}: no such folder; expected one with a mask for every case.")
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        # By hand, as `Path.suffix` of .nii.gz is .gz, and case ids may have dots.
-        suffix = next((end for end in SUFFIXES[axes] if path.name.lower().endswith(end)), None)
+        stem, suffix = split_ending(path.name, SUFFIXES[axes])
         if suffix and path.is_file() and not path.name.startswith("."):
-            files.setdefault(nfc(path.name[: -len(suffix)]), []).append(path)
+            files.setdefault(nfc(stem), []).append(path)
     return files
 
 
@@ -127,10 +130,11 @@ def assign_masks(
         for case_id in case_ids
         if len(files.get(case_id, ())) > 1
     ]
+    *suffixes, last = SUFFIXES[axes]
     if missing:
         faults.append(
             f"{len(missing)} of {len(case_ids)} cases have no mask "
-            f"(<case id>{' or <case id>'.join(SUFFIXES[axes])}): {shown(missing)}."
+            f"(<case id>{', '.join(suffixes)} or {last}): {shown(missing)}."
         )
     for stems, what in (
         ([stem for stem in extra if stem not in others], "of no case of this split"),
@@ -148,8 +152,8 @@ def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
     """The labels in a file: uint8, of the sample's size.
 
     Args:
-        path: an 8-bit (or 1-bit) PNG, grey or with a palette, whose values are labels; an .npy of
-            integers or bool; or NIfTI of the image's geometry, of whole numbers.
+        path: an image of 8 (or 1) bits, grey or with a palette, whose values are labels; an .npy
+            of integers or bool; or a volume of the image's geometry, of whole numbers.
         sample: whose mask it is.
         classes: names by label.
 
@@ -158,9 +162,9 @@ def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
     """
     with reading(path.name, "cannot be read", "write it again."):
         if path.name.lower().endswith(SUFFIXES[3]):
-            values = _read_nifti(path, sample)
+            values = _read_volume(path, sample)
         else:
-            values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
+            values = _read_npy(path) if path.suffix.lower() == ".npy" else read_labels(path)
     size = sample.native_size
     if values.shape != size:
         raise DataError(f"{path.name}: got size {values.shape}, expected the image's, {size}.")
@@ -176,28 +180,6 @@ def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def _read_png(path: Path) -> np.ndarray:
-    with Image.open(path, formats=["PNG"]) as image:
-        image.verify()  # checksums, which decoding alone does not look at to the end
-    with Image.open(path, formats=["PNG"]) as image:
-        if image.mode not in ("1", "L", "P"):
-            raise ValueError(
-                f"a PNG of mode {image.mode}, expected one label a pixel: 8 bits, grey or palette"
-            )
-        values = np.asarray(image).astype(np.uint8)
-        colours = np.array(image.getpalette() or [], np.int64).reshape(-1, 3)[
-            : int(values.max()) + 1
-        ]
-    # Of colours, places in the palette are the labels. Of greys that do not rise with their places
-    # they need not be: tools that make files small put greys into any order.
-    if (colours == colours[:, :1]).all() and (np.diff(colours[:, 0]) < 0).any():
-        raise ValueError(
-            f"its palette's greys are {', '.join(map(str, colours[:5, 0]))}, so that place and "
-            "grey level are different labels; write it as 8-bit grey"
-        )
-    return values
-
-
 def _read_npy(path: Path) -> np.ndarray:
     values = np.load(path, allow_pickle=False)
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "iub":
@@ -206,17 +188,17 @@ def _read_npy(path: Path) -> np.ndarray:
     return values
 
 
-def _read_nifti(path: Path, sample: Sample) -> np.ndarray:
+def _read_volume(path: Path, sample: Sample) -> np.ndarray:
     """float32, of the image's own grid."""
-    image = open_volume(str(path))
-    if image.shape == sample.native_size and sample.affine is not None:
-        astray = apart(sample.affine, image.affine, image.shape)
+    volume = open_volume(str(path))
+    if volume.shape == sample.native_size and sample.affine is not None:
+        astray = apart(sample.affine, volume.affine, volume.shape)
         if not astray <= ASTRAY:
             raise DataError(
                 f"{path}: lies elsewhere than its image: its corners are up to {astray:.1f} "
                 "voxels away; resample it onto the image's grid"
             )
-    values_S = read_voxels(str(path), image)
+    values_S = volume.read()
     labels_S = np.rint(values_S)
     if np.abs(values_S - labels_S).max() > INTEGRAL:
         raise DataError(f"{path}: got fractions, expected labels: the argmax, not scores")

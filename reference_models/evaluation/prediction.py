@@ -72,7 +72,7 @@ class PredictSettings(RunSettings):
 
     split: Literal["train", "validation", "test", "all"] = "test"
     """The split whose cases are predicted; all: every case of the data, such as those of another
-    --root. Volumes need no mask to be predicted, images do."""
+    --root. Cases of a folder need no mask to be predicted."""
     out: Path | None = None
     """Folder to write; by default predictions-<split> in the run's folder."""
 

@@ -17,7 +17,11 @@ from ..errors import RunError
 _Self = TypeVar("_Self", bound="FramingSettings")
 
 # The longest side of the central crop in the paper's code, by data set.
-_PAPER_CROPS = {"fairseg": 512, "ham10000": 1024}
+_PAPER_CROPS: dict[str, int | Literal["whole"]] = {
+    "fairseg": 512,
+    "ham10000": 1024,
+    "folder": "whole",  # whose images the paper does not know
+}
 PAPER_PATCH = (384, 384, 128)
 
 
@@ -73,7 +77,8 @@ class ImageFramingSettings(FramingSettings):
     size: int = 224
     """Pixels a side that the network sees."""
     crop: int | Literal["paper", "whole"] = "paper"
-    """Native pixels a side of the central crop; paper: 512 for FairSeg, 1024 for HAM10000."""
+    """Native pixels a side of the central crop, or whole; paper: 512 for FairSeg, 1024 for
+    HAM10000, whole for a folder."""
     augment: Literal["paper", "shift", "none"] = "paper"
     """How training images are varied. paper: turned, flipped and rotated as in the paper's code;
     shift: moved by up to a twelfth of the size, where all are in one pose."""

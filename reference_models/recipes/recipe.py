@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..data import DataSettings
-from ..data.datasets import find_source
+from ..data.datasets import find_axes
 from ..errors import RunError
 from .framings import ImageFramingSettings, VolumeFramingSettings, require
 from .networks import ResUNet3DSettings, TransUNetSettings, UNetSettings
@@ -40,8 +40,8 @@ class Recipe:
     batch_size: int = 42
     """Samples in a batch, of all devices together."""
     epochs: int | Literal["paper"] = "paper"
-    """Number of epochs. paper: 300 for FairSeg, 100 for HAM10000; 0: none, to evaluate --weights as
-    they are."""
+    """Number of epochs. paper: 300 for FairSeg, 100 for HAM10000 and a folder; 0: none, to evaluate
+    --weights as they are."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is not known, as the paper does."""
     attribute_dropout: float = 0.0
@@ -144,7 +144,8 @@ def describe_grid(recipe: Recipe) -> str | None:
 
     Example:
         >>> volumes = VolumeFramingSettings((1.0, 1.0, 3.0), (128, 128, 32))
-        >>> describe_grid(Recipe(DataSettings("folder"), ResUNet3DSettings(), volumes, batch_size=4))
+        >>> recipe = Recipe(DataSettings("folder"), ResUNet3DSettings(), volumes, batch_size=4)
+        >>> describe_grid(recipe)
         'patches of 128 x 128 x 32 voxels of 1 x 1 x 3 mm; a training step takes about 0.5 GiB'
     """
     framing, model = recipe.framing, recipe.model
@@ -196,11 +197,13 @@ def _check_axes(recipe: Recipe) -> None:
     axes = len(recipe.framing.shape)
     if axes != recipe.model.axes:
         raise RunError("model, framing: one is for 2D images and the other for volumes.")
-    if axes != find_source(recipe.data.data).axes:
+    if find_axes(recipe.data) not in (None, axes):
+        data = recipe.data
+        whose = data.data if data.root is None else data.root
         kinds = ("2D images", "volumes") if axes == 3 else ("volumes", "2D images")
         raise RunError(
-            f"data: {recipe.data.data} has {kinds[0]}, but the preset is for {kinds[1]}; those for "
-            "volumes have 3d in their names."
+            f"data: {whose} has {kinds[0]}, but the preset is for {kinds[1]}; those for volumes "
+            "have 3d in their names."
         )
 
 

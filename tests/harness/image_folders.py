@@ -1,5 +1,6 @@
-"""Small folders in the layouts of FairSeg and HAM10000, for the tests of their reading."""
+"""Small folders of images, as FairSeg, HAM10000 and nnU-Net lay them out."""
 
+import json
 import zipfile
 
 import numpy as np
@@ -72,3 +73,36 @@ def write_ham_tables(root, rows):
     for split, part in (("train", rows[:8]), ("val", rows[8:10]), ("test", rows[10:])):
         lines = [",".join(part[0]), *(",".join(map(str, row.values())) for row in part)]
         (root / "split" / f"new_{split}.csv").write_text("\n".join(lines), encoding="utf-8")
+
+
+def echoes(number=0, size=(20, 30)):
+    """A grey picture, unlike its neighbours."""
+    return np.random.default_rng(number).integers(1, 255, size).astype(np.uint8)
+
+
+def nodule(number=0, size=(20, 30)):
+    mask = np.zeros(size, np.uint8)
+    mask[5 : 9 + number % 5, 10:20], mask[12:16, 3:8] = 1, 2
+    return mask
+
+
+def write_image_layout(root, **changes):
+    content = {
+        "channel_names": {"0": "ultrasound"},
+        "labels": {"background": 0, "nodule": 1, "vessel": 2},
+        "file_ending": ".png",
+    } | changes
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def nnunet_images(root, n=10, ending=".png", mask_ending=".png", **changes):
+    """`n` outlined ultrasound images as nnU-Net lays them out, of sites A and B in turn."""
+    for name in ("imagesTr", "labelsTr"):
+        (root / name).mkdir(parents=True)
+    for i in range(n):
+        Image.fromarray(echoes(i)).save(root / f"imagesTr/u{i}_0000{ending}")
+        Image.fromarray(nodule(i)).save(root / f"labelsTr/u{i}{mask_ending}")
+    write_image_layout(root, file_ending=ending, **changes)
+    rows = "\n".join(["case,site", *(f"u{i},{'AB'[i % 2]}" for i in range(n))])
+    (root / "attributes.csv").write_text(rows, encoding="utf-8")
+    return DataSettings("folder", root)

@@ -4,6 +4,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+
 from reference_models.convert.pairing import list_files, pair
 from reference_models.errors import DataError
 
@@ -81,7 +82,7 @@ def test_names_that_differ_in_capitals_or_zeros_are_asked_about(tmp_path):
 
 REFUSED = {
     "nothing alike": (["a1.png"], ["b1.png"], "images are a1.png, masks b1.png; a mask has"),
-    "two images": (["p1.png", "p1.jpg"], ["p1.png"], "p1.jpg and .*p1.png are called alike"),
+    "two images": (["p1.png", "p1.jpg"], ["p1.png"], r"p1\.jpg and .*p1\.png are called alike"),
     "two masks": (["p1.png"], ["p1_mask.png", "p1_seg.png"], "are called alike; keep one"),
     "two endings": (["p1.png", "p2.bmp"], ["p1.png", "p2.png"], "images end in .bmp and .png"),
     "a volume and an image": (["p1.nii.gz"], ["p1.png"], "save masks as .nii.gz or .nii"),
@@ -105,5 +106,5 @@ def test_a_folder_that_is_none_or_has_none_called_like_masks_is_named(tmp_path):
     with pytest.raises(DataError, match=r"x: no such folder \(--images\)"):
         list_files([tmp_path / "x"], [tmp_path])
     (tmp_path / "p1.png").write_bytes(b"")
-    with pytest.raises(DataError, match="no file is called like a mask, such as p1_mask.png"):
+    with pytest.raises(DataError, match=r"no file is called like a mask, such as p1_mask\.png"):
         list_files([tmp_path], [Path(f"{tmp_path}/.")])

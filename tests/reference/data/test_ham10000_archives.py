@@ -85,7 +85,7 @@ def test_kaggles_second_copy_in_lower_case_is_passed_over_and_said(tmp_path):
 
 
 def test_what_is_not_there_is_one_error_that_names_what_was_looked_for(tmp_path):
-    settings, rows = archives(tmp_path, images=PARTS, masks=(TSCHANDL,))
+    settings, _ = archives(tmp_path, images=PARTS, masks=(TSCHANDL,))
     (settings.root / PARTS[0] / "ISIC_0000004.jpg").unlink()
     assert errors(checked(settings)[1]) == [
         f"error: {settings.root / 'HAM10000_metadata'}:6: ISIC_0000004: no such file: "
@@ -105,7 +105,7 @@ def test_what_is_not_there_is_one_error_that_names_what_was_looked_for(tmp_path)
 
 
 def test_of_two_tables_the_csv_is_read_and_the_other_named(tmp_path):
-    settings, rows = archives(tmp_path, images=PARTS, masks=(TSCHANDL,), table="HAM10000_metadata")
+    settings, _ = archives(tmp_path, images=PARTS, masks=(TSCHANDL,), table="HAM10000_metadata")
     (settings.root / "HAM10000_metadata.tab").write_text("lesion_id\timage_id\n", encoding="utf-8")
     dataset = open_dataset(settings)
     assert len(dataset.cases) == 12

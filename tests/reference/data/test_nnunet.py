@@ -1,5 +1,6 @@
 """nnU-Net's folders and dataset.json: what makes up no case, or no task, is refused by name."""
 
+import builtins
 import dataclasses
 import re
 
@@ -98,7 +99,10 @@ BAD_LAYOUTS = {
     "trailing comma": ('{"labels": {"background": 0,},}', "not readable json .*line 1"),
     "a list": ("[]", "expected an object"),
     "a dataset key": ({"dataset": {}}, "by the key 'dataset'"),
-    "other ending": ({"file_ending": ".nrrd"}, "file_ending is '.nrrd', expected .nii.gz or .nii"),
+    "other ending": (
+        {"file_ending": ".dcm"},
+        "is '.dcm', expected one of .nii.gz, .nii, .mha",
+    ),
     "no channels": ({"channel_names": None}, "channel_names must name"),
     "empty channels": ({"channel_names": {}}, "names no channel"),
     "channels from 1": ({"channel_names": {"1": "CT"}}, "channel_names must name"),
@@ -144,3 +148,22 @@ def test_a_folder_without_images_is_refused_and_a_byte_order_mark_is_not(tmp_pat
     for low, high in ((250, -175), (0, 0), (np.nan, 1), (-np.inf, 1)):
         with pytest.raises(DataError, match="ct_window"):
             open_dataset(dataclasses.replace(settings, ct_window=(low, high)))
+
+
+def test_without_simpleitk_its_files_are_refused_in_one_sentence(tmp_path, monkeypatch):
+    settings = nnunet_folder(tmp_path, n=4, file_ending=".mha")
+    for path in [*tmp_path.glob("*Tr/*.nii.gz")]:
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".mha")))
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name == "SimpleITK":
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    (line,) = errors(checked(settings)[1])
+    assert line == (
+        "error: .mha files are read by SimpleITK, which cannot be imported here (No module named "
+        "'SimpleITK'); install it by `pip install SimpleITK`, or convert the files to .nii.gz"
+    )

@@ -20,7 +20,7 @@ from harness.nifti_folders import (
 )
 
 from reference_models.data import open_dataset
-from reference_models.data.volumes import open_volume, read_voxels
+from reference_models.data.readers import open_volume
 from reference_models.errors import DataError
 
 
@@ -144,8 +144,8 @@ def test_no_damaged_byte_of_a_deflated_volume_goes_unnoticed(tmp_path):
     # More than a reader takes at once, and of noise, so that no two streams stand for the same.
     whole_S = np.random.default_rng(0).integers(0, 256, (64, 64, 80)).astype(np.uint8)
     path = save(tmp_path / "p0.nii.gz", whole_S)
-    image = open_volume(str(path))
-    np.testing.assert_array_equal(read_voxels(str(path), image), whole_S)
+    volume = open_volume(str(path))
+    np.testing.assert_array_equal(volume.read(), whole_S)
     content = path.read_bytes()
     end = len(content)
     for place in (*range(10, end, end // 40), *range(end - 8, end)):
@@ -153,7 +153,7 @@ def test_no_damaged_byte_of_a_deflated_volume_goes_unnoticed(tmp_path):
         damaged[place] ^= 0x10
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=re.escape(f"{path}: ") + "not a readable NIfTI"):
-            read_voxels(str(path), image)
+            volume.read()
 
 
 def test_check_warns_of_what_is_odd_but_can_be_read(tmp_path, caplog):
@@ -170,7 +170,7 @@ def test_check_warns_of_what_is_odd_but_can_be_read(tmp_path, caplog):
     content = bytearray(gzip.decompress(path.read_bytes()))
     content[80:84] = np.float32(-1).tobytes()  # pixdim[1]
     path.write_bytes(gzip.compress(content))
-    (tmp_path / "imagesTr/p5.nrrd").write_text("another format", encoding="utf-8")
+    (tmp_path / "imagesTr/p5.dcm").write_text("another format", encoding="utf-8")
     code, text = checked(settings)
     assert code == 0
     for warning in (
@@ -182,7 +182,7 @@ def test_check_warns_of_what_is_odd_but_can_be_read(tmp_path, caplog):
         "CT without a voxel below 0 HU, as if offset or scaled already: 2 cases: p1, p3",
         "mask without tumour: 1 cases: p4",
         "mask without node: 1 cases: p4",
-        f"{tmp_path / 'imagesTr'}: not .nii.gz and left out: p5.nrrd",
+        f"{tmp_path / 'imagesTr'}: not .nii.gz and left out: p5.dcm",
     ):
         assert f"warning: {warning}\n" in text
     assert "of one intensity" not in text

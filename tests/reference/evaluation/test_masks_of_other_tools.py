@@ -115,7 +115,7 @@ def test_everything_wrong_with_a_folder_of_masks_is_in_one_error_and_nothing_is_
         evaluate_predictions(settings)
     text = str(caught.value)
     for words in (
-        "1 of 12 cases have no mask (<case id>.png or <case id>.npy): bar0.",
+        "1 of 12 cases have no mask (<case id>.png, .tif, .tiff, .bmp or .npy): bar0.",
         "1 masks are of no case of this split: bar00.png.",
         "bar1.png: got size (16, 15), expected the image's, (16, 16)",
         "bar2.png: got label 255, expected labels, not grey levels: 0 background, 1 bar",
