@@ -167,8 +167,8 @@ def pair(images: Sequence[File], masks: Sequence[File]) -> Pairing:
     if not pairs:
         raise DataError(
             f"no image and no mask are called alike: images are {_few(images)}, masks "
-            f"{_few(masks)}; a mask has its image's name, with _mask, _seg, _segmentation or _label behind it or "
-            "nothing"
+            f"{_few(masks)}; a mask has its image's name, with _mask, _seg, _segmentation or "
+            "_label behind it or nothing"
         )
     pairs = dict(sorted(pairs.items()))
     _require_channels(pairs)

@@ -123,7 +123,8 @@ def _case_column(table: Table, known: Mapping[str, str]) -> str:
         cells = [f"{column} ({table.rows[0].cells[column]!r})" for column in table.columns]
         raise DataError(
             f"{table.path}: no column names the images, which are "
-            f"{shown(sorted({*known.values()}), 3)}; its columns are, with their first cells, {shown(cells, 10)}"
+            f"{shown(sorted({*known.values()}), 3)}; its columns are, with their first cells, "
+            f"{shown(cells, 10)}"
         )
     return best
 

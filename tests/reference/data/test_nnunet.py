@@ -109,13 +109,13 @@ BAD_LAYOUTS = {
     "no labels": ({"labels": None}, "labels must be an object"),
     "a gap": ({"labels": {"background": 0, "tumour": 2}}, r"without a gap.*got \[0, 2\]"),
     "background alone": ({"labels": {"background": 0}}, "at least 0 and 1"),
-    "ignore": ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "ignore label"),
+    "ignore": ({"labels": {"background": 0, "a": 1, "ignore": 3}}, "ignore label"),
     "fraction": ({"labels": {"background": 0, "tumour": 1.5}}, "'tumour' must be a whole number"),
     "text": ({"labels": {"background": 0, "tumour": "one"}}, "'tumour' must be a whole number"),
     "two names": ({"labels": {"background": 0, "a": 1, "b": 1}}, "two names for one"),
     "no background": ({"labels": {"all": [0, 1], "a": 1}}, "must name 0 alone"),
     "one name twice": ({"labels": {"0": "background", "1": "a", "2": "a"}}, "one thing twice"),
-    "257 labels": ({"labels": {str(i): f"l{i}" for i in range(257)}}, "at most 256"),
+    "257 labels": ({"labels": {str(i): f"l{i}" for i in range(257)}}, "at most 255"),
 }
 
 
