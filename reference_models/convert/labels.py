@@ -30,6 +30,7 @@ from .pairing import File
 
 COLOUR = 1 << 24  # what is added to 0xRRGGBB, so that no colour is taken for a grey level
 WHITE = 255
+BACKGROUND = "background"
 _MANY = 30  # values that nobody has chosen: as of masks that were smoothed or packed with loss
 
 
@@ -153,8 +154,9 @@ def find_labels(masks: Mapping[str, Held], given: Sequence[str]) -> Labels:
         values = [*range(len(names))]
         if len(names) == 2:
             values = _binary(found) or values
-    order = sorted(range(len(names)), key=lambda place: names[place] == IGNORE)  # which is stable
-    names, values = tuple(names[place] for place in order), [values[place] for place in order]
+    places = {BACKGROUND: -1, IGNORE: 1}  # others stay in their order
+    pairs = sorted(zip(names, values, strict=True), key=lambda pair: places.get(pair[0], 0))
+    names, values = [name for name, _ in pairs], [value for _, value in pairs]
     if strange := sorted({*found} - {*values}):
         raise DataError(
             f"{found[strange[0]]}: holds {_written(strange[0])}, which is none of --labels "
@@ -166,7 +168,7 @@ def find_labels(masks: Mapping[str, Held], given: Sequence[str]) -> Labels:
         said = f"The masks hold labels as they are: {_table(names, values)}."
     else:
         said = f"Masks are written anew, with labels for what they hold: {_table(names, values)}."
-    return Labels(names, of_value, said)
+    return Labels(tuple(names), of_value, said)
 
 
 def _parsed(given: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -227,9 +229,9 @@ def _guessed(found: Mapping[int, Path]) -> tuple[list[str], list[int]]:
     top = values[-1]
     if top < MOST_LABELS and values in ([1], [*range(top + 1)]):
         names = ["foreground"] if top == 1 else [f"label {label}" for label in range(1, top + 1)]
-        return ["background", *names], [*range(top + 1)]
+        return [BACKGROUND, *names], [*range(top + 1)]
     if binary := _binary(found):
-        return ["background", "foreground"], binary
+        return [BACKGROUND, "foreground"], binary
     raise DataError(
         f"{found[top]}: masks hold {_list(found)}, and which is which is not known; say so by "
         f"--labels {_example(found)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -61,11 +61,14 @@ def read_rows(path: Path, pairs: Mapping[str, Pair], case: str | None, subject: 
     if taken := [column for column in others if column.lower() in ("case", "subject")]:
         raise DataError(
             f"{path}: {case} names the images, but there is a column {taken[0]} too, which is what "
-            f"the word is for in attributes.csv; rename that column, or name it by --{taken[0]}"
+            "the word is for in attributes.csv; rename that column, or name it by "
+            f"--{taken[0].lower()}"
         )
     if not [column for column in others if column.lower() not in RESERVED]:
         raise DataError(f"{path}: has no column besides {' and '.join(renamed)} to be an attribute")
     rows = _rows_by_case(table, case, known)
+    if not rows:
+        raise DataError(f"{path}: no cell of {case} names an image, which are {_few(pairs)}")
     kept = [*renamed, *others]
     cells = {
         case_id: (
@@ -99,6 +102,10 @@ def read_rows(path: Path, pairs: Mapping[str, Pair], case: str | None, subject: 
     return Rows(columns, cells, tuple(remarks))
 
 
+def _few(case_ids: Collection[str]) -> str:
+    return shown(sorted(case_ids), 3)
+
+
 def _called(pair: Pair) -> list[str]:
     """What cells may call a case: its id, and its files with and without their ending."""
     files = [pair.mask, *pair.channels.values()]
@@ -122,9 +129,8 @@ def _case_column(table: Table, known: Mapping[str, str]) -> str:
     if not counts[best]:
         cells = [f"{column} ({table.rows[0].cells[column]!r})" for column in table.columns]
         raise DataError(
-            f"{table.path}: no column names the images, which are "
-            f"{shown(sorted({*known.values()}), 3)}; its columns are, with their first cells, "
-            f"{shown(cells, 10)}"
+            f"{table.path}: no column names the images, which are {_few({*known.values()})}; its "
+            f"columns are, with their first cells, {shown(cells, 10)}"
         )
     return best
 

@@ -113,7 +113,10 @@ class Sample:
 
 def highest_label(mask_S: np.ndarray) -> int:
     """The highest label of a mask but `IGNORED`; 0 where there is none."""
-    return int(mask_S.max(where=mask_S != IGNORED, initial=0))
+    highest = int(mask_S.max())
+    if highest == IGNORED:  # which takes longer
+        highest = int(mask_S.max(where=mask_S != IGNORED, initial=0))
+    return highest
 
 
 class Dataset(ABC):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from .augmentation import Augment, Augmentation, augment_volumes
-from .cases import Sample
+from .cases import IGNORED, Sample
 from .framing import Frame, Framing, resampled_labels
 
 _LARGEST = 2**31  # voxels of a frame: 8 GiB a channel
@@ -78,7 +78,8 @@ class VolumeFraming(Framing):
 
     def apply(self, sample: Sample) -> Frame:
         """As of `Framing`: image float32, mask uint8, body bool, each channel padded with its
-        minimum, the mask with 0.
+        minimum, the mask with 0 or, where parts of it are ignored, with `IGNORED`: patches are
+        laid around what is not.
 
         Images are resampled linearly, with antialiasing where they shrink; of a mask each label's
         share is, at the voxel's middle, and the largest wins.
@@ -94,7 +95,9 @@ class VolumeFraming(Framing):
         body_S = np.pad(find_body(image_CS), padding) if self.body else None
         mask_S = None
         if sample.mask_S is not None:
-            mask_S = np.pad(resampled_labels(_turned(sample.mask_S, turn), size), padding)
+            mask_S = resampled_labels(_turned(sample.mask_S, turn), size)
+            beyond = IGNORED if (mask_S == IGNORED).any() else 0
+            mask_S = np.pad(mask_S, padding, constant_values=beyond)
         if any(sum(ends) for ends in padding):
             image_CS = np.stack(
                 [np.pad(channel, padding, constant_values=channel.min()) for channel in image_CS]

@@ -149,11 +149,13 @@ def _by_group(scored: dict[str, _CaseScore], dataset: Dataset) -> tuple[float, d
 
 def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[float]:
     """Each case's mean Dice over the data set's regions, of pixels that are not `IGNORED`."""
-    predicted_BS = predicted_BS.masked_fill(truth_BS == IGNORED, IGNORED)
+    kept_BS = truth_BS != IGNORED
     by_region = []
     for labels in dataset.regions.values():
         wanted = torch.tensor(labels, device=truth_BS.device)
         by_region.append(
-            region.batch_dice(torch.isin(predicted_BS, wanted), torch.isin(truth_BS, wanted))
+            region.batch_dice(
+                torch.isin(predicted_BS, wanted) & kept_BS, torch.isin(truth_BS, wanted)
+            )
         )
     return [math.fsum(scores) / len(scores) for scores in zip(*by_region, strict=True)]

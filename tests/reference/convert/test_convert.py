@@ -146,6 +146,8 @@ def test_a_csv_that_cannot_be_used_is_refused(tmp_path, fault):
         convert(settings)
     with pytest.raises(DataError, match="has no column nobody"):
         convert(dataclasses.replace(settings, subject="nobody"))
+    with pytest.raises(DataError, match=r"no cell of sex names|has no column sex|is a column case"):
+        convert(dataclasses.replace(settings, case="sex"))
     assert not settings.to.exists()
 
 

@@ -77,7 +77,7 @@ def test_labels_with_values_say_what_greys_and_colours_are(tmp_path):
 
 
 def test_what_is_ignored_becomes_the_highest_label_wherever_it_is_named(tmp_path):
-    given = ("background=0", "ignore=255", "lesion=1")
+    given = ("ignore=255", "lesion=1", "background=0")
     labels, (found,), _ = labels_of(tmp_path, grey(1, 255), given=given)
     assert labels == {"background": 0, "lesion": 1, "ignore": 2}
     np.testing.assert_array_equal(found, grey(1, 2))

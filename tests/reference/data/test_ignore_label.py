@@ -1,5 +1,6 @@
 """nnU-Net's ignore label, from dataset.json to frames, patches and pictures."""
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -119,6 +120,12 @@ def test_patches_lie_around_what_is_not_ignored():
         for _ in range(40):
             patch = patches.draw(mask_S.shape, voxels, random)
             assert (mask_S[patch] != IGNORED).any()
+    # So does padding, which is nobody's outline.
+    header = nibabel.Nifti1Image(mask_S, np.eye(4)).header
+    image_CS = np.zeros((1, *mask_S.shape), np.float32)
+    sample = Sample("a", image_CS, mask_S, (0,), (1.0, 1.0, 1.0), header)
+    padded = VolumeFraming((1.0, 1.0, 1.0), least=(30, 12, 8)).apply(sample).mask_S
+    assert find_voxels(padded)["outlined"].tolist() == (found["outlined"] + [0, 2, 0]).tolist()
     # Without anything ignored, they lie anywhere.
     assert "outlined" not in find_voxels(np.zeros((4, 4, 4), np.uint8))
 
