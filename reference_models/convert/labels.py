@@ -69,7 +69,7 @@ class Held:
 
 
 def look_at_masks(files: Mapping[str, File]) -> dict[str, Held]:
-    """Reads all masks; .mha and .nrrd, which need more than is installed, are not looked into.
+    """Reads all masks but .mha and .nrrd, which are taken for labels by their ending.
 
     Raises:
         DataError: as of `read_values`, or palettes give one label different colours.
@@ -186,7 +186,7 @@ def _parsed(given: Sequence[str]) -> tuple[list[str], list[int]]:
                 number = int(value[1:], 16)
                 red, green, blue = number >> 16, number >> 8 & 255, number & 255
                 values.append(red if red == green == blue else COLOUR + number)
-            elif value.isascii() and value.isdecimal():
+            elif re.fullmatch(r"-?[0-9]+", value):
                 values.append(int(value))
             else:
                 raise DataError(
@@ -221,17 +221,17 @@ def _guessed(found: Mapping[int, Path]) -> tuple[list[str], list[int]]:
         )
     if values == [0]:
         raise DataError("all masks are background alone (only 0); look at what --masks names")
-    if len(values) > _MANY:
-        raise DataError(
-            f"{found[values[1]]}: masks hold {len(values)} values, {_list(found)}, as if smoothed, "
-            "packed as JPEG, or no masks at all; export them again, one number for each label"
-        )
     top = values[-1]
     if top < MOST_LABELS and values in ([1], [*range(top + 1)]):
         names = ["foreground"] if top == 1 else [f"label {label}" for label in range(1, top + 1)]
         return [BACKGROUND, *names], [*range(top + 1)]
     if binary := _binary(found):
         return [BACKGROUND, "foreground"], binary
+    if len(values) > _MANY:
+        raise DataError(
+            f"{found[values[1]]}: masks hold {len(values)} values, {_list(found)}, as if smoothed, "
+            "packed as JPEG, or no masks at all; export them again, one number for each label"
+        )
     raise DataError(
         f"{found[top]}: masks hold {_list(found)}, and which is which is not known; say so by "
         f"--labels {_example(found)}"
