@@ -130,7 +130,8 @@ def _channels(pairs: Mapping[str, Pair], names: tuple[str, ...]) -> tuple[tuple[
         usual = tuple(f"channel {number}" for number in range(count))
     elif _ending(pairs) not in VOLUMES and not all(map(_is_grey, images)):
         usual = _RGB  # grey images among them count as three channels alike
-    if names and len(names) != len(usual):
+    # Of one file of colours a case, three alike may be one channel.
+    if names and len(names) not in {len(usual), count}:
         raise DataError(f"channels: got {', '.join(names)}, but images have {len(usual)} of them")
     said = (
         f"Channels are called {', '.join(usual)}, so that each is brought to mean 0 and variance 1 "

@@ -111,7 +111,8 @@ def _palette(path: Path) -> dict[int, tuple[int, ...]]:
 
 
 def read_values(file: File) -> np.ndarray:
-    """Reads what a mask holds at each pixel: a number, or a colour as `COLOUR` + 0xRRGGBB.
+    """Reads what a mask holds at each pixel: a number, also of grey as RGB, or a colour as
+    `COLOUR` + 0xRRGGBB.
 
     Raises:
         DataError: it cannot be read, is packed with loss, or holds fractions.
@@ -128,11 +129,9 @@ def read_values(file: File) -> np.ndarray:
     if single or file.ending == ".jpg":  # the latter is refused
         return read_labels(path)
     image_S3 = read_image(path).astype(np.int32)
+    colour_S = COLOUR + image_S3 @ np.array([1 << 16, 1 << 8, 1])
     grey_S = image_S3[..., 0]
-    if (image_S3 == grey_S[..., None]).all():
-        return grey_S
-    values_S = image_S3 @ np.array([1 << 16, 1 << 8, 1])
-    return np.where(values_S == 0, 0, values_S + COLOUR)
+    return np.where((image_S3 == grey_S[..., None]).all(-1), grey_S, colour_S)
 
 
 def find_labels(masks: Mapping[str, Held], given: Sequence[str]) -> Labels:

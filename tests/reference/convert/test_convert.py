@@ -165,7 +165,7 @@ def test_photographs_get_masks_of_png_and_three_channels(tmp_path):
     assert content["channel_names"]["2"] == "rgb_to_0_1"
     shutil.rmtree(settings.to)
     with pytest.raises(DataError, match="images have 3 of them"):
-        convert(dataclasses.replace(settings, channels=("grey",)))
+        convert(dataclasses.replace(settings, channels=("a", "b")))
     Image.fromarray(mask_of()).save(tmp_path / "a/P1.JPEG")  # in grey
     _, content, *_ = converted(settings)
     assert [*content["channel_names"].values()] == ["R", "G", "B"]
@@ -180,7 +180,7 @@ def test_volumes_are_laid_out_with_their_place(tmp_path, value):
         mask[1:3, 1:3] = value
         save(tmp_path / f"a/p{i}_0000.nii.gz", np.full(SHAPE, i, np.int16))
         save(tmp_path / f"a/p{i}_0001.nii.gz", np.full(SHAPE, i, np.int16))
-        save(tmp_path / f"b/p{i}_seg.nii", mask, scl_slope=1.0)
+        save(tmp_path / f"b/p{i}_seg.nii", mask)
     (tmp_path / "c.csv").write_text("case,site\np0,A\np1,B\np2,A\n", encoding="utf-8")
     settings = ConvertSettings(
         (tmp_path / "a",), (tmp_path / "b",), tmp_path / "c.csv", tmp_path / "out",
