@@ -54,7 +54,7 @@ class SimpleItkVolume(Volume):
         require_real(path, stored if reader.GetNumberOfComponents() != 1 else None)
         _require_whole(path, self._fields)
         dtype = np.dtype(sitk.GetArrayViewFromImage(sitk.Image(1, 1, 1, reader.GetPixelID())).dtype)
-        require_length(path, shape, dtype.itemsize, deflated=True)
+        require_length(path, shape, dtype.itemsize, deflated=self._packed(), start=self._start)
         directions = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
         affine = np.eye(4)
         affine[:3, :3], affine[:3, 3] = _TO_RAS @ directions, _TO_RAS @ reader.GetOrigin()
@@ -69,7 +69,7 @@ class SimpleItkVolume(Volume):
     def stored(self) -> np.ndarray:
         sitk = import_simpleitk(_ending(self.path))
         with _reading(self.path):
-            if self._fields.get("compresseddata", "").lower() == "true":
+            if _ending(self.path) == ".mha" and self._packed():
                 self._require_sum()
             image = _run(sitk.ReadImage, self.path)
             # ITK's first axis is the one whose voxels are neighbours, NumPy's the last.
@@ -81,6 +81,13 @@ class SimpleItkVolume(Volume):
         if side.lower().startswith(("scanner", "3d")):
             return ["header does not say which side is left; taken from right to left"]
         return []
+
+    def _packed(self) -> bool:
+        """Whether the file's bytes are not the voxels' own."""
+        fields = self._fields
+        return fields.get("compresseddata", "false").lower() == "true" or (
+            fields.get("encoding", "raw").lower() != "raw"
+        )
 
     def _require_sum(self) -> None:
         """Raises if packed voxels are not what was packed."""

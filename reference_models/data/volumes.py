@@ -95,7 +95,9 @@ def require_real(path: str, kind: str | None) -> None:
         )
 
 
-def require_length(path: str, shape: tuple[int, ...], voxel: int, *, deflated: bool) -> None:
+def require_length(
+    path: str, shape: tuple[int, ...], voxel: int, *, deflated: bool, start: int = 0
+) -> None:
     """Raises if a file is too short for the voxels that its header claims.
 
     Args:
@@ -103,12 +105,13 @@ def require_length(path: str, shape: tuple[int, ...], voxel: int, *, deflated: b
         shape: that it claims.
         voxel: bytes of one.
         deflated: whether they may be packed.
+        start: where in the file they start.
 
     Raises:
         DataError: it is cut off.
     """
     claimed = int(np.prod(shape, dtype=object)) * voxel
-    there = os.stat(path).st_size
+    there = os.stat(path).st_size - start
     if claimed > there * (DEFLATED if deflated else 1):
         raise DataError(
             f"{path}: cut off: its header claims {claimed} bytes of voxels, and the file has "

@@ -87,6 +87,10 @@ def _written(image):
     return lambda path: sitk.WriteImage(image, str(path))
 
 
+def _shortened(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
 _SPACE = b"space directions: (1,0,0) (0,1,0) (0,0,1)"
 BAD = {
     "2D": (".mha", _written(sitk.Image(4, 5, sitk.sitkInt16)), r"has 2 dimensions \(4, 5\)"),
@@ -105,8 +109,8 @@ BAD = {
     ),
     "voxels elsewhere": (".mha", _text(b"LOCAL", b"a.raw"), "its voxels are in another file"),
     "claims terabytes": (".mha", _text(b"6 5 4", b"30000 30000 30000"), "cut off: its header"),
-    "cut off": (".mha", lambda path: path.write_bytes(path.read_bytes()[:-9]), "readable .mha"),
-    "cut off, nrrd": (".nrrd", lambda path: path.write_bytes(path.read_bytes()[:-9]), "able .nrrd"),
+    "cut off": (".mha", _shortened, "cut off: its header claims"),
+    "cut off, nrrd": (".nrrd", _shortened, "cut off: its header claims"),
     "empty": (".nrrd", lambda path: path.write_bytes(b""), "not a readable .nrrd file"),
     "text": (".mha", lambda path: path.write_bytes(b"sorry"), "not a readable .mha file"),
 }  # fmt: skip
@@ -168,4 +172,4 @@ def test_a_cut_volume_of_a_folder_is_one_error(tmp_path):
     path = tmp_path / "imagesTr/p2_0000.nrrd"
     path.write_bytes(path.read_bytes()[:-30])
     (line,) = errors(checked(settings)[1])
-    assert line.startswith(f"error: {path}: not a readable .nrrd file (SimpleITK cannot read it)")
+    assert line.startswith(f"error: {path}: cut off: its header claims 240 bytes of voxels, and")

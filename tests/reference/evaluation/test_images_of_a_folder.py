@@ -41,12 +41,13 @@ def settings(tmp_path):
     return nnunet_images(tmp_path / "data", n=12)
 
 
-def test_a_run_is_trained_scored_and_resumed_by_the_former_name_too(tmp_path, settings):
+def test_a_run_is_trained_scored_and_resumed_by_the_former_name_too(tmp_path, settings, capsys):
     recipe = recipe_of(settings.root, "paper", out=tmp_path / "run")
     recipe = dataclasses.replace(
         recipe, data=dataclasses.replace(recipe.data, cache=tmp_path / "cache")
     )
     run = train(recipe)
+    assert "2 steps in all, which is few to learn by" in capsys.readouterr().out
     assert read_run(run)[0].framing.crop == "whole"
     weights = weights_of(run)
     content = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
