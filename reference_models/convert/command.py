@@ -72,7 +72,7 @@ def convert(settings: ConvertSettings) -> list[str]:
     pairing = pair(*list_files(settings.images, settings.masks))
     pairs = pairing.pairs
     rows = read_rows(settings.attributes, pairs, settings.case, settings.subject)
-    masks = look_at_masks({name: case.mask for name, case in pairs.items()})
+    masks = look_at_masks([mask for case in pairs.values() for mask in case.masks])
     labels = find_labels(masks, settings.labels)
     channels, scaling = _channels(pairs, settings.channels)
 
@@ -84,11 +84,12 @@ def convert(settings: ConvertSettings) -> list[str]:
         for name, case in track(pairs.items(), "writing", console=_STDERR, transient=True):
             for number, image in case.channels.items():
                 copied += _link(image.path, folder / f"imagesTr/{name}_{number:04}{ending}")
-            mask = folder / f"labelsTr/{name}{_mask_ending(ending)}"
-            if masks[name].holds(labels) and case.mask.ending == _mask_ending(ending):
-                copied += _link(case.mask.path, mask)
+            target = folder / f"labelsTr/{name}{_mask_ending(ending)}"
+            first, *others = case.masks
+            if first.ending == _mask_ending(ending) and masks[first].hold(labels) and not others:
+                copied += _link(first.path, target)
             else:
-                write_labels(case.mask, mask, labels)
+                write_labels(case.masks, target, labels)
         _write_texts(folder, rows, labels, channels, ending)
         return copied
 

@@ -50,36 +50,34 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Held:
+class Values:
     """What a mask holds.
 
     Args:
-        path: of the mask.
         values: each of them once.
         plain: whether a pixel is one number, as labels are read.
     """
 
-    path: Path
     values: frozenset[int]
     plain: bool = True
 
-    def holds(self, labels: Labels) -> bool:
-        """Whether what it holds are these labels as they are."""
+    def hold(self, labels: Labels) -> bool:
+        """Whether they are these labels as they are."""
         return self.plain and all(labels.of_value[value] == value for value in self.values)
 
 
-def look_at_masks(files: Mapping[str, File]) -> dict[str, Held]:
+def look_at_masks(files: Sequence[File]) -> dict[File, Values]:
     """Reads all masks but .mha and .nrrd, which are taken for labels by their ending.
 
     Raises:
         DataError: as of `read_values`, or palettes give one label different colours.
     """
-    masks: dict[str, Held] = {}
+    masks: dict[File, Values] = {}
     colours: dict[int, tuple[tuple[int, ...], Path]] = {}
     console = Console(stderr=True)
-    for name, file in track(files.items(), "reading masks", console=console, transient=True):
+    for file in track(files, "reading masks", console=console, transient=True):
         if file.ending in VOLUMES and file.ending not in NIFTI:
-            masks[name] = Held(file.path, frozenset())
+            masks[file] = Values(frozenset())
             continue
         values_S = read_values(file)
         values = frozenset(np.unique(values_S).tolist())
@@ -91,14 +89,14 @@ def look_at_masks(files: Mapping[str, File]) -> dict[str, Held]:
                     f"{file.path}: its palette gives {value} the colour {palette[value]}, but that "
                     f"of {other} {colour}, so that numbers are no labels; save all masks as RGB"
                 )
-        masks[name] = Held(file.path, values, file.ending in VOLUMES or _single(file.path))
+        masks[file] = Values(values, file.ending in VOLUMES or _single(file.path))
     return masks
 
 
 def _single(path: Path) -> bool:
-    """Whether an image has one number a pixel."""
+    """Whether an image has one number a pixel; one of 1 bit is black and white."""
     with Image.open(path) as image:
-        return image.mode in ("1", "L", "P")
+        return image.mode in ("L", "P")
 
 
 def _palette(path: Path) -> dict[int, tuple[int, ...]]:
@@ -134,7 +132,7 @@ def read_values(file: File) -> np.ndarray:
     return np.where((image_S3 == grey_S[..., None]).all(-1), grey_S, colour_S)
 
 
-def find_labels(masks: Mapping[str, Held], given: Sequence[str]) -> Labels:
+def find_labels(masks: Mapping[File, Values], given: Sequence[str]) -> Labels:
     """Decides what each value is.
 
     Args:
@@ -145,7 +143,7 @@ def find_labels(masks: Mapping[str, Held], given: Sequence[str]) -> Labels:
     Raises:
         DataError: that is not to be known, or `given` does not fit what was found.
     """
-    found = {value: mask.path for mask in masks.values() for value in mask.values}
+    found = {value: mask.path for mask, held in masks.items() for value in held.values}
     names, values = _parsed(given)
     if not names:
         names, values = _guessed(found)
@@ -265,20 +263,37 @@ def _table(names: Sequence[str], values: Sequence[int]) -> str:
     )
 
 
-def write_labels(file: File, target: Path, labels: Labels) -> None:
-    """Writes a mask with labels for its values, 8 bits each, in the format of its new ending.
+def write_labels(files: Sequence[File], target: Path, labels: Labels) -> None:
+    """Writes an image's masks as one of labels, 8 bits each, in the format of its new ending.
+
+    Where several masks overlap the higher label counts.
 
     Raises:
-        DataError: as of `read_values`.
+        DataError: as of `read_values`, or masks of one image differ in size.
     """
+    first = files[0]
+    together_S = _labels_in(first, labels)
+    for other in files[1:]:
+        labels_S = _labels_in(other, labels)
+        if labels_S.shape != together_S.shape:
+            raise DataError(
+                f"{other.path}: has size {labels_S.shape}, but {first.path}, a mask of the same "
+                f"image, {together_S.shape}"
+            )
+        np.maximum(together_S, labels_S, out=together_S)
+    if first.ending not in NIFTI:
+        Image.fromarray(together_S).save(target)
+        return
+    header = open_volume(str(first.path)).header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    nibabel.save(nibabel.Nifti1Image(together_S, None, header), target)
+
+
+def _labels_in(file: File, labels: Labels) -> np.ndarray:
+    """The labels (uint8) of what a mask holds."""
     values_S = read_values(file)
     labels_S = np.zeros(values_S.shape, np.uint8)
     for value, label in labels.of_value.items():
         labels_S[values_S == value] = label
-    if file.ending not in NIFTI:
-        Image.fromarray(labels_S).save(target)
-        return
-    header = open_volume(str(file.path)).header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
-    nibabel.save(nibabel.Nifti1Image(labels_S, None, header), target)
+    return labels_S

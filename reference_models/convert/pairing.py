@@ -5,6 +5,8 @@ seg, segmentation, label, gt or annotation (or their plurals) of a mask, image o
 set off by _, -, a dot or a blank. So p1.png or p1_img.png go with p1_mask.png, and image_01.png
 with mask_01.png. Names count as text, accents however the system writes them.
 
+`p1_mask_1`, `p1_mask_2` and so on are masks of one image, with `p1_mask` or without.
+
 `_0000` to `_9999` behind an image's name is a channel only where its mask is called without it.
 """
 
@@ -39,12 +41,12 @@ class Pair:
 
     Args:
         case_id: what they are called alike.
+        masks: of one image, to be put together where there are several.
         channels: images by number.
-        mask: theirs.
     """
 
     case_id: str
-    mask: File
+    masks: tuple[File, ...]
     channels: dict[int, File] = field(default_factory=dict)
 
 
@@ -57,8 +59,14 @@ class Pairing:
     lone_masks: list[File]
 
     def remarks(self) -> list[str]:
-        """Says in sentences what could not be paired."""
+        """Says in sentences what could not be paired, and what was put together."""
+        several = [name for name, case in self.pairs.items() if case.masks[1:]]
         said = []
+        if several:
+            said.append(
+                f"{len(several)} of {len(self.pairs)} cases have several masks, which are put "
+                f"together; where they overlap, the higher label counts: {shown(several, 10)}."
+            )
         for what, other, files in (
             ("image", "mask", self.lone_images),
             ("mask", "image", self.lone_masks),
@@ -69,7 +77,7 @@ class Pairing:
                 left = "is" if len(files) == 1 else "are"
                 names = shown([file.path.name for file in files], 10)
                 said.append(f"{them} {have} no {other} and {left} left out: {names}.")
-        likes = {alike(_bare(file.stem, _MASK)): file for file in self.lone_masks}
+        likes = {alike(_mask_name(file.stem)[0]): file for file in self.lone_masks}
         meant = [
             f"{image.path.name} and {likes[alike(stem)].path.name}"
             for image in self.lone_images
@@ -100,7 +108,7 @@ def list_files(images: Sequence[Path], masks: Sequence[Path]) -> tuple[list[File
                 file
                 for file in _files(flag, folder)
                 if folder.resolve() not in both
-                or (_bare(file.stem, _MASK) != file.stem) == are_masks
+                or (_mask_name(file.stem)[0] != file.stem) == are_masks
             ]
             if not found:
                 raise DataError(
@@ -143,25 +151,27 @@ def pair(images: Sequence[File], masks: Sequence[File]) -> Pairing:
             others have, or files end in different ways.
     """
     faults: list[str] = []
-    by_name: dict[str, File] = {}
+    whole: dict[str, dict[str, File]] = {}
+    bare: dict[str, dict[str, File]] = {}
     for mask in masks:
-        _take(by_name, mask.stem, mask, faults)
-    bare: dict[str, File] = {}
+        _take(whole.setdefault(mask.stem, {}), "", mask, faults)
     for mask in masks:
-        if (name := _bare(mask.stem, _MASK)) != mask.stem and name not in by_name:
-            _take(bare, name, mask, faults)
-    by_name = bare | by_name
+        name, number = _mask_name(mask.stem)
+        if name not in whole:
+            _take(bare.setdefault(name, {}), number, mask, faults)
+    by_name = bare | whole
     pairs: dict[str, Pair] = {}
     lone: list[File] = []
     for image in images:
         for case_id, channel in _names(image.stem):
             if case_id in by_name:
-                case = pairs.setdefault(case_id, Pair(case_id, by_name[case_id]))
+                of_case = tuple(by_name[case_id].values())
+                case = pairs.setdefault(case_id, Pair(case_id, of_case))
                 _take(case.channels, channel, image, faults)
                 break
         else:
             lone.append(image)
-    used = {case.mask.path for case in pairs.values()}
+    used = {mask.path for case in pairs.values() for mask in case.masks}
     if faults:
         raise DataError("\n".join(faults))
     if not pairs:
@@ -182,6 +192,14 @@ def _names(stem: str) -> Iterator[tuple[str, int]]:
     yield _bare(stem, _IMAGE), 0
     if numbered := re.fullmatch(r"(.+)_(\d{4})", stem):
         yield numbered[1], int(numbered[2])
+
+
+def _mask_name(stem: str) -> tuple[str, str]:
+    """What a mask's image may be called, and the mask's number among several: p1 and 2 of
+    p1_mask_2."""
+    if several := re.fullmatch(r"(.+)[ _.-]masks?[ _-](\d{1,2})", stem, re.IGNORECASE):
+        return several[1], several[2]
+    return _bare(stem, _MASK), ""
 
 
 def _bare(stem: str, word: str) -> str:
@@ -230,10 +248,16 @@ def _require_endings(pairs: dict[str, Pair]) -> None:
             f"images end in {' and '.join(endings)}, such as {' and '.join(map(str, first))}; a "
             "folder of nnU-Net's has one ending: save them alike, or convert them one by one"
         )
+    several = next((case for case in pairs.values() if case.masks[1:]), None)
+    if several and endings[0] not in (*NIFTI, *IMAGES):
+        raise DataError(
+            f"{several.masks[1].path}: another mask of {several.case_id}, and {endings[0]} files "
+            "are not looked into; put them together, or save all files as .nii.gz"
+        )
     alike_enough = next((kind for kind in (NIFTI, IMAGES) if endings[0] in kind), endings)
-    for case in pairs.values():
-        if case.mask.ending not in alike_enough:
+    for mask in (mask for case in pairs.values() for mask in case.masks):
+        if mask.ending not in alike_enough:
             raise DataError(
-                f"{case.mask.path}: ends in {case.mask.ending}, but its image in {endings[0]}; "
-                f"save masks as {' or '.join(alike_enough)}"
+                f"{mask.path}: ends in {mask.ending}, but its image in {endings[0]}; save masks as "
+                f"{' or '.join(alike_enough)}"
             )

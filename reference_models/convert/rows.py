@@ -108,7 +108,7 @@ def _few(case_ids: Collection[str]) -> str:
 
 def _called(pair: Pair) -> list[str]:
     """What cells may call a case: its id, and its files with and without their ending."""
-    files = [pair.mask, *pair.channels.values()]
+    files = [*pair.masks, *pair.channels.values()]
     return [pair.case_id, *(file.stem for file in files)]
 
 

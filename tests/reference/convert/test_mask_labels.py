@@ -47,6 +47,7 @@ TWO = {"background": 0, "foreground": 1}
 FOUND = {
     "black and white": ([mask_of(255), mask_of(0)], TWO),
     "labels": ([mask_of(1), mask_of(1, 3)], TWO),
+    "1 bit": ([mask_of(1).astype(bool), mask_of(255)], TWO),
     "red on black": ([coloured(RED), coloured()], TWO),
     "grey as RGB": ([np.stack([mask_of()] * 3, -1)], TWO),
     "three labels": ([grey(1, 2), grey(2)], {"background": 0, "label 1": 1, "label 2": 2}),
@@ -103,6 +104,15 @@ def test_places_in_one_palette_are_labels(tmp_path):
     assert content["labels"] == {"background": 0, "label 1": 1, "label 2": 2}
     with Image.open(settings.to / "labelsTr/us_000.png") as image:
         np.testing.assert_array_equal(np.asarray(image), grey(1, 2))
+
+
+def test_several_masks_of_one_image_are_put_together(tmp_path):
+    settings = folder(tmp_path, grey(1), grey(1))
+    Image.fromarray(grey(0, 1)).save(tmp_path / "b/us_001_mask_1.png")
+    said, *_ = converted(settings)
+    np.testing.assert_array_equal(labels_in(settings.to / "labelsTr/us_001.png"), grey(1, 1))
+    np.testing.assert_array_equal(labels_in(settings.to / "labelsTr/us_000.png"), grey(1))
+    assert any("1 of 2 cases have several masks" in line for line in said)
 
 
 SMOOTH = np.tile(np.arange(32, dtype=np.uint8) * 8, (24, 1))

@@ -20,7 +20,7 @@ def paired(tmp_path, images, masks, same=False):
         folders.append(folder)
     found = pair(*list_files([folders[0]], [folders[1]]))
     return {
-        case_id: (sorted(case.channels), case.mask.path.name)
+        case_id: (sorted(case.channels), *(mask.path.name for mask in case.masks))
         for case_id, case in found.pairs.items()
     }, found
 
@@ -71,6 +71,14 @@ def test_one_folder_may_hold_both(tmp_path):
     found, _ = paired(tmp_path, files, [], same=True)
     assert found["benign (2)"] == ([0], "benign (2)_mask.png")
     assert len(found) == 2
+
+
+def test_numbered_masks_of_one_image_go_together_and_others_do_not(tmp_path):
+    masks = ["p1_mask.png", "p1_mask_1.png", "p1_mask_2.png", "p2_mask.png"]
+    found, pairing = paired(tmp_path, ["p1.png", "p2.png"], masks)
+    assert found == {"p1": ([0], *masks[:3]), "p2": ([0], masks[3])}
+    (said,) = pairing.remarks()
+    assert said.startswith("1 of 2 cases have several masks, which are put together;")
 
 
 def test_names_that_differ_in_capitals_or_zeros_are_asked_about(tmp_path):
