@@ -12,6 +12,7 @@ from PIL import Image, TiffImagePlugin
 from reference_models.data import DataSettings, open_dataset
 from reference_models.data.cases import UNKNOWN, Attribute
 from reference_models.data.images import image_size, read_image, read_labels
+from reference_models.data.splits import make_splits
 from reference_models.errors import DataError
 
 RGB = {"0": "R", "1": "G", "2": "B"}
@@ -270,7 +271,12 @@ def test_rows_may_name_files_and_images_to_be_predicted_need_none(tmp_path):
 
 
 def test_nifti_is_the_former_name_of_a_folder(tmp_path):
-    settings = nnunet_images(tmp_path)
+    settings = nnunet_images(tmp_path, n=20)
     assert DataSettings("nifti", tmp_path) == settings
     with pytest.raises(DataError, match="folder needs the folder of its files"):
         open_dataset(DataSettings("nifti"))
+    dataset = open_dataset(settings)
+    now = make_splits(dataset, 0)
+    dataset.name, dataset.former_name = "nifti", ""
+    before = make_splits(dataset, 0)
+    assert (now.train, now.validation, now.test) == (before.train, before.validation, before.test)
