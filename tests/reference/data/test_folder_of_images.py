@@ -194,6 +194,9 @@ def test_check_names_a_bad_image_or_mask_and_says_what_is_wrong(tmp_path, folder
     (line,) = errors(text)
     assert "u1_0000.png" in line if images else "u1.png" in line
     assert re.search(words, line)
+    if "size" in fault or fault == "missing":  # of which training hears before it starts
+        with pytest.raises(DataError, match=words):
+            open_dataset(settings)
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
