@@ -67,8 +67,8 @@ class Sample:
             case.
         attributes: its case's.
         spacing: size of a pixel along each spatial axis, in the data set's unit.
-        header: of a NIfTI image, whose axes are the spatial ones: where its voxels lie, and how a
-            mask of them is to be written.
+        header: of a volume, as NIfTI has it: where its voxels lie, and how a mask of them is to be
+            written.
         remarks: what is odd about its files, but leaves them readable; `check` shows them.
 
     Raises:
@@ -102,7 +102,7 @@ class Sample:
 
     @property
     def affine(self) -> np.ndarray | None:
-        """The map from indices of a NIfTI volume to mm (RAS+), (4, 4); None of others."""
+        """The map from indices of a volume to mm (RAS+), (4, 4); None of images."""
         return None if self.header is None else self.header.get_best_affine()
 
     @property

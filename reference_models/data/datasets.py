@@ -34,8 +34,8 @@ class DataSettings:
     """Folder of its files; mni152 and phantom have none."""
     attributes: tuple[str, ...] = ()
     """What the router knows: fairseg has race (default), gender, ethnicity, language,
-    maritalstatus and age; ham10000 has age (default), sex and localization; folder has the columns
-    of its attributes.csv, the first by default."""
+    maritalstatus and age; ham10000 has age (default), sex and localization; a folder has the
+    columns of its attributes.csv, the first by default."""
     splits: Path | None = None
     """A splits file (json), such as every run leaves in its folder, or nnU-Net's
     splits_final.json. Without it, a splits_final.json in the folder, else the data set's own split,
@@ -51,7 +51,7 @@ class DataSettings:
     cache: Path | None = None
     """Folder of decoded and resized cases, shared by runs; ~/.cache/dmoe-frames by default."""
     ct_window: tuple[float, float] = CT_WINDOW
-    """Hounsfield units that CT (a channel of that name, of folder) is clipped to."""
+    """Hounsfield units that CT (a channel of that name, in a folder) is clipped to."""
     mni152: HeldOut = "middle"
     """The slices of mni152 that are held out for test and validation."""
     phantom: PhantomSettings = field(default_factory=PhantomSettings)

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from ..errors import reading
 
@@ -47,11 +47,11 @@ def read_image(path: Path | str) -> np.ndarray:
         if image.mode[0] in "IF" or ";16" in str(image.tile):
             bits = f"mode {image.mode}" if image.mode[0] in "IF" else "16 bits a channel"
             raise ValueError(f"{bits}, expected 8 bits a channel; bring its intensities to 0..255")
-        image = _upright(image)
-        see_through = "A" in image.mode or "transparency" in image.info
-        if see_through and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        upright = _upright(image)
+        see_through = "A" in upright.mode or "transparency" in upright.info
+        if see_through and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
             raise ValueError("parts of it are transparent, and what lies behind is not known")
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(upright.convert("RGB"))
 
 
 def read_labels(path: Path | str) -> np.ndarray:
@@ -68,9 +68,9 @@ def read_labels(path: Path | str) -> np.ndarray:
                 f"a {image.format} of mode {image.mode}, expected one label a pixel: 8 bits, grey "
                 "or palette"
             )
-        image = _upright(image)
-        labels_HW = np.asarray(image).astype(np.uint8)
-        palette = np.array(image.getpalette() or [], np.int64).reshape(-1, 3)
+        upright = _upright(image)
+        labels_HW = np.asarray(upright).astype(np.uint8)
+        palette = np.array(upright.getpalette() or [], np.int64).reshape(-1, 3)
         colours = palette[: int(labels_HW.max()) + 1]
         # Of colours, places in the palette are the labels. Of greys that do not rise with their
         # places they need not be: tools that make files small put greys into any order.
@@ -102,7 +102,7 @@ def _reading(path: Path | str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
+def _opened(path: Path | str) -> Iterator[ImageFile.ImageFile]:
     """Opens a file of a single image, of which nothing has been decoded yet."""
     with Image.open(path, formats=_FORMATS) as image:
         image.verify()  # a PNG's checksums, which decoding alone does not look at to the end

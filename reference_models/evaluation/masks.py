@@ -1,7 +1,7 @@
 """Masks as files, ours or another tool's: one a case, label values at native resolution.
 
-We write NIfTI of volumes and PNG of images; another tool's may be whatever images are read from
-without loss, or .npy.
+We write NIfTI of volumes and PNG of images. Another tool's masks may be of any format in which the
+masks of a folder are read, and of images .npy.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Task:
         channels: of an image.
         classes: names by label.
         attributes: that the router knows, in their order.
-        channel_names: of volumes, whose intensities are scaled by them.
+        channel_names: of a folder, whose intensities are scaled by them.
     """
 
     channels: int

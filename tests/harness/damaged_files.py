@@ -14,17 +14,17 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from harness.image_folders import fairseg_folder, ham_folder
+from harness.image_folders import fairseg_folder, ham_folder, nnunet_images
 from harness.nifti_folders import mask, nnunet_folder
-from reference_models.data import open_dataset
+from reference_models.data import DataSettings, open_dataset
 from reference_models.data.cases import Sample
 from reference_models.data.splits import choose_splits
 from reference_models.errors import DataError
 from reference_models.evaluation.masks import read_mask
 
-# Of these, checksums and the content's own rules find any damage that matters. JPEG, unpacked
+# Of these, checksums and the content's own rules find any damage that matters. JPEG, TIFF, unpacked
 # NIfTI, .npy and text have none: a byte of theirs may be another one, and nobody can tell.
-CHECKED = ("nii.gz", "mask nii.gz", "png", "mask png", "npz")
+CHECKED = ("nii.gz", "mask nii.gz", "png", "mask png", "npz", "folder png", "folder mask png")
 
 
 def damage(content, rng):
@@ -78,6 +78,8 @@ def targets(root):
     photographs, _ = ham_folder(root)
     textured = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
     Image.fromarray(textured).save(photographs.root / "HAM10000_images/ISIC_0000001.jpg")
+    scans = nnunet_images(root / "scans", n=4).root
+    tiffs = nnunet_images(root / "tiffs", n=4, ending=".tif", mask_ending=".tif")
     eyes = root / "eyes"
     eyes.mkdir()
     fundus = fairseg_folder(eyes, n=4)
@@ -92,6 +94,9 @@ def targets(root):
         "nii": (plain.root / "imagesTr/p1_0000.nii", _pixels(plain)),
         "png": (ham / "HAM10000_segmentations/ISIC_0000001_segmentation.png", _pixels(photographs)),
         "jpg": (ham / "HAM10000_images/ISIC_0000001.jpg", _pixels(photographs)),
+        "folder png": (scans / "imagesTr/u1_0000.png", _pixels(DataSettings("folder", scans))),
+        "folder mask png": (scans / "labelsTr/u1.png", _pixels(DataSettings("folder", scans))),
+        "folder tif": (tiffs.root / "imagesTr/u1_0000.tif", _pixels(tiffs)),
         "npz": (eyes / "data_00002.npz", _pixels(fundus)),
         "attributes.csv": (volumes.root / "attributes.csv", _pixels(volumes)),
         "ham csv": (ham / "split/new_train.csv", _pixels(photographs)),

@@ -14,8 +14,8 @@ from reference_models.errors import DataError, reading
 
 
 def test_damaged_files_are_refused_by_name_or_read_as_they_were(tmp_path):
-    found = fuzz(tmp_path, 130, seed=0)
-    assert sum(found.values()) == 130
+    found = fuzz(tmp_path, 160, seed=0)
+    assert sum(found.values()) == 160
     assert sum(n for (_, outcome), n in found.items() if outcome == "refused") > 90
     assert not [kind for kind, outcome in found if outcome == "refused, unnamed"]
     assert not [kind for kind, outcome in found if outcome == "otherwise" and kind in CHECKED]

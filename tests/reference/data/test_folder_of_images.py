@@ -12,6 +12,7 @@ from PIL import Image, TiffImagePlugin
 from reference_models.data import DataSettings, open_dataset
 from reference_models.data.cases import UNKNOWN, Attribute
 from reference_models.data.images import image_size, read_image, read_labels
+from reference_models.data.splits import make_splits
 from reference_models.errors import DataError
 
 RGB = {"0": "R", "1": "G", "2": "B"}
@@ -193,6 +194,9 @@ def test_check_names_a_bad_image_or_mask_and_says_what_is_wrong(tmp_path, folder
     (line,) = errors(text)
     assert "u1_0000.png" in line if images else "u1.png" in line
     assert re.search(words, line)
+    if "size" in fault or fault == "missing":  # of which training hears before it starts
+        with pytest.raises(DataError, match=words):
+            open_dataset(settings)
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
@@ -270,7 +274,12 @@ def test_rows_may_name_files_and_images_to_be_predicted_need_none(tmp_path):
 
 
 def test_nifti_is_the_former_name_of_a_folder(tmp_path):
-    settings = nnunet_images(tmp_path)
+    settings = nnunet_images(tmp_path, n=20)
     assert DataSettings("nifti", tmp_path) == settings
     with pytest.raises(DataError, match="folder needs the folder of its files"):
         open_dataset(DataSettings("nifti"))
+    dataset = open_dataset(settings)
+    now = make_splits(dataset, 0)
+    dataset.name, dataset.former_name = "nifti", ""
+    before = make_splits(dataset, 0)
+    assert (now.train, now.validation, now.test) == (before.train, before.validation, before.test)

@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from harness.evaluations import FEW, read_json
 from harness.exported_runs import masks_in, write_untrained
 from harness.image_folders import nnunet_images, nodule
 from harness.trainings import weights_of
 from PIL import Image
 
-from reference_models.data import DataSettings
+from reference_models.data import DataSettings, open_dataset
 from reference_models.errors import RunError
 from reference_models.evaluation.evaluate import (
     EvaluatePredictions,
@@ -21,12 +22,13 @@ from reference_models.evaluation.evaluate import (
 )
 from reference_models.evaluation.prediction import PredictSettings, predict
 from reference_models.export.command import ExportSettings, export
+from reference_models.export.description import describe
 from reference_models.recipes.framings import ImageFramingSettings
 from reference_models.recipes.networks import UNetSettings
 from reference_models.recipes.presets import PRESETS
 from reference_models.recipes.recipe import Recipe, resolve
 from reference_models.training.loop import train
-from reference_models.training.runs import read_run
+from reference_models.training.runs import Task, read_run
 
 
 def recipe_of(root, crop="whole", **changes):
@@ -88,6 +90,18 @@ def test_images_without_masks_are_predicted_as_they_are_with_them(tmp_path, sett
             assert (seen.size, seen.mode) == ((30, 20), "RGB")
 
 
+def test_an_exported_file_tells_how_a_folders_images_are_framed_and_scaled(settings):
+    task = Task.of(open_dataset(settings))
+    said = describe(recipe_of(settings.root), task, torch.nn.Linear(1, 1))
+    assert json.loads(said["reference_models.channels"]) == [
+        {"name": "ultrasound", "scale": "z-score"}
+    ]
+    assert json.loads(said["reference_models.framing"]) == {
+        "kind": "image", "crop": None, "size": [16, 16],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
 def test_an_exported_file_predicts_a_folders_images_as_its_network_does(tmp_path, settings):
     pytest.importorskip("onnxruntime")
     run = write_untrained(tmp_path / "run", recipe_of(settings.root))
