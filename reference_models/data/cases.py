@@ -126,6 +126,7 @@ class Dataset(ABC):
         about: what the files say of the data, such as where they come from; empty if nothing.
         left_out: ids of the cases that are damaged, where opening left such cases out.
         folds: nnU-Net's file of folds, where it lies beside the cases.
+        foldable: whether subjects can be held out from each other, as folds do.
         made_with: whatever else decides what `load` gives, so that cached frames are made anew
             when it changes.
         unit: of distances and spacings, "mm", or "px" where the files do not say.
@@ -148,6 +149,7 @@ class Dataset(ABC):
     about: str = ""
     left_out: Collection[str] = frozenset()
     folds: Path | None = None
+    foldable: bool = True
     made_with: tuple[float | str, ...] = ()
     unit: str = "px"
     population: Mapping[str, tuple[float, ...]] = {}
