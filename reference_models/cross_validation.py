@@ -69,7 +69,7 @@ def cross_validate(recipe: Recipe) -> tuple[Path, Summary]:
         begun = (run.out / "recipe.json").exists()
         done = begun and is_finished(run.out)
         state = "is trained already" if done else "goes on" if begun else "begins"
-        console.print(f"fold {fold} of 0 to {len(runs) - 1} {state}: {run.out}", markup=False)
+        console.print(f"fold {fold} (0 to {len(runs) - 1}) {state}: {run.out}", markup=False)
         if not done:
             train(run, resume=begun)
     if not fabric.is_global_zero:

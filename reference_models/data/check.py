@@ -86,8 +86,8 @@ def _splits(
         )
     except DataError as error:
         # Too few cases to draw from are a consequence where some were left out, as damaged.
-        asked = settings.splits or dataset.folds or settings.fold is not None
-        if not dataset.left_out or asked:
+        asked = (settings.splits, dataset.folds, settings.fold, settings.folds)
+        if not dataset.left_out or asked != (None,) * 4:
             errors.append(error)
         return official, ""
     split_of = {case_id: split for split in SPLITS for case_id in getattr(splits, split)}

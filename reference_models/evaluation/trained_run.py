@@ -240,9 +240,9 @@ def _folders(settings: RunSettings) -> list[Path]:
         short = [f.name for f in folds if not (f / "recipe.json").exists() or not is_finished(f)]
         if short:
             raise RunError(
-                f"{named}: {shown(short)} of {len(folds)} folds are not trained to their end; go "
-                "on by cross-validate with the same flags, or name by --run the folders of those "
-                "folds that are to answer."
+                f"{named}: of its {len(folds)} folds, {shown(short)} did not come to the end of "
+                "the training; go on by cross-validate with the same flags, or name by --run the "
+                "folders of the folds that are to answer."
             )
     return folders
 
@@ -298,8 +298,8 @@ def _about(
     sentences = []
     if one_by_one:
         sentences.append(
-            f"Each case was predicted by that of {len(folders)} folds that it was held out from, "
-            f"with the fold's {which} checkpoint."
+            f"Each case was predicted by the one of {len(folders)} folds that it was held out "
+            f"from, with that fold's {which} checkpoint."
         )
     elif len(folders) > 1:
         sentences.append(
@@ -308,17 +308,20 @@ def _about(
         )
     if split == "validation" and which == "best":
         sentences.append(
-            "These cases chose that checkpoint out of all epochs, so that new cases can be "
+            "These cases' scores chose the checkpoint out of all epochs, so that new cases can be "
             "expected to score lower; --which last takes the final one."
         )
     elif split == "validation":
         early = (
             ""
             if recipe.patience is None
-            else f"; they could end the training early, though (--patience {recipe.patience}), so "
-            "that new cases may score a little lower"
+            else f"; but they could end the training early (--patience {recipe.patience}), so that "
+            "new cases may score a little lower"
         )
-        sentences.append(f"These cases chose the best checkpoint, but not the last{early}.")
+        sentences.append(
+            "These cases' scores chose the best checkpoint; the last one, which is scored here, "
+            f"was not chosen by them, as in nnU-Net{early}."
+        )
     return " ".join(sentences)
 
 
