@@ -1,4 +1,4 @@
-"""The command line: `python -m reference_models convert|check|train|evaluate|predict|...`.
+"""The command line: `python -m reference_models convert|check|train|cross-validate|evaluate|...`.
 
 A command is a function here, whose arguments become its flags, and a line in `main`.
 """
@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 
 from .convert.command import ConvertSettings, convert
+from .cross_validation import cross_validate
 from .data import DataSettings
 from .data.check import check
 from .demo import DemoSettings, demo
@@ -21,6 +22,7 @@ from .errors import DataError, RunError
 from .evaluation.evaluate import EvaluatePredictions, EvaluateRun
 from .evaluation.prediction import PredictSettings, predict
 from .export.command import ExportSettings, export
+from .metrics.scores import Summary
 from .recipes.presets import DESCRIPTIONS, PRESETS
 from .report.words import findings
 from .study.command import StudySettings, study
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "check": _check,
                 "convert": _convert,
                 "train": _train,
+                "cross-validate": _cross_validate,
                 "evaluate": _evaluate,
                 "predict": _predict,
                 "export": _export,
@@ -58,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
         return 1
     except KeyboardInterrupt:
-        advice = "A training goes on by --resume, the demo and a study by the same command."
+        advice = (
+            "A training goes on by --resume, a cross-validation, the demo and a study by the same "
+            "command."
+        )
         Console(stderr=True).print(f"Stopped. {advice}", style="red")
         return 130  # as shells have it
 
@@ -86,9 +92,20 @@ def _train(recipe: Annotated[_Preset, tyro.conf.arg(name="")], resume: bool = Fa
     return 0
 
 
+def _cross_validate(recipe: Annotated[_Preset, tyro.conf.arg(name="")]) -> int:
+    """Trains all folds by a preset into --out, and reports on all held-out cases together.
+
+    Killed, it goes on by the same command; folds that are trained already are left as they are.
+    """
+    return _tell(*cross_validate(recipe))
+
+
 def _evaluate(settings: Annotated[_Evaluated, tyro.conf.arg(name="")]) -> int:
     """Scores a trained run, or masks by any other tool, and writes csv, json and a report."""
-    folder, summary = settings.score()
+    return _tell(*settings.score())
+
+
+def _tell(folder: Path, summary: Summary) -> int:
     for finding in findings(summary):
         print(finding)
     print(f"report: {folder / 'report.html'}")

@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .evaluation.evaluate import AS_GIVEN, EvaluateRun, evaluate_run
+from .evaluation.conditions import AS_GIVEN
+from .evaluation.evaluate import EvaluateRun, evaluate_run
 from .metrics.scores import RegionScores, Summary
 from .recipes.networks import TransUNetSettings
 from .recipes.presets import PRESETS

@@ -139,6 +139,7 @@ class Dataset(ABC):
         ignores: whether parts of masks may be `IGNORED`.
         left_out: ids of the cases that are damaged, where opening left such cases out.
         folds: nnU-Net's file of folds, where it lies beside the cases.
+        foldable: whether subjects can be held out from each other, as folds do.
         made_with: whatever else decides what `load` gives, so that cached frames are made anew
             when it changes.
         unit: of distances and spacings, "mm", or "px" where the files do not say.
@@ -163,6 +164,7 @@ class Dataset(ABC):
     ignores: bool = False
     left_out: Collection[str] = frozenset()
     folds: Path | None = None
+    foldable: bool = True
     made_with: tuple[float | str, ...] = ()
     unit: str = "px"
     population: Mapping[str, tuple[float, ...]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,6 +16,7 @@ from rich.text import Text
 from ..errors import DataError, shown
 from .cases import SPLITS, UNKNOWN, Case, Dataset
 from .datasets import DataSettings, open_dataset
+from .folds import COUNT
 from .splits import absent_values, choose_splits, count_folds, leaked_subjects
 
 # Threads; decoding leaves Python's lock alone. Each may hold a volume, of up to a gigabyte or two.
@@ -45,11 +46,11 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
     except DataError as fatal:
         errors.append(fatal)
     else:
-        split_of = _splits(dataset, settings, errors)
+        split_of, source = _splits(dataset, settings, errors)
         warnings = _read_all(dataset, errors, console)
         for table in _counts(dataset, split_of):
             console.print(table)
-        if source := _source(dataset, settings, split_of):
+        if source:
             say(f"split: {source}")
         for split, called in zip(SPLITS, ("training", "validation", "test"), strict=True):
             ids = {case_id for case_id, placed in split_of.items() if placed == split}
@@ -67,39 +68,58 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
 
 def _splits(
     dataset: Dataset, settings: DataSettings, errors: list[DataError]
-) -> Mapping[str, str | None]:
-    """Finds each case's split: by the file or by seed, or the data set's own where those fail."""
+) -> tuple[Mapping[str, str | None], str]:
+    """Finds each case's split: by the file or by seed, or the data set's own where those fail.
+
+    Returns:
+        The splits, and where they come from; empty where they are the data set's own or the file's.
+    """
     official = {case.case_id: case.split for case in dataset.cases}
     if not any(case.labelled for case in dataset.cases):
-        return official  # to be predicted alone
+        return official, ""  # to be predicted alone
     try:
         if settings.splits is None and (leaks := leaked_subjects(official, dataset)):
             errors.extend(map(DataError, leaks))
-            return official
-        splits = choose_splits(dataset, settings.splits, settings.split_seed, settings.fold)
+            return official, ""
+        splits = choose_splits(
+            dataset, settings.splits, settings.split_seed, settings.fold, settings.folds
+        )
     except DataError as error:
         # Too few cases to draw from are a consequence where some were left out, as damaged.
-        if not dataset.left_out or settings.splits or dataset.folds:
+        asked = (settings.splits, dataset.folds, settings.fold, settings.folds)
+        if not dataset.left_out or asked != (None,) * 4:
             errors.append(error)
-        return official
-    return {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
+        return official, ""
+    split_of = {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
+    return split_of, _source(dataset, settings, split_of.values())
 
 
-def _source(
-    dataset: Dataset, settings: DataSettings, split_of: Mapping[str, str | None]
-) -> str | None:
-    """Says where the splits come from, unless they are the data set's own or the file's."""
-    file = settings.splits or dataset.folds
-    n_folds = count_folds(file) if file else 0
-    if (settings.fold or 0) in range(n_folds):  # else that is an error, and told as one
+def _source(dataset: Dataset, settings: DataSettings, made: Collection[str]) -> str:
+    """Says where the splits come from, unless they are the data set's own or the file's.
+
+    Args:
+        dataset, settings: of which the splits are.
+        made: the split of each case that has one.
+    """
+    fold, file = settings.fold, settings.splits or dataset.folds
+    if fold == "all":
+        return "every case with a mask but the test cases is trained on (--fold all), none held out"
+    n_folds, origin = count_folds(file) if file else 0, f"of {file}"
+    if not file and fold is not None:
+        n_folds = settings.folds or COUNT
+        origin = (
+            "made by subject, stratified by the default attribute, by --split-seed "
+            f"{settings.split_seed} the same on every machine"
+        )
+    if n_folds:
         return (
-            f"fold {settings.fold or 0} of 0 to {n_folds - 1} (--fold) of {file}; its val is the "
+            f"fold {fold or 0} of 0 to {n_folds - 1} (--fold) {origin}; its val is the "
             "validation split"
         )
     own = {case.split for case in dataset.cases}
-    drawn = [split for split in SPLITS if split not in own and split in split_of.values()]
+    drawn = [split for split in SPLITS if split not in own and split in made]
     if file or not drawn:
-        return None
+        return ""
     return f"{' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest"
 
 

@@ -19,6 +19,7 @@ from .intensities import CT_WINDOW
 from .mni152 import HeldOut, Mni152
 from .nnunet import read_layout
 from .phantom import Phantom, PhantomSettings
+from .splits import Fold
 from .table import UNKNOWN_TEXTS
 
 FORMER_NAMES = {Folder.former_name: Folder.name}  # which recipes and commands of old still say
@@ -40,8 +41,12 @@ class DataSettings:
     """A splits file (json), such as every run leaves in its folder, or nnU-Net's
     splits_final.json. Without it, a splits_final.json in the folder, else the data set's own split,
     and the rest by seed."""
-    fold: int | None = None
-    """Which fold of a splits_final.json, from 0, the default: its val is the validation split."""
+    fold: Fold | None = None
+    """Which fold, from 0: its val is the validation split. Of a splits_final.json, the first by
+    default; where there is none, folds are made by subject, stratified by the default attribute.
+    all: every case but the test cases is trained on, and none is held out."""
+    folds: int | None = None
+    """Number of folds that are made where there is no splits_final.json, 5 by default."""
     split_seed: int = 0
     """Seed by which cases are split that the data set's own split leaves open."""
     unknown_texts: tuple[str, ...] = UNKNOWN_TEXTS

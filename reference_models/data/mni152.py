@@ -65,6 +65,7 @@ class Mni152(Dataset):
     attributes = (Attribute("protocol", PROTOCOLS),)
     channels = 1
     unit = "mm"
+    foldable = False
     population = {"protocol": TRAIN_SHARES}  # noqa: RUF012
 
     def __init__(self, held_out: HeldOut = "middle") -> None:

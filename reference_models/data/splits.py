@@ -6,7 +6,9 @@ values keeps its share: by that one whichever attributes a model is told, so tha
 a split.
 
 nnU-Net's `splits_final.json`, a list of folds, is read too: a fold's `train` is the training split,
-its `val` the validation split, and test cases are the data set's own, if it has any.
+its `val` the validation split, and test cases are the data set's own, if it has any. Without such a
+file folds are made, as of `make_folds`. The fold "all" trains on every case but the test cases, and
+has no validation split.
 """
 
 from __future__ import annotations
@@ -14,18 +16,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from ..errors import DataError, reading, shown
 from ..files import write_whole
 from .cases import SPLITS, Case, Dataset
+from .folds import COUNT, make_folds
 from .table import nfc
 
 FOLDS = "splits_final.json"  # as nnU-Net calls it
+Fold: TypeAlias = int | Literal["all"]
 
 VALIDATION_SHARE = 0.1  # of the training cases
 TEST_SHARE = 0.2  # of all cases, where the data set names no test cases
@@ -58,11 +62,7 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
         DataError: a subject lies in two of the data set's own splits, or there are too few
             subjects.
     """
-    if leaks := leaked_subjects({case.case_id: case.split for case in dataset.cases}, dataset):
-        raise DataError(
-            f"{dataset.name}: {leaks[0]}" + (f" ({len(leaks)} such subjects)" if leaks[1:] else "")
-            + "; put each subject's cases into one split, by lists or a splits file"
-        )  # fmt: skip
+    _require_apart(dataset)
     chosen: dict[str, str] = {}
     pool = []
     labelled = [case for case in dataset.cases if case.labelled]
@@ -92,6 +92,19 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
             f"{' and '.join(empty)}"
         )
     return Splits(dataset.name, seed, **members)
+
+
+def _require_apart(dataset: Dataset) -> None:
+    """Raises where the data set's own splits share a subject.
+
+    Raises:
+        DataError: they do.
+    """
+    if leaks := leaked_subjects({case.case_id: case.split for case in dataset.cases}, dataset):
+        raise DataError(
+            f"{dataset.name}: {leaks[0]}" + (f" ({len(leaks)} such subjects)" if leaks[1:] else "")
+            + "; put each subject's cases into one split, by lists or a splits file"
+        )  # fmt: skip
 
 
 def leaked_subjects(split_of: Mapping[str, str | None], dataset: Dataset) -> list[str]:
@@ -134,22 +147,95 @@ def choose_splits(
     dataset: Dataset,
     path: Path | None,
     seed: int,
-    fold: int | None = None,
+    fold: Fold | None = None,
+    folds: int | None = None,
     needed: Collection[str] | None = None,
 ) -> Splits:
     """Reads the file's splits, or those of the folds beside the cases, else makes them by seed.
 
+    Args:
+        dataset: whose cases.
+        path: of a splits file, or of folds.
+        seed: of what is drawn.
+        fold: which fold; of those that are made where no file has any. None: the file's first, and
+            without a file no fold but a split.
+        folds: how many folds are made, `COUNT` by default.
+        needed: as of `read_splits`.
+
     Raises:
-        DataError: there are no folds to take `fold` from; as of `read_splits` and `make_splits`.
+        DataError: there is no such fold, or two of the settings contradict each other; as of
+            `read_splits` and `make_splits`.
+    """
+    if fold == "all":
+        if path is not None:
+            raise DataError(
+                f"fold: all trains on every case, so that {path} would change nothing; leave "
+                "--splits or --fold out"
+            )
+        return _all_trained(dataset, seed)
+    if found := path or dataset.folds:
+        _require_none_made(found, folds)
+        return read_splits(found, dataset, fold, needed)
+    if fold is None:
+        if folds is not None:
+            raise DataError(
+                f"folds: got {folds}, but the cases are split once; choose a fold by --fold"
+            )
+        return make_splits(dataset, seed)
+    made = choose_folds(dataset, None, seed, folds)
+    if not 0 <= fold < len(made):
+        raise DataError(
+            f"fold: got {fold}, but {len(made)} folds are made (--folds), 0 to {len(made) - 1}"
+        )
+    return made[fold]
+
+
+def choose_folds(
+    dataset: Dataset, path: Path | None, seed: int, folds: int | None = None
+) -> tuple[Splits, ...]:
+    """Gives every fold of the file, or of the one beside the cases, else makes them by seed.
+
+    Raises:
+        DataError: the file has no folds, or `folds` is given beside one; as of `read_splits` and
+            `make_folds`.
     """
     if found := path or dataset.folds:
-        return read_splits(found, dataset, fold, needed)
-    if fold is not None:
-        raise DataError(
-            f"fold: got {fold}, but the folder has no {FOLDS}; copy it there from nnU-Net's "
-            "preprocessed folder, or name it by --splits"
+        _require_none_made(found, folds)
+        return tuple(
+            read_splits(found, dataset, fold) for fold in range(max(count_folds(found), 1))
         )
-    return make_splits(dataset, seed)
+    everything = _all_trained(dataset, seed)
+    return tuple(
+        replace(
+            everything,
+            train=tuple(case_id for case_id in everything.train if case_id not in held_out),
+            validation=tuple(case_id for case_id in everything.train if case_id in held_out),
+        )
+        for held_out in make_folds(dataset, COUNT if folds is None else folds, seed)
+    )
+
+
+def write_folds(path: Path, folds: Sequence[Splits]) -> None:
+    """Writes folds as nnU-Net does, whole or not at all."""
+    content = [{"train": fold.train, "val": fold.validation} for fold in folds]
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def _require_none_made(path: Path, folds: int | None) -> None:
+    """Raises where folds are to be made though a file has them."""
+    if folds is not None:
+        raise DataError(f"folds: got {folds}, but the folds are those of {path}; leave it out")
+
+
+def _all_trained(dataset: Dataset, seed: int) -> Splits:
+    """Splits without a held-out case: every case that has a mask is trained on, or a test case."""
+    _require_apart(dataset)
+    labelled = [case for case in dataset.cases if case.labelled]
+    if not (train := tuple(case.case_id for case in labelled if case.split != "test")):
+        raise DataError(f"{dataset.name}: no case with a mask is left to train on")
+    test = tuple(case.case_id for case in labelled if case.split == "test")
+    return Splits(dataset.name, seed, train, (), test)
 
 
 def read_splits(

@@ -1,11 +1,9 @@
 """Scores a run, or a folder of any tool's masks, and writes what it found.
 
-    cases.csv      a row a case and region
-    summary.json   `scores.Summary`: groups, overall, intervals, and attributes told wrongly
-    report.html    the same to look at
-    masks/         of a run: label values at native resolution, of volumes NIfTI
-
-Shapes: N cases, A attributes.
+cases.csv      a row a case and region
+summary.json   `scores.Summary`: groups, overall, intervals, and attributes told wrongly
+report.html    the same to look at
+masks/         of a run: label values at native resolution, of volumes NIfTI
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from rich.progress import track
 
 from ..data import DataSettings, open_dataset
 from ..data.cases import IGNORED, UNKNOWN, Case, Dataset, Sample
-from ..data.splits import absent_values
 from ..errors import DataError, shown
 from ..files import write_results
 from ..metrics.fairness import SMALL_GROUP
@@ -31,15 +28,9 @@ from ..metrics.region import IGNORING, POLICY, RegionScore, score_region
 from ..metrics.scores import Condition, RegionScores, Summary
 from ..report.page import write_report
 from ..report.pictures import Picture, pictures_wanted
+from .conditions import AS_GIVEN, attributes_told, left_out_note
+from .inference import predictions
 from .masks import assign_masks, choose_cases, find_masks, read_mask, write_mask
-from .prediction import (
-    RunSettings,
-    TrainedRun,
-    given_attributes,
-    left_out_note,
-    open_run,
-    predictions,
-)
 from .summary import (
     case_scores,
     comparisons,
@@ -48,8 +39,8 @@ from .summary import (
     write_cases,
     write_summary,
 )
+from .trained_run import RunSettings, open_run
 
-AS_GIVEN = "as given"
 CONTENTS = ("cases.csv", "summary.json", "report.html")
 Split = Literal["train", "validation", "test"]
 
@@ -69,17 +60,18 @@ class Scoring:
 
 @dataclass(frozen=True)
 class EvaluateRun(RunSettings):
-    """Scores a trained run."""
+    """Scores a trained run, several together, or a cross-validation."""
 
     split: Split = "test"
-    """The split whose cases are scored."""
+    """The split whose cases are scored; of a cross-validation, validation is all that were held
+    out."""
     out: Path | None = None
     """Folder to write; by default evaluation-<split> in the run's folder."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
     @property
     def folder(self) -> Path:
-        return self.out or self.run / f"evaluation-{self.split}"
+        return self.folder_for(self.out, f"evaluation-{self.split}")
 
     def score(self) -> tuple[Path, Summary]:
         """Does as `evaluate_run`; the folder that it wrote comes first."""
@@ -125,7 +117,8 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
     run = open_run(settings, settings.split)
     _require_masks(run.cases, settings.split)
     told, notes = attributes_told(run, settings.scoring.seed)
-    loads = {condition: ExpertLoads(run.dataset) for condition in told}
+    # Experts of several networks have nothing in common but their numbers.
+    loads = {name: ExpertLoads(run.dataset) for name in told} if len(run.members) == 1 else None
     scored: dict[str, list[list[RegionScore]]] = {condition: [] for condition in told}
     paths: dict[str, Path] = {}
 
@@ -135,11 +128,24 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
             for condition, mask in masks.items():
                 scored[condition].append(_score(run.dataset, sample, mask, settings.scoring))
             paths[sample.case_id] = write_mask(folder / "masks", sample, masks[AS_GIVEN])
-        tables = {condition: loads[condition].tables() for condition in told}
         if run.twin:
             notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], run.twin.note())))
-        result = _Evaluation(run.dataset, run.cases, scored, notes, tables)
-        return _write(folder, result, settings, settings.run, paths)
+        result = _Evaluation(
+            run.dataset,
+            run.cases,
+            scored,
+            notes,
+            {name: load.tables() for name, load in (loads or {}).items()},
+            {
+                case.case_id: panel.fold
+                for panel in run.panels
+                if panel.fold is not None
+                for case in panel.cases
+            },
+            run.about,
+        )
+        source = ", ".join(map(str, settings.named))
+        return _write(folder, result, settings, source, paths)
 
     return write_results(settings.folder, write, (*CONTENTS, "masks"))
 
@@ -182,56 +188,9 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
         told = ("masks read from files; what wrote them was not run", note, left_out_note(left_out))
         notes = {AS_GIVEN: "; ".join(filter(None, told))}
         result = _Evaluation(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
-        return _write(folder, result, settings, settings.folder, paths)
+        return _write(folder, result, settings, str(settings.folder), paths)
 
     return write_results(settings.out, write, CONTENTS)
-
-
-def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What the network is told under each condition that can be run; a note on every condition.
-
-    Args:
-        run: whose cases.
-        seed: of which attributes are told wrongly.
-
-    Returns:
-        By condition the attributes (N, A), and by condition a note.
-    """
-    given_NA = given_attributes(run.cases)
-    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: left_out_note(run.left_out)}
-    if run.unknown is None:
-        why = "not run: this network is not told the attributes"
-        return told, notes | dict.fromkeys(("shuffled", "wrong", "unknown"), why)
-    rng = np.random.default_rng(seed)
-    told["shuffled"] = given_NA[rng.permutation(len(given_NA))]
-    told["wrong"] = given_NA.copy()
-    for place, attribute in enumerate(run.dataset.attributes):
-        n_values = len(attribute.values)
-        others_N = rng.integers(1, max(n_values, 2), len(given_NA))
-        known_N = given_NA[:, place] != UNKNOWN
-        told["wrong"][known_N, place] = ((given_NA[:, place] + others_N) % n_values)[known_N]
-    told["unknown"] = np.full_like(given_NA, UNKNOWN)
-    for condition, how in (
-        ("shuffled", "attributes permuted among the cases"),
-        ("wrong", "each case told another value, drawn evenly, where its own is known"),
-        ("unknown", "all cases told that the attribute is not known"),
-    ):
-        right = int((told[condition] == given_NA).all(axis=1).sum())
-        notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
-    if run.unknown == "error" and run.twin:
-        del told["unknown"]
-        notes["unknown"] = "not run: the exported file refuses an attribute that is not known"
-    elif run.unknown == "error":
-        notes["unknown"] += "; trained with unknown='error', it averages over the values here"
-    untrained = absent_values(run.dataset, run.trained)
-    if run.unknown == "learned" and not any(
-        UNKNOWN in case.attributes for case in run.dataset.cases if case.case_id in run.trained
-    ):
-        notes["unknown"] += "; no training case was unknown, so this route was never trained"
-    if untrained:
-        lacking = f"no training case, so that it was never learned: {', '.join(untrained)}"
-        notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
-    return told, notes
 
 
 @dataclass(frozen=True)
@@ -243,7 +202,9 @@ class _Evaluation:
         cases: that were scored.
         scored: by condition, the scores [case][region].
         notes: a note on every condition; one without scores was not run.
-        loads: by condition, the experts' loads; empty without experts.
+        loads: by condition, the experts' loads; empty without experts, or of several networks.
+        folds: by case id, the fold of a cross-validation that held it out.
+        about: as of `TrainedRun`.
     """
 
     dataset: Dataset
@@ -251,6 +212,8 @@ class _Evaluation:
     scored: Mapping[str, list[list[RegionScore]]]
     notes: Mapping[str, str]
     loads: Mapping[str, LoadTables]
+    folds: Mapping[str, int] = field(default_factory=dict)
+    about: str = ""
 
 
 def _score(
@@ -301,7 +264,7 @@ def _write(
     folder: Path,
     result: _Evaluation,
     settings: EvaluateRun | EvaluatePredictions,
-    source: Path,
+    source: str,
     masks: Mapping[str, Path],
 ) -> Summary:
     """Writes csv, json and page."""
@@ -321,7 +284,7 @@ def _write(
     summary = Summary(
         dataset=dataset.name,
         split=settings.split,
-        source=str(source),
+        source=source,
         n_cases=len(result.cases),
         unit=dataset.unit,
         tolerance=scoring.tolerance,
@@ -333,9 +296,10 @@ def _write(
         conditions=tuple(conditions),
         about=dataset.about,
         comparisons=comparisons(conditions[0].scores),
+        networks=result.about,
     )
     rows = case_scores(dataset, result.cases, result.scored[AS_GIVEN])
-    write_cases(folder / "cases.csv", rows, dataset.unit)
+    write_cases(folder / "cases.csv", rows, dataset.unit, result.folds)
     write_summary(folder / "summary.json", summary)
     by_id = {case.case_id: case for case in result.cases}
     pictures = {}

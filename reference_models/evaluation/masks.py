@@ -87,11 +87,16 @@ def choose_cases(
     """
     if split != "all":
         splits = choose_splits(
-            dataset, settings.splits, settings.split_seed, settings.fold, needed=(split,)
+            dataset,
+            settings.splits,
+            settings.split_seed,
+            settings.fold,
+            settings.folds,
+            needed=(split,),
         )
         chosen = set(getattr(splits, split))
         return tuple(case for case in dataset.cases if case.case_id in chosen), ""
-    given = {"--splits": settings.splits, "--fold": settings.fold}
+    given = {"--splits": settings.splits, "--fold": settings.fold, "--folds": settings.folds}
     if idle := [f"{flag} {value}" for flag, value in given.items() if value is not None]:
         raise DataError(
             f"split: all scores every case, so that {' and '.join(idle)} would change nothing; "

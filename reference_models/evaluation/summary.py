@@ -258,16 +258,18 @@ def write_summary(path: Path, summary: Summary) -> None:
     write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
-def write_cases(path: Path, rows: Sequence[CaseScore], unit: str) -> None:
+def write_cases(path: Path, rows: Sequence[CaseScore], unit: str, folds: Mapping[str, int]) -> None:
     """A csv row a case and region, at full precision; an hd95 that is not defined is left empty.
 
+    Of a cross-validation, the column fold says which one held the case out (`folds`, by case id).
     An attribute that is called like another column here, such as region, has "attribute" before its
     name.
     """
     names = list(rows[0].attributes)
     columns = ["truth_size", "predicted_size", *METRICS]
     titles = [f"{column}_{unit}" if column == "hd95" else column for column in columns]
-    taken = {"case_id", "region", *titles}
+    keys = ["case_id", *(["fold"] if folds else [])]
+    taken = {*keys, "region", *titles}
     told_titles = []
     for name in names:
         while name in taken or name in told_titles:
@@ -277,10 +279,11 @@ def write_cases(path: Path, rows: Sequence[CaseScore], unit: str) -> None:
     def write(target: Path) -> None:
         with target.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["case_id", *told_titles, "region", *titles])
+            writer.writerow([*keys, *told_titles, "region", *titles])
             for row in rows:
                 scores = [getattr(row, column) for column in columns]
                 told = [row.attributes[name] for name in names]
-                writer.writerow([row.case_id, *told, row.region, *scores])
+                key = [row.case_id, *([folds[row.case_id]] if folds else [])]
+                writer.writerow([*key, *told, row.region, *scores])
 
     write_whole(path, write)

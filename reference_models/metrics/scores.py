@@ -125,6 +125,8 @@ class Summary:
         comparisons: by attribute, how many group means are compared: groups that have a case, times
             regions.
         about: what the data say of themselves, empty if they say nothing.
+        networks: who predicted the cases, and what the cases had to do with how the networks were
+            chosen, in sentences; empty where that goes without saying.
     """
 
     dataset: str
@@ -141,6 +143,7 @@ class Summary:
     conditions: tuple[Condition, ...]
     comparisons: Mapping[str, int]
     about: str = ""
+    networks: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,9 @@ import torch
 import dmoe_layer
 
 from ..errors import RunError
-from ..evaluation.evaluate import AS_GIVEN, attributes_told
-from ..evaluation.prediction import (
-    NonFiniteOutputError,
-    RunSettings,
-    TrainedRun,
-    given_attributes,
-    open_run,
-    predictions,
-)
+from ..evaluation.conditions import AS_GIVEN, attributes_told, given_attributes
+from ..evaluation.inference import NonFiniteOutputError, predictions
+from ..evaluation.trained_run import RunSettings, TrainedRun, open_run
 from ..files import write_whole
 from ..metrics.loads import ExpertLoads
 from ..metrics.region import batch_dice
@@ -162,16 +156,17 @@ def _train(recipe: Recipe, method: Method) -> None:
 def _tested(job: Job, recipe: Recipe, size: int) -> Trial:
     """What the trained network does on the test cases, of the last step, under each condition."""
     tested = open_run(RunSettings(recipe.out, which="last", batch_size=_BATCH), "test")
+    (network,) = tested.members
     image = tested.dataset.channels, size, size
     given_NA = given_attributes(tested.cases)
     told, _ = attributes_told(tested, job.data_seed)
     told = {TOLD_RIGHT if name == AS_GIVEN else name: told_NA for name, told_NA in told.items()}
     loads = {condition: ExpertLoads(tested.dataset) for condition in told}
-    trained = {c.attributes for c in tested.dataset.cases if c.case_id in tested.trained}
+    trained = {c.attributes for c in tested.dataset.cases if c.case_id in network.trained}
     return Trial(
         job=job,
-        parameters=sum(parameter.numel() for parameter in tested.model.parameters()),
-        multiply_adds=multiply_adds(tested.model, image, len(tested.dataset.attributes)),
+        parameters=sum(parameter.numel() for parameter in network.model.parameters()),
+        multiply_adds=multiply_adds(network.model, image, len(tested.dataset.attributes)),
         validation=_last_score(recipe.out),
         cases=tuple(case.case_id for case in tested.cases),
         subjects=tuple(case.subject for case in tested.cases),

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from ..data.cases import UNKNOWN, Dataset
+from ..data.folds import deal_subjects
 from ..data.loading import Frames
-from ..data.splits import Splits, absent_values, choose_splits, read_splits
+from ..data.splits import (
+    VALIDATION_SHARE,
+    Splits,
+    absent_values,
+    choose_splits,
+    read_splits,
+)
 from ..errors import RunError, shown
 from ..recipes.recipe import Recipe
 
@@ -43,11 +50,10 @@ class Cohort:
         """
         data, model = recipe.data, recipe.model
         if resume:
-            splits = read_splits(
-                recipe.out / "splits.json", dataset, needed=("train", "validation")
-            )
+            needed = ("train",) if data.fold == "all" else ("train", "validation")
+            splits = read_splits(recipe.out / "splits.json", dataset, needed=needed)
         else:
-            splits = choose_splits(dataset, data.splits, data.split_seed, data.fold)
+            splits = choose_splits(dataset, data.splits, data.split_seed, data.fold, data.folds)
         used = {*splits.train, *splits.validation}
         lacking = [c for c in dataset.cases if UNKNOWN in c.attributes and c.case_id in used]
         left_out: frozenset[str] = frozenset()
@@ -80,8 +86,19 @@ class Cohort:
         return tuple(case for case in self.splits.train if case not in self.left_out)
 
     @property
+    def held_out(self) -> bool:
+        """Whether there are cases to choose the best checkpoint by that are not trained on."""
+        return bool(self.splits.validation)
+
+    @property
     def validation(self) -> tuple[str, ...]:
-        return tuple(case for case in self.splits.validation if case not in self.left_out)
+        """Cases that are scored after each epoch: the validation split or, where none is held out,
+        as many of the training cases, to watch the training by."""
+        if self.held_out:
+            return tuple(case for case in self.splits.validation if case not in self.left_out)
+        trained = [case for case in self.dataset.cases if case.case_id in {*self.train}]
+        dealt = deal_subjects(trained, round(1 / VALIDATION_SHARE), self.splits.seed)
+        return tuple(case.case_id for case in trained if dealt[case.subject] == 0)
 
     def frames(self, case_ids: tuple[str, ...], *, training: bool = False) -> Frames:
         """These cases as the network sees them: augmented and, of volumes, by patches if it is
@@ -110,7 +127,7 @@ class Cohort:
         if self.recipe.leave_out_unknown:  # which is said already
             unknown = {f"{a.name} {a.label(UNKNOWN)}" for a in self.dataset.attributes}
             lacking = [value for value in lacking if value not in unknown]
-        return [
+        told = [
             f"{what}: {shown(names)}"
             for what, names in (
                 ("left out, an attribute not known", sorted(self.left_out)),
@@ -118,3 +135,10 @@ class Cohort:
             )
             if names
         ]
+        if not self.held_out:
+            told.append(
+                "no case is held out (--fold all): what is called validation here is of "
+                f"{len(self.validation)} training cases and decides nothing; training goes on to "
+                "its last epoch, whose checkpoint is the best and the last"
+            )
+        return told

@@ -253,7 +253,10 @@ class Run:
         )
 
     def _close_epoch(self, scored: Validation) -> dict[str, float]:
-        """Counts the epoch, keeps its weights if they are the best, and saves."""
+        """Counts the epoch, keeps its weights if they are the best, and saves.
+
+        Where no case is held out nothing chooses among epochs, and the last is the best.
+        """
         position = self.state.position
         rate = learning_rate(self.recipe, position.step - 1, self.steps_an_epoch)
         row = {"epoch": position.epoch + 1.0, "step": float(position.step), "learning_rate": rate}
@@ -261,7 +264,7 @@ class Run:
         row |= {"score": scored.score} | {f"dice {name}": d for name, d in scored.dice.items()}
         position.epoch, position.batch, position.sums = position.epoch + 1, 0, {}
         position.history.append(row)
-        best = scored.score > position.best_score
+        best = scored.score > position.best_score or not self.cohort.held_out
         if best:
             position.best_score, position.best_epoch = scored.score, position.epoch
         self.state.save(best=best)

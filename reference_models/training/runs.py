@@ -1,4 +1,8 @@
-"""What makes a folder a run: its recipe, what the data make of the network, and its splits."""
+"""What makes a folder a run: its recipe, what the data make of the network, and its splits.
+
+The folder of a cross-validation holds its folds' runs, fold_0, fold_1 and so on, and the folds in
+nnU-Net's splits_final.json, by which it is known.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from ..data.cases import Attribute, Dataset
-from ..data.splits import Splits, write_splits
+from ..data.splits import FOLDS, Splits, count_folds, write_splits
 from ..errors import RunError
 from ..files import write_whole
 from ..recipes.recipe import Recipe
@@ -79,6 +83,18 @@ def build_model(recipe: Recipe, task: Task) -> nn.Module:
         attribute_sizes=tuple(len(attribute.values) for attribute in task.attributes),
         shape=recipe.framing.shape,
     )
+
+
+def fold_folder(folder: Path, fold: int) -> Path:
+    """The folder of a fold's run in that of a cross-validation."""
+    return folder / f"fold_{fold}"
+
+
+def runs_in(folder: Path) -> tuple[Path, ...]:
+    """The folders of the folds of a cross-validation, trained or not; of a run its own."""
+    if (folder / "recipe.json").exists() or not (folder / FOLDS).exists():
+        return (folder,)
+    return tuple(fold_folder(folder, fold) for fold in range(count_folds(folder / FOLDS)))
 
 
 def read_run(run: Path) -> tuple[Recipe, Task]:

@@ -26,6 +26,7 @@ from ..files import write_whole
 from ..recipes.recipe import Recipe
 from . import checkpoints
 from .parallel import on_rank_0
+from .runs import read_run
 
 # By parameters' names and in full, also where ranks hold a part each; on rank 0's CPU.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -57,6 +58,17 @@ class Position:
     def finished(self, recipe: Recipe) -> bool:
         patience = math.inf if recipe.patience is None else recipe.patience
         return self.epoch >= int(recipe.epochs) or self.epoch - self.best_epoch >= patience
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run's training has come to its end.
+
+    Raises:
+        RunError: there is no run, or its last checkpoint is damaged.
+    """
+    recipe, _ = read_run(run)
+    stored = checkpoints.load_last(run)
+    return stored is not None and Position(**stored[1]["position"]).finished(recipe)
 
 
 @dataclass

@@ -211,6 +211,10 @@ def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch
             f"reference_models.{name}",
             lambda *a, name=command_name, **k: called.append(name) or 0,
         )
+    monkeypatch.setattr(
+        "reference_models.__main__.cross_validate",
+        lambda recipe: called.append("cross-validate") or (recipe.out, None),
+    )
     monkeypatch.setattr("reference_models.__main__.findings", lambda summary: ())
     monkeypatch.setattr(example, "write_example", lambda out: called.append("example") or out)
     assert main(shlex.split(command)) == 0

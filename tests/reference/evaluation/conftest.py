@@ -9,7 +9,7 @@ from reference_models.data import DataSettings, PhantomSettings
 from reference_models.data.splits import Splits, make_splits
 from reference_models.evaluation import evaluate as evaluation
 from reference_models.evaluation import masks as mask_files
-from reference_models.evaluation import prediction
+from reference_models.evaluation import trained_run
 from reference_models.evaluation.evaluate import (
     EvaluatePredictions,
 )
@@ -31,12 +31,12 @@ def run_of(tmp_path, monkeypatch):
             framing=ImageFramingSettings(SIZE, "whole"),
         )
         loaded = recipe, Task.of(dataset), model
-        monkeypatch.setattr(prediction, "load_model", lambda run, which, **_: loaded)
+        monkeypatch.setattr(trained_run, "load_model", lambda run, which, **_: loaded)
         ids = tuple(case.case_id for case in dataset.cases)
         splits = Splits(dataset.name, 0, ids if trained is None else trained, (), ids)
-        for module in (prediction, evaluation):
+        for module in (trained_run, evaluation):
             monkeypatch.setattr(module, "open_dataset", lambda settings, **known: dataset)
-        monkeypatch.setattr(prediction, "read_splits", lambda *_, **__: splits)
+        monkeypatch.setattr(trained_run, "read_splits", lambda *_, **__: splits)
         monkeypatch.setattr(mask_files, "choose_splits", lambda *_, **__: splits)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
@@ -62,8 +62,8 @@ def unet_run(tmp_path, monkeypatch):
         splits = Splits(dataset.name, 0, (), (), ids)
         write_run(run, recipe, task, splits)
         save_best(run, 0, model.state_dict())
-        monkeypatch.setattr(prediction, "read_splits", lambda *_, **__: splits)
-        monkeypatch.setattr(prediction, "open_dataset", lambda settings, **known: dataset)
+        monkeypatch.setattr(trained_run, "read_splits", lambda *_, **__: splits)
+        monkeypatch.setattr(trained_run, "open_dataset", lambda settings, **known: dataset)
         return run
 
     return write

@@ -11,7 +11,7 @@ from helpers import needs_links
 
 from reference_models.errors import DataError
 from reference_models.evaluation import evaluate as evaluation
-from reference_models.evaluation import prediction
+from reference_models.evaluation import trained_run
 from reference_models.evaluation.evaluate import (
     EvaluateRun,
     Scoring,
@@ -113,7 +113,7 @@ def test_of_a_run_of_another_data_set_nothing_is_scored(run_of, monkeypatch):
     run = run_of(Ruler(), Bars())
     other = Bars()
     other.classes = ("background", "bar", "comma")
-    monkeypatch.setattr(prediction, "open_dataset", lambda settings, **known: other)
+    monkeypatch.setattr(trained_run, "open_dataset", lambda settings, **known: other)
     with pytest.raises(DataError, match=r"trained for other data: classes: .*the data .*comma"):
         evaluate_run(EvaluateRun(run, scoring=FEW))
 

@@ -11,7 +11,7 @@ from harness.evaluations import FEW, Bars, Ruler
 from harness.nifti_folders import mask, nnunet_folder, save, voxels
 
 from reference_models.errors import DataError
-from reference_models.evaluation import prediction
+from reference_models.evaluation import trained_run
 from reference_models.evaluation.evaluate import EvaluatePredictions, evaluate_predictions
 from reference_models.evaluation.masks import read_mask
 from reference_models.evaluation.prediction import PredictSettings, predict
@@ -114,9 +114,9 @@ def test_columns_that_are_called_like_ours_are_kept_apart(crossval):
 
 def test_prediction_leaves_no_case_without_a_mask_unless_that_is_asked_for(run_of, monkeypatch):
     run = run_of(Ruler(), Bars(unknown=(3, 7)))
-    recipe, task, model = prediction.load_model(run, "best")
+    recipe, task, model = trained_run.load_model(run, "best")
     trained_so = dataclasses.replace(recipe, leave_out_unknown=True), task, model
-    monkeypatch.setattr(prediction, "load_model", lambda run, which, **_: trained_so)
+    monkeypatch.setattr(trained_run, "load_model", lambda run, which, **_: trained_so)
     with pytest.raises(DataError, match=r"2 test cases would get no mask.*: bar3, bar7\. Predict"):
         predict(PredictSettings(run))
     assert [*run.iterdir()] == []

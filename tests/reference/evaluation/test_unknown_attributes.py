@@ -8,7 +8,6 @@ from harness.evaluations import FEW, SIZE, Bars, Ruler
 from dmoe_layer import routing
 from reference_models.data import DataSettings
 from reference_models.errors import DataError
-from reference_models.evaluation import prediction
 from reference_models.evaluation.evaluate import (
     EvaluatePredictions,
     EvaluateRun,
@@ -16,7 +15,8 @@ from reference_models.evaluation.evaluate import (
     evaluate_run,
 )
 from reference_models.evaluation.masks import read_mask, write_mask
-from reference_models.evaluation.prediction import PredictSettings, RunSettings, predict
+from reference_models.evaluation.prediction import PredictSettings, predict
+from reference_models.evaluation.trained_run import RunSettings, open_run
 from reference_models.models.inference import forward_with_attributes
 from reference_models.models.unet import UNet
 from reference_models.training.checkpoints import load_model
@@ -71,14 +71,14 @@ def paths_of(run, dataset):
 @pytest.mark.parametrize("unknown", ["error", "average", "learned"])
 @pytest.mark.parametrize("block", ["channels", "film", "per_value", "moe"])
 def test_a_unets_policy_for_the_unknown_is_found_whatever_its_blocks(unet_run, block, unknown):
-    run = prediction.open_run(RunSettings(unet_run(Bars(), block, unknown=unknown)), "test")
+    run = open_run(RunSettings(unet_run(Bars(), block, unknown=unknown)), "test")
     assert run.unknown == unknown
     settings = RunSettings(unet_run(Bars(unknown=(3,)), block, unknown=unknown))
     if unknown == "error":
         with pytest.raises(DataError, match=r"1 of 12 test cases.*bar3.*no route for them"):
-            prediction.open_run(settings, "test")
+            open_run(settings, "test")
     else:
-        assert len(prediction.open_run(settings, "test").cases) == 12
+        assert len(open_run(settings, "test").cases) == 12
 
 
 @pytest.mark.parametrize("block", ["channels", "film", "per_value", "moe"])
@@ -96,7 +96,7 @@ def test_a_loaded_network_refuses_the_unknown_as_it_was_trained_to_unless_asked(
 def test_a_unet_of_dense_mlps_is_told_nothing_and_refuses_no_case(unet_run):
     for aware in (True, False):
         settings = RunSettings(unet_run(Bars(unknown=(3,)), "mlp", aware=aware))
-        run = prediction.open_run(settings, "test")
+        run = open_run(settings, "test")
         assert run.unknown is None
         assert len(run.cases) == 12
 

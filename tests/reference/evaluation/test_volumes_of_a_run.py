@@ -15,7 +15,7 @@ from reference_models.data.folder import Folder
 from reference_models.data.splits import Splits
 from reference_models.errors import DataError
 from reference_models.evaluation import masks as mask_files
-from reference_models.evaluation import prediction
+from reference_models.evaluation import trained_run
 from reference_models.evaluation.evaluate import (
     EvaluatePredictions,
     EvaluateRun,
@@ -80,9 +80,9 @@ def run_of(folder, tmp_path, monkeypatch):
         )
         model = model or Threshold(3)
         loaded = (recipe, Task.of(dataset), model)
-        monkeypatch.setattr(prediction, "load_model", lambda run, which, **_: loaded)
+        monkeypatch.setattr(trained_run, "load_model", lambda run, which, **_: loaded)
         splits = Splits("nifti", 0, (), (), test)
-        monkeypatch.setattr(prediction, "read_splits", lambda *_, **__: splits)
+        monkeypatch.setattr(trained_run, "read_splits", lambda *_, **__: splits)
         monkeypatch.setattr(mask_files, "choose_splits", lambda *_, **__: splits)
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)

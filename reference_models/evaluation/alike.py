@@ -1,0 +1,68 @@
+"""Whether networks of several runs can answer for the same cases together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from ..errors import RunError
+from ..recipes.recipe import Recipe
+from ..recipes.serial import flat, to_json
+from ..training.runs import Task
+
+Loaded: TypeAlias = tuple[Recipe, Task, nn.Module]
+
+# Settings of the data that may differ between networks that answer together: who is in which split,
+# and what the task says anyway.
+_MAY_DIFFER = {"attributes", "cache", "fold", "folds", "split_seed", "splits"}
+
+
+def require_alike(
+    first: Path, expected: Loaded, folder: Path, found: Loaded, *, rooted: bool
+) -> None:
+    """Raises unless two networks can answer together.
+
+    Args:
+        first, expected: the one.
+        folder, found: the other.
+        rooted: whether the user has named the folder of the data.
+
+    Raises:
+        RunError: they were trained for other attributes, classes or channels, see other frames of
+            the images, or are told unknown attributes in other ways.
+    """
+    differing = [
+        difference.replace("the run has", f"{first} has").replace("the data", f"{folder}")
+        for difference in expected[1].differences(found[1])
+    ]
+    here, there = (_terms(recipe, rooted) for recipe, _, _ in (expected, found))
+    differing += [
+        f"{name}: {first} has {here.get(name)}, {folder} {there.get(name)}"
+        for name in here | there
+        if here.get(name) != there.get(name)
+    ]
+    if differing:
+        raise RunError(
+            f"{folder}: cannot answer together with {first}; runs that do see and know the same. "
+            + "; ".join(differing)
+        )
+
+
+def _terms(recipe: Recipe, rooted: bool) -> dict[str, Any]:
+    """What decides, beside the task, what a network sees of a case and is told of it."""
+    free = _MAY_DIFFER | ({"root"} if rooted else set())
+    data, windows = flat(to_json(recipe.data)), recipe.framing.windows(1)
+    framing = recipe.framing.build()
+    return (
+        {f"data.{name}": value for name, value in data.items() if name not in free}
+        | {"framing": type(framing).__name__}
+        | {f"framing.{name}": value for name, value in vars(framing).items()}
+        | {f"windows.{name}": value for name, value in (vars(windows) if windows else {}).items()}
+        | {
+            "leave_out_unknown": recipe.leave_out_unknown,
+            "told": recipe.model.told,
+            "unknown": recipe.model.unknown,
+        }
+    )

@@ -1,0 +1,86 @@
+"""What the network is told of each case: the truth, and what shows whether it matters.
+
+Shapes: N cases, A attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..data.cases import UNKNOWN, Case
+from ..data.splits import absent_values
+from ..errors import shown
+from .trained_run import Member, TrainedRun
+
+AS_GIVEN = "as given"
+
+
+def given_attributes(cases: Sequence[Case]) -> np.ndarray:
+    """What the data say of each case: int64 (N, A)."""
+    return np.array([case.attributes for case in cases], dtype=np.int64).reshape(len(cases), -1)
+
+
+def left_out_note(cases: Sequence[Case]) -> str:
+    """Why cases have no mask, and which; empty if there are none."""
+    ids = [case.case_id for case in cases]
+    return f"left out, since an attribute is not known: {shown(ids)}" if ids else ""
+
+
+def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What the network is told under each condition that can be run; a note on every condition.
+
+    Args:
+        run: whose cases.
+        seed: of which attributes are told wrongly.
+
+    Returns:
+        By condition the attributes (N, A), and by condition a note.
+    """
+    given_NA = given_attributes(run.cases)
+    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: left_out_note(run.left_out)}
+    if run.unknown is None:
+        why = "not run: this network is not told the attributes"
+        return told, notes | dict.fromkeys(("shuffled", "wrong", "unknown"), why)
+    rng = np.random.default_rng(seed)
+    told["shuffled"] = given_NA[rng.permutation(len(given_NA))]
+    told["wrong"] = given_NA.copy()
+    for place, attribute in enumerate(run.dataset.attributes):
+        n_values = len(attribute.values)
+        others_N = rng.integers(1, max(n_values, 2), len(given_NA))
+        known_N = given_NA[:, place] != UNKNOWN
+        told["wrong"][known_N, place] = ((given_NA[:, place] + others_N) % n_values)[known_N]
+    told["unknown"] = np.full_like(given_NA, UNKNOWN)
+    for condition, how in (
+        ("shuffled", "attributes permuted among the cases"),
+        ("wrong", "each case told another value, drawn evenly, where its own is known"),
+        ("unknown", "all cases told that the attribute is not known"),
+    ):
+        right = int((told[condition] == given_NA).all(axis=1).sum())
+        notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
+    if run.unknown == "error" and run.twin:
+        del told["unknown"]
+        notes["unknown"] = "not run: the exported file refuses an attribute that is not known"
+    elif run.unknown == "error":
+        notes["unknown"] += "; trained with unknown='error', it averages over the values here"
+    if run.unknown == "learned" and not all(_trained_on_unknown(run, m) for m in run.members):
+        notes["unknown"] += "; no training case was unknown, so this route was never trained"
+    if untrained := _untrained(run):
+        lacking = f"no training case, so that it was never learned: {untrained}"
+        notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
+    return told, notes
+
+
+def _trained_on_unknown(run: TrainedRun, member: Member) -> bool:
+    cases = run.dataset.cases
+    return any(UNKNOWN in case.attributes for case in cases if case.case_id in member.trained)
+
+
+def _untrained(run: TrainedRun) -> str:
+    """The attribute values that no training case had: of several networks, of which; or nothing."""
+    members, parts = run.members, []
+    for member in members:
+        if values := ", ".join(absent_values(run.dataset, member.trained)):
+            parts.append(f"{values} ({member.folder.name})" if len(members) > 1 else values)
+    return "; ".join(parts)

@@ -1,0 +1,161 @@
+"""A cross-validation: folds one after another, killed and resumed, and one report over all."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+from harness.trainings import TINY, weights_of
+
+from reference_models import cross_validation
+from reference_models.cross_validation import cross_validate
+from reference_models.data import open_dataset
+from reference_models.data.splits import choose_folds
+from reference_models.errors import DataError, RunError
+from reference_models.evaluation.evaluate import EvaluateRun, Scoring, evaluate_run
+from reference_models.evaluation.prediction import PredictSettings, predict
+from reference_models.training import loop as training
+from reference_models.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = Scoring(resamples=100)
+FOLDED = dataclasses.replace(
+    TINY, data=dataclasses.replace(TINY.data, folds=2), epochs=1, checkpoint_every=1
+)
+
+
+def rows_of(folder):
+    with (folder / "cases.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory):
+    """A cross-validation that was stopped in its second fold, refused, and gone on with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    recipe = dataclasses.replace(FOLDED, out=tmp_path_factory.mktemp("crossed") / "cv")
+    step = training.Run.step
+
+    def stopped(self, *arguments):
+        if self.recipe.data.fold == 1 and self.state.position.step == 1:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    told = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Run, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cross_validate(recipe)
+    with pytest.raises(RunError) as caught:
+        predict(PredictSettings(recipe.out))
+    told["unfinished"] = str(caught.value)
+    first = {p: p.stat().st_mtime_ns for p in (recipe.out / "fold_0").rglob("*") if p.is_file()}
+    folder, summary = cross_validate(recipe)
+    assert first == {p: p.stat().st_mtime_ns for p in first}  # what was done is not done again
+    torch.set_num_threads(before)
+    return recipe, folder, summary, told
+
+
+def test_every_fold_ends_as_a_training_of_its_own_does(crossed, tmp_path):
+    recipe, *_ = crossed
+    alone = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, fold=1), out=tmp_path / "alone"
+    )
+    weights, own = weights_of(recipe.out / "fold_1"), weights_of(train(alone))
+    assert all(torch.equal(weights[name], own[name]) for name in own)
+
+
+def test_each_case_is_scored_by_the_fold_that_it_was_held_out_from(crossed, tmp_path):
+    recipe, folder, summary, _ = crossed
+    assert folder == recipe.out / "evaluation-validation"
+    folds = choose_folds(open_dataset(recipe.data), None, 0, 2)
+    rows = rows_of(folder)
+    assert {(row["case_id"], row["fold"]) for row in rows} == {
+        (case_id, str(number)) for number, fold in enumerate(folds) for case_id in fold.validation
+    }
+    assert len(rows) == 2 * 20  # regions
+    pooled = {(row["case_id"], row["region"]): row["dice"] for row in rows}
+    for number, fold in enumerate(folds):
+        own = EvaluateRun(
+            recipe.out / f"fold_{number}", "last", split="validation", out=tmp_path / f"{number}"
+        )
+        evaluate_run(dataclasses.replace(own, scoring=FEW))
+        scores = {(row["case_id"], row["region"]): row["dice"] for row in rows_of(own.folder)}
+        assert {case_id for case_id, _ in scores} == {*fold.validation}
+        assert scores == {key: pooled[key] for key in scores}
+    assert summary.n_cases == 20
+    assert summary.networks == (
+        "Each case was predicted by the one of 2 folds that it was held out from, with that "
+        "fold's last checkpoint. These cases' scores chose the best checkpoint; the last one, "
+        "which is scored here, was not chosen by them, as in nnU-Net."
+    )
+    assert summary.networks.replace("'", "&#39;") in (folder / "report.html").read_text("utf-8")
+    assert [c.name for c in summary.conditions if c.scores] == [
+        "as given", "shuffled", "wrong", "unknown",
+    ]  # fmt: skip
+    assert summary.conditions[1].note.endswith("of 20 were told the truth all the same")
+    groups = summary.conditions[0].scores["site"][0].groups
+    assert sum(group.n_subjects for group in groups) == 20
+
+
+def test_its_folder_answers_test_cases_by_all_folds_and_held_out_ones_by_their_own(
+    crossed, tmp_path
+):
+    recipe, folder, *_ = crossed
+    held_out = predict(PredictSettings(recipe.out, split="validation", out=tmp_path / "held"))
+    for path in (folder / "masks").iterdir():
+        assert path.read_bytes() == (held_out / "masks" / path.name).read_bytes()
+    together = predict(PredictSettings(recipe.out, out=tmp_path / "test"))
+    named = tuple(recipe.out / f"fold_{fold}" for fold in range(2))
+    again = predict(PredictSettings(named, "last", out=tmp_path / "named"))
+    for path in (together / "masks").iterdir():
+        assert path.read_bytes() == (again / "masks" / path.name).read_bytes()
+    with pytest.raises(DataError, match="has other train cases than"):
+        predict(PredictSettings(recipe.out, split="train", out=tmp_path / "no"))
+
+
+def test_an_unfinished_fold_does_not_answer_in_silence(crossed):
+    *_, told = crossed
+    assert "of its 2 folds, fold_1 did not come to the end of the training" in told["unfinished"]
+
+
+def test_the_folds_stand_beside_their_runs_as_nnunet_writes_them(crossed):
+    recipe, *_ = crossed
+    content = json.loads((recipe.out / "splits_final.json").read_text(encoding="utf-8"))
+    folds = choose_folds(open_dataset(recipe.data), None, 0, 2)
+    assert [fold["val"] for fold in content] == [list(fold.validation) for fold in folds]
+
+
+def test_other_settings_or_cases_are_refused_before_anything_is_trained(crossed, monkeypatch):
+    recipe, *_ = crossed
+    monkeypatch.setattr(cross_validation, "train", lambda *_, **__: pytest.fail("trained"))
+    for change, words in (
+        ({"learning_rate": 0.1}, r"fold_0: cannot be resumed .*learning_rate: the run has 0\.004"),
+        ({"data": dataclasses.replace(recipe.data, folds=3)}, r"data\.folds: the run has 2, now 3"),
+        ({"data": dataclasses.replace(recipe.data, fold=1)}, "fold: got 1, but all of them"),
+        ({"out": recipe.out / "fold_0"}, "holds a run, expected a folder for folds"),
+    ):
+        with pytest.raises(RunError, match=words):
+            cross_validate(dataclasses.replace(recipe, **change))
+    made = choose_folds(open_dataset(recipe.data), None, 0, 2)
+    monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: made[::-1])
+    with pytest.raises(RunError, match="fold_0: was trained on other cases than this fold has"):
+        cross_validate(recipe)
+    monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: (made[0], made[0]))
+    with pytest.raises(DataError, match="held out by several folds"):
+        cross_validate(recipe)
+
+
+def test_a_later_fold_that_cannot_be_trained_is_found_before_the_first_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(cross_validation, "train", lambda *_, **__: pytest.fail("trained"))
+    path = tmp_path / "splits_final.json"
+    ids = [case.case_id for case in open_dataset(TINY.data).cases if case.split == "train"]
+    folds = [{"train": ids[2:], "val": ids[:2]}, {"train": ids[:1], "val": ids[2:]}]
+    path.write_text(json.dumps(folds), encoding="utf-8")
+    data = dataclasses.replace(TINY.data, splits=path)
+    with pytest.raises((RunError, DataError), match=r"batch_size: got 4, but there are 1|in valid"):
+        cross_validate(dataclasses.replace(TINY, data=data, out=tmp_path / "cv"))
+    assert not (tmp_path / "cv").exists()
