@@ -22,8 +22,8 @@ from .volumes import (
     SHEAR,
     Volume,
     apart,
+    not_real,
     require_length,
-    require_real,
     require_three_axes,
 )
 
@@ -55,7 +55,8 @@ class NiftiVolume(Volume):
             shape, dtype = image.shape, image.header.get_data_dtype()
             unit = int(image.header["xyzt_units"]) & 7
         require_three_axes(path, shape)
-        require_real(path, None if dtype.kind in "iuf" else _KINDS.get(dtype.kind, str(dtype)))
+        if dtype.kind not in "iuf":
+            raise not_real(path, _KINDS.get(dtype.kind, str(dtype)))
         if unit not in _MM:
             named = {1: "meter", 3: "micron"}.get(unit, f"unit {unit}")
             raise DataError(f"{path}: lengths are in {named}, expected mm; convert its affine")

@@ -18,7 +18,7 @@ import numpy as np
 from nibabel.nifti1 import Nifti1Header
 
 from ..errors import DataError, reading
-from .volumes import Volume, require_length, require_real, require_three_axes
+from .volumes import Volume, not_real, require_length, require_three_axes
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # ITK's axes point left, back and up
 _SCANNER = 1  # NIfTI's code of a place in the scanner
@@ -49,9 +49,9 @@ class SimpleItkVolume(Volume):
             reader.SetFileName(path)
             _run(reader.ReadImageInformation)
             shape = tuple(int(side) for side in reader.GetSize())
-            stored = sitk.GetPixelIDValueAsString(reader.GetPixelID())
             require_three_axes(path, shape)
-            require_real(path, stored if reader.GetNumberOfComponents() != 1 else None)
+            if reader.GetNumberOfComponents() != 1:
+                raise not_real(path, sitk.GetPixelIDValueAsString(reader.GetPixelID()))
             _require_whole(path, self._fields)
             one = sitk.GetArrayViewFromImage(sitk.Image(1, 1, 1, reader.GetPixelID()))
             require_length(path, shape, one.itemsize, deflated=self._packed(), start=self._start)

@@ -82,17 +82,12 @@ def require_three_axes(path: str, shape: tuple[int, ...]) -> None:
         raise DataError(f"{path}: has no voxel, its shape is {shape}; export it again")
 
 
-def require_real(path: str, kind: str | None) -> None:
-    """Raises if voxels are of a `kind` that is no real number; None: they are real numbers.
-
-    Raises:
-        DataError: they are not.
-    """
-    if kind is not None:
-        raise DataError(
-            f"{path}: voxels are {kind}, expected real numbers; save each component as a channel "
-            "of its own"
-        )
+def not_real(path: str, kind: str) -> DataError:
+    """Says that a file's voxels are of a kind that is no real number."""
+    return DataError(
+        f"{path}: voxels are {kind}, expected real numbers; save each component as a channel of "
+        "its own"
+    )
 
 
 def require_length(

@@ -217,6 +217,9 @@ def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch
     )
     monkeypatch.setattr("reference_models.__main__.findings", lambda summary: ())
     monkeypatch.setattr(example, "write_example", lambda out: called.append("example") or out)
+    monkeypatch.setattr(
+        "reference_models.__main__.convert", lambda settings: called.append("convert") or []
+    )
     assert main(shlex.split(command)) == 0
     assert called == [command.split()[0]]
 

@@ -8,13 +8,15 @@ import stat
 import nibabel
 import numpy as np
 import pytest
-from harness.loose_files import converted, labels_in, loose, mask_of
-from harness.nifti_folders import AFFINE, SHAPE, save
+from harness.checks import checked
+from harness.loose_files import SIZE, converted, labels_in, loose, mask_of
+from harness.nifti_folders import AFFINE, SHAPE, read, save
 from helpers import needs_links
 from PIL import Image
 
 from reference_models.__main__ import main
 from reference_models.convert.command import ConvertSettings, convert
+from reference_models.data import DataSettings
 from reference_models.errors import DataError
 
 
@@ -48,6 +50,8 @@ def test_pngs_and_a_csv_become_a_folder_by_one_command(tmp_path, capsys):
     assert image.read_bytes() == (tmp_path / "a/us_002.png").read_bytes()
     np.testing.assert_array_equal(labels_in(to / "labelsTr/us_002.png"), mask_of(1, 2))
     assert stat.S_IMODE((to / "labelsTr/us_002.png").stat().st_mode) & 0o044
+    code, text = checked(DataSettings("folder", to))
+    assert (code, "folder: no errors" in text) == (0, True), text
 
 
 @needs_links
@@ -60,7 +64,8 @@ def test_files_are_linked_and_masks_that_hold_labels_are_too(tmp_path):
     assert content["labels"] == {"background": 0, "foreground": 1}
     # They lead there from wherever the folder is moved to.
     moved = settings.to.rename(tmp_path / "elsewhere")
-    assert (moved / "imagesTr/us_001_0000.png").resolve() == tmp_path / "a/us_001.png"
+    linked = moved / "imagesTr/us_001_0000.png"
+    assert linked.resolve() == (tmp_path / "a/us_001.png").resolve()
 
 
 def test_where_links_are_refused_files_are_copied(tmp_path, monkeypatch):
@@ -160,6 +165,7 @@ def test_photographs_get_masks_of_png_and_three_channels(tmp_path):
     assert sorted(path.name for path in (settings.to / "imagesTr").iterdir())[0] == "P0_0000.jpg"
     assert content["channel_names"] == {"0": "R", "1": "G", "2": "B"}
     assert content["file_ending"] == ".jpg"
+    assert read(DataSettings("folder", settings.to), 1).image_CS.shape == (3, *SIZE)
     shutil.rmtree(settings.to)
     _, content, *_ = converted(settings, channels=("rgb_to_0_1",) * 3)
     assert content["channel_names"]["2"] == "rgb_to_0_1"
@@ -199,6 +205,9 @@ def test_volumes_are_laid_out_with_their_place(tmp_path, value):
     np.testing.assert_array_equal(written.affine, AFFINE)
     assert np.asarray(written.dataobj).sum() == 2 * 2 * SHAPE[2]
     assert not any("Channels are called" in line for line in said)
+    sample = read(DataSettings("folder", settings.to), 1)
+    assert sample.image_CS.shape == (2, *SHAPE)
+    assert sample.truth_S.sum() == 2 * 2 * SHAPE[2]
 
 
 def test_files_of_other_formats_are_linked_by_their_ending_alone(tmp_path):
