@@ -1,8 +1,10 @@
 """`cross-validate`: trains a recipe's folds, and scores each case by the fold that held it out.
 
-fold_0/, fold_1/ ...     runs, each as `train --fold 0` and so on would make it
-splits_final.json        the folds, in nnU-Net's format
-evaluation-validation/   the report over all held-out cases
+    fold_0/, fold_1/ ...     runs, each as `train --fold 0` and so on would make it
+    splits_final.json        the folds, in nnU-Net's format
+    evaluation-validation/   the report over all held-out cases
+
+What is there already is gone on with.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ def _require_trainable(
     for run, fold in zip(runs, folds, strict=True):
         if (run.out / "recipe.json").exists():
             require_same_run(run.out, run, Task.of(dataset))
-            if read_splits(run.out / "splits.json", dataset) != fold:
+            if read_splits(run.out / "splits.json", dataset, needed=()) != fold:
                 raise RunError(
                     f"{run.out}: was trained on other cases than this fold has now; choose another "
                     "--out, or put back the cases and folds that there were."

@@ -1,4 +1,4 @@
-"""Makes the folds of a cross-validation where no file names any: by subject, stratified, by seed.
+"""Holds out subjects, stratified and by seed: a share of them, or all in turn, as folds do.
 
 Which fold holds a subject out depends on the seed, the subjects' names and their strata alone: not
 on the machine, on the order of cases or on a library's random numbers.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+
+import numpy as np
 
 from ..errors import DataError
 from .cases import Case, Dataset
@@ -75,3 +77,19 @@ def deal_subjects(cases: Sequence[Case], count: int, seed: int) -> dict[str, int
         return stratum[subject], hashlib.sha256(text).digest()
 
     return {subject: place % count for place, subject in enumerate(sorted(stratum, key=lot))}
+
+
+def draw_subjects(cases: Sequence[Case], share: float, rng: np.random.Generator) -> set[str]:
+    """Draws a `share` of the subjects, of each stratum to within one of its share.
+
+    The subjects are lined up by stratum, shuffled within it, and every 1/share-th is drawn.
+    """
+    # A subject whose cases differ, such as a lesion seen at two ages, counts by its last.
+    stratum = {case.subject: case.stratum for case in cases}
+    if not stratum:
+        return set()
+    subjects = [list(stratum)[i] for i in rng.permutation(len(stratum))]
+    subjects.sort(key=lambda subject: stratum[subject])
+    share = max(share, 1 / len(subjects))  # of few, one
+    passed = np.floor(np.arange(1, len(subjects) + 1) * share + rng.uniform())
+    return {s for s, drawn in zip(subjects, np.diff(passed, prepend=0) > 0, strict=True) if drawn}

@@ -24,8 +24,8 @@ import numpy as np
 
 from ..errors import DataError, reading, shown
 from ..files import write_whole
-from .cases import SPLITS, Case, Dataset
-from .folds import COUNT, make_folds
+from .cases import SPLITS, Dataset
+from .folds import COUNT, draw_subjects, make_folds
 from .table import nfc
 
 FOLDS = "splits_final.json"  # as nnU-Net calls it
@@ -76,7 +76,7 @@ def make_splits(dataset: Dataset, seed: int) -> Splits:
     rng = np.random.default_rng([seed, *(dataset.former_name or dataset.name).encode()])
     for split, share in (("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
         if split not in chosen.values():
-            taken = _drawn_subjects(pool, share, rng)
+            taken = draw_subjects(pool, share, rng)
             chosen |= {case.case_id: split for case in pool if case.subject in taken}
             pool = [case for case in pool if case.subject not in taken]
     members = {
@@ -348,19 +348,3 @@ def _splits_of_fold(path: Path, fold: Mapping[str, Sequence[str]], dataset: Data
             )
     test = (case.case_id for case in dataset.cases if case.split == "test" and case.labelled)
     return Splits(dataset.name, 0, **parts, test=tuple(test))
-
-
-def _drawn_subjects(cases: Sequence[Case], share: float, rng: np.random.Generator) -> set[str]:
-    """Draws a `share` of the subjects, of each stratum to within one of its share.
-
-    The subjects are lined up by stratum, shuffled within it, and every 1/share-th is drawn.
-    """
-    # A subject whose cases differ, such as a lesion seen at two ages, counts by its last.
-    stratum = {case.subject: case.stratum for case in cases}
-    if not stratum:
-        return set()
-    subjects = [list(stratum)[i] for i in rng.permutation(len(stratum))]
-    subjects.sort(key=lambda subject: stratum[subject])
-    share = max(share, 1 / len(subjects))  # of few, one
-    passed = np.floor(np.arange(1, len(subjects) + 1) * share + rng.uniform())
-    return {s for s, drawn in zip(subjects, np.diff(passed, prepend=0) > 0, strict=True) if drawn}

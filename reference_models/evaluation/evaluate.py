@@ -1,9 +1,11 @@
 """Scores a run, or a folder of any tool's masks, and writes what it found.
 
-cases.csv      a row a case and region
-summary.json   `scores.Summary`: groups, overall, intervals, and attributes told wrongly
-report.html    the same to look at
-masks/         of a run: label values at native resolution, of volumes NIfTI
+    cases.csv      a row a case and region
+    summary.json   `scores.Summary`: groups, overall, intervals, and attributes told wrongly
+    report.html    the same to look at
+    masks/         of a run: label values at native resolution, of volumes NIfTI
+
+A run may be several that answer together, or a cross-validation.
 """
 
 from __future__ import annotations

@@ -6,17 +6,22 @@ import json
 
 import pytest
 import torch
+from harness.nifti_folders import nnunet_folder
 from harness.trainings import TINY, weights_of
 
 from reference_models import cross_validation
 from reference_models.cross_validation import cross_validate
 from reference_models.data import open_dataset
-from reference_models.data.splits import choose_folds
+from reference_models.data.splits import choose_folds, choose_splits
 from reference_models.errors import DataError, RunError
 from reference_models.evaluation.evaluate import EvaluateRun, Scoring, evaluate_run
 from reference_models.evaluation.prediction import PredictSettings, predict
+from reference_models.recipes.framings import VolumeFramingSettings
+from reference_models.recipes.networks import ResUNet3DSettings
+from reference_models.recipes.recipe import Recipe
 from reference_models.training import loop as training
 from reference_models.training.loop import train
+from reference_models.training.runs import Task, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,6 +152,41 @@ def test_other_settings_or_cases_are_refused_before_anything_is_trained(crossed,
     monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: (made[0], made[0]))
     with pytest.raises(DataError, match="held out by several folds"):
         cross_validate(recipe)
+
+
+def test_volumes_without_test_cases_are_trained_fold_by_fold_and_gone_on_with(
+    tmp_path, monkeypatch
+):
+    settings = nnunet_folder(tmp_path / "data", n=10)
+    recipe = Recipe(
+        settings,
+        ResUNet3DSettings(features=2),
+        VolumeFramingSettings(patch=(64, 32, 32)),
+        out=tmp_path / "cv",
+        batch_size=1,
+        epochs=1,
+    )
+    trained = []
+
+    def train(recipe, resume):
+        trained.append((recipe.data.fold, resume, recipe.framing.spacing))
+        dataset = open_dataset(recipe.data)
+        splits = choose_splits(dataset, None, 0, recipe.data.fold)
+        write_run(recipe.out, recipe, Task.of(dataset), splits)
+
+    monkeypatch.setattr(cross_validation, "train", train)
+    monkeypatch.setattr(cross_validation, "evaluate_run", lambda settings: settings.split)
+    spacing = (1.0, 2.0, 3.0)
+    for resumed in (False, True):  # no checkpoint is there yet, so that no fold is finished
+        assert cross_validate(recipe) == (recipe.out / "evaluation-validation", "validation")
+        assert trained == [(fold, resumed, spacing) for fold in range(5)]
+        trained.clear()
+    (settings.root / "splits_final.json").write_text(
+        json.dumps([{"train": ["p0", "p1"], "val": ["p2"]}] * 5), encoding="utf-8"
+    )
+    with pytest.raises(DataError, match="p2: held out by several folds"):
+        cross_validate(recipe)
+    assert trained == []
 
 
 def test_a_later_fold_that_cannot_be_trained_is_found_before_the_first_is(tmp_path, monkeypatch):
