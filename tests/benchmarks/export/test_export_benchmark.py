@@ -15,7 +15,7 @@ from benchmarks.export.ways import WAYS
 from benchmarks.output import RESULTS
 from dmoe_layer import DMoE, routing
 
-TINY = Subject(partial(DMoE, 6, n_experts=4, hidden_dim=5, attribute_sizes=4), (2, 3, 6))
+TINY = Subject(partial(DMoE, 6, n_experts=3, hidden_dim=5, attribute_sizes=4), (2, 3, 6))
 
 
 @pytest.fixture
