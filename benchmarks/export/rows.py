@@ -79,9 +79,9 @@ def table(rows: list[ExportRow]) -> str:
 
 
 _UNHELD = (
-    "onnxruntime chooses its instructions by the processor and has no switch: its rows use all that "
-    "there are, and are faster beside eager and compiled ones than on a processor with AVX2 alone. "
-    "The goals beside eager are judged where nothing is held back.\n\n"
+    "onnxruntime chooses its instructions by the processor and has no switch: its rows use all "
+    "that there are, and are faster beside the eager and compiled ones than on a processor that "
+    "has no more. The goals beside eager are judged where nothing is held back.\n\n"
 )
 
 

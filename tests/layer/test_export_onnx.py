@@ -271,9 +271,7 @@ def test_a_model_that_is_not_ready_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"noise='always'"):
         export_onnx(make_quiet(noise="always").eval(), tmp_path / "m.onnx", make_x(), GOOD)
     half = make_quiet().eval().bfloat16()
-    with pytest.raises(
-        ValueError, match=r"model: w1_EHD is torch\.bfloat16.*deepcopy\(model\)\.float\(\)"
-    ):
+    with pytest.raises(ValueError, match=r"w1_EHD is torch\.bfloat16.*deepcopy\(model\)\.float"):
         export_onnx(half, tmp_path / "m.onnx", make_x(), GOOD)
     assert nothing_there(tmp_path)
 
