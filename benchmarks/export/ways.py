@@ -48,7 +48,7 @@ def _onnx(subject: Subject, build: Callable[[], nn.Module], file: Path, experts:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Else its threads spin on after a run, on the cores of the next in turn.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     inputs = {"image": subject.x().numpy()}
     if attributes is not None:
