@@ -39,6 +39,13 @@ def exported(tmp_path_factory):
     return run, file, export(ExportSettings(run, file))
 
 
+@pytest.fixture(scope="module")
+def as_program(exported, tmp_path_factory):
+    """The run's program of PyTorch, and what the command said."""
+    file = tmp_path_factory.mktemp("program") / "site.pt2"
+    return file, export(ExportSettings(exported[0], file))
+
+
 def test_the_command_says_how_far_file_and_network_are_apart(exported):
     _, file, said = exported
     assert str(file) in said
@@ -173,11 +180,11 @@ def test_the_pages_ten_lines_give_the_mask_where_torch_cannot_be_imported(export
     assert true.any()
 
 
-def test_a_program_of_pytorch_has_the_same_texts_and_answers(exported, tmp_path, monkeypatch):
+def test_a_program_of_pytorch_has_the_same_texts_and_answers(exported, as_program, monkeypatch):
     run, file, _ = exported
-    said = export(ExportSettings(run, tmp_path / "site.pt2"))
+    program, said = as_program
     assert float(re.findall(r"by at most (\S+) of the largest", said)[0]) < 1e-5
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(program.parent)
     of_page = {}
     exec(compile(blocks()[-1], "EXPORT.md", "exec"), of_page)
     with torch.no_grad(), routing(torch.tensor([1])):
