@@ -19,6 +19,7 @@ from reference_models.__main__ import main
 from reference_models.errors import DataError, RunError
 from reference_models.evaluation.evaluate import EvaluateRun, evaluate_run
 from reference_models.evaluation.prediction import PredictSettings, predict
+from reference_models.export import command
 from reference_models.export.command import ExportSettings, export
 from reference_models.export.onnx_network import OnnxNetwork
 from reference_models.training.checkpoints import load_model
@@ -57,16 +58,21 @@ def test_the_command_says_how_far_file_and_network_are_apart(exported):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        # One value of three: fewer than a hundredth of the logits, were there a hundred such.
+        # Of one value alone, which is a quarter of all logits.
         (
-            lambda run, image, told: run(image, told) * (1 + 0.01 * (told == 2).any()),
-            r"attributes \[2\] 512 of 512 logits differ from the network's by more than 0\.001",
+            lambda run, image, told: run(image, told) * (1 + (told == 2).any()),
+            r"attributes \[2\] \d+ of 768 logits differ .*more than 0\.001.*at most 50\.0%",
         ),
         (lambda run, image, told: run(image, told.clamp(0, 2)), r"takes the attributes \[-1, 0\]"),
     ],
 )
-def test_a_program_of_other_answers_is_not_written(exported, tmp_path, monkeypatch, change, words):
+def test_a_program_of_other_answers_is_not_written(
+    exported, as_program, tmp_path, monkeypatch, change, words
+):
     right = torch.export.load
+    monkeypatch.setattr(command, "_MOST_OFF", 0.5)
+    # To export it anew takes seconds.
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: right(as_program[0]))
 
     def load(target):
         return SimpleNamespace(module=lambda: partial(change, right(target).module()))
