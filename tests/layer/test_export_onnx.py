@@ -12,7 +12,7 @@ import pytest
 import torch
 from harness.exports import run_without_package
 from harness.layers import make_quiet, make_x
-from helpers import GOOD, A
+from helpers import GOOD, A, D
 from onnxruntime.quantization import quantize_dynamic
 from torch import nn
 
@@ -274,6 +274,12 @@ def test_a_model_that_is_not_ready_is_refused(tmp_path):
     half = make_quiet().eval().bfloat16()
     with pytest.raises(ValueError, match=r"w1_EHD is torch\.bfloat16.*deepcopy\(model\)\.float"):
         export_onnx(half, tmp_path / "m.onnx", make_x(), GOOD)
+    mixed = nn.Sequential(make_quiet(), nn.Linear(D, 2)).eval()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"its output is torch\.bfloat16.*torch\.autocast"),
+    ):
+        export_onnx(mixed, tmp_path / "m.onnx", make_x(), GOOD)
     assert nothing_there(tmp_path)
 
 
