@@ -37,7 +37,7 @@ gpu:
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-# What takes minutes: kernels of every dtype, compiled for five GPUs; a 3D network's ONNX file.
+# What takes minutes: kernels of every dtype, compiled for five GPUs; ONNX files of larger networks.
 slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 

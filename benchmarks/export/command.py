@@ -1,7 +1,8 @@
 """Exported programs beside the models they were made of, in eval mode, on the CPU.
 
 A run renews its rows of the CSV file and leaves the others, so that a machine can be measured piece
-by piece. Files and compiled code are made before anything is timed.
+by piece; a run that writes to benchmarks/results renews the page from all of them. Files and
+compiled code are made before anything is timed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from ..arguments import ArgumentError, chosen_names, require_at_least, run_command
 from ..machine import RunFacts, device_kind, run_facts, version
 from ..measure import Spread, Stopwatch, interleaved, rounds_that_fit
-from ..output import ResultsFolder
-from .rows import ExportRow, merged, section, table
+from ..output import RESULTS, ResultsFolder
+from .rows import ExportRow, merged, read_rows, section, table
 from .subjects import SUBJECTS
 from .ways import EAGER, TWINS, WAYS
 
@@ -39,17 +40,17 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     device = torch.device("cpu")
     name = f"export-{device_kind(device)}"
-    whole = options.out is None and options.subjects == options.ways == "all"
-    out = ResultsFolder.chosen(options.out, whole)
+    everything = options.out is None and options.subjects == options.ways == "all"
+    renews = everything or (options.out is not None and options.out.resolve() == RESULTS)
+    out = ResultsFolder.chosen(options.out, renews)
     facts = run_facts(device, torch.float32)
     print(facts.one_line())
-    rows: list[ExportRow] = []
+    file = out.path / f"{name}.csv"
     for subject in subjects:
         new = measure(subject, ways, facts, options.files, options.seconds)
         print(f"\n{table(new)}", flush=True)
-        rows = merged(out.path / f"{name}.csv", new)
-        out.write(rows, f"{name}.csv")
-    out.finish([out.path / f"{name}.csv"], name, lambda: section(rows))
+        out.write(merged(file, new), file.name)
+    out.finish([file], name, lambda: section(read_rows(file)))
 
 
 def measure(
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the CSV (default: benchmarks/results for a run of everything, which also "
-        "renews benchmarks/README.md; else bench_output)",
+        help="folder for the CSV (default: benchmarks/results, for which benchmarks/README.md is "
+        "renewed too, for a run of everything; else bench_output)",
     )
     return parser

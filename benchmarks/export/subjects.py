@@ -63,15 +63,20 @@ SUBJECTS = {
 }
 
 
+_ACTIVATIONS = {"relu": nn.ReLU(), "gelu": nn.GELU()}
+
+
 class DenseTwin(nn.Module):
-    """An MLP in the place of a DMoE: as wide as the k experts of a token together."""
+    """An MLP in the place of a DMoE: as wide as a token's k experts together, of their kind."""
 
     def __init__(self, layer: DMoE) -> None:
         super().__init__()
         assert layer.dim is not None
         hidden = layer.k * layer.w2_EDH.shape[2]
         self.mlp = nn.Sequential(
-            nn.Linear(layer.dim, hidden), nn.ReLU(), nn.Linear(hidden, layer.dim)
+            nn.Linear(layer.dim, hidden),
+            _ACTIVATIONS[layer.activation],
+            nn.Linear(hidden, layer.dim),
         )
         self.channel_dim, self.residual = layer.channel_dim, layer.residual
 

@@ -35,7 +35,7 @@ def _first(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else next(iter(output.values()))
 
 
-def _onnx(subject: Subject, model: nn.Module, file: Path, experts: str | None) -> Run:
+def _onnx(subject: Subject, build: Callable[[], nn.Module], file: Path, experts: str | None) -> Run:
     """By onnxruntime, from ``file``, which is written if it is not there."""
     import onnxruntime
 
@@ -44,11 +44,11 @@ def _onnx(subject: Subject, model: nn.Module, file: Path, experts: str | None) -
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         # The batch stays open, as it does in use, and so does the number of tokens.
-        export_onnx(model, file, subject.x(), attributes, experts=experts or "auto")
+        export_onnx(build(), file, subject.x(), attributes, experts=experts or "auto")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Else its threads spin on after a run, on the cores of the next in turn.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     inputs = {"image": subject.x().numpy()}
     if attributes is not None:
@@ -60,10 +60,10 @@ def _onnx(subject: Subject, model: nn.Module, file: Path, experts: str | None) -
 WAYS: dict[str, Callable[[Subject, Path], Run]] = {
     EAGER: lambda s, folder: _torch(s, s.network()),
     "compiled": lambda s, folder: _torch(s, s.network(), compiled=True),
-    SPARSE: lambda s, f: _onnx(s, s.network(), f / "sparse.onnx", "sparse"),
-    "onnx-dense": lambda s, f: _onnx(s, s.network(), f / "dense.onnx", "dense"),
+    SPARSE: lambda s, f: _onnx(s, s.network, f / "sparse.onnx", "sparse"),
+    "onnx-dense": lambda s, f: _onnx(s, s.network, f / "dense.onnx", "dense"),
     "mlp-eager": lambda s, folder: _torch(s, dense_twin(s.network())),
-    DENSE_ONNX: lambda s, f: _onnx(s, dense_twin(s.network()), f / "mlp.onnx", None),
+    DENSE_ONNX: lambda s, f: _onnx(s, lambda: dense_twin(s.network()), f / "mlp.onnx", None),
 }
 # All but the twins compute the same.
 TWINS = ("mlp-eager", DENSE_ONNX)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ import pytest
 import torch
 from harness.exports import run_without_package
 from harness.layers import make_quiet, make_x
-from helpers import GOOD, A
+from helpers import GOOD, A, D
 from onnxruntime.quantization import quantize_dynamic
 from torch import nn
 
@@ -61,6 +62,7 @@ def written(request, tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     host, x = Host("learned").eval(), torch.randn(2, 6, 3, 5)
+    path.write_text("an older file, which is replaced", encoding="utf-8")
     found = export_onnx(
         host,
         path,
@@ -103,9 +105,17 @@ def test_a_file_refuses_wrong_values_of_each_attribute(written):
     for wrong in ([3, 0], [0, 2], [-2, 0], [0, -2], [2**40, 0]):
         with wrong_value():
             run(opened, x, torch.tensor([[0, 0], wrong]))
-    # As many rows as samples, or one for all of them.
-    with pytest.raises(Exception, match="Reshape node"):
-        run(opened, x, torch.zeros(3, 2, dtype=torch.int64))
+
+
+def test_a_file_takes_one_row_for_all_samples_as_a_layer_does_and_no_other_number(written):
+    host, path, _ = written
+    opened, x = session(path), torch.randn(4, 6, 3, 5)
+    with routing(PAIRS[:1]):
+        expected = host(x)["maps"]
+    torch.testing.assert_close(run(opened, x, PAIRS[:1])[0], expected)
+    for samples, rows in ((4, 2), (4, 3), (4, 5), (1, 2)):
+        with pytest.raises(Exception, match=r"(Expand|Reshape) node"):
+            run(opened, x[:samples], torch.zeros(rows, 2, dtype=torch.int64))
 
 
 def test_a_nan_in_one_sample_stays_there(written):
@@ -175,9 +185,10 @@ def test_unknown_does_what_the_layer_says(form, unknown, tmp_path):
 
 def test_where_a_runtime_does_not_look_at_indices_the_sample_is_nan(tmp_path):
     layer, x, path = make_quiet().eval(), make_x(), tmp_path / "m.onnx"
-    export_onnx(layer, path, x, GOOD, experts="dense")
+    export_onnx(with_attributes(layer, experts="dense"), path, x, GOOD)
     proto = onnx.load(path)
     graph = proto.graph
+    assert not any(node.op_type == "NonZero" for node in graph.node)
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(A - 1), "highest"))
     tables = {each.name for each in graph.initializer if each.dims and each.dims[0] == A}
     picks = [n for n in graph.node if n.op_type == "Gather" and n.input[0] in tables]
@@ -228,18 +239,28 @@ def nothing_there(path):
         ({"dynamic_axes": (0, 3)}, ValueError, r"dynamic_axes: got 3, expected .* 0 \.\. 2"),
         ({"opset": 17}, ValueError, "opset: got 17, expected at least 18"),
         ({"experts": "all"}, ValueError, "experts: got 'all'"),
+        ({"path": None}, TypeError, r"path: got None \(NoneType\)"),
+        ({"x": make_x().bfloat16()}, ValueError, r"x: got torch\.bfloat16.*x\.float\(\)"),
         ({"x": [1.0]}, TypeError, r"x: got \[1.0\]"),
         ({"attributes": None}, dmoe_layer.MissingAttributesError, "attributes: got none"),
         ({"attributes": torch.tensor([0, 9, 0, 0])}, ValueError, "got 9"),
         ({"attribute_values": {"site": ["a", "b"]}}, ValueError, r"got \{'site': 2\}.*\[3\]"),
+        ({"attribute_values": ["a", "b", "c"]}, TypeError, r"got \['a'.*\{\"site\""),
+        ({"attribute_values": {"site": "abc"}}, TypeError, "got 'site': 'abc'.* list of texts"),
+        ({"attribute_values": {"site": [1, 2, 3]}}, TypeError, r"got 'site': \[1, 2, 3\]"),
+        ({"attribute_values": {"site": ["a", "b", "a"]}}, ValueError, "a text of its own"),
+        ({"dynamic_axes": 0}, TypeError, r"dynamic_axes: got 0 \(int\)"),
+        ({"tolerance": "1e-3"}, ValueError, "tolerance: got '1e-3'"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance: got nan"),
+        ({"metadata": [("a", "b")]}, TypeError, r"metadata: got \[\('a'"),
         ({"metadata": {"torch.version": "1"}}, ValueError, "metadata: got 'torch.version'"),
         ({"metadata": {"a": 1}}, ValueError, "metadata: got 'a': 1"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, changes, error, words):
-    inputs = {"x": make_x(), "attributes": GOOD, **changes}
+    inputs = {"path": tmp_path / "m.onnx", "x": make_x(), "attributes": GOOD, **changes}
     with pytest.raises(error, match=words):
-        export_onnx(make_quiet().eval(), tmp_path / "m.onnx", **inputs)
+        export_onnx(make_quiet().eval(), **inputs)
     assert nothing_there(tmp_path)
 
 
@@ -250,9 +271,30 @@ def test_a_model_that_is_not_ready_is_refused(tmp_path):
         export_onnx(model, tmp_path / "m.onnx", make_x(), GOOD)
     with pytest.raises(ValueError, match=r"noise='always'"):
         export_onnx(make_quiet(noise="always").eval(), tmp_path / "m.onnx", make_x(), GOOD)
+    half = make_quiet().eval().bfloat16()
+    with pytest.raises(ValueError, match=r"w1_EHD is torch\.bfloat16.*deepcopy\(model\)\.float"):
+        export_onnx(half, tmp_path / "m.onnx", make_x(), GOOD)
+    mixed = nn.Sequential(make_quiet(), nn.Linear(D, 2)).eval()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"its output is torch\.bfloat16.*torch\.autocast"),
+    ):
+        export_onnx(mixed, tmp_path / "m.onnx", make_x(), GOOD)
+    assert nothing_there(tmp_path)
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_refused_before_the_export(
+    tmp_path, monkeypatch
+):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(writing, "_export", lambda *_: pytest.fail("it was exported"))
     with pytest.raises(ValueError, match=r"path: got .*expected a file in a folder that exists"):
         export_onnx(make_quiet().eval(), tmp_path / "no" / "m.onnx", make_x(), GOOD)
-    assert nothing_there(tmp_path)
+    monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"m\.onnx', .*cannot be written to \(Permission denied\)"):
+        export_onnx(make_quiet().eval(), tmp_path / "m.onnx", make_x(), GOOD)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
@@ -287,6 +329,14 @@ def test_the_package_imports_without_onnx():
     code = f"import sys, dmoe_layer.export; print(sorted({{{names}}} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_opset_that_torch_does_not_write_is_refused(tmp_path, monkeypatch):
+    older = SimpleNamespace(model=SimpleNamespace(opset_imports={"": 20}))
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: older)
+    with pytest.raises(ValueError, match=r"opset: got 99, but torch\.onnx wrote .* in 20"):
+        export_onnx(make_quiet(**TWO).eval(), tmp_path / "m.onnx", make_x(), GOOD, opset=99)
+    assert nothing_there(tmp_path)
 
 
 def test_differences_are_relative_to_the_largest_value_and_nans_must_agree():

@@ -14,11 +14,20 @@ from dmoe_layer.export import export_onnx, with_attributes
 ATTRIBUTES = torch.tensor([0, 2])
 
 
-@pytest.mark.parametrize("name", ["monai UNETR", "hf ViT"])
-def test_a_swapped_model_is_one_onnx_file(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("monai UNETR", (0,)),
+        ("hf ViT", (0,)),
+        pytest.param("monai SwinUNETR", (0,), marks=pytest.mark.slow),
+        pytest.param("hf SegFormer", (0, 2, 3), marks=pytest.mark.slow),
+    ],
+)
+def test_a_swapped_model_is_one_onnx_file(name, axes, tmp_path):
     host = HOSTS[name]
-    found = export_onnx(host.make(), tmp_path / "m.onnx", host.x(), ATTRIBUTES)
-    assert found.runs == 3
+    found = export_onnx(host.make(), tmp_path / "m.onnx", host.x(), ATTRIBUTES, dynamic_axes=axes)
+    # On the example, on other batches with every value, and on other sizes where they are open.
+    assert found.runs == 3 + len(axes[1:])
     assert found.largest_difference < 1e-5
 
 

@@ -36,6 +36,13 @@ def test_a_model_is_a_function_of_two_tensors(model):
     assert with_attributes(DMoE(6)).training
 
 
+def test_what_is_a_function_of_two_tensors_already_is_taken_as_its_model(model):
+    dense = with_attributes(model, experts="dense")
+    for given, form in (({}, "dense"), ({"experts": "sparse"}, "sparse")):
+        again = with_attributes(dense, **given)
+        assert (again.model, again.experts) == (model, form)
+
+
 def test_what_is_no_model_and_no_form_is_refused(model):
     with pytest.raises(TypeError, match=r"model: got .*expected a torch\.nn\.Module"):
         with_attributes(lambda x: x)

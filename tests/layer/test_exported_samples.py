@@ -50,6 +50,14 @@ def test_a_sample_that_is_masked_whole_comes_out_as_it_does(masked):
         torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_one_row_of_attributes_is_every_samples(masked):
+    model, session = masked
+    x = whole_third()
+    (found,) = session.run(None, {"image": x.numpy(), "attribute": np.array([1])})
+    with routing(1), torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("attributes", [[2, 0], [2, 0, 9], [2, 0, -1]])
 def test_a_sample_that_is_masked_whole_needs_its_attribute(masked, attributes):
     with pytest.raises(Exception, match="ONNXRuntimeError"):

@@ -66,7 +66,14 @@ class Example:
                 values = values.expand(x.shape[0], *values.shape[1:])
             self.attributes = values
         with torch.no_grad():
-            self.output_names = list(named_outputs(wrapped.model(self.x, self.attributes)))
+            outputs = named_outputs(wrapped.model(self.x, self.attributes))
+        for name, output in outputs.items():
+            if output.dtype == torch.bfloat16:
+                raise ValueError(
+                    f"model: its {name} is torch.bfloat16, which NumPy does not have. Leave "
+                    "torch.autocast, or have the model return output.float()."
+                )
+        self.output_names = list(outputs)
         # Only now, since the layers themselves have refused what does not fit.
         if self.attributes is not None:
             self.attributes = self.attributes.to(torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -51,9 +51,12 @@ def export_onnx(
     and on wrong values, which it must refuse.
 
     Args:
-        model: in eval mode. Its layers read the attributes from the scope.
-        path: the file. Weights of more than 2 GiB go to a second one beside it, with ".data" at
-            the end of its name.
+        model: in eval mode; in float32, float64 or float16, but not bfloat16, which NumPy does not
+            have. Its layers read the attributes from the scope. What :func:`with_attributes` has
+            made of a model is taken as that model, with its form of the experts.
+        path: the file, in a folder that exists. A file that is there is replaced, whole or not at
+            all, as the last thing that is done. Weights of more than 2 GiB go to a second one
+            beside it, with ".data" at the end of its name.
         x: an example of its input, (batch, ...).
         attributes: that of its attributes, (batch,), or (batch, n) for n attributes; a batch of 1
             or a scalar applies to every sample. None for a model without layers that route by
@@ -74,21 +77,23 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing: ``pip install
             'dmoe-layer[export]'``.
-        ValueError, TypeError: for arguments that do not fit, and a model in training mode.
+        ValueError, TypeError: for arguments that do not fit, a model in training mode, and one
+            that takes or returns bfloat16.
         RuntimeError: the file differs from the model, lets a wrong attribute pass, or has operators
             that are not ONNX's own. Nothing is written then; nor is it where PyTorch's exporter or
             ONNX Runtime raises an error of its own.
     """
     _require_packages()
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(f"path: got {str(path)!r}, expected a file in a folder that exists.")
+    target = _checked_target(path)
     check_count("opset", opset)
     if opset < LEAST_OPSET:
         raise ValueError(f"opset: got {opset}, expected at least {LEAST_OPSET}.")
     axes = _checked_axes(x, dynamic_axes)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance!r}, expected a number of 0 or more.")
     two_inputs = with_attributes(model, experts=experts)
     _require_inference(model)
+    _refuse_bfloat16(model, x)
     wrapped = FlatOutput(two_inputs).eval()
     example = Example(x, attributes, wrapped)
     notes = _metadata(example, attribute_values, metadata or {})
@@ -104,6 +109,21 @@ def export_onnx(
                 os.fsync(opened.fileno())
             os.replace(file, target.parent / file.name)
     return found
+
+
+def _checked_target(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: got {describe(path)}, expected a file's path.")
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"path: got {str(path)!r}, expected a file in a folder that exists.")
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"path: got {str(path)!r}, whose folder cannot be written to ({error.strerror})."
+        ) from error
+    return target
 
 
 def _require_packages() -> None:
@@ -130,9 +150,25 @@ def _require_inference(model: nn.Module) -> None:
             )
 
 
+def _refuse_bfloat16(model: nn.Module, x: Tensor) -> None:
+    if x.dtype == torch.bfloat16:
+        raise ValueError(
+            "x: got torch.bfloat16, which NumPy does not have, and so no run could be handed. Pass "
+            "x.float(), and the model in float32."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.bfloat16:
+            raise ValueError(
+                f"model: {name} is torch.bfloat16, in which ONNX Runtime does not compute on the "
+                "CPU. Export copy.deepcopy(model).float(): the same weights, in float32."
+            )
+
+
 def _checked_axes(x: Any, axes: Sequence[int]) -> list[int]:
     if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[0] == 0:
         raise TypeError(f"x: got {describe(x)}, expected a tensor (batch, ...) of some samples.")
+    if not isinstance(axes, Iterable):
+        raise TypeError(f"dynamic_axes: got {describe(axes)}, expected axes of x, such as (0,).")
     wrong = [
         a for a in axes if isinstance(a, bool) or not isinstance(a, int) or not 0 <= a < x.ndim
     ]
@@ -141,12 +177,36 @@ def _checked_axes(x: Any, axes: Sequence[int]) -> list[int]:
     return sorted(set(axes))
 
 
+def _checked_values(attribute_values: Any) -> Mapping[str, Sequence[str]]:
+    """Names and values by which a reader of the file finds each value's number."""
+    if attribute_values is None:
+        return {}
+    if not isinstance(attribute_values, Mapping):
+        raise TypeError(
+            f"attribute_values: got {describe(attribute_values)}, expected each attribute's name "
+            'and values, such as {"site": ["Boston", "Leeds"]}.'
+        )
+    for name, values in attribute_values.items():
+        listed = not isinstance(values, str) and isinstance(values, Sequence)
+        if not listed or not all(isinstance(text, str) for text in [name, *values]):
+            raise TypeError(
+                f"attribute_values: got {name!r}: {values!r:.60}, expected a name and a list of "
+                "texts."
+            )
+        if len({*values}) < len(values):
+            raise ValueError(
+                f"attribute_values: got {name!r}: {values!r:.60}, expected a text of its own for "
+                "each value, by which its number is found."
+            )
+    return attribute_values
+
+
 def _metadata(
     example: Example,
     attribute_values: Mapping[str, Sequence[str]] | None,
     metadata: Mapping[str, str],
 ) -> dict[str, str]:
-    given = list((attribute_values or {}).items())
+    given = list(_checked_values(attribute_values).items())
     lengths = [len(values) for _, values in given]
     if attribute_values is not None and lengths != example.sizes:
         raise ValueError(
@@ -167,6 +227,8 @@ def _metadata(
         "torch.version": str(torch.__version__),
         "dmoe_layer.attributes": json.dumps(attributes, ensure_ascii=False),
     }
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata: got {describe(metadata)}, expected a dict of texts.")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key in own:
             raise ValueError(
@@ -199,7 +261,11 @@ def _export(wrapped: nn.Module, example: Example, axes: list[int], opset: int) -
             "export_onnx: torch.onnx.export gave no program back, and said nothing. Try another "
             f"PyTorch than {torch.__version__}."
         )
+    if (written := program.model.opset_imports.get("")) != opset:
+        raise ValueError(f"opset: got {opset}, but torch.onnx wrote the program in {written}.")
     _fold_weights(program.model)
+    if attributes is not None and 0 in axes:
+        _spread_rows(program.model.graph)
     # Of each operator torch.onnx says from which line of which file on this machine it came.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
@@ -210,6 +276,30 @@ def _export(wrapped: nn.Module, example: Example, axes: list[int], opset: int) -
             "other runtimes do not have."
         )
     return program
+
+
+def _spread_rows(graph: Any) -> None:
+    """Takes one row of attributes for every sample, as layers do, and else a row for each.
+
+    torch.export knows but one size for both inputs' batches, and reads it off either; so that what
+    a program did with another number of rows would depend on the form of its experts.
+    """
+    from onnx_ir import convenience, node, tensor
+
+    image, attribute = graph.inputs
+    size = node("Shape", [image], {"start": 0, "end": 1})
+    shape = [size]
+    if attribute.shape.rank() == 2:
+        columns = node("Constant", [], {"value": tensor([attribute.shape[1]])})
+        both = [size.outputs[0], columns.outputs[0]]
+        shape += [columns, node("Concat", both, {"axis": 0})]
+    spread = node("Expand", [attribute, shape[-1].outputs[0]])
+    # An image of one would take the number of rows: this refuses it.
+    rows = node("Reshape", [spread.outputs[0], shape[-1].outputs[0]])
+    rows.outputs[0].shape, rows.outputs[0].type = attribute.shape, attribute.type
+    convenience.replace_all_uses_with(attribute, rows.outputs[0])
+    spread.replace_input_with(0, attribute)
+    graph.insert_before(graph[0], [*shape, spread, rows])
 
 
 def _fold_weights(program: Any) -> None:

@@ -19,7 +19,8 @@ def with_attributes(model: nn.Module, *, experts: str = "auto") -> nn.Module:
 
     Args:
         model: called with x alone; its layers read the attributes from the scope, of which no
-            record is kept.
+            record is kept. What this function has returned is taken as the model that it holds,
+            and "auto" then leaves the form as it is.
         experts: how the experts are computed in a program that is exported; outside of one it says
             nothing. "sparse": each expert computes the rows of its own tokens, k experts a token,
             in shapes that depend on the data. "dense": all experts compute all tokens, n_experts/k
@@ -50,6 +51,9 @@ def with_attributes(model: nn.Module, *, experts: str = "auto") -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {describe(model)}, expected a torch.nn.Module.")
     check_choice("experts", experts, FORMS)
+    if isinstance(model, _WithAttributes):
+        experts = model.experts if experts == "auto" else experts
+        model = model.model
     return _WithAttributes(model, experts)
 
 

@@ -1,6 +1,7 @@
 """The benchmark of exported programs compares equal work, and renews its rows piece by piece."""
 
 import csv
+from dataclasses import replace
 from functools import partial
 
 import onnxruntime
@@ -8,14 +9,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import output
 from benchmarks.export import command, subjects
 from benchmarks.export.rows import read_rows, section
 from benchmarks.export.subjects import SUBJECTS, Subject, dense_twin
 from benchmarks.export.ways import WAYS
-from benchmarks.output import RESULTS
+from benchmarks.output import README, RESULTS
 from dmoe_layer import DMoE, routing
+from reference_models import markdown
 
-TINY = Subject(partial(DMoE, 6, n_experts=4, hidden_dim=5, attribute_sizes=4), (2, 3, 6))
+TINY = Subject(partial(DMoE, 6, n_experts=3, hidden_dim=5, attribute_sizes=4), (2, 3, 6))
 
 
 @pytest.fixture
@@ -84,6 +87,36 @@ def test_all_ways_compute_the_same_and_renew_their_own_rows(tiny, tmp_path, caps
 def test_what_does_not_fit_is_refused(words, message, capsys):
     assert command.main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_into_the_results_renews_the_page_from_all_rows(
+    tiny, one_thread, tmp_path, monkeypatch
+):
+    page, words = tmp_path / "README.md", ["--seconds", "0", "--out", str(tmp_path)]
+    page.write_text("".join(markdown.section(f"export-{kind}", "") for kind in output.SECTIONS))
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(output, "RESULTS", tmp_path)
+    monkeypatch.setattr(output, "README", page)
+    words += ["--subjects", "layer-1x196x768"]
+    for threads in ("1", "2"):
+        assert command.main([*words, "--ways", "eager,mlp-eager", "--threads", threads]) == 0
+    (file,) = tmp_path.glob("export-*.csv")
+    assert {row.threads for row in read_rows(file)} == {"1", "2"}
+    assert markdown.section(file.stem, section(read_rows(file))) in page.read_text()
+
+
+def test_the_page_shows_the_committed_rows():
+    shown = README.read_text(encoding="utf-8")
+    for file in RESULTS.glob("export-*.csv"):
+        assert markdown.section(file.stem, section(read_rows(file))) in shown, file
+
+
+def test_where_pytorch_is_held_back_onnxruntime_is_not_judged_beside_it():
+    (file,) = RESULTS.glob("export-cpu-avx512.csv")
+    held = [replace(row, machine=f"{row.machine}, held to AVX2 by IT") for row in read_rows(file)]
+    assert "| eager |" not in section(held).split("| goal |")[1]
+    assert "onnxruntime chooses its instructions by the processor" in section(held)
+    assert "onnxruntime chooses" not in section(read_rows(file))
 
 
 def test_the_committed_rows_are_of_subjects_and_ways_that_there_are():
