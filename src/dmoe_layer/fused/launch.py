@@ -95,6 +95,11 @@ class Shares(NamedTuple):
     chunk_rows: int
 
 
+def sum_block(numbers: int) -> int:
+    """How many of so many numbers a program sums. Of few, fewer and more chunks at a time."""
+    return 64 if numbers < 2**14 else 512
+
+
 def sum_chunks(offsets: Tensor, *layers: Shares) -> list[Tensor]:
     """Each layer's weight and bias, in order, summed over its groups' chunks: (groups, ...).
 
@@ -105,8 +110,7 @@ def sum_chunks(offsets: Tensor, *layers: Shares) -> list[Tensor]:
     totals = [[s.new_empty((groups, *s.shape[1:])) for s in layer[:2]] for layer in open_]
     numbers = [[s.shape[1:].numel() for s in layer[:2]] for layer in open_]
     if open_:
-        # Few numbers make few programs: each then takes more chunks at a time.
-        block = 64 if max(map(max, numbers)) < 2**14 else 512
+        block = sum_block(max(map(max, numbers)))
         given = [
             (*layer[:2], *sums, *sizes, layer.chunk_rows)
             for layer, sums, sizes in zip(open_, totals, numbers, strict=True)
