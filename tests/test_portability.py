@@ -64,34 +64,41 @@ def as_on_windows(program, *arguments):
     return done.stdout
 
 
-def test_all_but_kernels_and_nnunet_is_imported_without_posix_triton_and_nnunet():
+@pytest.fixture(scope="module")
+def imported_and_collected():
+    """What failed to be imported, and what pytest then collects: one process, since both take long."""
     names = [
         ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
         for package in PACKAGES
         for path in sorted(package.rglob("*.py"))
     ]
+    assert len(names) > 100
     program = """
 import importlib
+import pytest
 for name in sys.argv[1:]:
     try:
         importlib.import_module(name)
     except ImportError as error:
         print(name, "needs", error.name.split(".")[0])
+print("collected:")
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider"]))
 """
-    assert len(names) > 100
-    failed = as_on_windows(program, *names).splitlines()
-    assert {*failed} == {
+    failed, _, collected = as_on_windows(program, *names).partition("collected:\n")
+    return failed.splitlines(), collected.replace("\\", "/")
+
+
+def test_all_but_kernels_and_nnunet_is_imported_without_posix_triton_and_nnunet(
+    imported_and_collected,
+):
+    assert {*imported_and_collected[0]} == {
         *(f"{name} needs triton" for name in NEED_TRITON),
         *(f"{name} needs nnunetv2" for name in NEED_NNUNET),
     }
 
 
-def test_all_tests_are_collected_where_there_is_neither_posix_nor_triton():
-    program = """
-import pytest
-sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider"]))
-"""
-    collected = as_on_windows(program).replace("\\", "/")
+def test_all_tests_are_collected_where_there_is_neither_posix_nor_triton(imported_and_collected):
+    collected = imported_and_collected[1]
     tests = ROOT / "tests"
     names = {path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
     skipped = ("layer/fused/test_kernels", "layer/fused/test_compiled_kernels")  # without Triton

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,16 +84,42 @@ def offset_type(numbers: int) -> Any:
     return tl.int32 if numbers < LEAST_INT64 else tl.int64
 
 
-def sum_chunks(shares: Tensor, offsets: Tensor, chunk_rows: int) -> Tensor:
-    """Each group's sum over its chunks, (groups, ...) in fp32, always in the same order."""
-    groups = len(offsets) - 1
-    total = shares.new_empty((groups, *shares.shape[1:]))
-    numbers = shares.shape[1:].numel()
-    # Few numbers make few programs: each then takes more chunks at a time.
-    block = 64 if numbers < 2**14 else 512
-    launch(
-        sum_chunks_kernel, (groups, -(-numbers // block)), shares,
-        shares, offsets, total, groups, numbers, chunk_rows,
-        GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
-    )  # fmt: skip
-    return total
+class Shares(NamedTuple):
+    """Of the gradients of a weight and its bias, what each chunk of rows has: (chunks, ...) in fp32.
+
+    ``chunk_rows`` are the rows of a chunk; 0 where the tensors are the gradients themselves.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    chunk_rows: int
+
+
+def sum_block(numbers: int) -> int:
+    """How many of so many numbers a program sums. Of few, fewer and more chunks at a time."""
+    return 64 if numbers < 2**14 else 512
+
+
+def sum_chunks(offsets: Tensor, *layers: Shares) -> list[Tensor]:
+    """Each layer's weight and bias, in order, summed over its groups' chunks: (groups, ...).
+
+    The order of a sum is always the same, and one launch sums all.
+    """
+    open_ = [layer for layer in layers if layer.chunk_rows]
+    groups = offsets.shape[0] - 1
+    totals = [[s.new_empty((groups, *s.shape[1:])) for s in layer[:2]] for layer in open_]
+    numbers = [[s.shape[1:].numel() for s in layer[:2]] for layer in open_]
+    if open_:
+        block = sum_block(max(map(max, numbers)))
+        given = [
+            (*layer[:2], *sums, *sizes, layer.chunk_rows)
+            for layer, sums, sizes in zip(open_, totals, numbers, strict=True)
+        ]
+        programs = sum(-(-n // block) for sizes in numbers for n in sizes)
+        launch(
+            sum_chunks_kernel, (groups, programs), offsets,
+            *given[0], *(given[1] if len(given) > 1 else [None] * 4 + [0] * 3), offsets, groups,
+            GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
+        )  # fmt: skip
+    summed = iter(totals)
+    return [s for layer in layers for s in (next(summed) if layer.chunk_rows else layer[:2])]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import narrow
-from .launch import block_size, is_hopper, launch, most_tiles, sum_chunks
+from .launch import Shares, block_size, is_hopper, launch, most_tiles, sum_chunks
 
 
 def fuses_forward(dim: int, dtype: torch.dtype, activation: str) -> bool:
@@ -139,7 +139,8 @@ def _of_weights(call: ExpertCall, dy: Tensor) -> list[Tensor]:
         dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.kept,
         *shares, chunk, call.scale, **call.search_opts, **_options(call, blocks),
     )  # fmt: skip
-    return [sum_chunks(share, call.offsets, chunk) for share in shares]
+    first_layer, second_layer = Shares(*shares[:2], chunk), Shares(*shares[2:], chunk)
+    return sum_chunks(call.offsets, first_layer, second_layer)
 
 
 def _options(call: ExpertCall, blocks: _Blocks) -> dict[str, Any]:

@@ -240,16 +240,22 @@ class _Samples:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, w, b, rows, counts, *_, keep_slopes = inputs
+    x, w, b, rows, counts, _, seed, keep_slopes = inputs
     _, indices, gates, order, offsets, tiles, chosen, slopes = output
     ctx.mark_non_differentiable(indices, order, offsets, tiles, chosen, slopes)
     ctx.set_materialize_grads(False)
+    ctx.lacks_slopes = seed is not None and not keep_slopes
     ctx.save_for_backward(chosen, gates, slopes if keep_slopes else None, x, w, b, rows, counts)
 
 
 def _backward(ctx: Any, dlogits: Any, _: Any, dgates: Any, *__: Any) -> tuple[Tensor | None, ...]:
     if dlogits is None and dgates is None:
         return (None,) * 8
+    if ctx.lacks_slopes:
+        raise RuntimeError(
+            "dmoe_layer::fused_route: got keep_slopes=False with a seed, which keeps nothing of the "
+            "noise's gradient. Call it with keep_slopes=True to differentiate it."
+        )
     return *_route_backward(dlogits, dgates, *ctx.saved_tensors), *[None] * 5
 
 

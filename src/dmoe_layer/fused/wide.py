@@ -15,7 +15,7 @@ from torch import Tensor
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import wide
 from .kernels.common import TILE
-from .launch import block_size, launch, most_tiles, sum_chunks
+from .launch import Shares, block_size, launch, most_tiles, sum_chunks
 
 # Rows of a segment that fill a GPU of 132 multiprocessors.
 LEAST_ROWS = 16384
@@ -182,10 +182,9 @@ def backward(
             continue
         # A sum over several segments has a term for each: fp32.
         dtype = call.parameter_dtype if len(parts) == 1 else torch.float32
-        terms = [
-            *_weight_gradient(call, segment, dz, call.x, dtype, gather=True),
-            *_weight_gradient(call, segment, gated, h, dtype, gather=False),
-        ]
+        first = _weight_gradient(call, segment, dz, call.x, dtype, gather=True)
+        second = _weight_gradient(call, segment, gated, h, dtype, gather=False)
+        terms = sum_chunks(segment.offsets, first, second)
         totals = [t.add_(n) for t, n in zip(totals, terms, strict=True)] if totals else terms
     if dx is None:
         return BackwardOutputs(None, None, totals)
@@ -196,8 +195,11 @@ def backward(
 
 def _weight_gradient(
     call: ExpertCall, segment: Segment, a: Tensor, b: Tensor, dtype: torch.dtype, gather: bool
-) -> tuple[Tensor, Tensor]:
-    """Σ a[row] · b[row]ᵀ and Σ a[row] of each expert: (E, a's width, b's width), (E, a's width)."""
+) -> Shares:
+    """Σ a[row] · b[row]ᵀ and Σ a[row] of each expert: (E, a's width, b's width), (E, a's width).
+
+    Or the shares of its chunks, where they are shared out.
+    """
     sides = a.shape[1], b.shape[1]
     blocks = _gemm_blocks(call, max(sides), 128)
     n_tiles = -(-sides[0] // blocks.columns) * -(-sides[1] // blocks.columns)
@@ -216,6 +218,4 @@ def _weight_gradient(
         ROWS=blocks.depth, COLUMNS=blocks.columns, **call.search_opts, **_offset_opts(call),
         **call.gemm_opts, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    if not split:
-        return shares, bias
-    return sum_chunks(shares, segment.offsets, chunk), sum_chunks(bias, segment.offsets, chunk)
+    return Shares(shares, bias, chunk if split else 0)

@@ -48,15 +48,19 @@ CAPABILITIES = {"fp32": (80, 90), "fp16": (86, 100), "bf16": (89, 90)}
 
 def compiled(dim, dtype, activation="relu", n_experts=8, k=2):
     arguments = map(str, (dim, dtype, activation, n_experts, k, *CAPABILITIES[dtype]))
+    return json.loads(run_program(PROGRAM, *arguments).splitlines()[-1])
+
+
+def run_program(program, *arguments):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
+        [sys.executable, "-c", program, *arguments],
         capture_output=True,
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 def assert_fits(row):
@@ -130,3 +134,24 @@ def test_kernels_for_the_most_experts_compile_and_fit(dim, dtype):
         # In fp32 the route kernel spills six numbers on compute capability 9.0.
         if dtype == "bf16" and row["kernel"] in {"route_kernel", "sort_kernel"}:
             assert row["stack_bytes"] == 0, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [24, 768])
+def test_sums_of_biases_keep_fp32s_accuracy_where_products_of_weights_need_not(dim):
+    program = (
+        "import sys, torch; torch.backends.cuda.matmul.allow_tf32 = True\n"
+        "from benchmarks.kernels.binary import compile_for\n"
+        "from benchmarks.kernels.launches import LayerStep\n"
+        "for launch in LayerStep(int(sys.argv[1]), torch.float32).launches():\n"
+        "    if launch.kernel.__name__ == 'weight_backward_kernel':\n"
+        "        print(compile_for(launch, 90).asm['ttir'])\n"
+    )
+    code = run_program(program, str(dim))
+    products = [line for line in code.splitlines() if "tt.dot" in line]
+    of_biases = [line for line in products if "x16xf32" in line.split("->")[-1]]
+    assert len(of_biases) == 2  # of w1's and of w2's
+    assert len(products) > len(of_biases)
+    for line in products:
+        precision = "tf32x3" if line in of_biases else "tf32"
+        assert f"inputPrecision = {precision} " in line, line

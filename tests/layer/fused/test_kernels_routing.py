@@ -106,3 +106,12 @@ def test_each_row_of_the_table_gets_the_shares_of_all_its_chunks_and_of_no_other
             times = (routers == row).sum(dim=1)
             true = shares.double()[times > 0] * times[times > 0].view(-1, *[1] * (shares.ndim - 1))
             torch.testing.assert_close(ours[row].double(), true.sum(dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", [router._route, torch.ops.dmoe_layer.fused_route])
+def test_a_gradient_through_noise_is_refused_where_its_slopes_were_not_kept(call):
+    x, w = torch.randn(1, 20, 8, device=HERE), torch.randn(1, 2, 5, 8, device=HERE)
+    b, seed = torch.zeros(1, 2, 5, device=HERE), torch.tensor(3)
+    logits, *_ = call(x.requires_grad_(), w, b, None, None, 2, seed, False)
+    with pytest.raises(RuntimeError, match="keep_slopes=True to differentiate"):
+        logits.sum().backward()

@@ -88,6 +88,30 @@ def test_sums_over_pairs_take_no_memory_of_their_own_and_those_of_one_no_launch(
         assert spy.call_count == (k > 1)
 
 
+@pytest.mark.parametrize("block", [64, 512])
+@pytest.mark.parametrize("chunk_rows", [(2,), (4, 2), (0, 4), (2, 0), (0, 0)])
+def test_one_launch_sums_the_chunks_of_every_layer_that_is_shared_out(
+    chunk_rows, block, monkeypatch
+):
+    monkeypatch.setattr(launch, "sum_block", lambda _: block)
+    rows = (0, 5, 1, 150)  # of these, more chunks than a program takes at a time
+    offsets = torch.tensor((0, *rows), device=HERE).cumsum(0)
+    layers, expected = [], []
+    for chunk, width in zip(chunk_rows, (3, 130), strict=False):
+        chunks = [-(-n // chunk) for n in rows] if chunk else [1] * 4
+        # Shares past the last chunk are nobody's.
+        shares = [torch.randn(sum(chunks) + 2, *s, device=HERE) for s in ((5, width), (5,))]
+        layers.append(launch.Shares(*shares, chunk))
+        parts = [share[: sum(chunks)].split(chunks) for share in shares]
+        summed = [torch.stack([group.sum(dim=0) for group in part]) for part in parts]
+        expected += summed if chunk else shares
+    with mock.patch.object(launch, "launch", wraps=launch.launch) as spy:
+        found = launch.sum_chunks(offsets, *layers)
+    assert spy.call_count == any(chunk_rows)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("module", [narrow, wide])
 def test_gradients_of_weights_alone_take_no_memory_for_those_of_rows(module):
     dim, dtype = (24, torch.bfloat16) if module is narrow else (130, torch.float32)

@@ -235,12 +235,12 @@ def weight_gradients_kernel(
         dz_HR = tl.trans(dz_RH)
         dw1_HD = dot(dz_HR, x_RD, dw1_HD, PRECISION)
         dw2_HD = dot(tl.trans(h_RH.to(dtype)), gated_RD, dw2_HD, PRECISION)
-        db1_HG = dot(dz_HR, ones_RG, db1_HG, PRECISION)
-        db2_DG = dot(tl.trans(gated_RD), ones_RG, db2_DG, PRECISION)
+        db1_HG = dot(dz_HR, ones_RG, db1_HG, "tf32x3")
+        db2_DG = dot(tl.trans(gated_RD), ones_RG, db2_DG, "tf32x3")
         if GATED:
             dlinear_HR = tl.trans(dlinear_RH)
             dlinear_HD = dot(dlinear_HR, x_RD, dlinear_HD, PRECISION)
-            dlinear_b_HG = dot(dlinear_HR, ones_RG, dlinear_b_HG, PRECISION)
+            dlinear_b_HG = dot(dlinear_HR, ones_RG, dlinear_b_HG, "tf32x3")
     row = chunk * first_rows + h
     at = row[:, None] * dim + d[None, :]
     live_hd = (h < hidden)[:, None] & (d < dim)[None, :]

@@ -238,7 +238,7 @@ def _sum_of_products(
         b = tl.load(b_ptr + at, mask=inside, other=0).to(dtype)
         total = dot(a, b, total, PRECISION)
         if BIAS:
-            bias = dot(a, ones, bias, PRECISION)
+            bias = dot(a, ones, bias, "tf32x3")
     return total, bias
 
 
