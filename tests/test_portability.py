@@ -66,7 +66,7 @@ def as_on_windows(program, *arguments):
 
 @pytest.fixture(scope="module")
 def imported_and_collected():
-    """What failed to be imported, and what pytest then collects: one process, since both take long."""
+    """What failed to be imported, and what pytest then collects: both take long, and share it."""
     names = [
         ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
         for package in PACKAGES

@@ -85,7 +85,7 @@ def offset_type(numbers: int) -> Any:
 
 
 class Shares(NamedTuple):
-    """Of the gradients of a weight and its bias, what each chunk of rows has: (chunks, ...) in fp32.
+    """Each chunk of rows' share in the gradients of a weight and its bias: (chunks, ...) in fp32.
 
     ``chunk_rows`` are the rows of a chunk; 0 where the tensors are the gradients themselves.
     """

@@ -253,8 +253,8 @@ def _backward(ctx: Any, dlogits: Any, _: Any, dgates: Any, *__: Any) -> tuple[Te
         return (None,) * 8
     if ctx.lacks_slopes:
         raise RuntimeError(
-            "dmoe_layer::fused_route: got keep_slopes=False with a seed, which keeps nothing of the "
-            "noise's gradient. Call it with keep_slopes=True to differentiate it."
+            "dmoe_layer::fused_route: got keep_slopes=False with a seed, which keeps nothing of "
+            "the noise's gradient. Call it with keep_slopes=True to differentiate it."
         )
     return *_route_backward(dlogits, dgates, *ctx.saved_tensors), *[None] * 5
 
