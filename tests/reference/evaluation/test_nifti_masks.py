@@ -104,7 +104,7 @@ def test_dots_belong_to_case_ids_and_a_case_has_one_mask(tmp_path):
     (tmp_path / "D.NII.GZ").unlink()
     assert assign_masks(find_masks(tmp_path, axes=3), ids, axes=3)[1] == [
         "1.2.840.nii and 1.2.840.nii.gz: two masks of one case; keep one.",
-        "1 of 4 cases have no mask (<case id>.nii.gz or <case id>.nii): D.",
+        "1 of 4 cases have no mask (<case id>.nii.gz, .nii, .mha or .nrrd): D.",
         "1 masks are of no case of this split: stranger.nii.",
     ]
 
