@@ -119,13 +119,30 @@ def _case(cell: str, known: Mapping[str, str]) -> str | None:
 
 
 def _case_column(table: Table, known: Mapping[str, str]) -> str:
-    """The column whose cells name most cases; of those, one called case, or else the first."""
-    counts = {
-        column: len({_case(row.cells[column], known) for row in table.rows} - {None})
+    """The column whose cells name most cases; of those, one called case, or else the first.
+
+    Raises:
+        DataError: none names a case; or another names at least half as many, and in some row
+            another one than this, as running numbers do beside images called 1.png and so on.
+    """
+    named = {
+        column: [_case(row.cells[column], known) for row in table.rows]
         for column in sorted(table.columns, key=lambda column: column.lower() != "case")
         if column
     }
+    counts = {column: len({*case_ids} - {None}) for column, case_ids in named.items()}
     best = max(counts, key=lambda column: counts[column])
+    for column, case_ids in named.items():
+        differing = [
+            row.line
+            for row, one, other in zip(table.rows, named[best], case_ids, strict=True)
+            if one and other and one != other
+        ]
+        if differing and 2 * counts[column] >= counts[best] and best.lower() != "case":
+            raise DataError(
+                f"{table.path}:{differing[0]}: the columns {best} and {column} both name images, "
+                "and here two different ones; say by --case which column is meant"
+            )
     if not counts[best]:
         cells = [f"{column} ({table.rows[0].cells[column]!r})" for column in table.columns]
         raise DataError(

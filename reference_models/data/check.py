@@ -17,7 +17,7 @@ from ..errors import DataError, shown
 from .cases import SPLITS, UNKNOWN, Case, Dataset
 from .datasets import DataSettings, open_dataset
 from .folds import COUNT
-from .splits import absent_values, choose_splits, count_folds, leaked_subjects
+from .splits import absent_values, choose_splits, leaked_subjects, read_folds
 
 # Threads; decoding leaves Python's lock alone. Each may hold a volume, of up to a gigabyte or two.
 WORKERS = {2: 8, 3: 2}  # by the image's axes
@@ -104,7 +104,7 @@ def _source(dataset: Dataset, settings: DataSettings, made: Collection[str]) -> 
     fold, file = settings.fold, settings.splits or dataset.folds
     if fold == "all":
         return "every case with a mask but the test cases is trained on (--fold all), none held out"
-    n_folds, origin = count_folds(file) if file else 0, f"of {file}"
+    n_folds, origin = len(read_folds(file)) if file else 0, f"of {file}"
     if not file and fold is not None:
         n_folds = settings.folds or COUNT
         origin = (

@@ -202,7 +202,7 @@ def choose_folds(
     if found := path or dataset.folds:
         _require_none_made(found, folds)
         return tuple(
-            read_splits(found, dataset, fold) for fold in range(max(count_folds(found), 1))
+            read_splits(found, dataset, fold) for fold in range(max(len(read_folds(found)), 1))
         )
     everything = _all_trained(dataset, seed)
     return tuple(
@@ -305,12 +305,12 @@ def read_splits(
     return splits
 
 
-def count_folds(path: Path) -> int:
-    """Counts the folds of a file, 0 where it is a splits file of ours, or damaged."""
+def read_folds(path: Path) -> list[dict[str, list[str]]]:
+    """Reads a file's folds as they stand; none where it is a splits file of ours, or damaged."""
     try:
-        return len(_folds(json.loads(path.read_bytes())))
+        return _folds(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError):
-        return 0
+        return []
 
 
 def _folds(content: Any) -> list[dict[str, list[str]]]:

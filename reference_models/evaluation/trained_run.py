@@ -17,7 +17,7 @@ from ..data import open_dataset
 from ..data.cases import UNKNOWN, Case, Dataset
 from ..data.framing import Framing
 from ..data.patches import Windows
-from ..data.splits import read_splits
+from ..data.splits import FOLDS, read_folds, read_splits
 from ..errors import DataError, RunError, shown
 from ..export.onnx_network import Twin, open_onnx
 from ..recipes.recipe import Recipe
@@ -186,6 +186,8 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     one_by_one = crossed and split == "validation"
     trained, asked = _split_cases(folders, dataset, split, same=not one_by_one)
     policy = recipe.model.unknown if recipe.model.told else None
+    if not one_by_one:
+        asked = asked[:1]
     cases = [case for part in asked for case in part]
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
@@ -259,11 +261,15 @@ def _split_cases(
         same: whether all networks have to be asked for the same cases.
 
     Raises:
-        DataError: they have to, and have other cases in this split.
+        DataError: they have to, and have other cases in this split; or they do not, as folds, and
+            one was trained on other cases than its fold.
     """
     if split == "all":
         return [frozenset()] * len(folders), [tuple(dataset.cases)] * len(folders)
-    splits = [read_splits(folder / "splits.json", dataset, needed=()) for folder in folders]
+    try:
+        splits = [read_splits(folder / "splits.json", dataset, needed=()) for folder in folders]
+    except DataError as error:
+        raise DataError(f"{error}; all cases of other data are predicted by --split all") from error
     chosen = [frozenset(getattr(each, split)) for each in splits]
     for folder, ids in zip(folders, chosen, strict=True):
         if same and ids != chosen[0]:
@@ -273,6 +279,16 @@ def _split_cases(
                 "the same cases: choose --split test or all, or name a cross-validation's folder "
                 "and --split validation, so that each case has the answer of the fold that it was "
                 "held out from."
+            )
+    for fold, (folder, own) in enumerate(zip(folders, splits, strict=True)):
+        if same:
+            continue
+        meant = read_folds(folds := folder.parent / FOLDS)[fold]
+        if (*own.train, *own.validation) != (*meant["train"], *meant["val"]):
+            raise DataError(
+                f"{folder}: was trained on other cases than fold {fold} of {folds}, so that its "
+                "answers cannot be pooled with the others'; train that fold again into another "
+                "folder, with the flags of the other folds."
             )
     return (
         [frozenset(each.train) for each in splits],
@@ -284,7 +300,7 @@ def _require_known(cases: Sequence[Case], split: str) -> None:
     """Raises for cases whose attribute is not known."""
     if unknown := [case.case_id for case in cases if UNKNOWN in case.attributes]:
         raise DataError(
-            f"{len(unknown)} of {len(cases)} {split} cases have an attribute that is not known "
+            f"{len(unknown)} of {len(cases)} cases ({split}) have an attribute that is not known "
             f"({shown(unknown)}), and the run was trained with unknown='error', so that there is "
             "no route for them. Leave them out with --leave-out-unknown, or train with --unknown "
             "learned."

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from ..data.cases import Attribute, Dataset
-from ..data.splits import FOLDS, Splits, count_folds, write_splits
+from ..data.splits import FOLDS, Splits, read_folds, write_splits
 from ..errors import RunError
 from ..files import write_whole
 from ..recipes.recipe import Recipe
@@ -94,7 +94,7 @@ def runs_in(folder: Path) -> tuple[Path, ...]:
     """The folders of the folds of a cross-validation, trained or not; of a run its own."""
     if (folder / "recipe.json").exists() or not (folder / FOLDS).exists():
         return (folder,)
-    return tuple(fold_folder(folder, fold) for fold in range(count_folds(folder / FOLDS)))
+    return tuple(fold_folder(folder, fold) for fold in range(len(read_folds(folder / FOLDS))))
 
 
 def read_run(run: Path) -> tuple[Recipe, Task]:

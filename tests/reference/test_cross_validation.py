@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from harness.trainings import TINY, weights_of
 from reference_models import cross_validation
 from reference_models.cross_validation import cross_validate
 from reference_models.data import open_dataset
-from reference_models.data.splits import choose_folds, choose_splits
+from reference_models.data.splits import choose_folds, choose_splits, write_splits
 from reference_models.errors import DataError, RunError
 from reference_models.evaluation.evaluate import EvaluateRun, Scoring, evaluate_run
 from reference_models.evaluation.prediction import PredictSettings, predict
+from reference_models.evaluation.trained_run import RunSettings, open_run
 from reference_models.recipes.framings import VolumeFramingSettings
 from reference_models.recipes.networks import ResUNet3DSettings
 from reference_models.recipes.recipe import Recipe
@@ -125,6 +127,21 @@ def test_its_folder_answers_test_cases_by_all_folds_and_held_out_ones_by_their_o
 def test_an_unfinished_fold_does_not_answer_in_silence(crossed):
     *_, told = crossed
     assert "of its 2 folds, fold_1 did not come to the end of the training" in told["unfinished"]
+
+
+def test_a_fold_that_was_trained_on_other_cases_is_not_pooled(crossed, tmp_path):
+    recipe, *_ = crossed
+    folder = shutil.copytree(recipe.out, tmp_path / "cv")
+    dataset = open_dataset(recipe.data)
+    write_splits(folder / "fold_1/splits.json", choose_folds(dataset, None, 5, 2)[1])
+    with pytest.raises(DataError, match="fold_1: was trained on other cases than fold 1 of"):
+        evaluate_run(EvaluateRun(folder, split="validation", scoring=FEW))
+
+
+def test_all_cases_of_other_data_are_counted_once_however_many_folds_answer(crossed):
+    recipe, *_ = crossed
+    dataset = open_dataset(recipe.data)
+    assert open_run(RunSettings(recipe.out), "all").cases == dataset.cases
 
 
 def test_the_folds_stand_beside_their_runs_as_nnunet_writes_them(crossed):

@@ -139,6 +139,10 @@ BAD_ROWS = {
     ),
     "two rows of one": (["f,sex", "us_000,M", "us_000.png,F"], r"c\.csv:3: us_000 has another row"),
     "no attribute": (["file", "us_000"], "no column besides file"),
+    "two columns of images": (
+        ["nr,file,sex", "us_001,us_000.png,M", "us_000,us_001.png,F"],
+        r"c\.csv:2: the columns nr and file both name images.*by --case",
+    ),
     "case is another thing": (["case,file,sex", "control,us_000,M"], "there is a column case too"),
 }
 
