@@ -30,7 +30,7 @@ _ON_ITS_SIDE = (5, 6, 7, 8)  # of these, those by which rows become columns
 
 _SHORT = 3  # EXIF's code of a number of 16 bits
 _LOSSLESS = ("PNG", "TIFF", "BMP")
-_FORMATS = (*_LOSSLESS, "JPEG", "MPO")  # MPO: a phone's JPEG, with further pictures behind it
+_FORMATS = (*_LOSSLESS, "JPEG")  # and MPO, a phone's JPEG with further pictures behind it
 
 
 def read_image(path: Path | str) -> np.ndarray:

@@ -161,8 +161,8 @@ BAD_IMAGES = {
     ),
     "on its side": (_save(Image.fromarray(echoes().T)), "has 30 and 20; turn one of them, as EXIF"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:200]), "cannot be read as an"),
-    "empty": (lambda path: path.write_bytes(b""), "cannot be read as an image"),
-    "text": (lambda path: path.write_text("sorry", encoding="utf-8"), "cannot be read as an image"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot identify image"),
+    "text": (lambda path: path.write_text("sorry", encoding="utf-8"), "cannot identify image"),
 }  # fmt: skip
 BAD_MASKS = {
     "white": (
