@@ -196,6 +196,7 @@ def _parsed(given: Sequence[str]) -> tuple[list[str], list[int]]:
         or len({*names}) < len(names)
         or len({*values}) < len(values)
         or len(values) not in (0, len(names))
+        or (BACKGROUND in names[1:] and not values)
     ):
         raise DataError(
             f"labels: got {' '.join(given)}; expected two or more names, the background first, "

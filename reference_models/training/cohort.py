@@ -68,11 +68,12 @@ class Cohort:
         cohort = cls(recipe, dataset, splits, left_out)
         patches = recipe.framing.training_patches()
         each = patches.count if patches else 1
-        if len(cohort.train) * each < recipe.batch_size:
+        if (most := len(cohort.train) * each) < recipe.batch_size:
             of_each = f", of {each} patches each" if patches else ""
+            advice = f"; choose --batch-size {most} or less" if most else ""
             raise RunError(
                 f"batch_size: got {recipe.batch_size}, but there are {len(cohort.train)} training "
-                f"cases{of_each}."
+                f"cases{of_each}{advice}."
             )
         if not cohort.validation:
             raise RunError(

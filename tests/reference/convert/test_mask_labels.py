@@ -127,6 +127,7 @@ REFUSED = {
     "half of the values": ([grey(7)], ("a", "b=7"), "a value for each or for none"),
     "one value twice": ([grey(7)], ("a=0", "b=7", "c=7"), "a value for each or for none"),
     "one name": ([grey(7)], ("a=7",), "expected two or more names"),
+    "the background second": ([grey(255)], ("a", "background"), "the background first"),
     "no value": ([grey(7)], ("a=0", "b=red"), "got b=red, expected a name, or"),
     "palettes that differ": (
         [palette(grey(1), (0, 0, 0), RED), palette(grey(1), (0, 0, 0), GREEN)],

@@ -65,7 +65,7 @@ def test_a_recipe_becomes_flags():
         ({"lambda_dice": 0.0, "fairness": "febs"}, "febs scales the Dice loss"),
         ({"strategy": "fsdp", "precision": "16-mixed"}, "fsdp does not go with 16-mixed"),
         ({"framing": ImageFramingSettings(40, "whole")}, "multiples of 16"),
-        ({"batch_size": 30}, "batch_size: got 30, but there are 18 training cases"),
+        ({"batch_size": 30}, "but there are 18 training cases; choose --batch-size 18 or less"),
         ({"attribute_dropout": 1.0}, "attribute_dropout: got 1.0"),
         ({"attribute_dropout": 0.5}, "unknown attributes are an error; choose --unknown learned"),
         (
