@@ -175,7 +175,7 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
         masks,
         [case.case_id for case in cases],
         [case.case_id for case in left_out],
-        [case.case_id for case in dataset.cases],
+        {case.case_id: case.labelled for case in dataset.cases},
         axes=dataset.axes,
     )
 

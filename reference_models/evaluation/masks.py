@@ -114,7 +114,7 @@ def assign_masks(
     files: Mapping[str, Sequence[Path]],
     case_ids: Sequence[str],
     left_out: Collection[str] = (),
-    others: Collection[str] = (),
+    others: Mapping[str, bool] | None = None,
     *,
     axes: int = 2,
 ) -> tuple[dict[str, Path], list[str]]:
@@ -124,7 +124,8 @@ def assign_masks(
         files: what `find_masks` found.
         case_ids: the cases to be scored.
         left_out: cases whose masks may be there, and are not scored.
-        others: all cases of the data: masks of these tell that another split is meant.
+        others: all cases of the data, and whether they can be scored: masks of those that can tell
+            that another split is meant.
         axes: of the images.
     """
     known = {*case_ids, *left_out}
@@ -141,13 +142,12 @@ def assign_masks(
             f"{len(missing)} of {len(case_ids)} cases have no mask "
             f"(<case id>{', '.join(suffixes)} or {last}): {shown(missing)}."
         )
-    for stems, what in (
-        ([stem for stem in extra if stem not in others], "of no case of this split"),
-        (
-            [stem for stem in extra if stem in others],
-            "of cases in other splits (--split all scores every case)",
-        ),
+    for scorable, what in (
+        (None, "of no case of this split"),
+        (True, "of cases in other splits (--split all scores every case)"),
+        (False, "of cases without a mask in the data to be scored by; take them away"),
     ):
+        stems = [stem for stem in extra if (others or {}).get(stem) is scorable]
         if names := [path.name for stem in stems for path in files[stem]]:
             faults.append(f"{len(names)} masks are {what}: {shown(names)}.")
     return {case_id: files[case_id][0] for case_id in case_ids if case_id in files}, faults

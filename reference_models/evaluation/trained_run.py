@@ -197,7 +197,8 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         _require_known(cases, split)
     if len(left_out) == len(cases):
         raise DataError(
-            f"{_shown(settings.named)}: no {split} case is left to predict; choose another --split."
+            f"{_shown(settings.named)}: no {split} case is left to predict; choose another --split, "
+            "such as validation for those that a training held out."
         )
     members = [
         Member(folder, network.to(device), ids)

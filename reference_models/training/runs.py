@@ -108,7 +108,9 @@ def read_run(run: Path) -> tuple[Recipe, Task]:
         content = json.loads(path.read_text(encoding="utf-8"))
         recipe, task = content["recipe"], content["task"]
     except FileNotFoundError as error:
-        raise RunError(f"{run}: no run here, since there is no recipe.json.") from error
+        folds = [folder for folder in runs_in(run) if folder != run]
+        advice = f"; it has folds, so name one of them, such as {folds[0]}" if folds else ""
+        raise RunError(f"{run}: no run here, since there is no recipe.json{advice}.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path}: not a run's recipe ({type(error).__name__}: {error}); name the folder that "

@@ -23,7 +23,7 @@ from reference_models.recipes.networks import ResUNet3DSettings
 from reference_models.recipes.recipe import Recipe
 from reference_models.training import loop as training
 from reference_models.training.loop import train
-from reference_models.training.runs import Task, write_run
+from reference_models.training.runs import Task, read_run, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,6 +120,8 @@ def test_its_folder_answers_test_cases_by_all_folds_and_held_out_ones_by_their_o
     again = predict(PredictSettings(named, "last", out=tmp_path / "named"))
     for path in (together / "masks").iterdir():
         assert path.read_bytes() == (again / "masks" / path.name).read_bytes()
+    with pytest.raises(RunError, match=r"it has folds, so name one of them, such as .*fold_0"):
+        read_run(recipe.out)
     with pytest.raises(DataError, match="has other train cases than"):
         predict(PredictSettings(recipe.out, split="train", out=tmp_path / "no"))
 

@@ -56,6 +56,11 @@ def test_labelled_test_cases_are_left_out_by_name_if_none_of_them_has_a_mask(cro
     assert "test cases have no mask in the folder and are not scored: new, next" in (
         summary.conditions[0].note
     )
+    save(root / "imagesTs/bare_0000.nii.gz", voxels())
+    shutil.copy(root / "labelsTs/new.nii.gz", crossval.folder / "bare.nii.gz")
+    with pytest.raises(DataError, match=r"1 masks are of cases without a mask in the data.*: bare"):
+        evaluate_predictions(crossval)
+    (crossval.folder / "bare.nii.gz").unlink()
     shutil.copy(root / "labelsTs/new.nii.gz", crossval.folder)
     with pytest.raises(DataError, match=r"1 of 11 cases have no mask .*: next"):
         evaluate_predictions(crossval)
