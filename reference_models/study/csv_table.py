@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,18 +41,27 @@ class Table(Generic[Record]):
 
         Args:
             folder: where; it is there.
+            records, names: as of `text`.
+        """
+        (folder / self.name).write_bytes(self.text(records, names).encode())
+
+    def text(self, records: Iterable[Record], names: Sequence[str] = ()) -> str:
+        """What the file holds.
+
+        Args:
             records: the rows.
             names: the columns of the field that is a mapping, in order.
         """
-        with (folder / self.name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*self.columns, *names])
-            for record in records:
-                cells = [_cell(kind, getattr(record, f)) for f, kind in self._fields.items()]
-                if self._mapping is not None:
-                    by_name = getattr(record, self._mapping)
-                    cells += [_cell(self._of_names, by_name.get(name)) for name in names]
-                writer.writerow(cells)
+        file = io.StringIO(newline="")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*self.columns, *names])
+        for record in records:
+            cells = [_cell(kind, getattr(record, f)) for f, kind in self._fields.items()]
+            if self._mapping is not None:
+                by_name = getattr(record, self._mapping)
+                cells += [_cell(self._of_names, by_name.get(name)) for name in names]
+            writer.writerow(cells)
+        return file.getvalue()
 
     def read(self, folder: Path) -> list[Record]:
         """The records of a file that `write` wrote; numbers as the file shows them.
