@@ -15,7 +15,7 @@ The design, fixed before the first run:
 - All methods have the same multiply-adds for an image but for the router's, FiLM's and those of
   the first convolution's further channels; the csv has the counts.
 - A new site is one that training had no case of. Where sites share rules it goes by one of these,
-  elsewhere by one of its own. Each network of the first five seeds meets 4 of them, each with 40
+  elsewhere by one of its own. Each network of the first five seeds meets 2 of them, each with 40
   test cases and 30 labelled ones, of which it is given the first 1, 3, 10 or all.
 """
 
@@ -47,9 +47,9 @@ VARIANTS: Mapping[str, str] = {
 }
 VALIDATION_CASES, TEST_CASES = 4, 10  # of each site
 
-NEW_SITES, NEW_TEST_CASES = 4, 40
+NEW_SITES, NEW_TEST_CASES = 2, 40
 LABELLED = (1, 3, 10, 30)
-ADAPT_GRID, ADAPT_STEPS = (0.003, 0.01, 0.03), (20, 60, 180)
+ADAPT_GRID, ADAPT_STEPS = (0.003, 0.01, 0.03), (25, 100)
 
 Task = Literal["tune", "train", "adapt"]
 
