@@ -143,7 +143,7 @@ def _phantom_windows(rng: np.random.Generator) -> Iterator[_Window]:
     phantom = Phantom(PhantomSettings("none", seed=int(rng.integers(2**31)), cases=10_000))
     for case in phantom.cases:
         sample = phantom.load(case)
-        lesion_HW = np.equal(sample.mask_S, 2)
+        lesion_HW = np.equal(sample.truth_S, 2)
         middle_2 = np.array(center_of_mass(lesion_HW))
         zones_HW = _lesion_zones(lesion_HW, middle_2)
         corner_2 = np.round(middle_2 + rng.uniform(-JITTER, JITTER, 2)).astype(int) - STORED // 2
@@ -180,7 +180,7 @@ def _mri_slices(split: Split) -> list[_Window]:
         if case.split == split and protocol not in by_slice.setdefault(case.subject, {}):
             sample = dataset.load(case)
             images[case.subject] = sample.image_CS[0]
-            by_slice[case.subject][protocol] = np.equal(sample.mask_S, 1)
+            by_slice[case.subject][protocol] = np.equal(sample.truth_S, 1)
     return [
         (images[subject], _tissue_zones(grey_HW=masks[1], white_HW=masks[2]))
         for subject, masks in by_slice.items()

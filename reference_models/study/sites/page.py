@@ -118,8 +118,8 @@ def compared(rows: SiteRows) -> str:
         for method in COMPARED:
             runs = _runs(rows, name, method)
             cells = [
-                _of_seeds([run.dice for run in runs]),
-                _of_seeds([r.worst_tenth for r in runs]),
+                of_seeds([run.dice for run in runs]),
+                of_seeds([r.worst_tenth for r in runs]),
             ]
             cells.append(_NONE)
             if method != "dmoe":
@@ -170,11 +170,11 @@ def unknown(rows: SiteRows) -> str:
                     scene,
                     METHODS[method].title,
                     *(
-                        _of_seeds([getattr(r, n) for r in runs])
+                        of_seeds([getattr(r, n) for r in runs])
                         for n in ("known", "policy", "outputs")
                     ),
                     difference(gains),
-                    _of_seeds([blind[run.seed] for run in runs if run.seed in blind]),
+                    of_seeds([blind[run.seed] for run in runs if run.seed in blind]),
                 ]
             )
     if not lines:
@@ -207,7 +207,7 @@ def newcomers(rows: SiteRows) -> str:
                 if not found:
                     continue
                 cells = [
-                    _of_seeds([row.dice for row in found if row.cases == cases])
+                    of_seeds([row.dice for row in found if row.cases == cases])
                     for cases in (0, *LABELLED)
                 ]
                 lines.append([METHODS[method].title, part, f"{found[0].numbers:,}", *cells])
@@ -277,7 +277,7 @@ def _complete(rows: SiteRows, scene: str, methods: Sequence[str]) -> set[int]:
     return set.intersection(*({r.seed for r in _runs(rows, scene, m)} for m in methods))
 
 
-def _of_seeds(values: Sequence[float | None]) -> str:
+def of_seeds(values: Sequence[float | None]) -> str:
     found = [value for value in values if value is not None]
     if not found:
         return _NONE
