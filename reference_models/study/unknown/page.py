@@ -28,22 +28,17 @@ def text_of(rows: Sequence[UnknownScore]) -> str:
         "Written by `python -m reference_models.study.unknown`, which runs what is not run yet.",
         "The study's networks, its data and its number of steps, on seeds that nothing was chosen "
         f"on ({SEEDS[0]} to {SEEDS[-1]}), at the learning rates that the study chose on seed 10. "
-        "No test case's attribute is known to the network. The classifier is a convolutional network "
-        "of three layers, trained on the training cases to tell the attribute from the image. A "
-        "cell has the mean ES-Dice (lowest … highest; number of seeds); against: the mean "
-        "difference, paired by seed, and Student's 95 % interval.",
+        "No test case's attribute is known to the network. The classifier, three convolutional "
+        "layers, is trained on the training cases to tell the attribute from the image. A cell has "
+        "the mean (lowest … highest; number of seeds). ES-Dice and the worst group are over groups "
+        "of equal size; overall is weighted by the training shares. Against: the mean difference, "
+        "paired by seed, and Student's 95 % interval.",
     ]
     for scene in SCENES_TRIED:
         parts.append(f"## {SCENES[scene].title}")
         lines = [line for method in METHODS_TRIED for line in _lines(rows, scene, method)]
-        header = [
-            "",
-            "",
-            "passes",
-            "ES-Dice",
-            "against today's policy",
-            "against blind",
-        ]
+        header = ["", "", "passes", "ES-Dice", "against today's policy", "against blind"]
+        header += ["overall", "against today's policy", "worst group"]
         parts.append(markdown_table(header, lines) if lines else "not run.")
         right = [row.guessed for row in rows if (row.scene, row.way) == (scene, RIGHT)]
         if right:
@@ -55,30 +50,30 @@ def text_of(rows: Sequence[UnknownScore]) -> str:
 def _lines(rows: Sequence[UnknownScore], scene: str, method: str) -> list[list[str]]:
     """A method's lines in a scene's table."""
 
-    def scores(of: str, way: str) -> dict[int, float]:
-        return {
-            row.seed: row.es_dice
-            for row in rows
-            if (row.scene, row.method, row.way) == (scene, of, way)
-        }
+    def found(of: str, way: str) -> dict[int, UnknownScore]:
+        return {r.seed: r for r in rows if (r.scene, r.method, r.way) == (scene, of, way)}
 
-    def minus(a: dict[int, float], b: dict[int, float]) -> str:
-        return difference([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+    def minus(a: dict[int, UnknownScore], b: dict[int, UnknownScore], metric: str) -> str:
+        both = sorted(a.keys() & b.keys())
+        return difference([getattr(a[seed], metric) - getattr(b[seed], metric) for seed in both])
 
     lines = []
-    policy, blind = scores(method, POLICY), scores("wide", BLIND)
+    policy, blind = found(method, POLICY), found("wide", BLIND)
     for way, words in WORDS.items():
-        found = scores(method, way)
-        passes = {row.passes for row in rows if (row.scene, row.way) == (scene, way)}
-        if found:
-            lines.append(
-                [
-                    METHODS[method].title,
-                    words,
-                    ", ".join(map(str, sorted(passes))),
-                    of_seeds([*found.values()]),
-                    "" if way in (POLICY, BLIND) else minus(found, policy),
-                    "" if way == BLIND else minus(found, blind),
-                ]
-            )
+        if not (own := found(method, way)):
+            continue
+        itself = way in (POLICY, BLIND)
+        lines.append(
+            [
+                METHODS[method].title,
+                words,
+                f"{next(iter(own.values())).passes}",
+                of_seeds([row.es_dice for row in own.values()]),
+                "" if itself else minus(own, policy, "es_dice"),
+                "" if way == BLIND else minus(own, blind, "es_dice"),
+                of_seeds([row.overall for row in own.values()]),
+                "" if itself else minus(own, policy, "overall"),
+                of_seeds([row.worst for row in own.values()]),
+            ]
+        )
     return lines

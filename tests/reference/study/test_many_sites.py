@@ -30,6 +30,11 @@ def small(monkeypatch):
     scenes = {"tiny": Scene("phantom", sites=2, cases=2, rules=1)}
     monkeypatch.setattr(plan, "MAIN", ("tiny",))
     monkeypatch.setattr(plan, "SEEDS", (10,))
+    monkeypatch.setattr(plan, "GRID", (0.01,))
+    for name, value in {
+        "ADAPT_GRID": (0.01, 0.03), "NEW_SITES": 1, "VALIDATION_CASES": 1, "TEST_CASES": 2,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(jobs, name, value)
     monkeypatch.setattr(page, "MAIN", ("tiny",))
     for module in (plan, jobs, runner, page):
         monkeypatch.setattr(module, "SCENES", scenes)
@@ -216,15 +221,15 @@ def test_a_study_goes_on_by_its_tables_alone(small, inline, tmp_path, monkeypatc
     monkeypatch.setattr(page, "COMPARED", ("dmoe", "wide"))
     monkeypatch.setattr(plan, "VARIANTS", {})
     results = tmp_path / "results"
-    stop_after(7)
+    stop_after(3)
     with pytest.raises(KeyboardInterrupt):
         run_sites(results, tmp_path / "one", processes=1, effort=QUICK)
-    assert [job.task for job in ran] == ["tune"] * 6 + ["train"]
+    assert [job.task for job in ran] == ["tune"] * 2 + ["train"]
     stop_after(None)
     rows = run_sites(results, tmp_path / "another", processes=1, effort=QUICK)
-    assert [job.task for job in ran[7:]] == ["train"] + ["adapt"] * 4
+    assert [job.task for job in ran[3:]] == ["train"] + ["adapt"] * 4
     assert len({*ran}) == len(ran)
-    assert rows == SiteRows.read(results) or len(rows.runs) == len(SiteRows.read(results).runs)
+    assert {*rows.plan.scores} == {*SiteRows.read(results).plan.scores} == {*ran}
     page.write_page(results)
     text = (results / page.PAGE).read_text(encoding="utf-8")
     assert "`tiny`: phantom, 2 sites of 2 cases, 1 rules" in text
@@ -241,7 +246,7 @@ def test_an_adaptation_is_chosen_by_part_and_number_of_cases(small, tmp_path):
     tried = run_adaptations(job, tmp_path, QUICK, {})
     ways = [(row.part, row.cases, row.adapt_rate) for row in tried]
     assert ways.count(("none", 0, 0.0)) == 1
-    assert len({*ways}) == len(ways) == 1 + 2 * 2 * 3
+    assert len({*ways}) == len(ways) == 1 + 2 * 2 * 2
     best = dataclasses.replace(tried[-1], dice=2.0)
     chosen = choose_ways([*tried, best])
     assert chosen["all", 2] == (best.adapt_rate, best.steps)
@@ -256,8 +261,10 @@ def test_a_training_tells_what_it_scores_where_the_site_is_unknown(small, tmp_pa
     assert rows["wide"].policy is None
     assert rows["wide"].outputs is None
     assert rows["film"].dice == pytest.approx(sum(rows["film"].by_site) / 2)
-    # Of one rule all sites' outputs may differ little, but they are there.
-    assert all(0 <= rows["film"].__dict__[name] <= 1 for name in ("policy", "outputs", "known"))
+    # Both test cases of each site are predicted so, and told their sites they are what they were.
+    assert rows["film"].known == pytest.approx(rows["film"].dice)
+    assert rows["film"].policy is not None
+    assert rows["film"].outputs is not None
 
 
 def test_no_scene_is_there_that_cannot_be_made():
