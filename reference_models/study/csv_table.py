@@ -7,7 +7,17 @@ import io
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from ..errors import DataError
 
@@ -137,6 +147,10 @@ def _value(kind: Any, cell: str) -> Any:
             return None
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        if cell not in get_args(kind):
+            raise ValueError(f"got {cell!r}, expected one of {', '.join(get_args(kind))}")
+        return cell
     if get_origin(kind) is tuple:
         return tuple(_value(get_args(kind)[0], part) for part in cell.split(";"))
     if kind is bool:

@@ -6,6 +6,7 @@ Shapes: N cases, S sites, Z zones.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..cost import multiply_adds
 from ..methods import METHODS
 from .cases import SEEN, Cases, make_cases, make_rules
 from .learning import TRAINING, TUNING, Schedule, build, case_dice, probability_of, train
-from .newcomer import Extended, Part, adapt, extended
+from .newcomer import PARTS, Extended, Part, adapt, extended
 from .plan import (
     ADAPT_GRID,
     ADAPT_STEPS,
@@ -136,12 +137,11 @@ def run_adaptations(
             where the whole grid is run, it does not matter.
     """
     scene, method = SCENES[job.scene], METHODS[job.method]
+    grid = [(rate, effort.adapting) for rate in ADAPT_GRID]
     network = _trained(job, folder, effort)
     rules_SZ = _world(job.scene, job.seed).rules_SZ
-    labelled, tested = (
-        make_cases(scene.kind, split, NEW_SITES, each, _NEW + job.seed)
-        for split, each in (("train", max(LABELLED)), ("test", NEW_TEST_CASES))
-    )
+    labelled = make_cases(scene.kind, "train", NEW_SITES, max(LABELLED), _NEW + job.seed)
+    tested = make_cases(scene.kind, "test", NEW_SITES, NEW_TEST_CASES, _NEW + job.seed)
     start = extended(method, network, scene.sites)
     found: dict[Way | None, list[float]] = {}
     for new in range(NEW_SITES):
@@ -150,21 +150,18 @@ def run_adaptations(
         unknown_N = torch.full_like(test.site_N, UNKNOWN)
         told_N = unknown_N if method.settings.told else None
         found.setdefault(None, []).append(float(np.mean(case_dice(network, test, own_SZ, told_N))))
-        for part in ("own", "all") if start.own else ("all",):
-            for cases in LABELLED:
-                few = _as_last(labelled, new, scene.sites).of(torch.arange(cases))
-                rates = ADAPT_GRID
-                wanted = effort.adapting
-                if job.seed != TUNING_SEED:
-                    rate, steps = chosen[part, cases]
-                    rates, wanted = (rate,), (steps,)
-                for rate in rates:
-                    for steps, adapted in adapt(
-                        method, start, part, few, own_SZ,
-                        rate=rate, steps=wanted, seed=_INIT + job.seed,
-                    ):  # fmt: skip
-                        score = float(np.mean(case_dice(adapted, test, own_SZ)))
-                        found.setdefault(Way(part, cases, rate, steps), []).append(score)
+        for part, cases in itertools.product(PARTS if start.own else PARTS[1:], LABELLED):
+            few = _as_last(labelled, new, scene.sites).of(torch.arange(cases))
+            if job.seed != TUNING_SEED:
+                rate, steps = chosen[part, cases]
+                grid = [(rate, (steps,))]
+            for rate, wanted in grid:
+                for steps, adapted in adapt(
+                    method, start, part, few, own_SZ,
+                    rate=rate, steps=wanted, seed=_INIT + job.seed,
+                ):  # fmt: skip
+                    score = float(np.mean(case_dice(adapted, test, own_SZ)))
+                    found.setdefault(Way(part, cases, rate, steps), []).append(score)
     return [_row(job, start, way, by_site) for way, by_site in found.items()]
 
 
@@ -174,7 +171,7 @@ def choose_ways(tried: list[Adaptation]) -> dict[tuple[Part, int], tuple[float, 
     for row in tried:
         if row.part == "none":
             continue
-        key = "own" if row.part == "own" else "all", row.cases
+        key = row.part, row.cases
         if key not in best or row.dice > best[key].dice:
             best[key] = row
     return {key: (row.adapt_rate, row.steps) for key, row in best.items()}
@@ -194,13 +191,12 @@ def worst_tenth(by_site: tuple[float, ...]) -> float:
 def _world(scene_name: str, seed: int) -> _World:
     scene = SCENES[scene_name]
     total = scene.sites + NEW_SITES
-    cases = (
-        make_cases(scene.kind, split, scene.sites, each, seed)
-        for split, each in (
-            ("train", scene.cases), ("validation", VALIDATION_CASES), ("test", TEST_CASES),
-        )
-    )  # fmt: skip
-    return _World(make_rules(scene.kind, total, scene.rules or total, seed), *cases)
+    return _World(
+        make_rules(scene.kind, total, scene.rules or total, seed),
+        make_cases(scene.kind, "train", scene.sites, scene.cases, seed),
+        make_cases(scene.kind, "validation", scene.sites, VALIDATION_CASES, seed),
+        make_cases(scene.kind, "test", scene.sites, TEST_CASES, seed),
+    )
 
 
 def _trained(job: Job, folder: Path, effort: Effort) -> nn.Module:

@@ -23,6 +23,7 @@ BATCH_SIZE = 8
 # What is trained: what the network has of the new site alone (a router, a row of FiLM's, an MLP,
 # the weights of an input channel), or all weights.
 Part = Literal["own", "all"]
+PARTS: tuple[Part, ...] = ("own", "all")
 
 
 @dataclass(frozen=True)

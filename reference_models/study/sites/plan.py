@@ -14,8 +14,10 @@ The design, fixed before the first run:
   a rival across zero; the first two scenes on ten in any case. Every run that ends is in the csv.
 - "Ahead" is said where Student's 95 % interval of the difference in the mean test Dice, paired by
   seed, leaves out zero on all the seeds of the plan. Intervals are not corrected for their number.
-- All methods have the same multiply-adds for an image but for the router's, FiLM's and those of
-  the first convolution's further channels; the csv has the counts.
+- All methods have the same multiply-adds for an image but for the router's, FiLM's, those of the
+  first convolution's further channels and of picking one MLP of many; the table has the counts.
+- Size of images and network, and for how long is trained, were settled by eight trial runs on seed
+  100, which is none of the plan's.
 - A new site is one that training had no case of. Where sites share rules it goes by one of these,
   elsewhere by one of its own. Each network of the first five seeds meets 2 of them, each with 40
   test cases and 30 labelled ones, of which it is given the first 1, 3, 10 or all.

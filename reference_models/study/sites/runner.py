@@ -57,9 +57,13 @@ class SiteRows:
     def write(self, folder: Path) -> None:
         """Writes both tables, each whole or not at all, in the order of scenes, methods, seeds."""
         places = {scene: place for place, scene in enumerate(SCENES)}
-        for table, rows in ((RUNS, self.runs), (ADAPTATIONS, self.adaptations)):
-            ordered = sorted(rows, key=lambda row: (places[row.job.scene], row.job))
-            _write(folder / table.name, table.text(ordered))
+
+        def place(row: SiteRun | Adaptation) -> tuple[int, Job]:
+            return places[row.job.scene], row.job
+
+        _write(folder / RUNS.name, RUNS.text(sorted(self.runs, key=place)))
+        adaptations = sorted(self.adaptations, key=place)
+        _write(folder / ADAPTATIONS.name, ADAPTATIONS.text(adaptations))
 
     @property
     def plan(self) -> Plan:

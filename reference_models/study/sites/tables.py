@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ..csv_table import Table
-from .plan import Job
+from .plan import Job, Task
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SiteRun:
         by_site: each site's mean Dice.
     """
 
-    task: str
+    task: Task
     scene: str
     method: str
     seed: int
@@ -52,8 +52,7 @@ class SiteRun:
 
     @property
     def job(self) -> Job:
-        task = "tune" if self.task == "tune" else "train"
-        return Job(task, self.scene, self.method, self.seed, self.learning_rate)
+        return Job(self.task, self.scene, self.method, self.seed, self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Adaptation:
     method: str
     seed: int
     learning_rate: Annotated[float, "g"]
-    part: str
+    part: Literal["none", "own", "all"]
     cases: int
     adapt_rate: Annotated[float, "g"]
     steps: int

@@ -195,7 +195,7 @@ def _batches(run: TrainedRun, cases: Sequence[Case]) -> Iterator[tuple[list[Samp
     framed = FramedCases(run.dataset, cases, run.framing)
     for start in range(0, len(cases), _BATCH):
         items = [framed[place] for place in range(start, min(start + _BATCH, len(cases)))]
-        samples, frames = zip(*items, strict=True)  # type: ignore[arg-type]
+        samples, frames = zip(*items, strict=True)
         yield [*samples], stacked([frame.image_CS for frame in frames])
 
 

@@ -11,12 +11,14 @@ import torch
 from reference_models.errors import RunError
 from reference_models.study.methods import METHODS
 from reference_models.study.sites import jobs, page, plan, runner
+from reference_models.study.sites.__main__ import RESULTS
 from reference_models.study.sites.cases import SEEN, ZONES, make_cases, make_rules
 from reference_models.study.sites.jobs import Effort, choose_ways, run_adaptations, run_training
 from reference_models.study.sites.learning import Schedule, build, case_dice, train
 from reference_models.study.sites.newcomer import adapt, extended
 from reference_models.study.sites.plan import COMPARED, SCENES, TUNING_SEED, Job, Plan, Scene
 from reference_models.study.sites.runner import SiteRows, run_sites
+from reference_models.study.sites.tables import SiteRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,6 +267,39 @@ def test_a_training_tells_what_it_scores_where_the_site_is_unknown(small, tmp_pa
     assert rows["film"].known == pytest.approx(rows["film"].dice)
     assert rows["film"].policy is not None
     assert rows["film"].outputs is not None
+
+
+def test_the_committed_page_is_what_the_committed_tables_give():
+    rows = SiteRows.read(RESULTS)
+    machines = json.loads((RESULTS / runner.MADE_WITH).read_text(encoding="utf-8"))["machines"]
+    written = (RESULTS / page.PAGE).read_text(encoding="utf-8")
+    assert written == page.text_of(rows, machines)
+    # A part of the plan that has not been run is called so.
+    assert {job.scene for job in rows.plan.ahead()} == set() or "nothing is settled" in written
+
+
+def test_a_verdict_is_given_on_all_seeds_of_the_plan_alone():
+    def runs(seeds, lead):
+        plan_ = Plan(scored("mri-own", seeds, lead=lead))
+        blank = SiteRows([], [])
+        run = SiteRun(
+            "train", "mri-own", "dmoe", 0, 0.01, 0.5, 1, True, 1, 1, 1.0, 0.5, 0.5, None, None,
+            None, (0.5,),
+        )  # fmt: skip
+        for job, score in plan_.scores.items():
+            where = {"task": job.task, "method": job.method, "seed": job.seed}
+            blank.runs.append(dataclasses.replace(run, learning_rate=job.rate, dice=score, **where))
+        return blank
+
+    assert "4 of 5 seeds have all methods: nothing is settled" in page.verdict(
+        runs(plan.SEEDS[:4], 0.01), "mri-own"
+    )
+    ahead = page.verdict(runs(plan.SEEDS[:5], 0.01), "mri-own")
+    assert ahead.count("ahead of") == 4
+    assert "on all 5 seeds" in ahead
+    level = page.verdict(runs(plan.SEEDS, -0.0005), "mri-own")
+    assert level.count("not told apart from") == 4
+    assert "on all 10 seeds" in level
 
 
 def test_no_scene_is_there_that_cannot_be_made():

@@ -7,7 +7,7 @@ from reference_models.study import tables
 from reference_models.study.jobs import Job
 from reference_models.study.scenes import Design, Sizes
 from reference_models.study.unknown import page, plan, trials
-from reference_models.study.unknown.__main__ import STUDY
+from reference_models.study.unknown.__main__ import PAGE, RESULTS, STUDY
 from reference_models.study.unknown.trials import (
     averaged,
     classified,
@@ -63,3 +63,23 @@ def test_no_seed_is_tested_on_which_a_learning_rate_was_chosen():
     rate = {(job.scene, job.method): job.learning_rate for job in jobs}
     assert rate["mri", "dmoe-learned"] == rate["mri", "dmoe"]
     assert [job.data_seed for job in jobs] == sorted(job.data_seed for job in jobs)
+
+
+def test_the_committed_page_is_what_the_committed_table_gives():
+    rows = trials.UNKNOWN_SCORES.read(RESULTS)
+    assert (RESULTS / PAGE).read_text(encoding="utf-8") == page.text_of(rows)
+
+
+def test_the_page_compares_a_way_with_todays_policy_on_the_seeds_that_both_have():
+    def row(way, seed, es_dice, method="film"):
+        return trials.UnknownScore("rule", method, seed, 0.01, way, 1, es_dice, 0.5, 0.5, 0.25)
+
+    policy = [row(trials.POLICY, seed, 0.5) for seed in (20, 21)]
+    shares = [row(trials.SHARES, seed, 0.6 + seed / 1000) for seed in (20, 21, 22)]
+    blind = [row(trials.BLIND, 20, 0.7, "wide")]
+    lines = page.text_of([*policy, *shares, *blind]).splitlines()
+    (line,) = (line for line in lines if page.WORDS[trials.SHARES] in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[3] == "**.621** (.620 … .622; 3)"
+    assert cells[4] == "+.120 (.114 to .127; 2 of 2)"
+    assert cells[5] == "-.080 (no interval; 0 of 1)"
