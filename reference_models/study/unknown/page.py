@@ -36,6 +36,13 @@ def text_of(rows: Sequence[UnknownScore]) -> str:
     ]
     for scene in SCENES_TRIED:
         parts.append(f"## {SCENES[scene].title}")
+        seeds = [
+            {row.seed for row in rows if (row.scene, row.method) == (scene, method)}
+            for method in METHODS_TRIED
+        ]
+        complete = len({*SEEDS}.intersection(*seeds))
+        unsettled = "" if complete == len(SEEDS) else ": nothing is settled"
+        parts.append(f"**{complete} of {len(SEEDS)} seeds have all methods{unsettled}.**")
         lines = [line for method in METHODS_TRIED for line in _lines(rows, scene, method)]
         header = ["", "", "passes", "ES-Dice", "against today's policy", "against blind"]
         header += ["overall", "against today's policy", "worst group"]

@@ -70,6 +70,16 @@ def test_the_committed_page_is_what_the_committed_table_gives():
     assert (RESULTS / PAGE).read_text(encoding="utf-8") == page.text_of(rows)
 
 
+def test_the_page_says_how_many_seeds_of_the_plan_have_all_methods():
+    rows = [
+        trials.UnknownScore("mri", method, seed, 0.01, trials.RIGHT, 1, 0.5, 0.5, 0.5, 0.25)
+        for method in plan.METHODS_TRIED
+        for seed in plan.SEEDS
+    ]
+    assert "**5 of 5 seeds have all methods.**" in page.text_of(rows)
+    assert "**4 of 5 seeds have all methods: nothing is settled.**" in page.text_of(rows[:-1])
+
+
 def test_the_page_compares_a_way_with_todays_policy_on_the_seeds_that_both_have():
     def row(way, seed, es_dice, method="film"):
         return trials.UnknownScore("rule", method, seed, 0.01, way, 1, es_dice, 0.5, 0.5, 0.25)
@@ -77,7 +87,9 @@ def test_the_page_compares_a_way_with_todays_policy_on_the_seeds_that_both_have(
     policy = [row(trials.POLICY, seed, 0.5) for seed in (20, 21)]
     shares = [row(trials.SHARES, seed, 0.6 + seed / 1000) for seed in (20, 21, 22)]
     blind = [row(trials.BLIND, 20, 0.7, "wide")]
-    lines = page.text_of([*policy, *shares, *blind]).splitlines()
+    text = page.text_of([*policy, *shares, *blind])
+    assert text.count("**0 of 5 seeds have all methods: nothing is settled.**") == 3
+    lines = text.splitlines()
     (line,) = (line for line in lines if page.WORDS[trials.SHARES] in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[3] == "**.621** (.620 … .622; 3)"
