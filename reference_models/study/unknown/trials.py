@@ -23,7 +23,7 @@ from dmoe_layer import routing
 
 from ...data.cases import UNKNOWN, Case, Sample
 from ...evaluation.framed import FramedCases, stacked
-from ...evaluation.prediction import RunSettings, TrainedRun, open_run
+from ...evaluation.trained_run import RunSettings, TrainedRun, open_run
 from ...metrics import fairness
 from ...metrics.region import batch_dice
 from ...training.loop import train
@@ -76,7 +76,8 @@ def run_unknown(job: Job, design: Design, folder: Path) -> list[UnknownScore]:
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         train(recipe)
         run = open_run(RunSettings(recipe.out, which="last", batch_size=_BATCH), "test")
-    trained = [case for case in run.dataset.cases if case.case_id in run.trained]
+    (network,) = run.members
+    trained = [case for case in run.dataset.cases if case.case_id in network.trained]
     values = len(run.dataset.attributes[0].values)
     classifier = train_classifier(_images(run, trained), _values(trained), values, job.init_seed)
     counts_V = torch.bincount(_values(trained), minlength=values)
@@ -174,9 +175,11 @@ def _answers(
 ) -> Iterator[tuple[str, Tensor]]:
     """By every way, the probabilities (B, K, H, W)."""
 
+    (network,) = run.members
+
     def told(value_B: Tensor) -> Tensor:
         with torch.inference_mode(), routing(value_B, record=False):
-            logits_BKHW: Tensor = run.model(image_BCHW)
+            logits_BKHW: Tensor = network.model(image_BCHW)
         return logits_BKHW.softmax(1)
 
     if run.unknown is None:
