@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .data import DataSettings
 from .data.check import check
-from .demo import DemoSettings, demo
+from .demo.command import DemoSettings, demo
 from .errors import DataError, RunError
 from .evaluation.evaluate import EvaluatePredictions, EvaluateRun
 from .evaluation.prediction import PredictSettings, predict
@@ -99,7 +99,7 @@ def _export(settings: Annotated[ExportSettings, tyro.conf.arg(name="")]) -> int:
 
 
 def _demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> int:
-    """Dense, plain MoE and dMoE on real MRI, in minutes on a CPU."""
+    """Dense, plain MoE, FiLM and dMoE on real MRI, in two minutes on a CPU."""
     demo(settings)
     return 0
 

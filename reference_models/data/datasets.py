@@ -14,7 +14,7 @@ from typing import Literal
 from ..errors import DataError
 from . import fairseg, ham10000
 from .cases import Attribute, Dataset
-from .mni152 import HeldOut, Mni152
+from .mni152 import HeldOut, Mni152, Normalised
 from .nifti import CT_WINDOW, Nifti
 from .phantom import Phantom, PhantomSettings
 from .table import UNKNOWN_TEXTS
@@ -50,6 +50,9 @@ class DataSettings:
     """Hounsfield units that CT (a channel of that name, of nifti) is clipped to."""
     mni152: HeldOut = "middle"
     """The slices of mni152 that are held out for test and validation."""
+    mni152_normalised: Normalised = "slice"
+    """Over what the intensities of mni152 have mean 0 and variance 1: each slice by itself, or the
+    whole head, so that a tissue looks the same in all slices."""
     phantom: PhantomSettings = field(default_factory=PhantomSettings)
     """What the phantom is made of."""
 
@@ -109,7 +112,9 @@ DATASETS = {
         attributes=ham10000.ATTRIBUTES,
     ),
     "mni152": Source(
-        lambda request: Mni152(request.settings.mni152), needs_root=False, settings=("mni152",)
+        lambda request: Mni152(request.settings.mni152, request.settings.mni152_normalised),
+        needs_root=False,
+        settings=("mni152", "mni152_normalised"),
     ),
     "phantom": Source(
         lambda request: Phantom(request.settings.phantom), needs_root=False, settings=("phantom",)
