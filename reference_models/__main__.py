@@ -17,7 +17,7 @@ from .convert.command import ConvertSettings, convert
 from .cross_validation import cross_validate
 from .data import DataSettings
 from .data.check import check
-from .demo import DemoSettings, demo
+from .demo.command import DemoSettings, demo
 from .errors import DataError, RunError
 from .evaluation.evaluate import EvaluatePredictions, EvaluateRun
 from .evaluation.prediction import PredictSettings, predict
@@ -125,7 +125,7 @@ def _export(settings: Annotated[ExportSettings, tyro.conf.arg(name="")]) -> int:
 
 
 def _demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> int:
-    """Dense, plain MoE and dMoE on real MRI, in minutes on a CPU."""
+    """Dense, plain MoE, FiLM and dMoE on real MRI, in two minutes on a CPU."""
     demo(settings)
     return 0
 

@@ -16,7 +16,7 @@ from . import fairseg, ham10000
 from .cases import Attribute, Dataset
 from .folder import Folder
 from .intensities import CT_WINDOW
-from .mni152 import HeldOut, Mni152
+from .mni152 import HeldOut, Mni152, Normalised
 from .nnunet import read_layout
 from .phantom import Phantom, PhantomSettings
 from .splits import Fold
@@ -59,6 +59,9 @@ class DataSettings:
     """Hounsfield units that CT (a channel of that name, in a folder) is clipped to."""
     mni152: HeldOut = "middle"
     """The slices of mni152 that are held out for test and validation."""
+    mni152_normalised: Normalised = "slice"
+    """Over what the intensities of mni152 have mean 0 and variance 1: each slice by itself, or the
+    whole head, so that a tissue looks the same in all slices."""
     phantom: PhantomSettings = field(default_factory=PhantomSettings)
     """What the phantom is made of."""
 
@@ -121,7 +124,9 @@ DATASETS = {
         attributes=ham10000.ATTRIBUTES,
     ),
     "mni152": Source(
-        lambda request: Mni152(request.settings.mni152), needs_root=False, settings=("mni152",)
+        lambda request: Mni152(request.settings.mni152, request.settings.mni152_normalised),
+        needs_root=False,
+        settings=("mni152", "mni152_normalised"),
     ),
     "phantom": Source(
         lambda request: Phantom(request.settings.phantom), needs_root=False, settings=("phantom",)

@@ -38,6 +38,7 @@ GAP_SLICES = 8  # on either side of either block, in no set: anatomy is smooth o
 # upper: above them, up to the parietal lobes. Validation lies beside the test block, one gap away:
 # most like it, and the fewest slices lost to gaps.
 HeldOut = Literal["middle", "upper"]
+Normalised = Literal["slice", "head"]
 BLOCKS: dict[HeldOut, dict[str, range]] = {
     "middle": {"test": range(76, 100), "validation": range(108, 116)},
     "upper": {"test": range(108, 132), "validation": range(92, 100)},
@@ -53,6 +54,9 @@ class Mni152(Dataset):
 
     Args:
         held_out: which of `BLOCKS`.
+        normalised: over what intensities have mean 0 and variance 1. "slice": each slice by itself,
+            so that a tissue's intensity depends on what else the slice shows. "head": all slices
+            alike, as of one scan, so that a tissue looks the same in all of them.
 
     Raises:
         ValueError: the maps are not the 1 mm ones that nilearn carries, or a slice of a block
@@ -68,9 +72,9 @@ class Mni152(Dataset):
     foldable = False
     population = {"protocol": TRAIN_SHARES}  # noqa: RUF012
 
-    def __init__(self, held_out: HeldOut = "middle") -> None:
+    def __init__(self, held_out: HeldOut = "middle", normalised: Normalised = "slice") -> None:
         blocks = BLOCKS[held_out]
-        self._image_ZHW, self._tissue_ZHW = _axial_slices()
+        self._image_ZHW, self._tissue_ZHW = _axial_slices(normalised)
         enough_Z = np.logical_and.reduce(
             [(self._tissue_ZHW == tissue).sum((1, 2)) >= MIN_PIXELS for tissue in (1, 2)]
         )
@@ -89,7 +93,7 @@ class Mni152(Dataset):
         self.cases = tuple(cases)
 
     def load(self, case: Case) -> Sample:
-        """Gives one slice, float32 with mean 0 and variance 1 over its head."""
+        """Gives one slice, float32, normalised over its pixels that are not background."""
         z = int(case.subject.removeprefix("slice"))
         (protocol,) = case.attributes
         mask_HW = np.isin(self._tissue_ZHW[z], OUTLINED[protocol]).astype(np.uint8)
@@ -98,7 +102,7 @@ class Mni152(Dataset):
 
 
 @functools.cache  # decoding takes seconds, and a study opens the data set many times
-def _axial_slices() -> tuple[np.ndarray, np.ndarray]:
+def _axial_slices(normalised: Normalised) -> tuple[np.ndarray, np.ndarray]:
     """Reads normalised images and tissues (0 rest, 1 grey, 2 white), `SIZE` x `SIZE` a slice."""
     from nilearn import datasets  # takes seconds to import
 
@@ -117,7 +121,8 @@ def _axial_slices() -> tuple[np.ndarray, np.ndarray]:
     t1, grey, white = (_pooled(volume.transpose(2, 1, 0)[:, ::-1]) for volume in maps)
     tissue_ZHW = np.stack([1 - grey - white, grey, white]).argmax(0)
     rows, columns = _window((tissue_ZHW > 0).any(0))
-    return _normalised(t1[:, rows, columns]), tissue_ZHW[:, rows, columns]
+    axes = (1, 2) if normalised == "slice" else (0, 1, 2)
+    return _normalised(t1[:, rows, columns], axes), tissue_ZHW[:, rows, columns]
 
 
 def _pooled(volume_ZHW: np.ndarray) -> np.ndarray:
@@ -139,11 +144,11 @@ def _window(inside_HW: np.ndarray) -> tuple[slice, slice]:
     return slice(top, top + SIZE), slice(left, left + SIZE)
 
 
-def _normalised(image_ZHW: np.ndarray) -> np.ndarray:
-    """Brings each slice to mean 0 and variance 1 over its pixels that are not background."""
+def _normalised(image_ZHW: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Brings pixels that are not background to mean 0 and variance 1 over these axes."""
     inside_ZHW = image_ZHW > 0
     # Slices outside the head have no pixel and no variance; they are never samples.
-    count_Z11 = np.maximum(inside_ZHW.sum((1, 2), keepdims=True), 1)
-    centred_ZHW = image_ZHW - image_ZHW.sum((1, 2), keepdims=True) / count_Z11
-    variance_Z11 = (centred_ZHW**2 * inside_ZHW).sum((1, 2), keepdims=True) / count_Z11
-    return centred_ZHW / np.sqrt(np.maximum(variance_Z11, 1e-12))
+    count = np.maximum(inside_ZHW.sum(axes, keepdims=True), 1)
+    centred_ZHW = image_ZHW - image_ZHW.sum(axes, keepdims=True) / count
+    variance = (centred_ZHW**2 * inside_ZHW).sum(axes, keepdims=True) / count
+    return centred_ZHW / np.sqrt(np.maximum(variance, 1e-12))

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from ..errors import DataError
 
@@ -40,18 +51,27 @@ class Table(Generic[Record]):
 
         Args:
             folder: where; it is there.
+            records, names: as of `text`.
+        """
+        (folder / self.name).write_bytes(self.text(records, names).encode())
+
+    def text(self, records: Iterable[Record], names: Sequence[str] = ()) -> str:
+        """What the file holds.
+
+        Args:
             records: the rows.
             names: the columns of the field that is a mapping, in order.
         """
-        with (folder / self.name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*self.columns, *names])
-            for record in records:
-                cells = [_cell(kind, getattr(record, f)) for f, kind in self._fields.items()]
-                if self._mapping is not None:
-                    by_name = getattr(record, self._mapping)
-                    cells += [_cell(self._of_names, by_name.get(name)) for name in names]
-                writer.writerow(cells)
+        file = io.StringIO(newline="")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*self.columns, *names])
+        for record in records:
+            cells = [_cell(kind, getattr(record, f)) for f, kind in self._fields.items()]
+            if self._mapping is not None:
+                by_name = getattr(record, self._mapping)
+                cells += [_cell(self._of_names, by_name.get(name)) for name in names]
+            writer.writerow(cells)
+        return file.getvalue()
 
     def read(self, folder: Path) -> list[Record]:
         """The records of a file that `write` wrote; numbers as the file shows them.
@@ -127,6 +147,10 @@ def _value(kind: Any, cell: str) -> Any:
             return None
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        if cell not in get_args(kind):
+            raise ValueError(f"got {cell!r}, expected one of {', '.join(get_args(kind))}")
+        return cell
     if get_origin(kind) is tuple:
         return tuple(_value(get_args(kind)[0], part) for part in cell.split(";"))
     if kind is bool:

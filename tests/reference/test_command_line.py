@@ -1,7 +1,6 @@
 """The commands, as a user types them: from check to report, and what they say when they cannot."""
 
 import csv
-import dataclasses
 import io
 import json
 import re
@@ -13,11 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from reference_models import demo
 from reference_models.__main__ import main
-from reference_models.data import DataSettings, example
-from reference_models.data.phantom import PhantomSettings
-from reference_models.recipes.framings import ImageFramingSettings
+from reference_models.data import example
 
 ROOT = Path(__file__).parents[2]
 # As small as still has every group in every split.
@@ -161,30 +157,6 @@ def test_an_unknown_flag_is_refused_with_what_there_is(capsys):
         main(["train", "small", "--learnign-rate", "1"])
     assert stopped.value.code == 2
     assert "--learning-rate" in capsys.readouterr().err
-
-
-def test_the_demo_compares_three_models_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
-    phantom = PhantomSettings(cases=30, test_cases_per_group=2, image_size=32)
-    small = dataclasses.replace(
-        demo.SMALL,
-        data=DataSettings("phantom", phantom=phantom),
-        framing=ImageFramingSettings(32, "whole", "shift"),
-    )
-    monkeypatch.setattr(demo, "SMALL", small)
-    summaries = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"report: {tmp_path / 'dmoe' / 'evaluation-test' / 'report.html'}")
-    for words in ("ES-Dice", "worst", "shuffled", "What it does not show", "served exactly alike"):
-        assert words in " ".join(printed.split())
-    assert all((tmp_path / n / "evaluation-test" / "report.html").exists() for n in demo.MODELS)
-    ran = {name: [c.name for c in s.conditions if c.scores] for name, s in summaries.items()}
-    assert ran == {
-        "dense": ["as given"],
-        "plain-moe": ["as given"],
-        "dmoe": ["as given", "shuffled", "wrong", "unknown"],
-    }
-    again = demo.demo(demo.DemoSettings(out=tmp_path, epochs=1))
-    assert again == summaries
 
 
 def readme_commands():

@@ -21,6 +21,7 @@ from reference_models.evaluation.trained_run import RunSettings, open_run
 from reference_models.recipes.framings import VolumeFramingSettings
 from reference_models.recipes.networks import ResUNet3DSettings
 from reference_models.recipes.recipe import Recipe
+from reference_models.training import cohort
 from reference_models.training import loop as training
 from reference_models.training.loop import train
 from reference_models.training.runs import Task, read_run, write_run
@@ -210,11 +211,11 @@ def test_volumes_without_test_cases_are_trained_fold_by_fold_and_gone_on_with(
 
 def test_a_later_fold_that_cannot_be_trained_is_found_before_the_first_is(tmp_path, monkeypatch):
     monkeypatch.setattr(cross_validation, "train", lambda *_, **__: pytest.fail("trained"))
-    path = tmp_path / "splits_final.json"
-    ids = [case.case_id for case in open_dataset(TINY.data).cases if case.split == "train"]
-    folds = [{"train": ids[2:], "val": ids[:2]}, {"train": ids[:1], "val": ids[2:]}]
-    path.write_text(json.dumps(folds), encoding="utf-8")
-    data = dataclasses.replace(TINY.data, splits=path)
-    with pytest.raises((RunError, DataError), match=r"batch_size: got 4, but there are 1|in valid"):
-        cross_validate(dataclasses.replace(TINY, data=data, out=tmp_path / "cv"))
+    made = choose_folds(open_dataset(TINY.data), None, 0, 3)
+    assert [len(fold.train) for fold in made] == [13, 13, 14]
+    monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: made[::-1])
+    monkeypatch.setattr(cohort, "choose_splits", lambda *given: made[::-1][given[3]])
+    recipe = dataclasses.replace(TINY, batch_size=14, out=tmp_path / "cv")
+    with pytest.raises(RunError, match="batch_size: got 14, but there are 13 training cases"):
+        cross_validate(recipe)
     assert not (tmp_path / "cv").exists()

@@ -133,14 +133,13 @@ def _of_weights(call: ExpertCall, dy: Tensor) -> list[Tensor]:
     n_chunks = most_tiles(call.rows, chunk, call.n_experts)
     first, second = (call.first_rows, call.dim), (call.dim, call.hidden)
     shapes = (first, first[:1], second, second[:1])
-    shares = [call.empty(n_chunks, *shape, dtype=torch.float32) for shape in shapes]
+    w1, b1, w2, b2 = (call.empty(n_chunks, *shape, dtype=torch.float32) for shape in shapes)
     launch(
         narrow.weight_gradients_kernel, (n_chunks * slices,), dy,
         dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.kept,
-        *shares, chunk, call.scale, **call.search_opts, **_options(call, blocks),
+        w1, b1, w2, b2, chunk, call.scale, **call.search_opts, **_options(call, blocks),
     )  # fmt: skip
-    first_layer, second_layer = Shares(*shares[:2], chunk), Shares(*shares[2:], chunk)
-    return sum_chunks(call.offsets, first_layer, second_layer)
+    return sum_chunks(call.offsets, Shares(w1, b1, chunk), Shares(w2, b2, chunk))
 
 
 def _options(call: ExpertCall, blocks: _Blocks) -> dict[str, Any]:

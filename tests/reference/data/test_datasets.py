@@ -84,7 +84,7 @@ def test_settings_that_fit_no_data_set_are_refused(tmp_path):
         (DataSettings("fairseg"), "root"),
         (DataSettings("fairseg", tmp_path / "nowhere"), "nowhere"),
         (DataSettings("fairseg", tmp_path), "no .npz file"),
-        (DataSettings("ham10000", tmp_path), "expected a train.csv"),
+        (DataSettings("ham10000", tmp_path), "expected HAM10000_metadata .* a train.csv"),
         (DataSettings("phantom", tmp_path), "leave root"),
         (DataSettings("mni152", attributes=("race",)), "protocol"),
         (DataSettings("fairseg", tmp_path, ("rase",)), "race, gender"),

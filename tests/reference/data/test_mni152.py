@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from reference_models.data import DataSettings, open_dataset
-from reference_models.data.mni152 import GAP_SLICES, TRAIN_SHARES
+from reference_models.data.mni152 import GAP_SLICES, TRAIN_SHARES, _axial_slices
 
 
 @pytest.fixture(scope="module", params=["middle", "upper"])
@@ -52,3 +52,18 @@ def test_mni152_images_do_not_show_the_protocol_and_masks_follow_it(mni152):
         assert white.any()
         assert samples[0].image_CS.shape == (1, 96, 96)
         assert samples[0].spacing == (2.0, 2.0)
+
+
+def test_mni152_normalised_over_the_head_has_one_scale_for_all_slices():
+    dataset = open_dataset(DataSettings("mni152", mni152_normalised="head"))
+    image_ZHW, _ = _axial_slices("head")
+    background = image_ZHW.min()  # 0 in the template
+    inside = image_ZHW[image_ZHW > background]
+    assert (inside.mean(), inside.var()) == pytest.approx((0, 1), abs=1e-5)
+    by_slice = open_dataset(DataSettings("mni152"))
+    for case in dataset.cases[::70]:
+        image_HW = dataset.load(case).image_CS[0]
+        assert image_HW.min() == np.float32(background)
+        inside = image_HW[image_HW > image_HW.min()]
+        alone_HW = (image_HW - inside.mean()) / inside.std()
+        np.testing.assert_allclose(by_slice.load(case).image_CS[0], alone_HW, atol=1e-4)

@@ -1,11 +1,14 @@
 """The study's tables are written from typed rows and read as such, to the byte."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from reference_models.errors import DataError
 from reference_models.study import tables
+from reference_models.study.csv_table import Table
 from reference_models.study.tables import RATES, TABLES, CaseDice, TrialScores, TriedRate
 
 COMMITTED = Path(__file__).parents[3] / "reference_models" / "study" / "results"
@@ -35,6 +38,19 @@ def test_cells_are_read_as_what_they_are():
     # Real MRI has one protocol less than the phantom has sites.
     assert {len(row.dice) for row in trials if row.scene == "mri"} == {3}
     assert {len(row.dice) for row in trials if row.scene == "rule"} == {4}
+
+
+def test_a_cell_of_few_words_is_one_of_them(tmp_path):
+    @dataclass(frozen=True)
+    class Row:
+        part: Literal["own", "all"]
+
+    table = Table("rows.csv", Row)
+    table.write(tmp_path, [Row("all")])
+    assert table.read(tmp_path) == [Row("all")]
+    (tmp_path / "rows.csv").write_text("part\nother\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 2 .*'other', expected one of own, all"):
+        table.read(tmp_path)
 
 
 def test_a_rate_that_diverged_and_an_odd_one_are_read_as_they_were(tmp_path):

@@ -1,0 +1,52 @@
+"""Writes the demo's report: one HTML page with its picture, its scores and what they mean."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..files import write_whole
+from .verdict import Verdict
+
+
+def write_page(
+    path: Path,
+    picture: Path,
+    table: Sequence[Sequence[str]],
+    verdict: Verdict,
+    chance: str,
+    limits: str,
+    runs: Mapping[str, Path],
+) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+        path: the HTML file.
+        picture: a PNG, which the page takes in.
+        table: rows of cells, the header first.
+        verdict, chance, limits: what to say.
+        runs: folder of each method's run; those of one seed lie beside each other.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    links = {
+        name: (run / "evaluation-test" / "report.html").relative_to(path.parent).as_posix()
+        for name, run in runs.items()
+    }
+    page = environment.get_template("page.html.j2").render(
+        picture=base64.b64encode(picture.read_bytes()).decode(),
+        table=table,
+        verdict=verdict,
+        chance=chance,
+        limits=limits,
+        links=links,
+    )
+    write_whole(path, lambda target: target.write_text(page, encoding="utf-8"))

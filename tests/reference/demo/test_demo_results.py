@@ -1,0 +1,65 @@
+"""The committed runs of the demo tell one story on any machine, which is the README's."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from reference_models.demo.command import METHODS
+from reference_models.demo.scores import ranges, read_rows
+from reference_models.demo.verdict import BLIND, CLEAR, TOLD
+from reference_models.markdown import section
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "reference_models" / "demo" / "results"
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [row for path in sorted(RESULTS.glob("*.csv")) for row in read_rows(path)]
+
+
+def es_dice_of(rows, run):
+    """By method and what it was told, of one seed on one instruction set."""
+    return {
+        (row.method, row.told): row.dice["ES-Dice"]
+        for row in rows
+        if (row.cpu_capability, row.seed) == run
+    }
+
+
+def test_the_readmes_figures_are_those_of_the_committed_runs(rows):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert section("demo", ranges(rows)) in readme
+    runs = {(row.cpu_capability, row.seed) for row in rows}
+    assert f"In all {len(runs)} runs" in readme
+    gains, apart = [], [0.0]
+    for run in runs:
+        score = es_dice_of(rows, run)
+        told = min(score[method, "as given"] for method in TOLD)
+        gains.append(told - max(score[method, "as given"] for method in BLIND))
+        for other in runs:
+            if other[1] == run[1]:
+                again = es_dice_of(rows, other)
+                apart += [abs(again[method] - score[method]) for method in score]
+    assert f"by {math.floor(100 * min(gains)) / 100:.2f} ES-Dice".replace("0.", ".", 1) in readme
+    most = f"{math.ceil(1000 * max(apart)) / 1000:.3f}".replace("0.", ".", 1)
+    assert f"AVX2 and AVX-512 differ by {most} ES-Dice at most" in readme
+
+
+def test_no_groups_dice_depends_on_seed_or_machine_by_more_than_two_hundredths(rows):
+    for method in METHODS:
+        of_method = [r.dice for r in rows if (r.method, r.told) == (method, "as given")]
+        for group in of_method[0].keys() - {"ES-Dice"}:
+            dice = [scores[group] for scores in of_method]
+            assert max(dice) - min(dice) <= 0.04, (method, group)
+
+
+def test_in_every_run_the_told_networks_are_clearly_ahead_and_level(rows):
+    for run in {(row.cpu_capability, row.seed) for row in rows}:
+        score = es_dice_of(rows, run)
+        told = [score[method, "as given"] for method in TOLD]
+        blind = [score[method, "as given"] for method in BLIND]
+        assert min(told) > max(blind) + CLEAR
+        assert max(told) - min(told) <= CLEAR
+        assert score["dMoE", "shuffled"] < min(blind)
