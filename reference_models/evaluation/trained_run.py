@@ -185,9 +185,8 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         )
     one_by_one = crossed and split == "validation"
     trained, asked = _split_cases(folders, dataset, split, same=not one_by_one)
+    asked = asked if one_by_one else asked[:1]
     policy = recipe.model.unknown if recipe.model.told else None
-    if not one_by_one:
-        asked = asked[:1]
     cases = [case for part in asked for case in part]
     left_out: tuple[Case, ...] = ()
     if settings.leave_out_unknown or recipe.leave_out_unknown:
@@ -197,8 +196,7 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
         _require_known(cases, split)
     if len(left_out) == len(cases):
         raise DataError(
-            f"{_shown(settings.named)}: no {split} case is left to predict; choose another --split, "
-            "such as validation for those that a training held out."
+            f"{_shown(settings.named)}: no {split} case is left to predict; choose another --split."
         )
     members = [
         Member(folder, network.to(device), ids)
@@ -270,7 +268,7 @@ def _split_cases(
     try:
         splits = [read_splits(folder / "splits.json", dataset, needed=()) for folder in folders]
     except DataError as error:
-        raise DataError(f"{error}; all cases of other data are predicted by --split all") from error
+        raise DataError(f"{error}; predict --split all takes all cases of other data") from error
     chosen = [frozenset(getattr(each, split)) for each in splits]
     for folder, ids in zip(folders, chosen, strict=True):
         if same and ids != chosen[0]:
@@ -281,15 +279,14 @@ def _split_cases(
                 "and --split validation, so that each case has the answer of the fold that it was "
                 "held out from."
             )
-    for fold, (folder, own) in enumerate(zip(folders, splits, strict=True)):
-        if same:
-            continue
-        meant = read_folds(folds := folder.parent / FOLDS)[fold]
-        if (*own.train, *own.validation) != (*meant["train"], *meant["val"]):
+    file = folders[0].parent / FOLDS
+    folds = [] if same else zip(folders, splits, read_folds(file), strict=True)
+    for folder, own, meant in folds:
+        if [[*own.train], [*own.validation]] != [meant["train"], meant["val"]]:
             raise DataError(
-                f"{folder}: was trained on other cases than fold {fold} of {folds}, so that its "
-                "answers cannot be pooled with the others'; train that fold again into another "
-                "folder, with the flags of the other folds."
+                f"{folder}: was trained on other cases than {file} says, so that its answers "
+                "cannot be pooled with the others'; take the folder away, and train that fold "
+                "again with the flags of the others."
             )
     return (
         [frozenset(each.train) for each in splits],
