@@ -47,6 +47,14 @@ def test_the_readmes_figures_are_those_of_the_committed_runs(rows):
     assert f"AVX2 and AVX-512 differ by {most} ES-Dice at most" in readme
 
 
+def test_ten_seeds_ran_with_each_of_two_instruction_sets(rows):
+    runs = {(row.cpu_capability, row.seed) for row in rows}
+    assert runs >= {(name, seed) for name in ("AVX2", "AVX512") for seed in range(10)}
+    for run in runs:
+        of_run = [r for r in rows if (r.cpu_capability, r.seed) == run]
+        assert [r.method for r in of_run if r.told == "as given"] == [*METHODS]
+
+
 def test_no_groups_dice_depends_on_seed_or_machine_by_more_than_two_hundredths(rows):
     for method in METHODS:
         of_method = [r.dice for r in rows if (r.method, r.told) == (method, "as given")]
