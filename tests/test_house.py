@@ -47,7 +47,7 @@ def test_the_layer_imports_core_dependencies_only(path):
     if room(path).startswith("fused.") or room(path) == "backend":
         others -= {"triton"}
     if room(path).startswith("export."):
-        others -= {"onnxruntime", "onnxscript"}
+        others -= {"onnx_ir", "onnxruntime", "onnxscript"}
     assert others <= STANDARD_OR_CORE
 
 

@@ -43,8 +43,9 @@ def test_the_tables_axes_are_those_of_the_data_sets(tmp_path):
 
 
 def test_settings_that_are_another_data_sets_alone_are_known_as_such():
-    assert unused_settings("folder") == ("data.mni152", "data.phantom")
-    assert unused_settings("fairseg") == ("data.mni152", "data.phantom", "data.ct_window")
+    others = ("data.mni152", "data.mni152_normalised", "data.phantom")
+    assert unused_settings("folder") == others
+    assert unused_settings("fairseg") == (*others, "data.ct_window")
     names = {f"data.{field.name}" for field in dataclasses.fields(DataSettings)}
     assert {*unused_settings("phantom")} < names
 
