@@ -21,12 +21,32 @@ def sum_pairs_kernel(
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
-def _sum_chunks(
-    shares_ptr, offsets_ptr, total_ptr, n_groups, numbers, chunk_rows, group, block,
+@triton.jit(do_not_specialize=["weight", "bias", "chunk_rows", "weight_2", "bias_2", "chunk_rows_2"])
+def sum_chunks_kernel(
+    weight_ptr, bias_ptr, weight_total_ptr, bias_total_ptr, weight, bias, chunk_rows,
+    weight_2_ptr, bias_2_ptr, weight_2_total_ptr, bias_2_total_ptr, weight_2, bias_2, chunk_rows_2,
+    offsets_ptr, n_groups,
     GROUPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of ``block`` of one total[group]: their sum over the shares of the group's chunks."""
+    """total[g] = the sum of the shares of group g's chunks, always in one order.
+
+    Of a layer's weight and bias, of ``weight`` and ``bias`` numbers a group, and of those of a
+    second layer if there is one: one launch takes the CPU less time than four.
+    """
+    group = tl.program_id(0)
+    # Whose block it is.
+    block, shares_ptr, total_ptr, numbers = tl.program_id(1), weight_ptr, weight_total_ptr, weight
+    if block >= tl.cdiv(numbers, BLOCK):
+        block -= tl.cdiv(numbers, BLOCK)
+        shares_ptr, total_ptr, numbers = bias_ptr, bias_total_ptr, bias
+        if weight_2_ptr is not None:
+            if block >= tl.cdiv(numbers, BLOCK):
+                block -= tl.cdiv(numbers, BLOCK)
+                shares_ptr, total_ptr, numbers = weight_2_ptr, weight_2_total_ptr, weight_2
+                chunk_rows = chunk_rows_2
+                if block >= tl.cdiv(numbers, BLOCK):
+                    block -= tl.cdiv(numbers, BLOCK)
+                    shares_ptr, total_ptr, numbers = bias_2_ptr, bias_2_total_ptr, bias_2
     i = block * BLOCK + tl.arange(0, BLOCK)
     live = i < numbers
     g = tl.arange(0, GROUPS)
@@ -43,44 +63,3 @@ def _sum_chunks(
         total += tl.sum(share, axis=0)
     at = group.to(tl.int64) * numbers + i
     tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=["chunk_rows", "chunk_rows_2"])
-def sum_chunks_kernel(
-    weight_ptr, bias_ptr, weight_total_ptr, bias_total_ptr, weight, bias, chunk_rows,
-    weight_2_ptr, bias_2_ptr, weight_2_total_ptr, bias_2_total_ptr, weight_2, bias_2, chunk_rows_2,
-    offsets_ptr, n_groups,
-    GROUPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """total[g] = the sum of the shares of group g's chunks, always in one order.
-
-    Of a layer's weight and bias, of ``weight`` and ``bias`` numbers a group, and of those of a
-    second layer if there is one: one launch takes the CPU less time than four.
-    """
-    group = tl.program_id(0)
-    block = tl.program_id(1)
-    blocks = tl.cdiv(weight, BLOCK)
-    bias_blocks = tl.cdiv(bias, BLOCK)
-    if block < blocks:
-        _sum_chunks(
-            weight_ptr, offsets_ptr, weight_total_ptr, n_groups, weight, chunk_rows,
-            group, block, GROUPS, CHUNKS, BLOCK,
-        )  # fmt: skip
-    elif block < blocks + bias_blocks:
-        _sum_chunks(
-            bias_ptr, offsets_ptr, bias_total_ptr, n_groups, bias, chunk_rows,
-            group, block - blocks, GROUPS, CHUNKS, BLOCK,
-        )  # fmt: skip
-    elif weight_2_ptr is not None:
-        block -= blocks + bias_blocks
-        blocks = tl.cdiv(weight_2, BLOCK)
-        if block < blocks:
-            _sum_chunks(
-                weight_2_ptr, offsets_ptr, weight_2_total_ptr, n_groups, weight_2, chunk_rows_2,
-                group, block, GROUPS, CHUNKS, BLOCK,
-            )  # fmt: skip
-        else:
-            _sum_chunks(
-                bias_2_ptr, offsets_ptr, bias_2_total_ptr, n_groups, bias_2, chunk_rows_2,
-                group, block - blocks, GROUPS, CHUNKS, BLOCK,
-            )  # fmt: skip
