@@ -21,7 +21,9 @@ def sum_pairs_kernel(
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["weight", "bias", "chunk_rows", "weight_2", "bias_2", "chunk_rows_2"])
+@triton.jit(
+    do_not_specialize=["weight", "bias", "chunk_rows", "weight_2", "bias_2", "chunk_rows_2"]
+)
 def sum_chunks_kernel(
     weight_ptr, bias_ptr, weight_total_ptr, bias_total_ptr, weight, bias, chunk_rows,
     weight_2_ptr, bias_2_ptr, weight_2_total_ptr, bias_2_total_ptr, weight_2, bias_2, chunk_rows_2,
@@ -39,7 +41,7 @@ def sum_chunks_kernel(
     if block >= tl.cdiv(numbers, BLOCK):
         block -= tl.cdiv(numbers, BLOCK)
         shares_ptr, total_ptr, numbers = bias_ptr, bias_total_ptr, bias
-        if weight_2_ptr is not None:
+        if weight_2_ptr is not None:  # noqa: SIM102 - known when it is compiled
             if block >= tl.cdiv(numbers, BLOCK):
                 block -= tl.cdiv(numbers, BLOCK)
                 shares_ptr, total_ptr, numbers = weight_2_ptr, weight_2_total_ptr, weight_2
