@@ -100,7 +100,9 @@ def test_each_case_is_scored_by_the_fold_that_it_was_held_out_from(crossed, tmp_
         "fold's last checkpoint. These cases' scores chose the best checkpoint; the last one, "
         "which is scored here, was not chosen by them, as in nnU-Net."
     )
-    assert summary.networks.replace("'", "&#39;") in (folder / "report.html").read_text("utf-8")
+    assert summary.networks.replace("'", "&#39;") in (folder / "report.html").read_text(
+        encoding="utf-8"
+    )
     assert [c.name for c in summary.conditions if c.scores] == [
         "as given", "shuffled", "wrong", "unknown",
     ]  # fmt: skip

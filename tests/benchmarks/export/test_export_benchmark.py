@@ -93,7 +93,10 @@ def test_a_run_into_the_results_renews_the_page_from_all_rows(
     tiny, one_thread, tmp_path, monkeypatch
 ):
     page, words = tmp_path / "README.md", ["--seconds", "0", "--out", str(tmp_path)]
-    page.write_text("".join(markdown.section(f"export-{kind}", "") for kind in output.SECTIONS))
+    page.write_text(
+        "".join(markdown.section(f"export-{kind}", "") for kind in output.SECTIONS),
+        encoding="utf-8",
+    )
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     monkeypatch.setattr(output, "RESULTS", tmp_path)
     monkeypatch.setattr(output, "README", page)
@@ -102,7 +105,7 @@ def test_a_run_into_the_results_renews_the_page_from_all_rows(
         assert command.main([*words, "--ways", "eager,mlp-eager", "--threads", threads]) == 0
     (file,) = tmp_path.glob("export-*.csv")
     assert {row.threads for row in read_rows(file)} == {"1", "2"}
-    assert markdown.section(file.stem, section(read_rows(file))) in page.read_text()
+    assert markdown.section(file.stem, section(read_rows(file))) in page.read_text(encoding="utf-8")
 
 
 def test_the_page_shows_the_committed_rows():

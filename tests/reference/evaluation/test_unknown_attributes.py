@@ -75,7 +75,7 @@ def test_a_unets_policy_for_the_unknown_is_found_whatever_its_blocks(unet_run, b
     assert run.unknown == unknown
     settings = RunSettings(unet_run(Bars(unknown=(3,)), block, unknown=unknown))
     if unknown == "error":
-        with pytest.raises(DataError, match=r"1 of 12 test cases.*bar3.*no route for them"):
+        with pytest.raises(DataError, match=r"1 of 12 cases \(test\).*bar3.*no route for them"):
             open_run(settings, "test")
     else:
         assert len(open_run(settings, "test").cases) == 12
@@ -142,7 +142,9 @@ def test_cases_without_a_route_are_an_error_up_front_or_left_out_by_name(run_of,
         lambda: evaluate_run(EvaluateRun(run, scoring=FEW)),
         lambda: predict(PredictSettings(run)),
     ):
-        with pytest.raises(DataError, match=r"2 of 12 test cases.*bar3, bar7.*leave-out-unknown"):
+        with pytest.raises(
+            DataError, match=r"2 of 12 cases \(test\).*bar3, bar7.*leave-out-unknown"
+        ):
             refuse()
     assert dataset.loaded == []
     assert [*run.iterdir()] == []
