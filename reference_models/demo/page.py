@@ -6,9 +6,8 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from ..files import write_whole
+from ..report.page import page_template
 from .verdict import Verdict
 
 
@@ -30,18 +29,11 @@ def write_page(
         verdict, chance, limits: what to say.
         runs: folder of each method's run; those of one seed lie beside each other.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     links = {
         name: (run / "evaluation-test" / "report.html").relative_to(path.parent).as_posix()
         for name, run in runs.items()
     }
-    page = environment.get_template("page.html.j2").render(
+    page = page_template(Path(__file__).parent).render(
         picture=base64.b64encode(picture.read_bytes()).decode(),
         table=table,
         verdict=verdict,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ..files import write_whole
 from ..metrics.scores import (
@@ -46,14 +46,7 @@ def write_report(
         ValueError: a picture has a label that is no class.
     """
     wanted = pictures_wanted(cases, summary.attributes)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html.j2").render(
+    page = page_template(Path(__file__).parent).render(
         summary=summary,
         given=summary.conditions[0],
         run=[condition for condition in summary.conditions if condition.scores],
@@ -147,3 +140,15 @@ def _rows(scores: RegionScores) -> list[tuple[str, str, Estimate]]:
         ("ES-IoU", "", _with_interval(scores, "es_iou")),
         *((f"Dice, {group.value}", "", group.metrics["dice"]) for group in scores.groups),
     ]
+
+
+def page_template(folder: Path) -> Template:
+    """A folder's page.html.j2. Text is escaped, and a name that is not given is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2")
