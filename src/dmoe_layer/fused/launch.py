@@ -97,7 +97,7 @@ class Shares(NamedTuple):
 
 def sum_block(numbers: int) -> int:
     """How many of so many numbers a program sums. Of few, fewer and more chunks at a time."""
-    return 64 if numbers < 2**14 else 512
+    return 128 if numbers < 2**14 else 512
 
 
 def sum_chunks(offsets: Tensor, *layers: Shares) -> list[Tensor]:

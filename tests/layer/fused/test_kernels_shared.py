@@ -88,7 +88,7 @@ def test_sums_over_pairs_take_no_memory_of_their_own_and_those_of_one_no_launch(
         assert spy.call_count == (k > 1)
 
 
-@pytest.mark.parametrize("block", [64, 512])
+@pytest.mark.parametrize("block", [128, 512])
 @pytest.mark.parametrize("chunk_rows", [(2,), (4, 2), (0, 4), (2, 0), (0, 0)])
 def test_one_launch_sums_the_chunks_of_every_layer_that_is_shared_out(
     chunk_rows, block, monkeypatch
