@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 endif
 
-.PHONY: demo demo3d bench gpu test slow lint resolve versions nnunet clean
+.PHONY: demo demo3d bench docs gpu test slow lint resolve versions nnunet clean
 
 demo: .venv/demo
 	$(BIN)/python -m reference_models demo
@@ -47,6 +47,11 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# The pages of docs/ as a site, in site/: a broken link is an error, and so is a public name that has no
+# docstring.
+docs: .venv/test
+	$(BIN)/mkdocs build
+
 # Whether every extra can be installed on every system and Python that is claimed.
 resolve: .venv/test
 	$(BIN)/python .ci/resolve.py
@@ -79,4 +84,4 @@ nnunet:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch* .venv-nnunet build dist demo_output demo3d_output bench_output gpu_output study_output .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch* .venv-nnunet build dist demo_output demo3d_output bench_output gpu_output study_output site .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis
