@@ -39,9 +39,8 @@ def test_the_examples_of_a_page_run_and_print_what_their_comments_say(page, tmp_
             exec(compile(block, name(page), "exec"), namespace)
         expected = "".join(f"{line}\n" for line in said)
         got = printed.getvalue()
-        assert checker.check_output(
-            expected, got, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-        ), f"{block}\nprints\n{got}"
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        assert checker.check_output(expected, got, flags), f"{block}\nprints\n{got}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
