@@ -1,0 +1,56 @@
+"""What the how-to pages claim beside what their examples print."""
+
+import re
+import subprocess
+import sys
+
+import torch
+from test_pages import ROOT, blocks
+
+from dmoe_layer import routing
+from reference_models.models import blocks as study
+
+HOW_TO = ROOT / "docs" / "how-to"
+
+
+def test_every_row_of_what_works_names_a_test():
+    table = (HOW_TO / "index.md").read_text(encoding="utf-8").split("| Test |")[1]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    assert len(rows) >= 6
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names, row
+        for name in names:
+            assert f"def {name}(" in tests, name
+
+
+def test_the_film_of_the_page_computes_what_the_study_s_does():
+    namespace = {}
+    exec(blocks(HOW_TO / "film.md", "python")[0], namespace)
+    theirs = study.FiLM(8, study.Membership((3,), "error"))
+    ours = namespace["FiLM"](3, 8)
+    assert not ours.scale_shift.weight.any()
+    with torch.no_grad():
+        ours.scale_shift.weight.copy_(theirs.scale_shift.weight.T)
+    x_BHWD, site = torch.randn(2, 4, 5, 8), torch.tensor([0, 2])
+    with routing(site):
+        expected_BHWD = theirs(x_BHWD)
+    found_BTD = ours(x_BHWD.flatten(1, 2), site)
+    torch.testing.assert_close(found_BTD.view_as(x_BHWD), expected_BHWD)
+
+
+def test_the_script_for_several_processes_gives_them_the_same_weights(tmp_path):
+    page = HOW_TO / "distributed.md"
+    (script,), (command,) = blocks(page, "python"), blocks(page, "bash")
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    torchrun, *arguments = command.split()
+    assert torchrun == "torchrun"
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    sums = dict(re.findall(r"process (\d): weights sum to ([\d.]+)", run.stdout))
+    assert sums.keys() == {"0", "1"}
+    assert sums["0"] == sums["1"]
