@@ -4,11 +4,14 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from test_pages import ROOT, blocks
 
 from dmoe_layer import routing
 from reference_models.models import blocks as study
+from reference_models.study.quote import quotation
+from reference_models.study.results import Results
 
 HOW_TO = ROOT / "docs" / "how-to"
 
@@ -55,3 +58,14 @@ def test_the_script_for_several_processes_gives_them_the_same_weights(tmp_path):
     sums = dict(re.findall(r"process (\d): weights sum to ([\d.]+)", run.stdout))
     assert sums.keys() == {"0", "1"}
     assert sums["0"] == sums["1"]
+
+
+@pytest.mark.parametrize("name", ["film", "unknown-attribute"])
+def test_every_number_that_a_page_quotes_is_a_row_of_the_studys_csv(name):
+    prose = (HOW_TO / f"{name}.md").read_text(encoding="utf-8")
+    quoted = re.findall(
+        r"[+-]\.\d{3} \(-?\.\d{3} to -?\.\d{3}; \d of \d\)", " ".join(prose.split())
+    )
+    assert len(quoted) >= 4
+    rows = Results(ROOT / "reference_models" / "study" / "results").differences
+    assert {*quoted} <= {quotation(row) for row in rows}
