@@ -16,19 +16,6 @@ from reference_models.study.results import Results
 HOW_TO = ROOT / "docs" / "how-to"
 
 
-def test_every_claim_of_the_table_names_a_test_that_is_there():
-    page = (ROOT / "docs" / "explanation" / "exactness.md").read_text(encoding="utf-8")
-    table = page.split("## Which test checks what")[1]
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
-    assert len(rows) >= 20
-    for row in rows:
-        names = re.findall(r"`(test_\w+)`", row)
-        assert names, row
-        for name in names:
-            assert f"def {name}(" in tests, name
-
-
 def test_the_film_of_the_page_computes_what_the_study_s_does():
     namespace = {}
     exec(blocks(HOW_TO / "film.md", "python")[0], namespace)
