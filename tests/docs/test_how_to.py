@@ -56,3 +56,13 @@ def test_every_number_that_a_page_quotes_is_a_row_of_the_studys_csv(name):
     assert len(quoted) >= 4
     rows = Results(ROOT / "reference_models" / "study" / "results").differences
     assert {*quoted} <= {quotation(row) for row in rows}
+
+
+def test_every_error_that_a_page_quotes_is_one_that_the_code_raises():
+    files = (path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    code = "\n".join(re.sub(r'"\s*\n\s*f?"', "", file) for file in files)
+    pages = (path.read_text(encoding="utf-8") for path in HOW_TO.glob("*.md"))
+    prose = " ".join("\n".join(pages).split())
+    quoted = re.findall(r"(?:says|raises|refused:) `([^`]+)`", prose)
+    assert len(quoted) >= 4
+    assert {text for text in quoted if text not in code} == set()
