@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OURS = "https://github.com/dmoe-layer/dmoe-layer/blob/main/"
 
 
 def blocks(page, language):
@@ -51,3 +52,28 @@ def test_the_make_targets_of_a_page_are_there(page):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for target in re.findall(r"`make ([a-z][\w-]*)", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
+def test_the_links_of_a_page_outside_of_the_site_lead_somewhere(page):
+    """MkDocs looks at those of docs/."""
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)", text) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path
+        assert target.is_file(), link
+        assert not heading or heading in anchors(target), link
+
+
+def anchors(page):
+    """Of every heading, the end of the address that leads to it."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_links_of_a_page_into_the_repository_lead_somewhere(page):
+    for path in re.findall(rf"{re.escape(OURS)}([^)\s#]+)", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
