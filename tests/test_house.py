@@ -123,15 +123,15 @@ def test_both_sides_of_the_readme_diff_run(drop):
 
 def test_readme_names_every_public_name():
     table = README.split("## Public names")[1].split("##")[0]
-    named = {name for line in table.splitlines() for name in re.findall(r"`([\w.]+)`", line[:99])}
+    named = re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE)
     functions = set(export.__all__) - {"OnnxCheck"}  # which export_onnx returns
     expected = {*dmoe_layer.__all__, *(f"export.{name}" for name in functions)}
     expected |= {f"surgery.{name}_attribute_value" for name in ("add", "remove")}
-    assert expected - named == set()
+    assert sorted(named) == sorted(expected)
 
 
 def test_readmes_badges_say_what_pyproject_says():
-    (badges,) = re.findall(r"^`.*`$", README, re.MULTILINE)
+    (badges,) = re.findall(r"^`[^`].*`$", README, re.MULTILINE)
     (python,) = re.findall(r'^requires-python = ">=(.*)"', PROJECT, re.MULTILINE)
     (torch,) = re.findall(r'"torch>=([\d.]+)"', PROJECT)
     (licence,) = re.findall(r'^license = "(.*)"', PROJECT, re.MULTILINE)
