@@ -288,6 +288,7 @@ def _write(
         split=settings.split,
         source=source,
         n_cases=len(result.cases),
+        n_subjects=len({case.subject for case in result.cases}),
         unit=dataset.unit,
         tolerance=scoring.tolerance,
         small_group=SMALL_GROUP,
