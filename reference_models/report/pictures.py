@@ -86,8 +86,8 @@ class Picture:
                 f"image_HW3 of {self.case_id}: got {image.dtype} {image.shape}, expected uint8 "
                 "(H, W, 3); repeat a single channel three times."
             )
-        for name, mask_HW in self.masks.items():
-            if mask_HW.shape != image.shape[:2]:
+        for name, mask_HW in (("truth_HW", self.truth_HW), ("predicted_HW", self.predicted_HW)):
+            if mask_HW is not None and mask_HW.shape != image.shape[:2]:
                 raise ValueError(
                     f"{name} of {self.case_id}: got {mask_HW.shape}, expected the image's "
                     f"{image.shape[:2]}; bring it to native resolution first."
@@ -114,7 +114,7 @@ def colour_of(label: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def outlined(picture: Picture, mask_HW: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+def outlined(picture: Picture, title: str, classes: Sequence[str]) -> np.ndarray:
     """Draws the outline of each class of a mask on the image, which stays visible everywhere else.
 
     An outline lies on the outermost pixels of its class. It is one pixel wide up to a longer side
@@ -123,7 +123,7 @@ def outlined(picture: Picture, mask_HW: np.ndarray, classes: Sequence[str]) -> n
 
     Args:
         picture: the case.
-        mask_HW: one of its masks.
+        title: of one of its masks, "truth" or "prediction".
         classes: names by label, the background first.
 
     Returns:
@@ -136,13 +136,14 @@ def outlined(picture: Picture, mask_HW: np.ndarray, classes: Sequence[str]) -> n
         >>> import numpy as np
         >>> filled_HW = np.ones((5, 5), np.uint8)
         >>> black = Picture("1", np.zeros((5, 5, 3), np.uint8), None, filled_HW)
-        >>> shown_HW3 = outlined(black, filled_HW, ("background", "lesion"))
+        >>> shown_HW3 = outlined(black, "prediction", ("background", "lesion"))
         >>> shown_HW3[0, 0].tolist(), shown_HW3[2, 2].tolist()
         ([86, 180, 233], [0, 0, 0])
     """
+    mask_HW = picture.masks[title]
     if mask_HW.max() >= len(classes):
         raise ValueError(
-            f"{picture.case_id}: a mask has label {mask_HW.max()}, expected labels below "
+            f"{title} of {picture.case_id}: got label {mask_HW.max()}, expected labels below "
             f"{len(classes)}, the number of classes."
         )
     width = _line_width(picture)
@@ -181,14 +182,15 @@ def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
     size = max(1, min(LETTERS * _line_width(picture), picture.predicted_HW.shape[1] // 6))
     font = ImageFont.load_default(size)
     panels = []
-    for title, mask_HW in picture.masks.items():
-        shown_HW3 = outlined(picture, mask_HW, classes)
+    for title in picture.masks:
+        shown_HW3 = outlined(picture, title, classes)
         strip = Image.new("RGB", (shown_HW3.shape[1], 2 * size))
         ImageDraw.Draw(strip).text((size // 2, size // 3), title, "white", font)
         panels.append(np.concatenate([np.asarray(strip), shown_HW3]))
     below = picture.planes > 1
-    space = np.zeros((GAP, panels[0].shape[1], 3) if below else (len(panels[0]), GAP, 3), np.uint8)
-    return np.concatenate([panels[0], *([space, panels[1]] if len(panels) > 1 else [])], not below)
+    margin = ((GAP, 0), (0, 0), (0, 0)) if below else ((0, 0), (GAP, 0), (0, 0))
+    rest = [np.pad(panel, margin) for panel in panels[1:]]
+    return np.concatenate([panels[0], *rest], axis=0 if below else 1)
 
 
 @dataclass(frozen=True)
@@ -282,8 +284,8 @@ def data_uris(picture: Picture, classes: Sequence[str]) -> dict[str, str]:
         picture.planes,
     )
     return {
-        title: _data_uri(Image.fromarray(outlined(fitted, mask_HW, classes)))
-        for title, mask_HW in fitted.masks.items()
+        title: _data_uri(Image.fromarray(outlined(fitted, title, classes)))
+        for title in fitted.masks
     }
 
 
