@@ -178,7 +178,7 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
             )
         if settings.device not in (None, "cpu"):
             raise DataError(
-                f"device: got {settings.device}, but --onnx computes on the CPU; leave --device out."
+                f"device: got {settings.device}, but --onnx computes on the CPU; omit --device."
             )
         twin = Twin(settings.onnx, model)
         networks = [open_onnx(twin.file, folders[0], recipe, task, model)]
@@ -310,7 +310,8 @@ def _require_known(cases: Sequence[Case], split: str) -> None:
         raise DataError(
             f"{len(unknown)} of {len(cases)} cases ({split}) have an attribute that is not known "
             f"({shown(unknown)}), and the run was trained with unknown='error', so it has no "
-            "router for them. Leave them out with --leave-out-unknown, or train with --unknown learned."
+            "router for them. Leave them out with --leave-out-unknown, or train with --unknown "
+            "learned."
         )
 
 

@@ -67,7 +67,10 @@ def _conclusion(gap: Comparison, tests: int, shuffles: int) -> str:
     if p > LIKELY:
         return "So these cases do not show that any group is served worse."
     if p > LIKELY / tests:
-        return f"That would be unlikely for a single gap, but it is not for the largest of {tests} gaps."
+        return (
+            "That would be unlikely for a single gap, but it is not for the largest of "
+            f"{tests} gaps."
+        )
     if low is not None and low < LEAST_SHOWN:
         return "The gap may still be chance, because the interval reaches down to no gap."
     return "So chance alone hardly explains the gap."
