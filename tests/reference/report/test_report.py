@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import re
 from html.parser import HTMLParser
 
@@ -462,13 +463,11 @@ def test_the_axis_of_a_chart_has_its_scale_and_its_unit(tmp_path):
 
 def rules(style, medium):
     """What a style sheet says for a medium: by selector, its declarations."""
-    block, depth = style.split(f"@media {medium} {{", 1)[1], 1
-    for end, letter in enumerate(block):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if not depth:
-            break
+    block = style.split(f"@media {medium} {{", 1)[1]
+    depths = itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in block)
+    block = block[: [*depths].index(-1)]
     found = {}
-    for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", block[:end]):
+    for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", block):
         for selector in selectors.split(","):
             found[selector.strip()] = found.get(selector.strip(), "") + body
     return found
@@ -504,7 +503,7 @@ def test_headings_do_not_skip_a_level_and_every_image_has_a_text(tmp_path):
     levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(deeper - level <= 1 for level, deeper in zip(levels, levels[1:], strict=False))
+    assert all(deeper - level <= 1 for level, deeper in itertools.pairwise(levels))
     assert len(page.images) == 12
     assert len({image["alt"] for image in page.images}) == 12
 
