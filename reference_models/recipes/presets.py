@@ -79,7 +79,7 @@ PRESETS: dict[str, Recipe] = {
         warmup=0.1,
     ),
     "paper3d": _PAPER_3D,
-    # The same steps in half the bits; docs/recipes/presets.md says what they take.
+    # The same steps in half the bits; what they take is in the README.
     "paper3d-24gb": dataclasses.replace(_PAPER_3D, precision="bf16-mixed"),
     # For the folder that `example` writes: patches as thin as the blocks of that head, and as many
     # epochs as made its validation block better.

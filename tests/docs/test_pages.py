@@ -10,11 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Pages whose examples need a trained run or nnU-Net; the tests there run them.
-RUN_BY = {
-    "docs/recipes/export.md": "tests/reference/export/test_exported_images.py",
-    "docs/recipes/nnunet.md": "tests/harness/nnunet_home.py",
-}
 
 
 def blocks(page, language):
@@ -26,6 +21,13 @@ def blocks(page, language):
 
 def name(page):
     return page.relative_to(ROOT).as_posix()
+
+
+# Pages whose examples need a trained run or nnU-Net; the tests there run them.
+RUN_BY = {
+    "docs/recipes/export.md": "tests/reference/export/test_exported_images.py",
+    "docs/recipes/nnunet.md": "tests/harness/nnunet_home.py",
+}
 
 
 @pytest.mark.parametrize(
