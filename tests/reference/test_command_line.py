@@ -175,7 +175,7 @@ def commands_shown():
                 yield pytest.param(command, id=f"{page.relative_to(ROOT).as_posix()}: {command}")
 
 
-@pytest.mark.parametrize("command", commands_shown())
+@pytest.mark.parametrize("command", [*commands_shown()])
 def test_the_commands_that_pages_show_have_the_flags_that_there_are(command, monkeypatch):
     called = []
     for name in (
