@@ -24,7 +24,18 @@ def name(page):
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+# Pages whose examples need a trained run or nnU-Net; the tests there run them.
+RUN_BY = {
+    "docs/recipes/export.md": "tests/reference/export/test_exported_images.py",
+    "docs/recipes/nnunet.md": "tests/harness/nnunet_home.py",
+}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if blocks(page, "python") and name(page) not in RUN_BY],
+    ids=name,
+)
 def test_the_examples_of_a_page_run_and_print_what_their_comments_say(page, tmp_path, monkeypatch):
     """Blocks run one after another, as a reader types them; `print(...)  # this` prints this."""
     monkeypatch.chdir(tmp_path)
@@ -42,6 +53,11 @@ def test_the_examples_of_a_page_run_and_print_what_their_comments_say(page, tmp_
         got = printed.getvalue()
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         assert checker.check_output(expected, got, flags), f"{block}\nprints\n{got}"
+
+
+@pytest.mark.parametrize("page", RUN_BY)
+def test_the_examples_that_run_elsewhere_are_read_there(page):
+    assert Path(page).name in (ROOT / RUN_BY[page]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
