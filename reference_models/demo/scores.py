@@ -88,7 +88,7 @@ def ranges(rows: Iterable[Row]) -> str:
     """
     found: dict[str, list[Mapping[str, float]]] = {}
     for row in rows:
-        name = row.method if row.told == AS_GIVEN else f"{row.method} told {row.told} attributes"
+        name = row.method if row.told == AS_GIVEN else f"{row.method}, {row.told} attributes"
         found.setdefault(name, []).append(row.dice)
     columns = list(next(iter(found.values()))[0])
     lines = []
