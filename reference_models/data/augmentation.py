@@ -26,7 +26,8 @@ class Augmentation:
 
     def __call__(self, parts: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         """Changes the image (C, S), mask (1, S) and, if there is one, body (1, S) in the same
-        way.""" if self._transform is None:
+        way."""
+        if self._transform is None:
             return parts
         self._transform.set_random_state(seed)
         with _untracked():

@@ -197,9 +197,7 @@ def _listed(
                 faults.append(DataError(f"{name}: {text} lists this file, but there is none"))
             elif case_id in listed:
                 other = lists[str(listed[case_id][1])]
-                faults.append(
-                    DataError(f"{name}: {text} lists this file, and {other} does already")
-                )
+                faults.append(DataError(f"{name}: {text} and {other} both list this file"))
             else:
                 listed[case_id] = (files[case_id], split)
     if left_out := len(files) - len(listed):
