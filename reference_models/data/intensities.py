@@ -1,8 +1,8 @@
 """Scales a channel's intensities for the network, by the channel's name.
 
 The names are nnU-Net's, in upper or lower case. "CT" is clipped to a window and scaled to 0..1.
-"noNorm" is not changed. "rescale_to_0_1" is scaled by its own range. "rgb_to_0_1" is divided by 255.
-All others, such as MR, are brought to mean 0 and variance 1 over the pixels that are not 0.
+"noNorm" is not changed. "rescale_to_0_1" is scaled by its own range. "rgb_to_0_1" is divided by
+255. All others, such as MR, are brought to mean 0 and variance 1 over the pixels that are not 0.
 
 Shapes: S spatial axes.
 """
