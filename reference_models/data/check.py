@@ -18,7 +18,7 @@ from .cases import SPLITS, UNKNOWN, Case, Dataset
 from .datasets import DataSettings, open_dataset
 from .folder import WhiteMaskError
 from .folds import COUNT
-from .splits import absent_values, choose_splits, leaked_subjects, read_folds
+from .splits import absent_values, choose_splits, describe_unused, leaked_subjects, read_folds
 
 # Number of threads by an image's axes. Decoding releases Python's lock. Each thread may hold a
 # volume, which takes up to one or two gigabytes.
@@ -76,8 +76,9 @@ def _splits(
     """Finds the split of each case as a run would choose it, or else the data set's own split.
 
     Returns:
-        The split of each case, and a text on where the splits come from. The text is empty if they
-        are the data set's own or those of a splits file.
+        The split of each case, and a text on where the splits come from and which cases they leave
+        out. The text is empty if they are the data set's own or those of a splits file, and leave
+        out none.
     """
     official = {case.case_id: case.split for case in dataset.cases}
     if not any(case.labelled for case in dataset.cases):
@@ -96,7 +97,8 @@ def _splits(
             errors.append(error)
         return official, ""
     split_of = {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
-    return split_of, _source(dataset, settings, split_of.values())
+    said = (_source(dataset, settings, split_of.values()), describe_unused(dataset, splits))
+    return split_of, "; ".join(filter(None, said))
 
 
 def _source(dataset: Dataset, settings: DataSettings, made: Collection[str]) -> str:

@@ -161,7 +161,7 @@ def _labels(
     single = {numbers[0]: name for name, numbers in values.items() if len(numbers) == 1}
     if 0 not in single or any(numbers[0] == 0 and numbers[1:] for numbers in values.values()):
         raise DataError(
-            f'{path}: expected a name for 0 alone, such as {{"background": 0}}; got the labels {values}'
+            f'{path}: expected a name for 0 alone, such as {{"background": 0}}; got {values}'
         )
     if len({*values.values()}) < len(values):
         raise DataError(f"{path}: two names have the same labels: {values}; remove one of them")
