@@ -123,7 +123,7 @@ def test_its_folder_answers_test_cases_by_all_folds_and_held_out_ones_by_their_o
     again = predict(PredictSettings(named, "last", out=tmp_path / "named"))
     for path in (together / "masks").iterdir():
         assert path.read_bytes() == (again / "masks" / path.name).read_bytes()
-    with pytest.raises(RunError, match=r"it has folds, so name one of them, such as .*fold_0"):
+    with pytest.raises(RunError, match=r"it holds folds, so name one of them, such as .*fold_0"):
         read_run(recipe.out)
     with pytest.raises(DataError, match="has other train cases than"):
         predict(PredictSettings(recipe.out, split="train", out=tmp_path / "no"))
@@ -164,8 +164,11 @@ def test_other_settings_or_cases_are_refused_before_anything_is_trained(crossed,
     for change, words in (
         ({"learning_rate": 0.1}, r"fold_0: cannot be resumed .*learning_rate: the run has 0\.004"),
         ({"data": dataclasses.replace(recipe.data, folds=3)}, r"data\.folds: the run has 2, now 3"),
-        ({"data": dataclasses.replace(recipe.data, fold=1)}, "fold: got 1, but all of them"),
-        ({"out": recipe.out / "fold_0"}, "holds a run, expected a folder for folds"),
+        (
+            {"data": dataclasses.replace(recipe.data, fold=1)},
+            "fold: got 1, but cross-validate trains all folds",
+        ),
+        ({"out": recipe.out / "fold_0"}, "holds a single run, expected a folder for folds"),
     ):
         with pytest.raises(RunError, match=words):
             cross_validate(dataclasses.replace(recipe, **change))
@@ -174,7 +177,7 @@ def test_other_settings_or_cases_are_refused_before_anything_is_trained(crossed,
     with pytest.raises(RunError, match="fold_0: was trained on other cases than this fold has"):
         cross_validate(recipe)
     monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: (made[0], made[0]))
-    with pytest.raises(DataError, match="held out by several folds"):
+    with pytest.raises(DataError, match="several folds hold out the same case"):
         cross_validate(recipe)
 
 

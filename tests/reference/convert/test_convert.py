@@ -60,7 +60,7 @@ def test_files_are_linked_and_masks_that_hold_labels_are_too(tmp_path):
     said, content, *_ = converted(settings)
     for kind, name in (("imagesTr", "us_001_0000.png"), ("labelsTr", "us_001.png")):
         assert (settings.to / kind / name).is_symlink()
-    assert "Files are links to yours" in " ".join(said)
+    assert "The files are links to your files" in " ".join(said)
     assert content["labels"] == {"background": 0, "foreground": 1}
     # They lead there from wherever the folder is moved to.
     moved = settings.to.rename(tmp_path / "elsewhere")
@@ -85,7 +85,7 @@ def test_a_folder_that_is_there_is_never_written_to_and_none_is_left_after_an_er
     settings = loose(tmp_path)
     settings.to.mkdir()
     (settings.to / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match=r"this folder \(--to\) exists already"):
         convert(settings)
     assert (settings.to / "mine.txt").read_text(encoding="utf-8") == "mine"
     shutil.rmtree(settings.to)
@@ -208,7 +208,7 @@ def test_volumes_are_laid_out_with_their_place(tmp_path, value):
     assert written.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(written.affine, AFFINE)
     assert np.asarray(written.dataobj).sum() == 2 * 2 * SHAPE[2]
-    assert not any("Channels are called" in line for line in said)
+    assert not any("The channels are named" in line for line in said)
     sample = read(DataSettings("folder", settings.to), 1)
     assert sample.image_CS.shape == (2, *SHAPE)
     assert sample.truth_S.sum() == 2 * 2 * SHAPE[2]

@@ -84,15 +84,15 @@ def test_numbered_masks_of_one_image_go_together_and_others_do_not(tmp_path):
 def test_names_that_differ_in_capitals_or_zeros_are_asked_about(tmp_path):
     _, pairing = paired(tmp_path, ["P1.png", "P01.png", "P3.png"], ["p1_seg.png", "P3.png"])
     said = pairing.remarks()
-    assert said[-1].startswith("Names count letter by letter")
+    assert said[-1].startswith("These names differ slightly")
     assert "P1.png and p1_seg.png" in said[-1]
 
 
 REFUSED = {
     "nothing alike": (["a1.png"], ["b1.png"], "images are a1.png, masks b1.png; a mask has"),
-    "two images": (["p1.png", "p1.jpg"], ["p1.png"], r"p1\.jpg and .*p1\.png are called alike"),
-    "two masks": (["p1.png"], ["p1_mask.png", "p1_seg.png"], "are called alike; keep one"),
-    "two endings": (["p1.png", "p2.bmp"], ["p1.png", "p2.png"], "images end in .bmp and .png"),
+    "two images": (["p1.png", "p1.jpg"], ["p1.png"], r"p1\.jpg and .*p1\.png have the same name"),
+    "two masks": (["p1.png"], ["p1_mask.png", "p1_seg.png"], "have the same name; remove one"),
+    "two endings": (["p1.png", "p2.bmp"], ["p1.png", "p2.png"], "they end in .bmp and .png"),
     "a volume and an image": (["p1.nii.gz"], ["p1.png"], "save masks as .nii.gz or .nii"),
     "a lacking channel": (
         ["p1_0000.png", "p1_0001.png", "p2_0000.png"], ["p1.png", "p2.png"], "cases lack one .*: p2"

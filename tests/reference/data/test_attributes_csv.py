@@ -99,12 +99,12 @@ def test_columns_that_are_no_groups_are_refused_where_they_are_asked_for(tmp_pat
         with pytest.raises(DataError, match=re.escape(f"{table}: ") + ".*" + words):
             open_dataset(dataclasses.replace(settings, attributes=(name,)))
         assert checked(dataclasses.replace(settings, attributes=(name,)))[0] == 1
-    with pytest.raises(DataError, match="name each once"):
+    with pytest.raises(DataError, match="name each attribute once"):
         open_dataset(dataclasses.replace(settings, attributes=("site", "site")))
     table.write_text(
         "\n".join(["case,weight,site", *(f"p{i},{i},a" for i in range(22))]), encoding="utf-8"
     )
-    assert "make groups of them" in checked(settings)[1]  # since it is the default now
+    assert "divide them into 1 to 20 groups" in checked(settings)[1]  # since it is the default now
     dataset = open_dataset(dataclasses.replace(settings, attributes=("site",)))
     assert {case.stratum for case in dataset.cases} == {UNKNOWN}
 

@@ -72,7 +72,9 @@ def test_check_quotes_what_it_took_for_unknown_and_the_flag_says_otherwise(tmp_p
         "--unknown-texts"
     ) in text
     own = dataclasses.replace(settings, unknown_texts=("nan",))
-    with pytest.raises(DataError, match=r"'none' .* and 'None' .* differ in upper and lower case"):
+    with pytest.raises(
+        DataError, match=r"'none' .* and 'None' .* differ only in upper and lower case"
+    ):
         open_dataset(own)
     path = tmp_path / "attributes.csv"
     path.write_text(path.read_text(encoding="utf-8").replace("None", "none"), encoding="utf-8")
@@ -144,9 +146,9 @@ ONE_ERROR = {
     "columns behind a #": (["#case,site", "p0,A", "p1,B", "p2,B"], "'#case,site' is left out, as"),
     "a row cut short": (["case,site", "p0,A", "p1", "p2,B"], ":3: 1 cells, expected 2"),
     "every row cut short": (["case,site,age", "p0,A", "p1,B", "p2,B"], ":2: 2 cells, expected 3"),
-    "another cohort": (["case,site", "x0,A", "x1,B", "x2,B"], "none of its 3 rows is a case"),
-    "no column of cases": (["id,site", "p0", "p1", "p2"], "must have a column case"),
-    "a zero lost": (["case,site", "00,A", "p1,B", "p2,B"], "write 0 if that is meant"),
+    "another cohort": (["case,site", "x0,A", "x1,B", "x2,B"], "none of its 3 rows names a case"),
+    "no column of cases": (["id,site", "p0", "p1", "p2"], "expected a column case"),
+    "a zero lost": (["case,site", "00,A", "p1,B", "p2,B"], "write 0 if you mean that case"),
     "rows missing": (["case,site", "p1,A"], "no row for 2 cases: p0, p2"),
 }
 

@@ -23,7 +23,7 @@ def test_an_empty_list_or_table_is_an_error_and_a_missing_one_is_said(tmp_path):
     (tmp_path / "test.txt").write_text("\n", encoding="utf-8")
     code, text = checked(settings)
     assert code == 1
-    assert f"error: {tmp_path / 'test.txt'}: names no file" in text
+    assert f"error: {tmp_path / 'test.txt'}: this list names no file" in text
     (tmp_path / "test.txt").unlink()
     code, text = checked(settings)
     assert code == 0
@@ -35,7 +35,7 @@ def test_an_empty_list_or_table_is_an_error_and_a_missing_one_is_said(tmp_path):
     table.write_text(table.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
     code, text = checked(settings)
     assert code == 1
-    assert f"error: {table}: has no row" in text
+    assert f"error: {table}: this csv has no row" in text
 
 
 def test_check_warns_of_images_and_masks_of_one_value(tmp_path):

@@ -166,7 +166,8 @@ BAD_IMAGES = {
 }  # fmt: skip
 BAD_MASKS = {
     "white": (
-        _save(Image.fromarray(nodule() // 2 * 255)), "must be 0 to 2 .*got also 255; .*write 1"
+        _save(Image.fromarray(nodule() // 2 * 255)),
+        "expected the labels 0 to 2 .*got also 255; .*write 1",
     ),
     "a label too many": (_save(Image.fromarray(nodule() + 1)), "got also 3; correct the one or"),
     "colours": (_save(Image.fromarray(np.stack([nodule()] * 3, -1))), "mode RGB, expected one lab"),
@@ -176,7 +177,7 @@ BAD_MASKS = {
         "has 20 rows and 29 columns, but .*u1_0000.png has 20 and 30; save it at that size",
     ),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:80]), "cannot be read"),
-    "missing": (lambda path: path.unlink(), "no such file; an image without a mask"),
+    "missing": (lambda path: path.unlink(), "there is no such mask; move images without a mask"),
 }  # fmt: skip
 
 

@@ -47,7 +47,10 @@ def test_a_folds_cases_are_trained_and_validated_on(settings, fold):
     code, text = checked(dataclasses.replace(settings, fold=fold))
     assert code == 0
     path = settings.root / "splits_final.json"
-    assert f"split: fold {fold or 0} of 0 to 4 (--fold) of {path}; its val is" in text
+    assert (
+        f"split: fold {fold or 0} of the folds 0 to 4 (--fold), of {path}; the cases that it"
+        in text
+    )
     assert "drawn" not in text
 
 
@@ -80,7 +83,7 @@ def test_a_fold_that_cannot_be_is_refused(settings, tmp_path):
     for change, content, words in (
         ({"fold": 5}, FOLDS, "fold: got 5, but .* has 0 to 4"),
         ({"fold": -1}, FOLDS, "fold: got -1"),
-        ({"splits": ours, "fold": 0}, FOLDS, "is one split and not a list of folds"),
+        ({"splits": ours, "fold": 0}, FOLDS, "holds one split and no folds"),
         ({}, [{"train": ["p0", "p1"], "val": ["p99"]}], "p99: not in the data set"),
         ({}, [{"train": ["p0", "p1"], "val": ["p1"]}], "p1: named more than once"),
         ({}, [{"train": ["p0", "p1"], "val": []}], "validation: without a case"),

@@ -54,9 +54,15 @@ def test_regions_stay_as_they_are_beside_it(tmp_path):
     [
         ({"background": 0, "ignore": 1, "a": 2}, r"without a gap.*got \[0, 2\]"),
         ({"background": 0, "a": 1, "ignore": 3}, "the next after the other labels: 2; got 3"),
-        ({"background": 0, "a": 1, "ignore": 0}, "the next after the other labels: 2; got 0"),
-        ({"background": 0, "a": 1, "ignore": [2]}, r"must be one whole number.*got \[2\]"),
-        ({"background": 0, "a": [1, 2], "ignore": 2}, "the next after the other labels: 3; got 2"),
+        (
+            {"background": 0, "a": 1, "ignore": 0},
+            "is 0, expected the next number after the other labels, 2;",
+        ),
+        ({"background": 0, "a": 1, "ignore": [2]}, r"is \[2\], expected the next number"),
+        (
+            {"background": 0, "a": [1, 2], "ignore": 2},
+            "is 2, expected the next number after the other labels, 3;",
+        ),
         ({"background": 0, "a": 1, "Ignore": 2}, "'Ignore', which nnU-Net takes for a class"),
     ],
 )

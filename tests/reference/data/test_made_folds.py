@@ -96,9 +96,11 @@ def test_all_trains_on_every_case_but_the_test_cases_and_holds_none_out(tmp_path
     folds.write_text('[{"train": ["p1-0"], "val": ["p2-0"]}]', encoding="utf-8")
     dataset.folds = folds
     assert choose_splits(dataset, None, 0, "all") == splits
-    with pytest.raises(DataError, match=r"all trains on every case, so that .*splits_final\.json"):
+    with pytest.raises(
+        DataError, match=r"all, which trains on every case, so that .*splits_final\.json"
+    ):
         choose_splits(dataset, folds, 0, "all")
-    with pytest.raises(DataError, match="no case with a mask is left to train on"):
+    with pytest.raises(DataError, match="no case can be trained on"):
         choose_splits(Patients(2, lambda i: "test"), None, 0, "all")
 
 
@@ -121,7 +123,7 @@ def test_a_fold_that_cannot_be_made_is_refused(arguments, words):
 def test_slices_of_one_head_are_no_folds():
     dataset = Patients()
     dataset.foldable = False
-    with pytest.raises(DataError, match="neighbours within one subject"):
+    with pytest.raises(DataError, match="neighbouring slices of one head"):
         choose_splits(dataset, None, 0, 0)
     assert not Mni152.foldable
 
@@ -153,7 +155,7 @@ def test_check_shows_a_made_fold_and_says_how_it_is_made(settings):
     assert (len(splits.train), splits.test) == (7, ("new",))
     code, text = checked(dataclasses.replace(settings, fold="all"))
     assert code == 0
-    assert "every case with a mask but the test cases is trained on (--fold all)" in text
+    assert "--fold all: every case with a mask is a training case, except the test cases" in text
 
 
 @pytest.mark.parametrize("change", [{"fold": 5}, {"folds": 3}, {"fold": 0, "folds": 12}])
@@ -181,5 +183,5 @@ def test_folds_are_written_as_nnunet_does_and_read_back(settings, tmp_path):
         choose_splits(open_dataset(settings), None, 0, 0, 3)
     ours = tmp_path / "ours.json"
     write_splits(ours, make_splits(dataset, 0))
-    with pytest.raises(DataError, match="is one split and not a list of folds"):
+    with pytest.raises(DataError, match="holds one split and no folds"):
         choose_folds(dataset, ours, 0)

@@ -134,7 +134,7 @@ def test_cases_to_be_predicted_need_no_row(tmp_path):
 
 def test_the_folder_above_names_those_in_it(tmp_path):
     nnunet_folder(tmp_path / "Dataset007_Pancreas", n=2)
-    with pytest.raises(DataError, match=r"but its folders have one.*Dataset007_Pancreas"):
+    with pytest.raises(DataError, match=r"but these folders have one.*Dataset007_Pancreas"):
         open_dataset(DataSettings("folder", tmp_path))
 
 
@@ -183,7 +183,7 @@ def test_a_spacing_that_is_not_known_is_an_error_unless_an_sform_has_it(tmp_path
         if refused:
             (line,) = found
             assert str(path) in line
-            assert "size is not known" in line or "singular or not finite" in line
+            assert "size of its voxels is not known" in line or "singular or not finite" in line
         else:
             assert found == []
 

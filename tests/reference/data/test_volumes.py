@@ -185,8 +185,8 @@ def test_check_warns_of_what_is_odd_but_can_be_read(tmp_path, caplog):
         f"{tmp_path / 'imagesTr'}: not .nii.gz and left out: p5.dcm",
     ):
         assert f"warning: {warning}\n" in text
-    assert "of one intensity" not in text
-    assert "as if not in mm" not in text
+    assert "a single intensity" not in text
+    assert "as if their affines were not in mm" not in text
     assert not caplog.records  # nibabel's own remarks name no file
     assert read(settings, 0).spacing == (1, 2, 3)  # of the sform
 
@@ -218,8 +218,13 @@ def test_check_names_all_that_is_wrong_in_one_run(tmp_path):
     assert code == 1
     lines = errors(text)
     assert len(lines) == 19
-    for name in (*bad, tmp_path / "labelsTr/p20.nii.gz", f"{table}:24: 'p99'", f"{table}: no row"):
+    for name in (
+        *bad,
+        tmp_path / "labelsTr/p20.nii.gz",
+        f"{table}:24: 'p99'",
+        f"{table}: there is no row",
+    ):
         assert sum(str(name) in line for line in lines) == 1
-    assert "warning: T-stage unknown: 1 cases: p21" in text
-    with pytest.raises(DataError, match="more; `check` names them all"):
+    assert "warning: T-stage is unknown: 1 cases: p21" in text
+    with pytest.raises(DataError, match="more; the command `check` names them all"):
         open_dataset(settings)

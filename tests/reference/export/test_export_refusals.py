@@ -51,7 +51,7 @@ def test_what_is_no_run_or_has_no_checkpoint_is_refused(tmp_path):
     refused(ExportSettings(run, to), "recipe.json: not a run's recipe")
 
 
-NOT_TOLD = "has no experts that are told attributes"
+NOT_TOLD = "has no experts that receive attributes"
 
 
 @pytest.mark.parametrize(

@@ -152,15 +152,17 @@ def test_files_of_anything_else_are_refused(exported, tmp_path):
     learned = write_untrained(tmp_path / "learned", small_recipe(unknown="learned"))
     refused(RunError, learned, file, "another run or network", '"unknown": "learned"')
     dense = write_untrained(tmp_path / "dense", small_recipe(block="mlp"))
-    refused(RunError, dense, file, str(dense), "no experts that are told attributes")
-    refused(RunError, run, tmp_path / "no.onnx", "no.onnx: no such file", "export --run")
+    refused(RunError, dense, file, str(dense), "no experts that receive attributes")
+    refused(RunError, run, tmp_path / "no.onnx", "no.onnx: there is no such file", "export --run")
     refused(DataError, run, file, "device: got meta", device="meta")
     (tmp_path / "text.onnx").write_text("no network", encoding="utf-8")
-    refused(RunError, run, tmp_path / "text.onnx", "cannot read it as a network")
+    refused(RunError, run, tmp_path / "text.onnx", "cannot read this file as a network")
     model = onnx.load(file)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "silent.onnx")
-    refused(RunError, run, tmp_path / "silent.onnx", "does not say of which run", "export --run")
+    refused(
+        RunError, run, tmp_path / "silent.onnx", "does not say which run it is of", "export --run"
+    )
 
 
 def blocks():

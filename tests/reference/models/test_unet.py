@@ -130,8 +130,11 @@ def test_the_open_scope_is_how_a_network_is_told(block):
         ({"k": 5, "hidden": 5}, "k: got 5"),
         ({"unknown": "guess"}, "unknown: got 'guess'"),
         ({"block": "film", "unknown": "guess"}, "unknown: got 'guess'"),
-        *(({"block": b, "attribute_sizes": None}, f"block: {b} has to be told") for b in TOLD),
-        ({"block": "film", "attribute_sizes": ()}, "block: film has to be told"),
+        *(
+            ({"block": b, "attribute_sizes": None}, f"block: got {b}, which needs attributes")
+            for b in TOLD
+        ),
+        ({"block": "film", "attribute_sizes": ()}, "block: got film, which needs attributes"),
     ],
 )
 def test_options_that_are_not_there_or_do_not_divide_are_errors(wrong, words):
@@ -178,12 +181,12 @@ def test_experts_that_start_as_a_dense_network_compute_what_it_does(tmp_path, op
         ({}, {"hidden": 8}, "Its first MLP has 32 hidden units, an expert has 8.*hidden=2"),
         ({}, {"n_classes": 2}, r"not as expected: head.weight has shape \(4, 2, 2, 2\), expected"),
         ({}, {"block": "film"}, r"left over: stages.0.film.scale_shift.weight"),
-        ({}, {"block": "moe"}, "holds no MLP for experts to start as"),
-        ({}, {"block": "per_value"}, "holds no MLP for experts to start as"),
+        ({}, {"block": "moe"}, "holds no MLP from which experts can start"),
+        ({}, {"block": "per_value"}, "holds no MLP from which experts can start"),
         ({"block": "mlp"}, {}, "no experts in place of its MLPs"),
         ({}, "nan", "NaN or infinity"),
-        ({}, "cut", "no safetensors file, or damaged"),
-        ({}, "missing", "no safetensors file, or damaged"),
+        ({}, "cut", "damaged or is not a safetensors file"),
+        ({}, "missing", "damaged or is not a safetensors file"),
     ],
 )
 def test_a_file_that_is_no_dense_one_of_its_sizes_leaves_the_network_as_it_was(

@@ -143,7 +143,7 @@ def test_a_case_without_a_row_is_refused_before_any_work(home, predict, tmp_path
 
 def test_prediction_without_further_processes_is_refused(predict, capsys):
     assert predict("-npp", 0, "-nps", 0) == 1
-    assert "take -npp 1 -nps 1" in capsys.readouterr().err
+    assert "add -npp 1 -nps 1" in capsys.readouterr().err
 
 
 def test_a_control_is_trained_and_predicted_by_nnunets_own_commands(home, tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_a_control_is_trained_and_predicted_by_nnunets_own_commands(home, tmp_pa
     home.run("nnUNetv2_predict", *arguments)
     assert len([*(tmp_path / "masks").glob("*.nii.gz")]) == 2
     assert main([str(argument) for argument in arguments]) == 1
-    assert "predict with nnUNetv2_predict" in capsys.readouterr().err
+    assert "predict by nnUNetv2_predict" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_foreign_files_are_refused(finished, tmp_path):
     run = copied(finished, tmp_path)
     (folder,) = run.glob("best-*")
     save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
-    with pytest.raises(RunError, match="weights of another network"):
+    with pytest.raises(RunError, match="weights are of another network"):
         checkpoints.load_model(run)
     checkpoints.shutil.rmtree(folder)
     with pytest.raises(RunError, match="has no best checkpoint yet; there is a last one"):
@@ -62,12 +62,13 @@ def test_foreign_files_are_refused(finished, tmp_path):
     del content["recipe"]["model"]["experts"], content["recipe"]["attribute_dropout"]
     (run / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
-        RunError, match=r"recipe: .*lacks \['attribute_dropout'\].*written by another version"
+        RunError,
+        match=r"recipe: .*lacks settings \(attribute_dropout\).*another version of this project",
     ) as caught:
         checkpoints.load_model(run)
     assert str(run / "recipe.json") in str(caught.value)
     (run / "recipe.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(RunError, match="not a run's recipe"):
+    with pytest.raises(RunError, match="is not the recipe of a run"):
         checkpoints.load_model(run)
     with pytest.raises(RunError, match="no run here"):
         checkpoints.load_model(tmp_path)

@@ -162,5 +162,5 @@ def test_fsdp_on_cpus_is_refused_where_pytorch_does_not_average_there(tmp_path, 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_fp16_without_a_gpu_is_refused(tmp_path):
-    with pytest.raises(RunError, match="16-mixed needs a GPU"):
+    with pytest.raises(RunError, match="16-mixed, which needs a GPU"):
         train(dataclasses.replace(TINY, out=tmp_path / "run", precision="16-mixed"))
