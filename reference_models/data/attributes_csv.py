@@ -183,8 +183,8 @@ def _rows_by_case(
     for row in sorted(table.rows, key=lambda row: row.cells["case"] not in known):
         case_id = _case_of(row.cells["case"], known, channels=not others)
         if case_id is None:
-            told = _case_of(row.cells["case"], left_out, channels=True)
-            strangers += [] if others or told else [row]
+            incomplete = _case_of(row.cells["case"], left_out, channels=True)
+            strangers += [] if others or incomplete else [row]
         elif case_id in rows:
             line = rows[case_id].line
             faults.append(

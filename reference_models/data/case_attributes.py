@@ -50,11 +50,11 @@ class CaseAttributes:
                 in `known`.
         """
         faults: list[DataError] = []
-        told = [Attribute(name, tuple(values)) for name, values in (known or {}).items()]
+        of_model = [Attribute(name, tuple(values)) for name, values in (known or {}).items()]
         id_of = {nfc(case_id): case_id for case_id in case_ids}
-        names = columns or tuple(attribute.name for attribute in told)
+        names = columns or tuple(attribute.name for attribute in of_model)
         # One csv may have the rows of the cases to train on and of those to predict.
-        found, records = read_attributes(path, [*id_of], names, told, faults, [], others=True)
+        found, records = read_attributes(path, [*id_of], names, of_model, faults, [], others=True)
         report_faults(faults, None)
         rows = {id_of[name]: record.attributes for name, record in records.items()}
         return cls(path, {attribute.name: [*attribute.values] for attribute in found}, rows)

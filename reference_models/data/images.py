@@ -96,8 +96,8 @@ def image_size(path: Path | str) -> tuple[int, int]:
     with _reading(path), Image.open(path, formats=_FORMATS) as image:
         columns, rows = image.size
         # In a PNG, Pillow would decode all pixels to look for EXIF behind them.
-        told = image.format != "PNG" or {"exif", "XML:com.adobe.xmp"} & image.info.keys()
-        lying = bool(told) and _orientation(image) in _ON_ITS_SIDE
+        has_exif = image.format != "PNG" or {"exif", "XML:com.adobe.xmp"} & image.info.keys()
+        lying = bool(has_exif) and _orientation(image) in _ON_ITS_SIDE
         return (columns, rows) if lying else (rows, columns)
 
 

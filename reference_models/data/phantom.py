@@ -65,15 +65,15 @@ class PhantomSettings:
     cases: int = 400
     """Number of training cases."""
     validation_cases_per_group: int = 0
-    """Number of validation cases for each site or, with two
-    attributes, for each combination in training. 0: some
-    of the training cases become validation cases."""
+    """Number of validation cases for each site or, with
+    two attributes, for each combination in training. 0:
+    some of the training cases become validation cases."""
     test_cases_per_group: int = 40
     """Number of test cases for each site or, with two
     attributes, for each combination."""
     image_size: int = 64
-    """Number of rows and of columns of an image, in pixels;
-    at least 32."""
+    """Number of rows and of columns of an image, in
+    pixels; at least 32."""
     seed: int = 0
     """Seed of the images. It does not change the split or
     the training, which have seeds of their own."""

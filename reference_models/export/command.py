@@ -28,7 +28,7 @@ from ..files import write_whole
 from ..recipes.recipe import Recipe
 from ..training.checkpoints import Which, load_model
 from ..training.runs import Task
-from .description import ATTRIBUTES, describe, require_told
+from .description import ATTRIBUTES, describe, require_attributes
 from .onnx_network import BodyAsChannel, import_onnxruntime, start_session
 
 # A logit of the file is near the network's if they differ by less than _NEAR of the largest logit.
@@ -56,8 +56,8 @@ class ExportSettings:
     """How the file computes the experts.
     - auto: the method that suits the network's sizes.
     - sparse: each token is computed by its own experts.
-    - dense: all experts compute every token, for runtimes
-      that need fixed shapes."""
+    - dense: all experts compute every token, for
+      runtimes that need fixed shapes."""
 
 
 def export(settings: ExportSettings) -> str:
@@ -77,7 +77,7 @@ def export(settings: ExportSettings) -> str:
     if kind == ".onnx":
         import_onnxruntime()
     recipe, task, model = load_model(settings.run, settings.which)
-    require_told(settings.run, recipe, model)
+    require_attributes(settings.run, recipe, model)
     said = describe(recipe, task, model)
     network = BodyAsChannel(model) if recipe.framing.body else model
     try:
@@ -110,7 +110,7 @@ class _Example(NamedTuple):
     "one."""
 
     image_BCS: Tensor
-    told: Tensor
+    attributes: Tensor
 
 
 def _example(recipe: Recipe, task: Task) -> _Example:
@@ -136,15 +136,15 @@ def _write_onnx(
             experts=settings.experts,
             attribute_values={each.name: each.values for each in task.attributes},
             metadata={key: text for key, text in said.items() if key != ATTRIBUTES},
-            tolerance=math.inf,  # see _hold_against
+            tolerance=math.inf,  # see _compare
         )
         session = start_session(target)
 
-        def answer(image_BCS: Tensor, told: Tensor) -> Tensor:
-            given = {"image": image_BCS.numpy(), "attribute": told.numpy()}
+        def answer(image_BCS: Tensor, attributes: Tensor) -> Tensor:
+            given = {"image": image_BCS.numpy(), "attribute": attributes.numpy()}
             return torch.from_numpy(session.run(None, given)[0])
 
-        return _hold_against(network, answer, example, task)
+        return _compare(network, answer, example, task)
 
     return _written(settings.to, write)
 
@@ -167,7 +167,7 @@ def _write_pt2(
         torch.export.save(program, target, extra_files=said)
         answer = torch.export.load(target).module()
         _require_refusals(network, answer, example, task)  # export_onnx checks its files itself
-        return _hold_against(network, answer, example, task)
+        return _compare(network, answer, example, task)
 
     return _written(settings.to, write)
 
@@ -187,25 +187,27 @@ def _require_refusals(
     own = with_attributes(network)
     for i, attribute in enumerate(task.attributes):
         for value in (-1, len(attribute.values)):
-            told = example.told.clone()
-            told.view(told.shape[0], -1)[0, i] = value
-            if _refuses(own, example.image_BCS, told) > _refuses(answer, example.image_BCS, told):
+            attributes = example.attributes.clone()
+            attributes.view(attributes.shape[0], -1)[0, i] = value
+            if _refuses(own, example.image_BCS, attributes) > _refuses(
+                answer, example.image_BCS, attributes
+            ):
                 raise RuntimeError(
-                    f"the program accepts the attributes {told.tolist()}, of which the network "
-                    "refuses those of the first sample."
+                    f"the program accepts the attributes {attributes.tolist()}, of which the "
+                    "network refuses those of the first sample."
                 )
 
 
-def _refuses(run: Callable[..., Tensor], image_BCS: Tensor, told: Tensor) -> bool:
+def _refuses(run: Callable[..., Tensor], image_BCS: Tensor, attributes: Tensor) -> bool:
     try:
         with torch.inference_mode():
-            run(image_BCS, told)
+            run(image_BCS, attributes)
     except Exception:  # their errors have only this class in common
         return True
     return False
 
 
-def _hold_against(
+def _compare(
     network: nn.Module, answer: Callable[..., Tensor], example: _Example, task: Task
 ) -> str:
     """Compares a file's outputs with the network's, for every value of every attribute.
@@ -217,16 +219,16 @@ def _hold_against(
         RuntimeError: too many logits differ.
     """
     own, largest, off, count, runs = with_attributes(network), 0.0, 0, 0, 0
-    for image_BCS, told in _trials(example, task):
+    for image_BCS, attributes in _trials(example, task):
         with torch.inference_mode():
-            true_BKS = own(image_BCS, told)
-            error_BKS = (answer(image_BCS, told) - true_BKS).abs() / true_BKS.abs().max()
+            true_BKS = own(image_BCS, attributes)
+            error_BKS = (answer(image_BCS, attributes) - true_BKS).abs() / true_BKS.abs().max()
         here, logits = int((~(error_BKS <= _NEAR)).sum()), error_BKS.numel()  # NaN too
         # Each batch is checked: among many values, a wrong one has a small share of all logits.
         if here > _MOST_OFF * logits:
             raise RuntimeError(
-                f"with the attributes {told.tolist()}, {here:,} of {logits:,} logits differ from "
-                f"the network's by more than {_NEAR} of the largest logit; expected at most "
+                f"with the attributes {attributes.tolist()}, {here:,} of {logits:,} logits differ "
+                f"from the network's by more than {_NEAR} of the largest logit; expected at most "
                 f"{_MOST_OFF:.1%}."
             )
         largest = max(largest, float(error_BKS.max()))
@@ -244,8 +246,8 @@ def _trials(example: _Example, task: Task) -> Iterator[_Example]:
     for value in range(max(sizes)):
         row = torch.tensor([value % size for size in sizes])
         batch = 1 + value % 2
-        told = row.expand(batch, -1) if example.told.ndim == 2 else row.expand(batch)
-        yield _Example(example.image_BCS[:batch], told)
+        attributes = row.expand(batch, -1) if example.attributes.ndim == 2 else row.expand(batch)
+        yield _Example(example.image_BCS[:batch], attributes)
 
 
 _WRITERS = {".onnx": _write_onnx, ".pt2": _write_pt2}

@@ -68,7 +68,7 @@ def describe(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, str]:
     return texts | {_WEIGHTS: _fingerprint(model)}
 
 
-def require_told(run: Path, recipe: Recipe, model: nn.Module) -> None:
+def require_attributes(run: Path, recipe: Recipe, model: nn.Module) -> None:
     """Raises unless the experts of a run's network receive attributes, and are without noise.
 
     Raises:

@@ -17,7 +17,7 @@ from dmoe_layer import routing
 from ..errors import RunError
 from ..recipes.recipe import Recipe
 from ..training.runs import Task
-from .description import describe, require_same, require_told
+from .description import describe, require_attributes, require_same
 
 
 def import_onnxruntime() -> ModuleType:
@@ -70,10 +70,10 @@ class OnnxNetwork(nn.Module):
             dmoe_layer.MissingAttributesError: no scope with attributes is open.
             ValueError: the network does not know an attribute's value.
         """
-        told_BA = routing.attribute_values(image_BCS, self._sizes, unknown=self._unknown)
-        told = told_BA[:, 0] if len(self._sizes) == 1 else told_BA
+        attributes_BA = routing.attribute_values(image_BCS, self._sizes, unknown=self._unknown)
+        attributes = attributes_BA[:, 0] if len(self._sizes) == 1 else attributes_BA
         channels = [image_BCS, *(each_BS[:, None].to(image_BCS.dtype) for each_BS in body_BS)]
-        given = {"image": torch.cat(channels, dim=1).numpy(), "attribute": told.numpy()}
+        given = {"image": torch.cat(channels, dim=1).numpy(), "attribute": attributes.numpy()}
         (logits_BKS,) = self._session.run(None, given)
         return torch.from_numpy(logits_BKS)
 
@@ -137,7 +137,7 @@ def open_onnx(path: Path, run: Path, recipe: Recipe, task: Task, model: nn.Modul
             network; or onnxruntime is not installed.
     """
     import_onnxruntime()
-    require_told(run, recipe, model)
+    require_attributes(run, recipe, model)
     if not path.is_file():
         raise RunError(
             f"{path}: there is no such file; write it by `export --run {run} --to {path}`."

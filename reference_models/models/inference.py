@@ -18,14 +18,14 @@ from ..data.patches import Windows
 
 
 def forward_with_attributes(
-    model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor, *, record: bool = True
+    model: nn.Module, inputs: Sequence[Tensor], attributes_BA: Tensor, *, record: bool = True
 ) -> tuple[Tensor, routing]:
     """Computes a network's logits (B, K, S), and returns them with the closed scope.
 
     A network receives its attributes only from the scope: experts read it by themselves, other
     modules by `routing.attribute_values`. With `record`, the scope holds the routings afterwards.
     """
-    with routing(told_BA, record=record) as scope:
+    with routing(attributes_BA, record=record) as scope:
         logits: Tensor = model(*inputs)
     return logits, scope
 
@@ -33,7 +33,7 @@ def forward_with_attributes(
 def infer(
     model: nn.Module,
     inputs: Sequence[Tensor],
-    told_BA: Tensor,
+    attributes_BA: Tensor,
     *,
     windows: Windows | None,
     device: torch.device,
@@ -55,7 +55,7 @@ def infer(
         model: the network, in eval mode on `device`.
         inputs: `Batch.inputs`: image (B, C, S) and, if there is one, body (B, S). For volumes both
             are on the CPU.
-        told_BA: the attributes that the network receives for each sample.
+        attributes_BA: the attributes that the network receives for each sample.
         windows: the windows of volumes; None for images.
         device: the device that computes.
         observe: receives the closed scope of each call, such as `ExpertLoads.add`. A voxel that
@@ -65,10 +65,10 @@ def infer(
         ValueError: a volume is smaller than a window.
     """
 
-    def answer(parts: Sequence[Tensor], told_WA: Tensor) -> Tensor:
+    def answer(parts: Sequence[Tensor], attributes_WA: Tensor) -> Tensor:
         moved = [part.to(device) for part in parts]
         logits, scope = forward_with_attributes(
-            model, moved, told_WA.to(device), record=observe is not None
+            model, moved, attributes_WA.to(device), record=observe is not None
         )
         if observe is not None:
             observe(scope)
@@ -77,10 +77,10 @@ def infer(
     def answer_windows(image_WCS: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
         cuts = [(sample, *axes) for sample, _, *axes in places]
         bodies = (torch.cat([body_BS[cut] for cut in cuts]) for body_BS in inputs[1:])
-        return answer((image_WCS, *bodies), window_attributes(told_BA, places))
+        return answer((image_WCS, *bodies), window_attributes(attributes_BA, places))
 
     if windows is None:
-        return answer(inputs, told_BA)
+        return answer(inputs, attributes_BA)
     size = tuple(inputs[0].shape[2:])
     if any(length < side for length, side in zip(size, windows.size, strict=True)):
         # They would be padded with zeros, which do not mean air in a CT.

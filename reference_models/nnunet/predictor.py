@@ -48,11 +48,11 @@ class DMoEPredictor(nnUNetPredictor):
     def predict_from_data_iterator(self, data_iterator: Any, *options: Any, **more: Any) -> Any:
         with contextlib.ExitStack() as scope:
 
-            def told() -> Iterator[dict[str, Any]]:
+            def with_attributes() -> Iterator[dict[str, Any]]:
                 for item in data_iterator:
                     scope.close()  # the scope of the previous case
                     values = self.attributes.of([Path(item["ofile"]).name])
                     scope.enter_context(routing(values, record=False))
                     yield item
 
-            return super().predict_from_data_iterator(told(), *options, **more)
+            return super().predict_from_data_iterator(with_attributes(), *options, **more)

@@ -78,19 +78,19 @@ class ImageFramingSettings(FramingSettings):
     """Which part of an image a 2D network sees."""
 
     size: int = 224
-    """Rows and columns, in pixels, of the square image that
-    the network sees. 224 is the paper's; the TransUNet
-    needs a multiple of 16."""
+    """Rows and columns, in pixels, of the square image
+    that the network sees. 224 is the paper's; the
+    TransUNet needs a multiple of 16."""
     crop: int | Literal["paper", "whole"] = "paper"
     """Side, in the image's own pixels, of the central
     square that is cut out before resizing to --size.
     - whole: the whole image, padded to a square.
-    - paper: 512 for fairseg, 1024 for ham10000, and whole
-      for a folder."""
+    - paper: 512 for fairseg, 1024 for ham10000, and
+      whole for a folder."""
     augment: Literal["paper", "shift", "none"] = "paper"
     """How training images are varied at random.
-    - paper: quarter turns with flips and small rotations,
-      as in the paper's code.
+    - paper: quarter turns with flips and small
+      rotations, as in the paper's code.
     - shift: moved by up to a twelfth of their size, for
       images in which everything lies in one pose.
     - none: not at all."""
@@ -126,19 +126,20 @@ class VolumeFramingSettings(FramingSettings):
     front, below to above.
     - median: the median of the data along each axis."""
     patch: tuple[int, int, int] | Literal["paper"] = "paper"
-    """Number of voxels that the network sees at once, along
-    the axes of --spacing. Each must be a multiple of 32.
-    Choose a smaller patch if the memory does not suffice.
-    - paper: 384 384 128, but along each axis no more than
-      the median volume needs."""
+    """Number of voxels that the network sees at once,
+    along the axes of --spacing. Each must be a multiple
+    of 32. Choose a smaller patch if the memory does not
+    suffice.
+    - paper: 384 384 128, but along each axis no more
+      than the median volume needs."""
     patches: int = 1
     """Number of patches that training draws from each
     volume in an epoch."""
     foreground: float = 1 / 3
-    """Share of the training patches, 0 to 1, that contain a
-    voxel of a labelled structure, so that small structures
-    are not missed. The other patches lie anywhere. A third
-    is nnU-Net's share."""
+    """Share of the training patches, 0 to 1, that contain
+    a voxel of a labelled structure, so that small
+    structures are not missed. The other patches lie
+    anywhere. A third is nnU-Net's share."""
     overlap: float = 0.5
     """Overlap of neighbouring windows in validation and
     prediction, as a share of the patch: 0 to below 1.

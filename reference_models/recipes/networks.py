@@ -26,21 +26,23 @@ class ModelSettings(ABC):
     """Number of spatial axes of the network's input: 2 for images, 3 for volumes."""
 
     aware: bool = True
-    """Give the attribute to the router. With --no-aware the
-    experts are the paper's baseline, a plain mixture of
-    experts, whose router sees the image alone."""
+    """Give the attribute to the router. With --no-aware
+    the experts are the paper's baseline, a plain
+    mixture of experts, whose router sees the image
+    alone."""
     noise: Literal["train", "always", "never"] = "train"
     """When random noise is added to the router's scores.
     - train: in training only.
-    - always: in evaluation too, as in the paper's released
-      code; a mask then differs from call to call.
+    - always: in evaluation too, as in the paper's
+      released code; a mask then differs from call to
+      call.
     - never: at no time."""
     unknown: Literal["error", "average", "learned"] = "error"
     """What happens to a sample whose attribute is unknown.
     - error: training and prediction refuse it.
     - average: the routers of all values are averaged.
-    - learned: a router of its own, which learns from the
-      unknown samples and from --attribute-dropout."""
+    - learned: a router of its own, which learns from
+      the unknown samples and from --attribute-dropout."""
     gradient_checkpointing: bool = False
     """Compute each block a second time in the backward
     pass. That takes less memory and more time."""
@@ -121,8 +123,8 @@ class TransUNetSettings(ModelSettings):
     """Where the network has experts.
     - shared: one residual layer of experts, used after
       every block (the paper).
-    - per_block: a layer of experts of its own after each
-      block.
+    - per_block: a layer of experts of its own after
+      each block.
     - mlp: experts replace the MLP of each block.
     - none: no experts; a dense network to compare with."""
 
@@ -153,8 +155,8 @@ class ResUNet3DSettings(ModelSettings):
     released code has 24."""
     moe: Literal["per_block", "none"] = "per_block"
     """Where the network has experts.
-    - per_block: a residual layer of experts after each of
-      --stages (the paper).
+    - per_block: a residual layer of experts after each
+      of --stages (the paper).
     - none: no experts; a dense network to compare with."""
     stages: tuple[int, ...] = (1, 2, 3, 4, 5)
     """The encoder stages, 1 to 5, that experts follow. The
@@ -187,18 +189,20 @@ class UNetSettings(ModelSettings):
     block: Literal["mlp", "channels", "film", "per_value", "moe"] = "moe"
     """What stands in each stage, and how it receives the
     attribute.
-    - mlp: a dense MLP; it does not receive the attribute.
+    - mlp: a dense MLP; it does not receive the
+      attribute.
     - channels: a dense MLP; each attribute value is an
       extra channel of the image.
-    - film: a dense MLP, whose input the attribute scales
-      and shifts (FiLM). Simpler than experts; try it
-      first.
+    - film: a dense MLP, whose input the attribute
+      scales and shifts (FiLM). Simpler than experts;
+      try it first.
     - per_value: an MLP of its own for each value.
     - moe: experts, whose router receives the attribute."""
     hidden: int = 8
-    """Number of hidden units that a token passes through in
-    all its experts together, as a multiple of the stage's
-    channels. Equal numbers cost every block the same."""
+    """Number of hidden units that a token passes through
+    in all its experts together, as a multiple of the
+    stage's channels. Equal numbers cost every block the
+    same."""
     n_experts: int = 8
     """Number of experts in each stage; the paper has 8."""
     k: int = 2

@@ -42,7 +42,8 @@ class Recipe:
     seed: int = 0
     """Seed of the initial weights, the order of the
     samples, augmentation, routing noise and dropout.
-    Train with several seeds to see how far results vary."""
+    Train with several seeds to see how far results
+    vary."""
 
     batch_size: int = 42
     """Number of samples in a batch, over all devices
@@ -55,13 +56,13 @@ class Recipe:
     - 0: no training, to evaluate --weights as they are."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is unknown, as
-    the paper does. Otherwise choose what the network does
-    with them by --unknown."""
+    the paper does. Otherwise choose what the network
+    does with them by --unknown."""
     attribute_dropout: float = 0.0
     """Share of the training samples, 0 to 1, whose
-    attributes are hidden from the network in a step. Use
-    it with --unknown learned, so that the router of the
-    unknown value has samples to learn from."""
+    attributes are hidden from the network in a step.
+    Use it with --unknown learned, so that the router of
+    the unknown value has samples to learn from."""
     patience: int | None = None
     """Stop the training after this number of epochs
     without a better validation score. None: train all
@@ -80,14 +81,15 @@ class Recipe:
     """Momentum of SGD. AdamW does not use it."""
     schedule: Literal["exponential", "poly", "cosine"] = "exponential"
     """How the learning rate falls during the training.
-    - exponential: by the same factor after each epoch, to
-      --decay of its height in the last one (the paper).
+    - exponential: by the same factor after each epoch,
+      to --decay of its height in the last one (the
+      paper).
     - poly: by (1 - step/steps)^0.9 (the released code).
     - cosine: along a half cosine, to zero."""
     decay: float = 0.01
     """What the exponential schedule leaves of the learning
-    rate in the last epoch, as a share. The paper does not
-    name it."""
+    rate in the last epoch, as a share. The paper does
+    not name it."""
     warmup: float = 0.0
     """Share of all steps, 0 to below 1, in which the
     learning rate first rises from near zero."""
@@ -99,18 +101,18 @@ class Recipe:
     loss. The paper trains with cross-entropy alone."""
     balance_weight: float = 0.0
     """Weight of the balance loss, which makes the router
-    use all experts. The paper has none; 0.01 is usual, as
-    in the Switch Transformer."""
+    use all experts. The paper has none; 0.01 is usual,
+    as in the Switch Transformer."""
     balance: Literal["load", "within", "importance"] = "load"
     """The balance loss that --balance-weight weighs.
     - load: balances the experts' loads over all tokens.
-    - within: balances the loads of each attribute value by
-      itself; every value counts the same.
+    - within: balances the loads of each attribute value
+      by itself; every value counts the same.
     - importance: balances the sums of the gates."""
     z_weight: float = 0.0
-    """Weight of the router z-loss, which keeps the router's
-    scores small. The paper has none; 0.001 is usual, as
-    in ST-MoE."""
+    """Weight of the router z-loss, which keeps the
+    router's scores small. The paper has none; 0.001 is
+    usual, as in ST-MoE."""
     fairness: Literal["none", "reweight", "group-dro", "fair-dro", "febs"] = "none"
     """How the loss weighs the groups, which are the values
     of the first attribute.
@@ -118,7 +120,8 @@ class Recipe:
     - reweight: every group counts the same on average.
     - group-dro: groups of high loss gain weight (Sagawa
       et al. 2020).
-    - fair-dro: hard samples count more within each group.
+    - fair-dro: hard samples count more within each
+      group.
     - febs: the Dice loss is scaled by group (FairSeg)."""
     group_dro_rate: float = 0.01
     """How fast group-dro changes the weights of the
@@ -147,8 +150,9 @@ class Recipe:
     """How several processes share the work.
     - auto: ddp if there are several processes.
     - ddp: every process holds the whole network.
-    - fsdp: every process holds a part of the parameters,
-      for networks that do not fit; for images only."""
+    - fsdp: every process holds a part of the
+      parameters, for networks that do not fit; for
+      images only."""
     workers: int = 0
     """Number of extra processes that load data for each
     training process. 0 loads in the training process;

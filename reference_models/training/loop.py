@@ -209,13 +209,14 @@ class Run:
         torch.manual_seed(step_seed(recipe.seed, self.state.position.step, self.fabric.global_rank))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        told_BN = batch.attributes_BN
+        attributes_BN = batch.attributes_BN
         if recipe.attribute_dropout:
             dropped_B1 = (
-                torch.rand(len(told_BN), 1, device=told_BN.device) < recipe.attribute_dropout
+                torch.rand(len(attributes_BN), 1, device=attributes_BN.device)
+                < recipe.attribute_dropout
             )
-            told_BN = told_BN.masked_fill(dropped_B1, UNKNOWN)
-        logits_BKS, r = forward_with_attributes(self.model, batch.inputs, told_BN)
+            attributes_BN = attributes_BN.masked_fill(dropped_B1, UNKNOWN)
+        logits_BKS, r = forward_with_attributes(self.model, batch.inputs, attributes_BN)
         segmentation, loss_B = self.objective(
             logits_BKS.float(), batch.mask_BS, batch.attributes_BN[:, 0]
         )
