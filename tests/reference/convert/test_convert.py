@@ -138,12 +138,15 @@ BAD_ROWS = {
         r"no column names the images.*name \('x'\)",
     ),
     "two rows of one": (["f,sex", "us_000,M", "us_000.png,F"], r"c\.csv:3: us_000 has another row"),
-    "no attribute": (["file", "us_000"], "no column besides file"),
+    "no attribute": (
+        ["file", "us_000"],
+        "expected a column for each attribute; there is only file",
+    ),
     "two columns of images": (
         ["nr,file,sex", "us_001,us_000.png,M", "us_000,us_001.png,F"],
         r"c\.csv:2: the columns nr and file both name images.*by --case",
     ),
-    "case is another thing": (["case,file,sex", "control,us_000,M"], "there is a column case too"),
+    "case is another thing": (["case,file,sex", "control,us_000,M"], "there is also a column case"),
 }
 
 
@@ -174,7 +177,7 @@ def test_photographs_get_masks_of_png_and_three_channels(tmp_path):
     _, content, *_ = converted(settings, channels=("rgb_to_0_1",) * 3)
     assert content["channel_names"]["2"] == "rgb_to_0_1"
     shutil.rmtree(settings.to)
-    with pytest.raises(DataError, match="images have 3 of them"):
+    with pytest.raises(DataError, match="the images have 3 channels; give one name for each"):
         convert(dataclasses.replace(settings, channels=("a", "b")))
     Image.fromarray(mask_of()).save(tmp_path / "a/P1.JPEG")  # in grey
     _, content, *_ = converted(settings)

@@ -136,7 +136,7 @@ REFUSED = {
     "palettes that differ": (
         [palette(grey(1), (0, 0, 0), RED), palette(grey(1), (0, 0, 0), GREEN)],
         (),
-        r"us_001_mask.png: its palette gives 1 the colour \(0, 255, 0\)",
+        r"us_001_mask.png: in its palette 1 is the colour \(0, 255, 0\)",
     ),
     "transparent": ([np.dstack([coloured(RED), mask_of()])], (), "transparent"),
 }

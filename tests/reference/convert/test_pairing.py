@@ -78,7 +78,7 @@ def test_numbered_masks_of_one_image_go_together_and_others_do_not(tmp_path):
     found, pairing = paired(tmp_path, ["p1.png", "p2.png"], masks)
     assert found == {"p1": ([0], *masks[:3]), "p2": ([0], masks[3])}
     (said,) = pairing.remarks()
-    assert said.startswith("1 of 2 cases have several masks, which are put together;")
+    assert said.startswith("1 of 2 cases have several masks, which are joined into one;")
 
 
 def test_names_that_differ_in_capitals_or_zeros_are_asked_about(tmp_path):
@@ -114,5 +114,5 @@ def test_a_folder_that_is_none_or_has_none_called_like_masks_is_named(tmp_path):
     with pytest.raises(DataError, match=r"x: no such folder \(--images\)"):
         list_files([tmp_path / "x"], [tmp_path])
     (tmp_path / "p1.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no file is called like a mask, such as p1_mask\.png"):
+    with pytest.raises(DataError, match=r"no file in it has a name of a mask: p1_mask\.png"):
         list_files([tmp_path], [Path(f"{tmp_path}/.")])

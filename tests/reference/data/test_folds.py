@@ -69,7 +69,7 @@ def test_a_file_that_is_named_wins_and_may_lie_anywhere(settings, tmp_path):
     path.write_text(json.dumps(FOLDS[1:]), encoding="utf-8")
     named = dataclasses.replace(settings, splits=path, fold=3)
     assert chosen(named).validation == ("p4", "p9")
-    assert f"fold 3 of 0 to 3 (--fold) of {path}" in checked(named)[1]
+    assert f"fold 3 of the folds 0 to 3 (--fold), of {path}" in checked(named)[1]
     (settings.root / "splits_final.json").unlink()
     ours = make_splits(open_dataset(settings), 5)
     write_splits(path, ours)
@@ -111,7 +111,7 @@ def test_a_fold_must_not_contradict_the_csvs_split_nor_spread_a_patient(settings
         chosen(settings)
     lines = [f"{row},{'one' if i < 2 else ''}" for i, row in enumerate(rows)]
     table.write_text("\n".join(["case,T-stage,subject", *lines]), encoding="utf-8")
-    with pytest.raises(DataError, match="subject one lies in several splits"):
+    with pytest.raises(DataError, match="the subject one lies in several splits"):
         chosen(settings)
 
 
@@ -143,7 +143,9 @@ def test_training_takes_the_fold(settings):
 
 def test_too_few_cases_to_draw_from_are_an_error_of_check_too(tmp_path):
     (line,) = errors(checked(nnunet_folder(tmp_path, n=2))[1])
-    assert "2 cases with a mask of 2 subjects leave nothing for" in line
+    assert (
+        "there are 2 cases with a mask, of 2 subjects, which are too few: none is left for" in line
+    )
 
 
 def test_a_damaged_case_of_a_fold_is_one_error(settings):

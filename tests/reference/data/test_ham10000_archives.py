@@ -81,7 +81,7 @@ def test_kaggles_second_copy_in_lower_case_is_passed_over_and_said(tmp_path):
     dataset = open_dataset(settings)
     assert all("/HAM10000_images" in case.files[0] for case in dataset.cases)
     (note,) = [note for note in dataset.notes if "twice" in note]
-    assert note.startswith("6 photographs are there twice, such as ")
+    assert note.startswith("6 photographs exist twice, such as ")
 
 
 def test_what_is_not_there_is_one_error_that_names_what_was_looked_for(tmp_path):

@@ -116,7 +116,7 @@ def test_splits_keep_the_data_sets_own_and_carve_validation_from_train():
         DataError, match="lesion40 lies in several splits: case080 in test, case081"
     ):
         make_splits(Lesions(100, lambda i: "test" if i == 80 else "train"), 0)
-    with pytest.raises(DataError, match="1 subjects leave nothing for train"):
+    with pytest.raises(DataError, match="1 subjects, which are too few: none is left for train"):
         make_splits(Lesions(2), 0)
 
 

@@ -110,9 +110,9 @@ def test_all_trains_on_every_case_but_the_test_cases_and_holds_none_out(tmp_path
         ((0, 5), "fold: got 5, but 5 folds are made .*, 0 to 4"),
         ((0, -1), "fold: got -1"),
         ((0, 0, 1), "folds: got 1, expected 2 or more"),
-        ((0, 0, 41), "41 folds hold out a subject each, but patients has 40"),
-        ((-1, 0), "seed must be 0 or more, got -1"),
-        ((0, None, 4), "folds: got 4, but the cases are split once"),
+        ((0, 0, 41), "folds: got 41, but patients has only 40 subjects"),
+        ((-1, 0), "split_seed: got -1, expected 0 or more"),
+        ((0, None, 4), "folds: got 4, but no fold was chosen"),
     ],
 )
 def test_a_fold_that_cannot_be_made_is_refused(arguments, words):
@@ -147,8 +147,9 @@ def test_check_shows_a_made_fold_and_says_how_it_is_made(settings):
     code, text = checked(asked)
     assert code == 0
     assert (
-        "split: fold 1 of 0 to 2 (--fold) made by subject, stratified by the default attribute, by "
-        "--split-seed 4 the same on every machine; its val is the validation split" in text
+        "split: fold 1 of the folds 0 to 2 (--fold), made by subject and stratified by the default "
+        "attribute, with --split-seed 4; they are the same on every machine; the cases that it "
+        "holds out are the validation split" in text
     )
     splits = choose_splits(open_dataset(asked), None, 4, 1, 3)
     assert len(splits.validation) == 3

@@ -229,7 +229,8 @@ def test_other_data_are_read_by_the_values_that_a_run_was_trained_with(tmp_path)
     assert [case.attributes for case in dataset.cases] == [(3,), (UNKNOWN,), (1,)]
     table.write_text(table.read_text(encoding="utf-8").replace("T2", "T4"), encoding="utf-8")
     with pytest.raises(
-        DataError, match=re.escape(f"{table}:4: ") + "p2: T-stage must be one of T1, T2, T3, T10"
+        DataError,
+        match=re.escape(f"{table}:4: ") + "p2: T-stage is 'T4', expected one of T1, T2, T3, T10",
     ):
         open_dataset(settings, known=trained)
     table.write_text(

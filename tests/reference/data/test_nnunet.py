@@ -35,8 +35,11 @@ def _copy(old, new):
 
 
 BAD_FOLDERS = {
-    "no label": (_remove("labelsTr/p3.nii.gz"), "{root}/labelsTr/p3.nii.gz: no such file"),
-    "no image": (_remove("imagesTr/p3_0000.nii.gz"), "{root}/labelsTr/p3.nii.gz: no image for it"),
+    "no label": (_remove("labelsTr/p3.nii.gz"), "{root}/labelsTr/p3.nii.gz: there is no such mask"),
+    "no image": (
+        _remove("imagesTr/p3_0000.nii.gz"),
+        "{root}/labelsTr/p3.nii.gz: this mask has no image",
+    ),
     "no first channel": (
         _rename("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0001.nii.gz"),
         "{root}/imagesTr/p3_0001.nii.gz: channel 0001, but",
@@ -91,7 +94,7 @@ def test_hidden_files_and_other_peoples_files_are_no_cases(tmp_path):
     for name in ("._p0_0000.nii.gz", ".DS_Store", "notes.txt"):
         (tmp_path / "imagesTr" / name).write_bytes(b"of macOS")
     assert len(open_dataset(settings).cases) == 10
-    assert "not .nii.gz and left out: notes.txt\n" in checked(settings)[1]
+    assert "files that do not end in .nii.gz are left out: notes.txt\n" in checked(settings)[1]
 
 
 BAD_LAYOUTS = {
@@ -173,6 +176,6 @@ def test_without_simpleitk_its_files_are_refused_in_one_sentence(tmp_path, monke
     monkeypatch.setattr(builtins, "__import__", without)
     (line,) = errors(checked(settings)[1])
     assert line == (
-        "error: .mha files are read by SimpleITK, which cannot be imported here (No module named "
+        "error: .mha files need SimpleITK, which cannot be imported here (No module named "
         "'SimpleITK'); install it by `pip install SimpleITK`, or convert the files to .nii.gz"
     )

@@ -49,11 +49,11 @@ def _four_dimensions(root):
 MISTAKES = {
     "labels of another name": (
         _rename("labelsTr/*", lambda name: name.replace(".nii", "_seg.nii")),
-        "labelsTr/p0_seg.nii.gz: no case is called so; a label has its case's name",
+        "labelsTr/p0_seg.nii.gz: no case has this name; a mask must have the name of its case",
     ),
     "labels with a channel": (
         _rename("labelsTr/*", lambda name: name.replace(".nii", "_0000.nii")),
-        "labelsTr/p0_0000.nii.gz: no case is called so",
+        "labelsTr/p0_0000.nii.gz: no case has this name",
     ),
     "one label missing": (
         lambda root: (root / "labelsTr/p2.nii.gz").unlink(),
@@ -71,7 +71,8 @@ MISTAKES = {
         _packed(lambda content: content, ".nii"), "imagesTr/p0_0000.nii: is packed by gzip"
     ),
     "not gzip and called so": (
-        _packed(gzip.decompress, ".nii.gz"), "imagesTr/p0_0000.nii.gz: is not packed by gzip"
+        _packed(gzip.decompress, ".nii.gz"),
+        "imagesTr/p0_0000.nii.gz: this file is not packed by gzip",
     ),
     "another file_ending": (
         lambda root: write_layout(root, file_ending=".nii"), "ends in .nii.gz, but the file_ending"
@@ -92,7 +93,7 @@ def test_one_mistake_in_a_folder_is_one_error(tmp_path, mistake):
     (line,) = errors(text)
     assert words in line.replace("\\", "/")
     if mistake not in ("one label missing", "images elsewhere"):
-        assert "(so are 5 more: " in line or "(so are 11 more: " in line
+        assert "(the same holds for 5 more: " in line or "(the same holds for 11 more: " in line
 
 
 def test_labels_are_not_taken_for_those_of_a_case_with_a_longer_number(tmp_path):
@@ -101,7 +102,9 @@ def test_labels_are_not_taken_for_those_of_a_case_with_a_longer_number(tmp_path)
     (tmp_path / "imagesTr/p10_0000.nii.gz").unlink()
     lines = errors(checked(settings)[1])
     assert len(lines) == 2  # a label and an image; p10's row is a consequence
-    assert any("labelsTr/p10.nii.gz: no image for it" in line.replace("\\", "/") for line in lines)
+    assert any(
+        "labelsTr/p10.nii.gz: this mask has no image" in line.replace("\\", "/") for line in lines
+    )
 
 
 def test_an_image_that_is_missing_is_one_error_whatever_else_names_its_case(tmp_path):
@@ -112,7 +115,7 @@ def test_an_image_that_is_missing_is_one_error_whatever_else_names_its_case(tmp_
         json.dumps([{"train": names[2:], "val": names[:2]}]), encoding="utf-8"
     )
     (line,) = errors(checked(settings)[1])
-    assert "labelsTr/p3.nii.gz: no image for it" in line.replace("\\", "/")
+    assert "labelsTr/p3.nii.gz: this mask has no image" in line.replace("\\", "/")
 
 
 def test_cases_to_be_predicted_need_no_row(tmp_path):
@@ -122,7 +125,10 @@ def test_cases_to_be_predicted_need_no_row(tmp_path):
         save(tmp_path / f"imagesTs/{name}_0000.nii.gz", voxels())
     code, text = checked(settings)
     assert code == 0
-    assert "no row for 2 cases without a mask, whose attributes are unknown: new, next" in text
+    assert (
+        "2 cases without a mask have no row, so that their attributes are unknown: new, next"
+        in text
+    )
     cases = {case.case_id: case for case in open_dataset(settings).cases}
     assert cases["new"].attributes == (-1,)
     assert not cases["new"].labelled

@@ -223,7 +223,7 @@ def test_image_mask_and_body_are_cut_and_flipped_alike_and_intensities_moved_a_l
     for values, middle in ((factors, 1), (shifts, 0)):
         assert middle - 0.1001 < min(values) < middle - 0.08
         assert middle + 0.08 < max(values) < middle + 0.1001
-    with pytest.raises(ValueError, match="paper or none for volumes, got shift"):
+    with pytest.raises(ValueError, match="augment: got shift, expected paper or none for volumes"):
         patches_of(augment="shift")
 
 

@@ -124,7 +124,7 @@ def test_an_evaluation_by_the_file_has_the_same_scores_and_loads(exported, tmp_p
         assert by_file.scores == by_torch.scores
         assert by_file.load == by_torch.load
         assert by_torch.load["site"]
-    assert "masks by onnxruntime from site.onnx: 0 of" in found.conditions[0].note
+    assert "onnxruntime computed the masks from site.onnx: 0 of" in found.conditions[0].note
     # The file refuses what PyTorch's network, for an evaluation, takes the average for.
     assert own.conditions[3].scores
     assert not found.conditions[3].scores

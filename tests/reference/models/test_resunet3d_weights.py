@@ -128,7 +128,9 @@ def test_entries_that_are_missing_left_over_or_wrong_are_listed_and_nothing_is_l
 
 def test_a_file_of_another_kind_of_network_is_said_to_be_that(tmp_path):
     np.savez(tmp_path / "ViT-B_16.npz", cls=np.zeros(3))
-    with pytest.raises(WeightsError, match=r"a ResUNet3D takes a file that ends in \.pth"):
+    with pytest.raises(
+        WeightsError, match=r"the network ResUNet3D can load only files that end in \.pth"
+    ):
         load_pretrained(make(), tmp_path / "ViT-B_16.npz")
     with pytest.raises(WeightsError, match="a Linear takes no files of weights"):
         load_pretrained(torch.nn.Linear(1, 1), tmp_path / "best.pth")

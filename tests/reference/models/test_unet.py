@@ -178,7 +178,7 @@ def test_experts_that_start_as_a_dense_network_compute_what_it_does(tmp_path, op
 @pytest.mark.parametrize(
     ("model", "file", "words"),
     [
-        ({}, {"hidden": 8}, "Its first MLP has 32 hidden units, an expert has 8.*hidden=2"),
+        ({}, {"hidden": 8}, "Its first MLP has 32 hidden units, but an expert has 8.*hidden=2"),
         ({}, {"n_classes": 2}, r"not as expected: head.weight has shape \(4, 2, 2, 2\), expected"),
         ({}, {"block": "film"}, r"left over: stages.0.film.scale_shift.weight"),
         ({}, {"block": "moe"}, "holds no MLP from which experts can start"),
@@ -208,7 +208,9 @@ def test_a_file_that_is_no_dense_one_of_its_sizes_leaves_the_network_as_it_was(
 
 
 def test_other_files_of_weights_are_not_for_it(tmp_path):
-    with pytest.raises(WeightsError, match=r"a UNet takes a file that ends in .safetensors"):
+    with pytest.raises(
+        WeightsError, match=r"the network UNet can load only files that end in .safetensors"
+    ):
         load_pretrained(make(), tmp_path / "ViT-B_16.npz")
 
 

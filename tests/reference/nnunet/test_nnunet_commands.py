@@ -117,9 +117,9 @@ def test_another_attribute_gives_another_answer(home, predict, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"p11": "C"}, "p11: site must be one of A, B, or nothing; got 'C'"),
-        ({"p10": ""}, "an attribute is not known of 1 of 2 cases (p10)"),
-        ({"p11": "b"}, "p11: site must be one of A, B, or nothing; got 'b'"),
+        ({"p11": "C"}, "p11: site is 'C', expected one of A, B, or an empty cell"),
+        ({"p10": ""}, "1 of 2 cases have an unknown attribute (p10)"),
+        ({"p11": "b"}, "p11: site is 'b', expected one of A, B, or an empty cell"),
     ],
 )
 def test_a_case_whose_value_was_not_trained_is_refused_before_any_work(
@@ -168,7 +168,7 @@ def copied(home, tmp_path, monkeypatch):
 def test_training_refuses_a_fold_with_an_unknown_attribute(home, copied):
     copied(p03="")
     trainer = home.trainer()
-    with pytest.raises(DataError, match=re.escape("not known of 1 of 10 cases (p03)")):
+    with pytest.raises(DataError, match=re.escape("1 of 10 cases have an unknown attribute (p03)")):
         trainer.run_training()
     assert trainer.dataloader_train is None
 

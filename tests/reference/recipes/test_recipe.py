@@ -50,7 +50,7 @@ def test_a_recipe_becomes_flags():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"epochs": "paper"}, "epochs: got 'paper', which says nothing about phantom"),
+        ({"epochs": "paper"}, "epochs: got 'paper', but the paper does not train on phantom"),
         ({"framing": ImageFramingSettings(32)}, "crop: got 'paper'.*whole"),
         ({"batch_size": 5, "devices": 2}, "batch_size: got 5, expected a multiple of 2"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected more than 0"),
@@ -68,7 +68,10 @@ def test_a_recipe_becomes_flags():
             "16-mixed, which the strategy fsdp does not support",
         ),
         ({"framing": ImageFramingSettings(40, "whole")}, "multiples of 16"),
-        ({"batch_size": 30}, "but there are 18 training cases; choose --batch-size 18 or less"),
+        (
+            {"batch_size": 30},
+            "but there are only 18 training cases; choose --batch-size 18 or less",
+        ),
         ({"attribute_dropout": 1.0}, "attribute_dropout: got 1.0"),
         (
             {"attribute_dropout": 0.5},
@@ -76,7 +79,7 @@ def test_a_recipe_becomes_flags():
         ),
         (
             {"attribute_dropout": 0.5, "model": UNetSettings(block="mlp", unknown="average")},
-            "attribute_dropout: got 0.5, but this network is told no attributes",
+            "attribute_dropout: got 0.5, but this network receives no attributes",
         ),
         (
             {"model": UNetSettings(), "framing": ImageFramingSettings(36, "whole")},

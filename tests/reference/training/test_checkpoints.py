@@ -90,7 +90,9 @@ def test_a_state_that_is_no_state_is_refused_and_not_run(finished, tmp_path, mon
         torch.save(Spell(), folder / "state.pt")
     else:
         (folder / "state.pt").write_bytes(content)
-    with pytest.raises(RunError, match=r"state.pt: damaged or not a run's state"):
+    with pytest.raises(
+        RunError, match=r"state.pt: this file is damaged or is not the state of a run"
+    ):
         train(dataclasses.replace(TINY, out=run), resume=True)
     assert not Path("spelled").exists()
 
@@ -109,5 +111,5 @@ def test_a_last_checkpoint_of_something_else_is_refused(finished, tmp_path, part
     else:
         del state["optimizer"]
     torch.save(state, folder / "state.pt")
-    with pytest.raises(RunError, match=r"copy: its last checkpoint is not this run's"):
+    with pytest.raises(RunError, match=r"copy: the last checkpoint does not belong to this run"):
         train(dataclasses.replace(TINY, out=run), resume=True)

@@ -78,7 +78,10 @@ def test_leaving_out_the_unknown_must_leave_a_validation_case(tmp_path, monkeypa
         for c in dataset.cases
     ]
     monkeypatch.setattr(training, "open_dataset", lambda settings: dataset)
-    with pytest.raises(RunError, match=r"leave_out_unknown: leaves no validation case \(of 2\)"):
+    with pytest.raises(
+        RunError,
+        match="no validation case is left, since all 2 have an unknown attribute; name other",
+    ):
         train(recipe)
     assert not recipe.out.exists()
 
