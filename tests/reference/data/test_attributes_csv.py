@@ -94,7 +94,7 @@ def test_columns_that_are_no_groups_are_refused_where_they_are_asked_for(tmp_pat
     for name, words in (
         ("weight", "22 values"),
         ("nothing", "no values"),
-        ("age", "no column age"),
+        ("age", "expected a column age; the attributes in it are "),
     ):
         with pytest.raises(DataError, match=re.escape(f"{table}: ") + ".*" + words):
             open_dataset(dataclasses.replace(settings, attributes=(name,)))
@@ -110,9 +110,9 @@ def test_columns_that_are_no_groups_are_refused_where_they_are_asked_for(tmp_pat
 
 
 BAD_TABLES = {
-    "none": (None, "{table}: no such file; write one"),
-    "empty": ("", "{table}: has no row"),
-    "columns alone": ("case,T-stage\n", "{table}: has no row"),
+    "none": (None, "{table}: there is no such file; write one"),
+    "empty": ("", "{table}: this csv has no row"),
+    "columns alone": ("case,T-stage\n", "{table}: this csv has no row"),
     "no case": ("id,T-stage\np0,T1", "{table}: expected a column case"),
     "no attribute": ("case,split\np0,", "{table}: expected a column case and a column for"),
     "one column twice": (
@@ -122,9 +122,9 @@ BAD_TABLES = {
     "in another code": ("case,T-stage\np0,größer".encode("latin-1"), "{table}: not a readable csv"),
     "in 16 bits": ("case,T-stage\np0,T1".encode("utf-16"), "{table}: not a readable csv"),
     "a quote that stays open": ('case,T-stage\np0,"T1', "{table}: not a readable csv"),
-    "a cell too few": ("{rows}\np3", "{table}:5: 1 cells, expected 2 (case, T-stage)"),
-    "a cell too many": ("{rows}\np3,T1,x", "{table}:5: 3 cells, expected 2"),
-    "no row": ("{rows}", "{table}: no row for case p3"),
+    "a cell too few": ("{rows}\np3", "{table}:5: this row has 1 cells, expected 2 (case, T-stage)"),
+    "a cell too many": ("{rows}\np3,T1,x", "{table}:5: this row has 3 cells, expected 2"),
+    "no row": ("{rows}", "{table}: there is no row for case p3"),
     "no such case": ("{rows}\np3,T1\np4,T1", "{table}:6: 'p4' is not a case of the folder"),
     "a case twice": ("{rows}\np3,T1\np0,T1", "{table}:6: the case p0 has a row already, in line 2"),
     "upper case": ("{rows}\np3,t1", "{table}: T-stage: 'T1' (line 2) and 't1' (line 5) differ"),
@@ -173,6 +173,6 @@ def test_splits_that_contradict_the_folders_are_refused(tmp_path):
     for words in (
         f"{table}:2: p0: split is 'tset', expected train, validation, test, or an empty cell",
         f"{table}:4: p2: its split is train, but its image is in {tmp_path / 'imagesTs'}",
-        f"{table}:5: p3: split is test, but it has no label",
+        f"{table}:5: p3: its split is test, but it has no mask",
     ):
         assert any(line.startswith(f"error: {words}") for line in lines)

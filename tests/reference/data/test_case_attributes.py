@@ -70,7 +70,7 @@ def test_a_case_without_a_row_or_with_two_is_refused(csv):
 def test_a_value_or_column_that_the_model_does_not_know_is_refused(csv):
     with refused("p1: site is 'B', expected one of A, or an empty cell"):
         CaseAttributes.read(csv(), CASES, known={"site": ["A"]})
-    with refused("has no column scanner; it has site, age"):
+    with refused("expected a column scanner; the attributes in it are site, age"):
         CaseAttributes.read(csv(), CASES, known={"scanner": ["1"]})
 
 

@@ -173,7 +173,7 @@ BAD_MASKS = {
         _save(Image.fromarray(nodule() // 2 * 255)),
         "expected the labels 0 to 2 .*got also 255; .*write 1",
     ),
-    "a label too many": (_save(Image.fromarray(nodule() + 1)), "got also 3; correct the one or"),
+    "a label too many": (_save(Image.fromarray(nodule() + 1)), "got also 3; correct the mask or dataset"),
     "colours": (_save(Image.fromarray(np.stack([nodule()] * 3, -1))), "mode RGB, expected one lab"),
     "16 bits": (_save(Image.fromarray(nodule().astype(np.uint16))), "mode I;16, expected one lab"),
     "another size": (
@@ -202,6 +202,23 @@ def test_check_names_a_bad_image_or_mask_and_says_what_is_wrong(tmp_path, folder
     if "size" in fault or fault == "missing":  # of which training hears before it starts
         with pytest.raises(DataError, match=words):
             open_dataset(settings)
+
+
+def test_masks_of_black_and_white_are_one_error_that_names_the_first_and_the_count(tmp_path):
+    settings = nnunet_images(tmp_path, n=8)
+    for number in range(7):
+        white = Image.fromarray((nodule(number) > 0).astype(np.uint8) * 255)
+        white.save(tmp_path / f"labelsTr/u{number}.png")
+    code, text = checked(settings)
+    assert code == 1
+    (line,) = errors(text)
+    path = str(tmp_path / "labelsTr/u0.png")
+    assert line.startswith(f"error: {path}: expected the labels 0 to 2 (")
+    assert "as dataset.json says; got also 255; a mask must hold labels and not grey levels" in line
+    names = ", ".join(str(tmp_path / f"labelsTr/u{number}.png") for number in (1, 2, 3))
+    assert line.endswith(f"convert, which does that (the same holds for 6 more: {names} and 3 more)")
+    with pytest.raises(DataError, match="got also 255; .*write 1 for white"):
+        load(settings, "u3")
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])

@@ -141,6 +141,25 @@ def test_training_takes_the_fold(settings):
     assert cohort.validation == tuple(FOLDS[3]["val"])
 
 
+def test_cases_that_no_split_names_are_counted_and_named(settings):
+    assert "in no split" not in checked(settings)[1]
+    few = [{"train": ["p1", "p2", "p4"], "val": ["p6"]}]
+    path = settings.root / "splits_final.json"
+    path.write_text(json.dumps(few), encoding="utf-8")
+    said = "6 of 10 cases with a mask are in no split and are not used: p0, p3, p5, p7, p8 and 1 more"
+    code, text = checked(settings)
+    assert code == 0
+    assert f"; {said}\n" in text
+    recipe = Recipe(
+        settings,
+        ResUNet3DSettings(features=2),
+        VolumeFramingSettings(spacing=(1.0, 1.0, 1.0), patch=(64, 32, 32)),
+        batch_size=1,
+    )
+    cohort = Cohort.of(recipe, open_dataset(settings), resume=False)
+    assert said in cohort.remarks()
+
+
 def test_too_few_cases_to_draw_from_are_an_error_of_check_too(tmp_path):
     (line,) = errors(checked(nnunet_folder(tmp_path, n=2))[1])
     assert (
