@@ -39,36 +39,41 @@ class ConvertSettings:
     """Folders that hold the images (.png, .tif, .bmp,
     .jpg) or volumes (.nii.gz, .nii, .mha, .nrrd)."""
     masks: tuple[Path, ...]
-    """Folders that hold the masks; they may be the folders
-    of the images. A mask has the name of its image,
-    either exactly or followed by a word such as mask,
-    seg, segmentation or label: p1.png and p1_mask.png."""
+    """Folders that hold the masks; they may be the
+    folders of the images. A mask has the name of its
+    image, either exactly or followed by a word such
+    as mask, seg, segmentation or label: p1.png and
+    p1_mask.png."""
     attributes: Path
-    """Csv file with a row for each image and a column for
-    each attribute, such as sex, scanner or hospital."""
+    """Csv file with a row for each image and a column
+    for each attribute, such as sex, scanner or
+    hospital."""
     to: Path
-    """Folder to write. It must not exist yet, or be empty."""
+    """Folder to write. It must not exist yet, or be
+    empty."""
     labels: tuple[str, ...] = ()
     """Names of the labels, the background first. Without
-    this flag the labels are named foreground, or label
-    1, label 2 and so on, if the masks leave no doubt.
+    this flag the labels are named foreground, or
+    label 1, label 2 and so on, if the masks leave no
+    doubt.
     - background cyst tumour: for masks of 0, 1 and 2.
-    - background=0 cyst=128 tumour=#ff0000: for masks of
-      other numbers or of colours.
-    Pixels of a label named ignore count in no loss and
-    no score."""
+    - background=0 cyst=128 tumour=#ff0000: for masks
+      of other numbers or of colours.
+    Pixels of a label named ignore count in no loss
+    and no score."""
     channels: tuple[str, ...] = ()
-    """Names of the channels. Name CT volumes in Hounsfield
-    units CT, so that they are clipped to a window;
-    other channels are brought to mean 0 and variance 1."""
+    """Names of the channels. Name CT volumes in
+    Hounsfield units CT, so that they are clipped to a
+    window; other channels are brought to mean 0 and
+    variance 1."""
     case: str | None = None
     """Column of the csv that names the images. None: the
     column that names most of them."""
     subject: str | None = None
     """Column of the csv that names the patients. Give it
-    if a patient has several images, so that no patient
-    is both trained and tested on. None: the column
-    subject, if there is one."""
+    if a patient has several images, so that no
+    patient is both trained and tested on. None: the
+    column subject, if there is one."""
 
 
 def convert(settings: ConvertSettings) -> list[str]:

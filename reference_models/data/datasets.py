@@ -31,15 +31,16 @@ class DataSettings:
 
     data: Literal["fairseg", "ham10000", "mni152", "phantom", "folder", "nifti"]
     """The data set.
-    - folder: your own images or volumes, in a folder of
-      nnU-Net's layout. Its former name is nifti.
+    - folder: your own images or volumes, in a folder
+      of nnU-Net's layout. Its former name is nifti.
     - fairseg: Harvard-FairSeg, which you download.
     - ham10000: HAM10000, which you download.
     - mni152: slices of the MNI152 brain; no download.
     - phantom: made-up images; no download."""
     root: Path | None = None
     """Folder that holds the files of the data set. Leave
-    it out for mni152 and phantom, which have no files."""
+    it out for mni152 and phantom, which have no
+    files."""
     attributes: tuple[str, ...] = ()
     """The attributes that the router receives. Without
     this flag it receives the first of these:
@@ -49,48 +50,49 @@ class DataSettings:
     - folder: the columns of its attributes.csv."""
     splits: Path | None = None
     """File that says which cases are for training,
-    validation and test: the splits.json of another run,
-    or a splits_final.json of nnU-Net. Without this flag
-    a splits_final.json in the folder is used. Without
-    that, the data set's own split is used, and
-    --split-seed splits the rest."""
+    validation and test: the splits.json of another
+    run, or a splits_final.json of nnU-Net. Without
+    this flag a splits_final.json in the folder is
+    used. Without that, the data set's own split is
+    used, and --split-seed splits the rest."""
     fold: Fold | None = None
     """Number of the fold to train, counted from 0. The
-    validation cases are those that the fold holds out.
-    The folds are those of a splits_final.json or,
-    without one, are made by subject and stratified by
-    the default attribute. Without this flag the first
-    fold of a splits_final.json is used, or else no fold.
+    validation cases are those that the fold holds
+    out. The folds are those of a splits_final.json
+    or, without one, are made by subject and
+    stratified by the default attribute. Without this
+    flag the first fold of a splits_final.json is
+    used, or else no fold.
     - all: train on every case except the test cases,
       and hold out none."""
     folds: int | None = None
     """Number of folds to make if there is no
     splits_final.json. None: 5, as nnU-Net makes."""
     split_seed: int = 0
-    """Seed that splits the cases which the data set's own
-    split leaves open. Give all runs that you compare
-    the same one."""
+    """Seed that splits the cases which the data set's
+    own split leaves open. Give all runs that you
+    compare the same one."""
     unknown_texts: tuple[str, ...] = UNKNOWN_TEXTS
-    """Texts in a csv that mean that a value is unknown, in
-    upper or lower case. An empty cell and the word
-    unknown always mean that. If one of these texts is a
-    value in your data, such as none for a contrast
+    """Texts in a csv that mean that a value is unknown,
+    in upper or lower case. An empty cell and the word
+    unknown always mean that. If one of these texts is
+    a value in your data, such as none for a contrast
     phase, give the other texts only."""
     cache: Path | None = None
     """Folder that stores decoded and resized cases, so
-    that later epochs and runs start faster. It may grow
-    large. None: ~/.cache/dmoe-frames."""
+    that later epochs and runs start faster. It may
+    grow large. None: ~/.cache/dmoe-frames."""
     ct_window: tuple[float, float] = CT_WINDOW
     """Lowest and highest Hounsfield unit, to which
     channels named CT in a folder are clipped. The
     default shows soft tissue."""
     mni152: HeldOut = "middle"
     """Which slices of mni152 are held out for validation
-    and test: those in the middle of the head, or upper
-    ones."""
+    and test: those in the middle of the head, or
+    upper ones."""
     mni152_normalised: Normalised = "slice"
-    """How the intensities of mni152 are brought to mean 0
-    and variance 1.
+    """How the intensities of mni152 are brought to mean
+    0 and variance 1.
     - slice: each slice by itself.
     - head: the whole head at once, so that a tissue
       looks the same in all slices."""

@@ -53,21 +53,23 @@ class PhantomSettings:
       shows.
     - appearance: how bright the lesion is.
     - none: nothing.
-    - two: two attributes, site and protocol, change how
-      the lesion is outlined."""
+    - two: two attributes, site and protocol, change
+      how the lesion is outlined."""
     rule: Rule = "margin"
     """How the attribute changes the outline.
     - margin: how far out the outline runs.
     - direction: which half of the lesion is outlined."""
     shares: tuple[float, ...] = (0.7, 0.2, 0.1)
-    """Share of the training cases for each site. There are
-    as many sites as shares, and the shares add up to 1."""
+    """Share of the training cases for each site. There
+    are as many sites as shares, and the shares add up
+    to 1."""
     cases: int = 400
     """Number of training cases."""
     validation_cases_per_group: int = 0
     """Number of validation cases for each site or, with
-    two attributes, for each combination in training. 0:
-    some of the training cases become validation cases."""
+    two attributes, for each combination in training.
+    0: some of the training cases become validation
+    cases."""
     test_cases_per_group: int = 40
     """Number of test cases for each site or, with two
     attributes, for each combination."""
@@ -75,8 +77,8 @@ class PhantomSettings:
     """Number of rows and of columns of an image, in
     pixels; at least 32."""
     seed: int = 0
-    """Seed of the images. It does not change the split or
-    the training, which have seeds of their own."""
+    """Seed of the images. It does not change the split
+    or the training, which have seeds of their own."""
 
 
 class Phantom(Dataset):

@@ -55,7 +55,8 @@ class ExportSettings:
     experts: Literal["auto", "sparse", "dense"] = "auto"
     """How the file computes the experts.
     - auto: the method that suits the network's sizes.
-    - sparse: each token is computed by its own experts.
+    - sparse: each token is computed by its own
+      experts.
     - dense: all experts compute every token, for
       runtimes that need fixed shapes."""
 

@@ -91,8 +91,8 @@ class ImageFramingSettings(FramingSettings):
     """How training images are varied at random.
     - paper: quarter turns with flips and small
       rotations, as in the paper's code.
-    - shift: moved by up to a twelfth of their size, for
-      images in which everything lies in one pose.
+    - shift: moved by up to a twelfth of their size,
+      for images in which everything lies in one pose.
     - none: not at all."""
 
     @property
@@ -122,28 +122,29 @@ class VolumeFramingSettings(FramingSettings):
 
     spacing: tuple[float, float, float] | Literal["median"] = "median"
     """Size in mm of the voxels to which all volumes are
-    resampled, along three axes: left to right, back to
-    front, below to above.
+    resampled, along three axes: left to right, back
+    to front, below to above.
     - median: the median of the data along each axis."""
     patch: tuple[int, int, int] | Literal["paper"] = "paper"
     """Number of voxels that the network sees at once,
-    along the axes of --spacing. Each must be a multiple
-    of 32. Choose a smaller patch if the memory does not
-    suffice.
+    along the axes of --spacing. Each must be a
+    multiple of 32. Choose a smaller patch if the
+    memory does not suffice.
     - paper: 384 384 128, but along each axis no more
       than the median volume needs."""
     patches: int = 1
     """Number of patches that training draws from each
     volume in an epoch."""
     foreground: float = 1 / 3
-    """Share of the training patches, 0 to 1, that contain
-    a voxel of a labelled structure, so that small
-    structures are not missed. The other patches lie
-    anywhere. A third is nnU-Net's share."""
+    """Share of the training patches, 0 to 1, that
+    contain a voxel of a labelled structure, so that
+    small structures are not missed. The other patches
+    lie anywhere. A third is nnU-Net's share."""
     overlap: float = 0.5
     """Overlap of neighbouring windows in validation and
     prediction, as a share of the patch: 0 to below 1.
-    More overlap takes longer and gives smoother masks."""
+    More overlap takes longer and gives smoother
+    masks."""
     body: bool = False
     """Send only the voxels of the patient's body to the
     experts, not those of the air around it."""

@@ -38,11 +38,13 @@ class ModelSettings(ABC):
       call.
     - never: at no time."""
     unknown: Literal["error", "average", "learned"] = "error"
-    """What happens to a sample whose attribute is unknown.
+    """What happens to a sample whose attribute is
+    unknown.
     - error: training and prediction refuse it.
     - average: the routers of all values are averaged.
-    - learned: a router of its own, which learns from
-      the unknown samples and from --attribute-dropout."""
+    - learned: the unknown value has a router too,
+      which learns from unknown samples and from
+      --attribute-dropout."""
     gradient_checkpointing: bool = False
     """Compute each block a second time in the backward
     pass. That takes less memory and more time."""
@@ -52,8 +54,9 @@ class ModelSettings(ABC):
       TransUNet.
     - .pth: weights of the paper's released code.
     - .safetensors: the model.safetensors of a trained
-      dense U-Net, for a U-Net with experts; each expert
-      starts as the dense network's MLP (upcycling)."""
+      dense U-Net, for a U-Net with experts; each
+      expert starts as the dense network's MLP
+      (upcycling)."""
 
     @property
     def told(self) -> bool:
@@ -115,18 +118,20 @@ class TransUNetSettings(ModelSettings):
 
     variant: Literal["vit_b16", "r50_vit_b16", "small"] = "vit_b16"
     """The encoder.
-    - vit_b16: ViT-B/16, as in the paper's experiments.
-    - r50_vit_b16: the full TransUNet, with a ResNet-50
-      before the ViT.
+    - vit_b16: ViT-B/16, as in the paper's
+      experiments.
+    - r50_vit_b16: the full TransUNet, with a
+      ResNet-50 before the ViT.
     - small: a small TransUNet that a CPU can train."""
     moe: Literal["shared", "per_block", "mlp", "none"] = "shared"
     """Where the network has experts.
-    - shared: one residual layer of experts, used after
-      every block (the paper).
+    - shared: one residual layer of experts, used
+      after every block (the paper).
     - per_block: a layer of experts of its own after
       each block.
     - mlp: experts replace the MLP of each block.
-    - none: no experts; a dense network to compare with."""
+    - none: no experts; a dense network to compare
+      with."""
 
     @property
     def told(self) -> bool:
@@ -155,12 +160,13 @@ class ResUNet3DSettings(ModelSettings):
     released code has 24."""
     moe: Literal["per_block", "none"] = "per_block"
     """Where the network has experts.
-    - per_block: a residual layer of experts after each
-      of --stages (the paper).
-    - none: no experts; a dense network to compare with."""
+    - per_block: a residual layer of experts after
+      each of --stages (the paper).
+    - none: no experts; a dense network to compare
+      with."""
     stages: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """The encoder stages, 1 to 5, that experts follow. The
-    paper has experts after all five."""
+    """The encoder stages, 1 to 5, that experts follow.
+    The paper has experts after all five."""
 
     @property
     def told(self) -> bool:
@@ -191,18 +197,19 @@ class UNetSettings(ModelSettings):
     attribute.
     - mlp: a dense MLP; it does not receive the
       attribute.
-    - channels: a dense MLP; each attribute value is an
-      extra channel of the image.
+    - channels: a dense MLP; each attribute value is
+      an extra channel of the image.
     - film: a dense MLP, whose input the attribute
       scales and shifts (FiLM). Simpler than experts;
       try it first.
     - per_value: an MLP of its own for each value.
-    - moe: experts, whose router receives the attribute."""
+    - moe: experts, whose router receives the
+      attribute."""
     hidden: int = 8
     """Number of hidden units that a token passes through
     in all its experts together, as a multiple of the
-    stage's channels. Equal numbers cost every block the
-    same."""
+    stage's channels. Equal numbers cost every block
+    the same."""
     n_experts: int = 8
     """Number of experts in each stage; the paper has 8."""
     k: int = 2

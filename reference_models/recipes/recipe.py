@@ -17,7 +17,7 @@ from .framings import ImageFramingSettings, VolumeFramingSettings, require
 from .networks import ResUNet3DSettings, TransUNetSettings, UNetSettings
 
 # The texts of settings are what `--help` says of their flags. It shows their line breaks as they
-# are, and lines of 52 letters fit into a terminal of 80 columns.
+# are, and lines of 50 letters fit into a terminal of 80 columns.
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Recipe:
     out: Path = Path("run")
     """Folder to write the run to: its weights, settings,
     splits, history and TensorBoard files. The folder
-    must not hold a run yet, unless you resume that run."""
+    must not hold a run yet, unless you resume that
+    run."""
     seed: int = 0
     """Seed of the initial weights, the order of the
     samples, augmentation, routing noise and dropout.
@@ -47,13 +48,14 @@ class Recipe:
 
     batch_size: int = 42
     """Number of samples in a batch, over all devices
-    together. The paper has 42 in 2D and 4 in 3D. Choose
-    fewer if the memory does not suffice."""
+    together. The paper has 42 in 2D and 4 in 3D.
+    Choose fewer if the memory does not suffice."""
     epochs: int | Literal["paper"] = "paper"
     """Number of passes over the training cases.
-    - paper: 300 for fairseg, 100 for ham10000 and for a
-      folder.
-    - 0: no training, to evaluate --weights as they are."""
+    - paper: 300 for fairseg, 100 for ham10000 and for
+      a folder.
+    - 0: no training, to evaluate --weights as they
+      are."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is unknown, as
     the paper does. Otherwise choose what the network
@@ -61,8 +63,8 @@ class Recipe:
     attribute_dropout: float = 0.0
     """Share of the training samples, 0 to 1, whose
     attributes are hidden from the network in a step.
-    Use it with --unknown learned, so that the router of
-    the unknown value has samples to learn from."""
+    Use it with --unknown learned, so that the router
+    of the unknown value has samples to learn from."""
     patience: int | None = None
     """Stop the training after this number of epochs
     without a better validation score. None: train all
@@ -73,23 +75,26 @@ class Recipe:
     released code uses SGD. AdamW has PyTorch's betas."""
     learning_rate: float = 0.01
     """The highest learning rate, from which --schedule
-    goes down. The paper has 0.01 in 2D and 5e-5 in 3D."""
+    goes down. The paper has 0.01 in 2D and 5e-5 in
+    3D."""
     weight_decay: float = 0.01
-    """Weight decay, applied to every parameter. The paper
-    does not name one; 0.01 is PyTorch's for AdamW."""
+    """Weight decay, applied to every parameter. The
+    paper does not name one; 0.01 is PyTorch's for
+    AdamW."""
     momentum: float = 0.9
     """Momentum of SGD. AdamW does not use it."""
     schedule: Literal["exponential", "poly", "cosine"] = "exponential"
     """How the learning rate falls during the training.
-    - exponential: by the same factor after each epoch,
-      to --decay of its height in the last one (the
-      paper).
-    - poly: by (1 - step/steps)^0.9 (the released code).
+    - exponential: by the same factor after each
+      epoch, to --decay of its height in the last one
+      (the paper).
+    - poly: by (1 - step/steps)^0.9 (the released
+      code).
     - cosine: along a half cosine, to zero."""
     decay: float = 0.01
-    """What the exponential schedule leaves of the learning
-    rate in the last epoch, as a share. The paper does
-    not name it."""
+    """What the exponential schedule leaves of the
+    learning rate in the last epoch, as a share. The
+    paper does not name it."""
     warmup: float = 0.0
     """Share of all steps, 0 to below 1, in which the
     learning rate first rises from near zero."""
@@ -101,51 +106,55 @@ class Recipe:
     loss. The paper trains with cross-entropy alone."""
     balance_weight: float = 0.0
     """Weight of the balance loss, which makes the router
-    use all experts. The paper has none; 0.01 is usual,
-    as in the Switch Transformer."""
+    use all experts. The paper has none; 0.01 is
+    usual, as in the Switch Transformer."""
     balance: Literal["load", "within", "importance"] = "load"
     """The balance loss that --balance-weight weighs.
-    - load: balances the experts' loads over all tokens.
-    - within: balances the loads of each attribute value
-      by itself; every value counts the same.
+    - load: balances the experts' loads over all
+      tokens.
+    - within: balances the loads of each attribute
+      value by itself; every value counts the same.
     - importance: balances the sums of the gates."""
     z_weight: float = 0.0
     """Weight of the router z-loss, which keeps the
-    router's scores small. The paper has none; 0.001 is
-    usual, as in ST-MoE."""
+    router's scores small. The paper has none; 0.001
+    is usual, as in ST-MoE."""
     fairness: Literal["none", "reweight", "group-dro", "fair-dro", "febs"] = "none"
-    """How the loss weighs the groups, which are the values
-    of the first attribute.
+    """How the loss weighs the groups, which are the
+    values of the first attribute.
     - none: every sample counts the same.
-    - reweight: every group counts the same on average.
-    - group-dro: groups of high loss gain weight (Sagawa
-      et al. 2020).
+    - reweight: every group counts the same on
+      average.
+    - group-dro: groups of high loss gain weight
+      (Sagawa et al. 2020).
     - fair-dro: hard samples count more within each
       group.
-    - febs: the Dice loss is scaled by group (FairSeg)."""
+    - febs: the Dice loss is scaled by group
+      (FairSeg)."""
     group_dro_rate: float = 0.01
     """How fast group-dro changes the weights of the
     groups: its step size."""
     fair_dro_temperature: float = 1.0
-    """Temperature of fair-dro, above 0. The smaller it is,
-    the more the hardest samples of a group count."""
+    """Temperature of fair-dro, above 0. The smaller it
+    is, the more the hardest samples of a group count."""
     febs_gamma: float = 1.0
-    """Exponent of febs. With 0 all groups weigh the same;
-    a higher one scales them further apart."""
+    """Exponent of febs. With 0 all groups weigh the
+    same; a higher one scales them further apart."""
 
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """Number format of the computation; weights are always
-    stored in 32 bits.
+    """Number format of the computation; weights are
+    always stored in 32 bits.
     - 32: 32 bits.
     - bf16-mixed: bfloat16, which takes less memory.
     - 16-mixed: float16, which needs a GPU."""
     devices: int = 1
     """Number of processes on each machine. Each process
-    uses a GPU of its own, or the CPU where there is no
-    GPU."""
+    uses a GPU of its own, or the CPU where there is
+    no GPU."""
     nodes: int = 1
-    """Number of machines that train together. --batch-size
-    must be a multiple of --devices times --nodes."""
+    """Number of machines that train together.
+    --batch-size must be a multiple of --devices times
+    --nodes."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work.
     - auto: ddp if there are several processes.
@@ -159,8 +168,8 @@ class Recipe:
     choose more if a GPU waits for data."""
     checkpoint_every: int = 500
     """Number of steps between two checkpoints within an
-    epoch, from which --resume goes on. A checkpoint is
-    also written after every epoch; 0: only then."""
+    epoch, from which --resume goes on. A checkpoint
+    is also written after every epoch; 0: only then."""
 
 
 _PAPER_EPOCHS = {"fairseg": 300, "ham10000": 100, "folder": 100}
