@@ -112,7 +112,10 @@ class VolumeFraming(Framing):
         size, padding = self._size(sample)
         padded = tuple(length + sum(ends) for length, ends in zip(size, padding, strict=True))
         if tuple(logits_KS.shape[1:]) != padded:
-            raise ValueError(f"logits: got shape {tuple(logits_KS.shape)}, expected (K, *{padded})")
+            raise ValueError(
+                f"logits: got shape {tuple(logits_KS.shape)}, expected "
+                f"(K, {', '.join(map(str, padded))})"
+            )
         x, y, z = (slice(low, low + n) for (low, _), n in zip(padding, size, strict=True))
         inside_KS = logits_KS[:, x, y, z]
         native = tuple(sample.native_size[axis] for axis in np.argsort(turn[:, 0]))

@@ -78,7 +78,7 @@ def test_where_links_are_refused_files_are_copied(tmp_path, monkeypatch):
     image = settings.to / "imagesTr/us_001_0000.png"
     assert not image.is_symlink()
     assert image.read_bytes() == (tmp_path / "a/us_001.png").read_bytes()
-    assert "3 files are copied, since the system allows no links here." in said
+    assert "3 files were copied, since the system allows no links here." in said
 
 
 def test_a_folder_that_is_there_is_never_written_to_and_none_is_left_after_an_error(tmp_path):

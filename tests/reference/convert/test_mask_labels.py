@@ -118,11 +118,11 @@ def test_several_masks_of_one_image_are_put_together(tmp_path):
 SMOOTH = np.tile(np.arange(32, dtype=np.uint8) * 8, (24, 1))
 REFUSED = {
     "other greys": ([grey(128, 255)], (), "hold 0, 128, 255.*background=0 'label1=128'"),
-    "a gap": ([grey(2)], (), "hold 0, 2, and which is which"),
+    "a gap": ([grey(2)], (), "hold 0, 2, and it is not known which is which"),
     "two colours": ([coloured(RED, GREEN)], (), "background=0 'label1=#00ff00' 'label2=#ff0000'"),
     "smoothed": ([SMOOTH], (), "32 values, 0, 8, 16.*as if they were smoothed, compressed as JPEG"),
     "nothing": ([mask_of(0)], (), "only background"),
-    "one not named": ([grey(1, 2)], ("a", "b"), "holds 2, which is none of --labels"),
+    "one not named": ([grey(1, 2)], ("a", "b"), "holds 2, which --labels does not name"),
     "a value not named": (
         [grey(7)],
         ("a=0", "b=8"),

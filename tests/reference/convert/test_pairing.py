@@ -89,7 +89,7 @@ def test_names_that_differ_in_capitals_or_zeros_are_asked_about(tmp_path):
 
 
 REFUSED = {
-    "nothing alike": (["a1.png"], ["b1.png"], "images are a1.png, masks b1.png; a mask has"),
+    "nothing alike": (["a1.png"], ["b1.png"], "images are a1.png, masks are b1.png; a mask must"),
     "two images": (["p1.png", "p1.jpg"], ["p1.png"], r"p1\.jpg and .*p1\.png have the same name"),
     "two masks": (["p1.png"], ["p1_mask.png", "p1_seg.png"], "have the same name; remove one"),
     "two endings": (["p1.png", "p2.bmp"], ["p1.png", "p2.png"], "they end in .bmp and .png"),
@@ -97,9 +97,13 @@ REFUSED = {
     "a lacking channel": (
         ["p1_0000.png", "p1_0001.png", "p2_0000.png"], ["p1.png", "p2.png"], "cases lack one .*: p2"
     ),
-    "channels from 1": (["p1_0001.png"], ["p1.png"], "channels are _0001, expected all from _0000"),
-    "no mask": (["p1.png"], ["notes.txt"], r"b: has no file that ends in \.nii.*it has notes.txt"),
-    "folders": (["p1.png"], [], "b: has no file.*it has nothing"),
+    "channels from 1": (["p1_0001.png"], ["p1.png"], "names are _0001, expected all from _0000"),
+    "no mask": (
+        ["p1.png"],
+        ["notes.txt"],
+        r"b: this folder \(--masks\) has no file that ends in \.nii.*it has notes.txt",
+    ),
+    "folders": (["p1.png"], [], r"b: this folder \(--masks\) has no file.*it has nothing"),
 }  # fmt: skip
 
 
@@ -111,7 +115,7 @@ def test_what_cannot_be_paired_is_refused(tmp_path, fault):
 
 
 def test_a_folder_that_is_none_or_has_none_called_like_masks_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"x: no such folder \(--images\)"):
+    with pytest.raises(DataError, match="x: there is no such folder; correct --images"):
         list_files([tmp_path / "x"], [tmp_path])
     (tmp_path / "p1.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"no file in it has a name of a mask: p1_mask\.png"):

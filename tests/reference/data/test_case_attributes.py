@@ -56,7 +56,7 @@ def test_rows_of_other_cases_are_passed_over_with_whatever_they_say(csv):
     path = csv([*ROWS, "p5,Z,old", "p5,,"])
     attributes = CaseAttributes.read(path, ["p1", "p2"], known={"site": ["A", "B"]})
     assert attributes.of(["p1", "p2"]).tolist() == [[1], [0]]
-    with refused("1 of 2 cases (p5)"):
+    with refused("1 of 2 cases have an unknown attribute (p5)"):
         attributes.of(["p1", "p5"])
 
 

@@ -133,7 +133,7 @@ NO_TABLES = {
     "packed by gzip": b"\x1f\x8b\x08" + bytes(40),
     "text in UTF-16, expected text in UTF-8": "case,site\np0,A\n".encode("utf-16"),
     "text in UTF-16": b"\xfe\xff" + "case,site\np0,A\n".encode("utf-16-be"),
-    "zero bytes, as UTF-16": "case,site\np0,A\n".encode("utf-16-le"),
+    "zero bytes, as text in UTF-16": "case,site\np0,A\n".encode("utf-16-le"),
 }
 
 
@@ -147,9 +147,18 @@ def test_what_is_no_text_is_called_what_it_is(tmp_path, words):
 
 
 ONE_ERROR = {
-    "columns behind a #": (["#case,site", "p0,A", "p1,B", "p2,B"], "'#case,site' is left out, as"),
-    "a row cut short": (["case,site", "p0,A", "p1", "p2,B"], ":3: 1 cells, expected 2"),
-    "every row cut short": (["case,site,age", "p0,A", "p1,B", "p2,B"], ":2: 2 cells, expected 3"),
+    "columns behind a #": (
+        ["#case,site", "p0,A", "p1,B", "p2,B"],
+        "'#case,site' is ignored, since",
+    ),
+    "a row cut short": (
+        ["case,site", "p0,A", "p1", "p2,B"],
+        ":3: this row has 1 cells, expected 2",
+    ),
+    "every row cut short": (
+        ["case,site,age", "p0,A", "p1,B", "p2,B"],
+        ":2: this row has 2 cells, expected 3",
+    ),
     "another cohort": (["case,site", "x0,A", "x1,B", "x2,B"], "none of its 3 rows names a case"),
     "no column of cases": (["id,site", "p0", "p1", "p2"], "expected a column case"),
     "a zero lost": (["case,site", "00,A", "p1,B", "p2,B"], "write 0 if you mean that case"),
@@ -179,7 +188,7 @@ def test_a_row_cut_short_of_a_photograph_is_no_case_of_unknown_age(tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([*lines[:-1], lines[-1].rsplit(",", 3)[0]]), encoding="utf-8")
     (line,) = errors(checked(settings)[1])
-    assert f"{path}:9: 5 cells, expected 8" in line
+    assert f"{path}:9: this row has 5 cells, expected 8" in line
     ids = [f"ISIC_{i:07}" for i in range(12)]
     content = {"dataset": "ham10000", "seed": 0}
     content |= {"train": ids[:8], "validation": ids[8:10], "test": ids[10:]}

@@ -68,7 +68,9 @@ def test_attributes_are_named_once_and_are_the_tables(tmp_path):
         ):
             open_dataset(DataSettings(name, tmp_path, twice))
         if source.attributes:
-            with pytest.raises(DataError, match=f"{name} has {', '.join(source.attributes)}, each"):
+            with pytest.raises(
+                DataError, match=f"{name} has {', '.join(source.attributes)}; name some"
+            ):
                 open_dataset(DataSettings(name, tmp_path, ("rase",)))
 
 

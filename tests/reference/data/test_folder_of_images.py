@@ -94,10 +94,10 @@ def test_colours_are_in_one_file_or_a_channel_a_file(tmp_path):
         np.testing.assert_array_equal(together.image_CS, apart.image_CS)
     (three.root / "imagesTr/u2_0001.png").unlink()
     (line,) = errors(checked(three)[1])
-    assert "u2_0001.png: no such file (channel G)" in line
+    assert "u2_0001.png: there is no such file (channel G)" in line
     (three.root / "imagesTr/u2_0002.png").unlink()  # what is left is no file of all colours
     (line,) = errors(checked(three)[1])
-    assert "u2_0001.png: no such file (channel G)" in line
+    assert "u2_0001.png: there is no such file (channel G)" in line
 
 
 def test_channels_are_scaled_by_their_names(tmp_path):
@@ -173,7 +173,7 @@ BAD_MASKS = {
         _save(Image.fromarray(nodule() // 2 * 255)),
         "expected the labels 0 to 2 .*got also 255; .*write 1",
     ),
-    "a label too many": (_save(Image.fromarray(nodule() + 1)), "got also 3; correct the mask or dataset"),
+    "a label too many": (_save(Image.fromarray(nodule() + 1)), "got also 3; correct the mask or"),
     "colours": (_save(Image.fromarray(np.stack([nodule()] * 3, -1))), "mode RGB, expected one lab"),
     "16 bits": (_save(Image.fromarray(nodule().astype(np.uint16))), "mode I;16, expected one lab"),
     "another size": (
@@ -216,8 +216,10 @@ def test_masks_of_black_and_white_are_one_error_that_names_the_first_and_the_cou
     assert line.startswith(f"error: {path}: expected the labels 0 to 2 (")
     assert "as dataset.json says; got also 255; a mask must hold labels and not grey levels" in line
     names = ", ".join(str(tmp_path / f"labelsTr/u{number}.png") for number in (1, 2, 3))
-    assert line.endswith(f"convert, which does that (the same holds for 6 more: {names} and 3 more)")
-    with pytest.raises(DataError, match="got also 255; .*write 1 for white"):
+    assert line.endswith(
+        f"convert, which does that (the same holds for 6 more: {names} and 3 more)"
+    )
+    with pytest.raises(DataError, match=r"got also 255; .*write 1 for white"):
         load(settings, "u3")
 
 
@@ -277,7 +279,7 @@ def test_images_of_another_ending_are_named_once_and_previews_are_left_out(tmp_p
     assert "u1_0000.jpg: this file ends in .jpg, but the file_ending of" in line
     assert "(the same holds for 1 more: u2_0000.jpg)" in line
     (tmp_path / "labelsTr/u3.tif").write_bytes((tmp_path / "labelsTr/u3.png").read_bytes())
-    assert any("u3.tif: the same name as" in line for line in errors(checked(settings)[1]))
+    assert any("u3.tif: it has the same name as" in line for line in errors(checked(settings)[1]))
 
 
 def test_rows_may_name_files_and_images_to_be_predicted_need_none(tmp_path):

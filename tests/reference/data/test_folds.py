@@ -81,7 +81,7 @@ def test_a_fold_that_cannot_be_is_refused(settings, tmp_path):
     ours = tmp_path / "splits.json"
     write_splits(ours, make_splits(open_dataset(settings), 0))
     for change, content, words in (
-        ({"fold": 5}, FOLDS, "fold: got 5, but .* has 0 to 4"),
+        ({"fold": 5}, FOLDS, "fold: got 5, but .* has the folds 0 to 4"),
         ({"fold": -1}, FOLDS, "fold: got -1"),
         ({"splits": ours, "fold": 0}, FOLDS, "holds one split and no folds"),
         ({}, [{"train": ["p0", "p1"], "val": ["p99"]}], "p99: not in the data set"),
@@ -97,7 +97,7 @@ def test_a_fold_that_cannot_be_is_refused(settings, tmp_path):
         (line,) = errors(checked(asked)[1])
         assert "TypeError" not in line
     path.unlink()  # then folds are made
-    with pytest.raises(DataError, match="fold: got 5, but 5 folds are made"):
+    with pytest.raises(DataError, match="fold: got 5, but there are 5 folds"):
         chosen(dataclasses.replace(settings, fold=5))
 
 
@@ -107,7 +107,9 @@ def test_a_fold_must_not_contradict_the_csvs_split_nor_spread_a_patient(settings
     splits = ["test", *[""] * 9]
     lines = [f"{row},{split}" for row, split in zip(rows, splits, strict=True)]
     table.write_text("\n".join(["case,T-stage,split", *lines]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"has p0 in validation, but .* p0 is in test"):
+    with pytest.raises(
+        DataError, match=r"has p0 in validation, but .* p0 is in test; .*--fold then makes"
+    ):
         chosen(settings)
     lines = [f"{row},{'one' if i < 2 else ''}" for i, row in enumerate(rows)]
     table.write_text("\n".join(["case,T-stage,subject", *lines]), encoding="utf-8")
@@ -146,7 +148,9 @@ def test_cases_that_no_split_names_are_counted_and_named(settings):
     few = [{"train": ["p1", "p2", "p4"], "val": ["p6"]}]
     path = settings.root / "splits_final.json"
     path.write_text(json.dumps(few), encoding="utf-8")
-    said = "6 of 10 cases with a mask are in no split and are not used: p0, p3, p5, p7, p8 and 1 more"
+    said = (
+        "6 of 10 cases with a mask are in no split and are not used: p0, p3, p5, p7, p8 and 1 more"
+    )
     code, text = checked(settings)
     assert code == 0
     assert f"; {said}\n" in text

@@ -107,7 +107,7 @@ def test_all_trains_on_every_case_but_the_test_cases_and_holds_none_out(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((0, 5), "fold: got 5, but 5 folds are made .*, 0 to 4"),
+        ((0, 5), "fold: got 5, but there are 5 folds .*, 0 to 4"),
         ((0, -1), "fold: got -1"),
         ((0, 0, 1), "folds: got 1, expected 2 or more"),
         ((0, 0, 41), "folds: got 41, but patients has only 40 subjects"),
@@ -180,7 +180,7 @@ def test_folds_are_written_as_nnunet_does_and_read_back(settings, tmp_path):
     assert [sorted(fold) for fold in content] == [["train", "val"]] * 3
     again = choose_folds(open_dataset(settings), None, 0)
     assert again == folds
-    with pytest.raises(DataError, match=r"folds: got 3, but the folds are those of .*final\.json"):
+    with pytest.raises(DataError, match=r"folds: got 3, but the folds of .*final\.json are used"):
         choose_splits(open_dataset(settings), None, 0, 0, 3)
     ours = tmp_path / "ours.json"
     write_splits(ours, make_splits(dataset, 0))

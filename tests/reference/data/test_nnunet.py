@@ -42,15 +42,15 @@ BAD_FOLDERS = {
     ),
     "no first channel": (
         _rename("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0001.nii.gz"),
-        "{root}/imagesTr/p3_0001.nii.gz: channel 0001, but",
+        "{root}/imagesTr/p3_0001.nii.gz: its name says channel 0001, but",
     ),
     "one channel too many": (
         _copy("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0001.nii.gz"),
-        "{root}/imagesTr/p3_0001.nii.gz: channel 0001, but {root}/dataset.json names 1",
+        "p3_0001.nii.gz: its name says channel 0001, but {root}/dataset.json names 1 channels",
     ),
     "also not deflated": (
         _copy("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0000.nii"),
-        "{root}/imagesTr/p3_0000.nii: ends in .nii, but the file_ending of",
+        "{root}/imagesTr/p3_0000.nii: this file ends in .nii, but the file_ending of",
     ),
     "two spellings": (
         _copy("labelsTr/p3.nii.gz", "labelsTr/p3.NII.GZ"), "the same name as"
@@ -85,7 +85,7 @@ def test_a_channel_that_is_missing_is_named_and_so_is_a_4d_image_without_channel
     with pytest.raises(DataError) as raised:
         open_dataset(settings)
     images, said = tmp_path / "imagesTr", str(raised.value)
-    assert f"{images / 'p1_0001.nii.gz'}: no such file (channel T2)" in said
+    assert f"{images / 'p1_0001.nii.gz'}: there is no such file (channel T2)" in said
     assert f"{images / 'p2.nii.gz'}: expected a file for each of the 2" in said
 
 
@@ -115,7 +115,7 @@ BAD_LAYOUTS = {
     "ignore": ({"labels": {"background": 0, "a": 1, "ignore": 3}}, "ignore label"),
     "fraction": (
         {"labels": {"background": 0, "tumour": 1.5}},
-        "'tumour' is 'one', expected a whole number",
+        "'tumour' is 1.5, expected a whole number",
     ),
     "text": (
         {"labels": {"background": 0, "tumour": "one"}},
@@ -154,7 +154,8 @@ def test_a_folder_without_images_is_refused_and_a_byte_order_mark_is_not(tmp_pat
     assert len(open_dataset(settings).cases) == 3
     (tmp_path / "imagesTr").rename(tmp_path / "images")
     with pytest.raises(
-        DataError, match=re.escape(f"{tmp_path}: ") + r"no \.nii\.gz file in its folder imagesTr"
+        DataError,
+        match=re.escape(f"{tmp_path}: ") + r"there is no \.nii\.gz file in its folder imagesTr",
     ):
         open_dataset(settings)
     for low, high in ((250, -175), (0, 0), (np.nan, 1), (-np.inf, 1)):

@@ -57,18 +57,19 @@ MISTAKES = {
     ),
     "one label missing": (
         lambda root: (root / "labelsTr/p2.nii.gz").unlink(),
-        "labelsTr/p2.nii.gz: no such file; an image without a mask",
+        "labelsTr/p2.nii.gz: there is no such mask; move images without a mask",
     ),
     "all labels missing": (
         lambda root: [path.unlink() for path in (root / "labelsTr").iterdir()],
-        "labelsTr/p0.nii.gz: no such file; an image without a mask",
+        "labelsTr/p0.nii.gz: there is no such mask; move images without a mask",
     ),
     "one channel too many in dataset.json": (
-        _channels(2), "imagesTr/p0_0001.nii.gz: no such file (channel PET)"
+        _channels(2), "imagesTr/p0_0001.nii.gz: there is no such file (channel PET)"
     ),
     "4D images": (_four_dimensions, "imagesTr/p0.nii.gz: expected a file for each of the 3"),
     "gzip called .nii": (
-        _packed(lambda content: content, ".nii"), "imagesTr/p0_0000.nii: is packed by gzip"
+        _packed(lambda content: content, ".nii"),
+        "imagesTr/p0_0000.nii: this file is packed by gzip",
     ),
     "not gzip and called so": (
         _packed(gzip.decompress, ".nii.gz"),
@@ -161,7 +162,7 @@ def test_check_says_how_each_channel_is_scaled(tmp_path):
     np.testing.assert_allclose(image_CS[0], expected, atol=1e-6)
     path = save(tmp_path / "imagesTr/p2_0000.nii.gz", voxels())
     (line,) = errors(checked(settings)[1])
-    assert f"{path}: channel rgb_to_0_1 must be 0 to 255, got -" in line
+    assert f"{path}: expected intensities of 0 to 255 in channel rgb_to_0_1, got -" in line
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])

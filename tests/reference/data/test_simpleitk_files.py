@@ -173,4 +173,6 @@ def test_a_cut_volume_of_a_folder_is_one_error(tmp_path):
     path = tmp_path / "imagesTr/p2_0000.nrrd"
     path.write_bytes(path.read_bytes()[:-30])
     (line,) = errors(checked(settings)[1])
-    assert line.startswith(f"error: {path}: cut off: its header claims 240 bytes of voxels, and")
+    assert line.startswith(
+        f"error: {path}: this file is cut off: its header claims 240 bytes of voxels, but"
+    )

@@ -105,7 +105,7 @@ BAD_LABELS = {
     "label out of range": (set_voxel((0, 0, 0), 3), "expected the labels 0 to 2 .*; got also 3;"),
     "negative label": (set_voxel((0, 0, 0), -1), "got also -1;"),
     "label of 256": (set_voxel((0, 0, 0), 256), "got also 256;"),
-    "smoothed label": (set_voxel((0, 0, 0), 0.5), "whole numbers, .* got 0.5;"),
+    "smoothed label": (set_voxel((0, 0, 0), 0.5), "whole numbers as labels, .* got 0.5;"),
     "scaled label": (_bad_header(scl_slope=0.25, scl_inter=0), "whole numbers"),
 }
 
