@@ -268,8 +268,8 @@ def test_augmentation_is_the_papers_and_moves_image_and_mask_together():
 def test_wrong_numbers_are_refused_before_anything_is_read():
     frames = phantom_frames()
     for options, words in (
-        ({"batch_size": 23}, r"1\.\.22"),
-        ({"batch_size": 0}, r"1\.\.22"),
+        ({"batch_size": 23}, "got 23, expected 1 to 22"),
+        ({"batch_size": 0}, "got 0, expected 1 to 22"),
         ({"batch_size": 5, "world_size": 2}, "divide"),
         ({"batch_size": 4, "rank": 2, "world_size": 2}, "got 4, 2 and 2, expected"),
         ({"batch_size": 4, "first_batch": 6}, "got 6, expected 0 to 5"),

@@ -137,7 +137,7 @@ def test_a_case_without_a_row_is_refused_before_any_work(home, predict, tmp_path
     assert predict("--attributes", csv) == 1
     assert "no row for case p11" in capsys.readouterr().err
     assert predict("--attributes", tmp_path / "none.csv") == 1
-    assert "none.csv: no such file" in capsys.readouterr().err
+    assert "none.csv: there is no such file" in capsys.readouterr().err
     assert not [*(tmp_path / "masks").iterdir()]
 
 
