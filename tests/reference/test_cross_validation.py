@@ -174,7 +174,9 @@ def test_other_settings_or_cases_are_refused_before_anything_is_trained(crossed,
             cross_validate(dataclasses.replace(recipe, **change))
     made = choose_folds(open_dataset(recipe.data), None, 0, 2)
     monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: made[::-1])
-    with pytest.raises(RunError, match="fold_0: was trained on other cases than this fold has"):
+    with pytest.raises(
+        RunError, match="fold_0: this run was trained on other cases than the fold has"
+    ):
         cross_validate(recipe)
     monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: (made[0], made[0]))
     with pytest.raises(DataError, match="several folds hold out the same case"):
@@ -223,6 +225,6 @@ def test_a_later_fold_that_cannot_be_trained_is_found_before_the_first_is(tmp_pa
     monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: made[::-1])
     monkeypatch.setattr(cohort, "choose_splits", lambda *given: made[::-1][given[3]])
     recipe = dataclasses.replace(TINY, batch_size=14, out=tmp_path / "cv")
-    with pytest.raises(RunError, match="batch_size: got 14, but there are 13 training cases"):
+    with pytest.raises(RunError, match="batch_size: got 14, but there are only 13 training cases"):
         cross_validate(recipe)
     assert not (tmp_path / "cv").exists()

@@ -151,7 +151,9 @@ def test_files_of_anything_else_are_refused(exported, tmp_path):
         assert not out.exists()
 
     other = write_untrained(tmp_path / "other", small_recipe(), seed=2)
-    refused(RunError, other, file, "site.onnx: holds other weights", str(other), "--which")
+    refused(
+        RunError, other, file, "site.onnx: this file holds other weights", str(other), "--which"
+    )
     learned = write_untrained(tmp_path / "learned", small_recipe(unknown="learned"))
     refused(RunError, learned, file, "another run or network", '"unknown": "learned"')
     dense = write_untrained(tmp_path / "dense", small_recipe(block="mlp"))

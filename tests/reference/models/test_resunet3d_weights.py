@@ -132,7 +132,7 @@ def test_a_file_of_another_kind_of_network_is_said_to_be_that(tmp_path):
         WeightsError, match=r"the network ResUNet3D can load only files that end in \.pth"
     ):
         load_pretrained(make(), tmp_path / "ViT-B_16.npz")
-    with pytest.raises(WeightsError, match="a Linear takes no files of weights"):
+    with pytest.raises(WeightsError, match="the network Linear can load no files of weights"):
         load_pretrained(torch.nn.Linear(1, 1), tmp_path / "best.pth")
     flat = save(tmp_path / "2d.pth", {"transformer.embeddings.position_embeddings": torch.ones(1)})
     with pytest.raises(WeightsError, match="is not of the paper's released 3D network"):

@@ -125,7 +125,7 @@ def test_the_open_scope_is_how_a_network_is_told(block):
     [
         ({"block": "moes"}, "block: got 'moes', expected one of mlp, channels"),
         ({"hidden": 0}, "hidden: got 0"),
-        ({"hidden": 4, "k": 3}, "hidden: got 4, .* by 3"),
+        ({"hidden": 4, "k": 3}, "hidden: got 4, .* such that 3, the number of experts"),
         ({"k": 0}, "k: got 0"),
         ({"k": 5, "hidden": 5}, "k: got 5"),
         ({"unknown": "guess"}, "unknown: got 'guess'"),

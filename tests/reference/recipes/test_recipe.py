@@ -85,7 +85,10 @@ def test_a_recipe_becomes_flags():
             {"model": UNetSettings(), "framing": ImageFramingSettings(36, "whole")},
             "size: got 36, expected a multiple of 8",
         ),
-        ({"model": UNetSettings(block="film", aware=False)}, "block: film has"),
+        (
+            {"model": UNetSettings(block="film", aware=False)},
+            "block: got film, which needs attributes",
+        ),
         ({"model": UNetSettings(gradient_checkpointing=True)}, "gradient_checkpointing"),
         ({"model": UNetSettings(k=5, hidden=2)}, "hidden: got 2"),
     ],

@@ -40,7 +40,7 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, which):
     (folder,) = run.glob(f"{which}-*")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunError, match=rf"{folder.name}.model.safetensors: damaged"):
+    with pytest.raises(RunError, match=rf"{folder.name}.model.safetensors: this file is damaged"):
         checkpoints.load_model(run, which)
 
 
@@ -51,12 +51,15 @@ def test_foreign_files_are_refused(finished, tmp_path):
     with pytest.raises(RunError, match="weights are of another network"):
         checkpoints.load_model(run)
     checkpoints.shutil.rmtree(folder)
-    with pytest.raises(RunError, match="has no best checkpoint yet; there is a last one"):
+    with pytest.raises(RunError, match="this run has no best checkpoint yet; use --which last"):
         checkpoints.load_model(run)
     content = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     content["recipe"]["model"]["experts"] = 8
     (run / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(RunError, match=r"recipe\.model: got \['experts'\] besides"):
+    with pytest.raises(
+        RunError,
+        match=r"recipe\.model: it has settings \(experts\) that this version does not know",
+    ):
         checkpoints.load_model(run)
     # As an earlier version wrote it, which knew fewer settings.
     del content["recipe"]["model"]["experts"], content["recipe"]["attribute_dropout"]
