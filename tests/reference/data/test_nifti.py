@@ -186,9 +186,9 @@ NIBABELS_OWN = {
     "reoriented_anat_moved.nii": None,  # big-endian floats
     "standard.nii.gz": None,
     "resampled_anat_moved.nii": "153 voxels are NaN",
-    "functional.nii": "has 4 dimensions",
-    "example4d.nii.gz": "has 4 dimensions",
-    "example_nifti2.nii.gz": "has 4 dimensions",
+    "functional.nii": "this file has 4 dimensions",
+    "example4d.nii.gz": "this file has 4 dimensions",
+    "example_nifti2.nii.gz": "this file has 4 dimensions",
     "row_major.dconn.nii": "not a readable NIfTI file .*Cifti2Image",
 }
 

@@ -60,7 +60,7 @@ BAD_FOLDERS = {
     ),
     "trained and tested on": (
         _copy("imagesTr/p3_0000.nii.gz", "imagesTs/p3_0000.nii.gz"),
-        "{root}/imagesTs/p3_0000.nii.gz: its case is in {root}/imagesTr already",
+        "{root}/imagesTs/p3_0000.nii.gz: its case has images in {root}/imagesTr already",
     ),
 }  # fmt: skip
 
