@@ -162,7 +162,10 @@ def test_other_settings_or_cases_are_refused_before_anything_is_trained(crossed,
     recipe, *_ = crossed
     monkeypatch.setattr(cross_validation, "train", lambda *_, **__: pytest.fail("trained"))
     for change, words in (
-        ({"learning_rate": 0.1}, r"fold_0: this run cannot be resumed .*learning_rate: the run has 0\.004"),
+        (
+            {"learning_rate": 0.1},
+            r"fold_0: this run cannot be resumed .*learning_rate: the run has 0\.004",
+        ),
         ({"data": dataclasses.replace(recipe.data, folds=3)}, r"data\.folds: the run has 2, now 3"),
         (
             {"data": dataclasses.replace(recipe.data, fold=1)},
