@@ -109,8 +109,10 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
 def _settings_from_json(kind: Any, value: Any, name: str) -> Any:
     """Reads a dataclass, whose fields must all be there, and no others."""
     fields = _fields(kind)
-    given = set(value) if isinstance(value, Mapping) else {str(value)}
-    if not isinstance(value, Mapping) or given != set(fields):
+    if not isinstance(value, Mapping):
+        raise RunError(f"{name}: got {value!r}, expected settings by name; {_ANOTHER_VERSION}")
+    given = set(value)
+    if given != set(fields):
         raise RunError(
             f"{name}: it has {_listed(given - set(fields))} that this version does not know, and "
             f"lacks {_listed(set(fields) - given)} that it needs; " + _ANOTHER_VERSION

@@ -183,7 +183,7 @@ def test_experts_that_start_as_a_dense_network_compute_what_it_does(tmp_path, op
         ({}, {"block": "film"}, r"left over: stages.0.film.scale_shift.weight"),
         ({}, {"block": "moe"}, "holds no MLP from which experts can start"),
         ({}, {"block": "per_value"}, "holds no MLP from which experts can start"),
-        ({"block": "mlp"}, {}, "no experts in place of its MLPs"),
+        ({"block": "mlp"}, {}, "that has experts in place of its MLPs; make the network with"),
         ({}, "nan", "NaN or infinity"),
         ({}, "cut", "damaged or is not a safetensors file"),
         ({}, "missing", "damaged or is not a safetensors file"),
