@@ -1,6 +1,6 @@
 """The command line: `python -m reference_models convert|check|train|cross-validate|evaluate|...`.
 
-A command is a function here, whose arguments become its flags, and a line in `main`.
+Each command is a function in this file, whose arguments become its flags, and an entry in `main`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ _Evaluated = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; 0: all is well, 1: it is not, 2: asked wrongly, 130: stopped by Ctrl-C."""
+    """Runs a command and returns its exit code.
+
+    Returns:
+        0 if the command succeeded, 1 if it failed, 2 if the flags were wrong, 130 after Ctrl-C.
+    """
     print_anything()
     try:
         return tyro.extras.subcommand_cli_from_dict(
@@ -62,50 +66,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         advice = (
-            "A training goes on by --resume, a cross-validation, the demo and a study by the same "
-            "command."
+            "To go on, give the same command again; add --resume to train. That holds for train, "
+            "cross-validate, demo and study; other commands start over."
         )
         Console(stderr=True).print(f"Stopped. {advice}", style="red")
         return 130  # as shells have it
 
 
 def _check(settings: Annotated[DataSettings, tyro.conf.arg(name="")]) -> int:
-    """Reads a whole data set before anyone trains on it, and names what is wrong with it."""
+    """Reads every file of a data set and names every file that is missing, damaged or odd.
+
+    Use it before you train. It prints the number of cases of each group and split, warnings, and
+    errors, and it writes nothing.
+
+    Example: python -m reference_models check --data folder --root my_folder
+    """
     return check(settings)
 
 
 def _convert(settings: Annotated[ConvertSettings, tyro.conf.arg(name="")]) -> int:
-    """Lays images, masks and a csv out as a folder that `check` and `train` read."""
+    """Makes a folder of nnU-Net's layout from your images, masks and csv.
+
+    The commands `check` and `train` read that folder. Your own files stay as they are.
+
+    Example: python -m reference_models convert --images scans --masks outlines --attributes
+    patients.csv --to my_folder
+    """
     for sentence in convert(settings):
         print(sentence)
     return 0
 
 
 def _train(recipe: Annotated[_Preset, tyro.conf.arg(name="")], resume: bool = False) -> int:
-    """Trains by a preset, changed by flags.
+    """Trains a network by a preset, whose settings you can change by flags.
+
+    It writes a folder, called a run, with the weights, the settings, the splits and the history.
+    Score the run by `evaluate run`.
+
+    Example: python -m reference_models train small3d --root my_folder --out run
 
     Args:
-        recipe: what to train, on what, how.
-        resume: Go on with the run in --out, as if it had never stopped; give the same flags.
+        recipe: The settings.
+        resume: Go on with the run in --out, as if it had never
+            stopped. Give the same flags as before.
     """
     train(recipe, resume=resume)
     return 0
 
 
 def _cross_validate(recipe: Annotated[_Preset, tyro.conf.arg(name="")]) -> int:
-    """Trains all folds by a preset into --out, and reports on all held-out cases together.
+    """Trains every fold of a data set, and scores each case by the fold that held it out.
 
-    Killed, it goes on by the same command; folds that are trained already are left as they are.
+    It writes a run for each fold into --out, and a report over all cases. If it was stopped, the
+    same command goes on; folds that are trained already stay as they are.
+
+    Example: python -m reference_models cross-validate small3d --root my_folder --out folds
     """
-    return _tell(*cross_validate(recipe))
+    return _print_findings(*cross_validate(recipe))
 
 
 def _evaluate(settings: Annotated[_Evaluated, tyro.conf.arg(name="")]) -> int:
-    """Scores a trained run, or masks by any other tool, and writes csv, json and a report."""
-    return _tell(*settings.score())
+    """Scores a trained run, or masks that another tool wrote, for each group.
+
+    It writes the scores as csv and json, and a report as a page for the browser.
+
+    Example: python -m reference_models evaluate run --run run
+    """
+    return _print_findings(*settings.score())
 
 
-def _tell(folder: Path, summary: Summary) -> int:
+def _print_findings(folder: Path, summary: Summary) -> int:
     for finding in findings(summary):
         print(finding)
     print(f"report: {folder / 'report.html'}")
@@ -113,28 +143,44 @@ def _tell(folder: Path, summary: Summary) -> int:
 
 
 def _predict(settings: Annotated[PredictSettings, tyro.conf.arg(name="")]) -> int:
-    """Writes a run's masks and overlays at the images' own size."""
+    """Predicts masks with a trained run, at each image's own size.
+
+    It writes the masks, and pictures that show each mask on its image.
+
+    Example: python -m reference_models predict --run run
+    """
     print(f"written: {predict(settings)}")
     return 0
 
 
 def _export(settings: Annotated[ExportSettings, tyro.conf.arg(name="")]) -> int:
-    """Writes a run as one file that a server runs, by ONNX Runtime or by PyTorch."""
+    """Writes the network of a trained run as one file, for ONNX Runtime or for torch.export.
+
+    A server can run the file without this repository. The file takes an image and an attribute.
+
+    Example: python -m reference_models export --run run --to network.onnx
+    """
     print(f"written: {export(settings)}")
     return 0
 
 
 def _demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> int:
-    """Dense, plain MoE, FiLM and dMoE on real MRI, in two minutes on a CPU."""
+    """Trains and compares four small networks on real MRI, in about two minutes on a CPU.
+
+    The networks are a dense one, a plain mixture of experts, FiLM and dMoE. It writes a page.
+    """
     demo(settings)
     return 0
 
 
 def _example(out: Path = Path("example")) -> int:
-    """Writes the MNI152 brain as a folder of NIfTI files, as the recipes for volumes read them.
+    """Writes an example folder of NIfTI volumes of the MNI152 brain, to practise on.
+
+    The presets for volumes, such as small3d, can train on it. Nothing is downloaded.
 
     Args:
-        out: Folder to write.
+        out: Folder to write. It must be new, empty, or hold
+            an earlier example.
     """
     from .data.example import write_example  # nilearn takes seconds to import
 
@@ -143,7 +189,10 @@ def _example(out: Path = Path("example")) -> int:
 
 
 def _study(settings: Annotated[StudySettings, tyro.conf.arg(name="")]) -> int:
-    """Trains every method in every scene, over seeds, and writes tables and figures of it."""
+    """Repeats the study: trains every method in every scene with several seeds.
+
+    It writes tables, figures and a page that compare the methods.
+    """
     study(settings)
     return 0
 

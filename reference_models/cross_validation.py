@@ -1,10 +1,10 @@
-"""`cross-validate`: trains a recipe's folds, and scores each case by the fold that held it out.
+"""`cross-validate`: trains every fold, and scores each case by the fold that held it out.
 
-    fold_0/, fold_1/ ...     runs, each as `train --fold 0` and so on would make it
+    fold_0/, fold_1/ ...     a run for each fold, as `train --fold 0` and so on would write it
     splits_final.json        the folds, in nnU-Net's format
     evaluation-validation/   the report over all held-out cases
 
-What is there already is gone on with.
+The same call goes on with runs that are there already.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from .training.state import is_finished
 
 
 def cross_validate(recipe: Recipe) -> tuple[Path, Summary]:
-    """Trains the folds one after another; those that are trained already are left as they are.
+    """Trains the folds one after another, and leaves folds that are trained already as they are.
 
     Args:
-        recipe: as of `train`; the folds' runs lie in the folder ``out``. Killed, it goes on by the
-            same call.
+        recipe: as for `train`. The runs of the folds lie in the folder ``out``. If a call was
+            stopped, the same call goes on.
 
     Returns:
-        The folder of the report, and what it says.
+        The folder of the report, and the scores.
 
     Raises:
-        RunError: as of `train`, of any fold and before one is trained; or ``out`` was made with
-            other settings or other folds.
-        DataError: the data cannot be read, or there are no folds of them.
+        RunError: `train` would raise it for one of the folds, which is found before any fold is
+            trained; or ``out`` was made with other settings or other folds.
+        DataError: the data cannot be read, or they cannot be divided into folds.
     """
     if recipe.data.fold is not None:
         raise RunError(
-            f"fold: got {recipe.data.fold}, but all of them are trained here; leave it out, or "
-            "take train."
+            f"fold: got {recipe.data.fold}, but cross-validate trains all folds; leave --fold out, "
+            "or use the command train."
         )
     dataset = open_dataset(recipe.data)
     resolved = resolve_grid(resolve(recipe), dataset.spacing, dataset.size)
@@ -70,47 +70,51 @@ def cross_validate(recipe: Recipe) -> tuple[Path, Summary]:
     for fold, run in enumerate(runs):
         begun = (run.out / "recipe.json").exists()
         done = begun and is_finished(run.out)
-        state = "is trained already" if done else "goes on" if begun else "begins"
+        state = "is trained already" if done else "is continued" if begun else "begins"
         console.print(f"fold {fold} (0 to {len(runs) - 1}) {state}: {run.out}", markup=False)
         if not done:
             train(run, resume=begun)
     if not fabric.is_global_zero:
-        raise SystemExit(0)  # rank 0 scores
+        raise SystemExit(0)  # only rank 0 scores
     report = EvaluateRun(recipe.out, split="validation", root=data.root, workers=recipe.workers)
     return report.folder, evaluate_run(report)
 
 
 def _require_held_out_once(folds: Sequence[Splits]) -> None:
-    """Raises where a case would be scored twice.
+    """Raises if a case would be scored twice.
 
     Raises:
-        DataError: some case is in the val of several folds.
+        DataError: several folds have the same case in their val.
     """
     times = Counter(case_id for fold in folds for case_id in fold.validation)
     if twice := [case_id for case_id, count in times.items() if count > 1]:
         raise DataError(
-            f"folds: {shown(twice, 5)}: held out by several folds, and a report over all folds "
-            f"counts each case once; correct {FOLDS}, or take train and evaluate for each fold"
+            f"folds: several folds hold out the same case ({shown(twice, 5)}), but the report over "
+            f"all folds counts each case once; correct {FOLDS}, or use train and evaluate for each "
+            "fold."
         )
 
 
 def _require_trainable(
     out: Path, runs: Sequence[Recipe], folds: Sequence[Splits], dataset: Dataset
 ) -> None:
-    """Raises, before anything is trained or written, unless all folds can be, or have been so.
+    """Raises, before anything is trained or written, unless every fold can be trained.
 
     Raises:
-        RunError: the folder holds a run, or a fold of other settings or cases; or a fold cannot be
-            trained with these settings.
+        RunError: the folder holds a run, or a fold that was trained with other settings or cases;
+            or a fold cannot be trained with these settings.
     """
     if (out / "recipe.json").exists():
-        raise RunError(f"{out}: holds a run, expected a folder for folds; choose another --out.")
+        raise RunError(
+            f"{out}: this folder holds a single run, expected a folder for folds; choose another "
+            "--out."
+        )
     for run, fold in zip(runs, folds, strict=True):
         if (run.out / "recipe.json").exists():
             require_same_run(run.out, run, Task.of(dataset))
             if read_splits(run.out / "splits.json", dataset, needed=()) != fold:
                 raise RunError(
-                    f"{run.out}: was trained on other cases than this fold has now; choose another "
-                    "--out, or put back the cases and folds that there were."
+                    f"{run.out}: this run was trained on other cases than the fold has now; choose "
+                    "another --out, or restore the cases and the folds that it was trained on."
                 )
         Cohort.of(run, dataset, resume=False)

@@ -1,4 +1,4 @@
-"""The two errors that a user sees without a traceback, and how their texts are made."""
+"""The two errors that the command line shows without a traceback, and helpers for their texts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class RunError(Exception):
 
 @contextmanager
 def reading(path: Path | str, problem: str, advice: str) -> Iterator[None]:
-    """Makes a `DataError` that names the file of whatever a foreign reader raises in the block.
+    """Turns every exception in the block into a `DataError` that names the file.
 
-    Which exception Pillow, nibabel, numpy, json or csv raise depends on where the damage lies, and
-    none of them is promised.
+    Pillow, nibabel, numpy, json and csv raise different exceptions depending on where a file is
+    damaged, and document none of them.
 
     Args:
-        path: the file that is read.
-        problem: what the user is told of it, such as "not a readable csv".
-        advice: what to do.
+        path: the file that the block reads.
+        problem: what is wrong with the file, such as "not a readable csv".
+        advice: what the user can do.
 
     Raises:
-        DataError: the block raised something. An error that is a `DataError` passes as it is.
+        DataError: the block raised an exception. A `DataError` is passed on unchanged.
 
     Example:
         >>> try:
@@ -44,17 +44,17 @@ def reading(path: Path | str, problem: str, advice: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise DataError(
-            f"{path}: {problem} (it needs more memory than there is: {one_line(error)}); if its "
-            f"size is right, use a machine with more memory, else {advice}"
+            f"{path}: {problem} (it needs more memory than this machine has: {one_line(error)}); "
+            f"if the file should be that large, use a machine with more memory, else {advice}"
         ) from error
     except Exception as error:
-        # The words of these two stand by themselves.
+        # The texts of these two are clear without the name of their class.
         kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
         raise DataError(f"{path}: {problem} ({kind}{one_line(error)}); {advice}") from error
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without line breaks."""
+    """Gives an exception's text without line breaks."""
     return " ".join(str(error).split())
 
 
@@ -69,15 +69,15 @@ def shown(names: Sequence[str], most: int = 100) -> str:
 
 
 def report_faults(faults: Sequence[DataError], damaged: list[DataError] | None) -> None:
-    """Adds the faults to the list `damaged`; without a list, raises them as one error.
+    """Adds the faults to the list `damaged` or, if that is None, raises them as one error.
 
     Raises:
-        DataError: there are faults and `damaged` is None. It quotes the first ten.
+        DataError: there are faults and `damaged` is None. The text quotes the first ten.
     """
     if damaged is not None:
         damaged.extend(faults)
     elif faults:
         lines = [str(fault) for fault in faults[:10]]
         if len(faults) > len(lines):
-            lines.append(f"and {len(faults) - len(lines)} more; `check` names them all")
+            lines.append(f"and {len(faults) - len(lines)} more; the command `check` names them all")
         raise DataError("\n".join(lines))

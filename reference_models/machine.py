@@ -1,4 +1,4 @@
-"""Names the processor, for figures that depend on it."""
+"""Names the processor, for results that depend on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """As Linux lists the first one; elsewhere as the platform names it, or its architecture."""
+    """Gives the processor's name: on Linux the first one's, elsewhere what the platform reports."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Writes Markdown: tables, and the part of a page between two marks."""
+"""Writes Markdown: tables, and the section of a page between two marks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .files import write_whole
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Makes a table of cells that are Markdown themselves.
+    """Makes a Markdown table; the cells may contain Markdown.
 
     Example:
         >>> print(markdown_table(["a", "b"], [["1", "2"]]))
@@ -23,7 +23,7 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str
 
 
 def section(name: str, content: str) -> str:
-    """Text between the marks by which `replace_section` finds it.
+    """Puts a text between two marks, by which `replace_section` finds it.
 
     Example:
         >>> print(section("scores", "| 1 |"))
@@ -36,18 +36,18 @@ def section(name: str, content: str) -> str:
 
 
 def replace_section(page: Path, name: str, content: str) -> None:
-    """Puts text between the marks ``<!-- name: begin -->`` and ``<!-- name: end -->`` of a page.
+    """Replaces the text between ``<!-- name: begin -->`` and ``<!-- name: end -->`` in a page.
 
-    What lies outside them stays as it is; the page is written whole or not at all.
+    The text outside the marks stays as it is. The page is written completely or not at all.
 
     Raises:
-        DataError: the page has no such marks.
+        DataError: the page lacks one of the marks.
     """
     begin, end = _marks(name)
     before, found_begin, rest = page.read_text(encoding="utf-8").partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
-        raise DataError(f"{page}: got none of {begin} … {end}, expected both; add them.")
+        raise DataError(f"{page}: expected the marks {begin} and {end}, one is missing; add both.")
     new = f"{before}{section(name, content)}{after}"
     write_whole(page, lambda target: target.write_bytes(new.encode()))
 

@@ -1,6 +1,6 @@
-"""Processes that the study's jobs run in: they end with the one that asked, however that ends.
+"""Worker processes for the study's jobs, which end when the process that started them ends.
 
-Not those of loky: they go on with their job where their parent is killed (tried with loky 3.7).
+Workers of loky go on with their job if their parent is killed (tried with loky 3.7).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .errors import RunError
 
 
 class Pool:
-    """Processes that take calls, as an executor; those of `workers`."""
+    """The worker processes that `workers` starts; it takes calls as an executor does."""
 
     def __init__(self, executor: ProcessPoolExecutor) -> None:
         self._executor = executor
 
     def submit(self, act: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Calls a function in one of the processes, which the first calls start."""
-        # They are born deaf to Ctrl-C, which is this process's to answer.
+        """Calls a function in one of the processes; the first calls start the processes."""
+        # The workers inherit that they ignore Ctrl-C, which this process handles.
         answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return self._executor.submit(act, *arguments)
@@ -38,12 +38,15 @@ class Pool:
 
 @contextmanager
 def workers(processes: int) -> Iterator[Pool]:
-    """A pool of so many processes, of one thread each.
+    """Opens a pool of worker processes, each of which computes in one thread.
 
-    Where the block ends by an exception, Ctrl-C among them, what they were at is broken off.
+    If the block ends by an exception, Ctrl-C included, the workers are stopped.
+
+    Args:
+        processes: the number of workers.
 
     Raises:
-        RunError: one of them was ended from outside.
+        RunError: a worker was ended from outside.
     """
     others = {*multiprocessing.active_children()}
     executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
@@ -54,8 +57,8 @@ def workers(processes: int) -> Iterator[Pool]:
             worker.terminate()
         if isinstance(error, BrokenProcessPool):
             raise RunError(
-                "A process was ended from outside, for lack of memory perhaps. What is done is "
-                "kept: give the same command again, with fewer --processes if it has them."
+                "A process was ended from outside, perhaps because memory ran out. Finished work "
+                "is saved: give the same command again, with fewer --processes if it has that flag."
             ) from error
         raise
     finally:
@@ -63,13 +66,13 @@ def workers(processes: int) -> Iterator[Pool]:
 
 
 def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows hands on no deafness
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not inherited
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Else a worker whose parent was killed would wait for ever."""
+    """Ends this process with its parent; it would wait for ever if the parent were killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

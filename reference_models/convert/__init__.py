@@ -1,1 +1,1 @@
-"""Makes a folder in nnU-Net's layout of images, masks and a csv that lie otherwise."""
+"""The command `convert`: makes a folder of nnU-Net's layout from your images, masks and csv."""

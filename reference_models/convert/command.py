@@ -1,4 +1,4 @@
-"""The command `convert`: a folder in nnU-Net's layout of images, masks and a csv."""
+"""The command `convert`: it makes a folder of nnU-Net's layout from images, masks and a csv."""
 
 from __future__ import annotations
 
@@ -28,47 +28,68 @@ _STDERR = Console(stderr=True)
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """A folder in nnU-Net's layout, of images and masks that lie otherwise.
+    """Settings of `convert`.
 
-    Images are linked, not moved and not changed; where the system allows no links they are copied.
-    Masks are linked too if they hold labels as they are, and written anew if not: 0 and 255 become
-    0 and 1.
+    Images are linked, neither moved nor changed; where the system allows no links they are copied.
+    Masks that hold labels (0, 1, 2 ...) are linked too. Other masks are written anew: 0 and 255
+    become 0 and 1.
     """
 
     images: tuple[Path, ...]
-    """Folders of the images: .png, .tif, .bmp or .jpg, or volumes: .nii.gz, .nii, .mha or .nrrd."""
+    """Folders that hold the images (.png, .tif, .bmp,
+    .jpg) or volumes (.nii.gz, .nii, .mha, .nrrd)."""
     masks: tuple[Path, ...]
-    """Folders of the masks, which are called as their images are, with nothing or a word such as
-    _mask, _seg, _segmentation or _label behind it; may be those of the images."""
+    """Folders that hold the masks; they may be the
+    folders of the images. A mask has the name of its
+    image, either exactly or followed by a word such
+    as mask, seg, segmentation or label: p1.png and
+    p1_mask.png."""
     attributes: Path
-    """A csv with a row for each image, and its groups: sex, scanner, hospital."""
+    """Csv file with a row for each image and a column
+    for each attribute, such as sex, scanner or
+    hospital."""
     to: Path
-    """The folder to write, which must not be there yet."""
+    """Folder to write. It must not exist yet, or be
+    empty."""
     labels: tuple[str, ...] = ()
-    """Names of the labels, the background first: background cyst tumour. Where masks hold other
-    numbers or colours than 0, 1, 2, each with its own: background=0 cyst=128 tumour=#ff0000. What
-    is called ignore counts in no loss and no score."""
+    """Names of the labels, the background first. Without
+    this flag the labels are named foreground, or
+    label 1, label 2 and so on, if the masks leave no
+    doubt.
+    - background cyst tumour: for masks of 0, 1 and 2.
+    - background=0 cyst=128 tumour=#ff0000: for masks
+      of other numbers or of colours.
+    Pixels of a label named ignore count in no loss
+    and no score."""
     channels: tuple[str, ...] = ()
-    """Names of the channels, by which intensities are scaled: CT is one, anything else is not."""
+    """Names of the channels. Name CT volumes in
+    Hounsfield units CT, so that they are clipped to a
+    window; other channels are brought to mean 0 and
+    variance 1."""
     case: str | None = None
-    """Column of the csv that names the images; by default the one that names most of them."""
+    """Column of the csv that names the images. None: the
+    column that names most of them."""
     subject: str | None = None
-    """Column of the csv that names the patients, where one has several images; by default the
+    """Column of the csv that names the patients. Give it
+    if a patient has several images, so that no
+    patient is both trained and tested on. None: the
     column subject, if there is one."""
 
 
 def convert(settings: ConvertSettings) -> list[str]:
-    """Writes the folder, whole or not at all.
+    """Writes the folder, completely or not at all.
 
     Returns:
-        What was done and what could not be, in sentences; the next command comes last.
+        Sentences that say what was done and what was left out; the last one names the next command.
 
     Raises:
-        DataError: `to` is there already, or the files do not say what is to be written.
+        DataError: `to` exists already, or the files leave open what to write.
     """
     to = settings.to
     if to.is_symlink() or (to.exists() and not (to.is_dir() and not any(to.iterdir()))):
-        raise DataError(f"{to}: is there already (--to); take it away, or name another folder")
+        raise DataError(
+            f"{to}: this folder (--to) exists already; remove it or name another folder."
+        )
     pairing = pair(*list_files(settings.images, settings.masks))
     pairs = pairing.pairs
     rows = read_rows(settings.attributes, pairs, settings.case, settings.subject)
@@ -95,34 +116,34 @@ def convert(settings: ConvertSettings) -> list[str]:
 
     copied = write_results(to, write, contents=())
     return [
-        f"{len(pairs)} images and masks are called alike.",
+        f"{len(pairs)} masks were paired with their images by name.",
         *pairing.remarks(),
         *rows.remarks,
         labels.said,
         *([scaling] if scaling else []),
-        f"{copied} files are copied, since the system allows no links here."
+        f"{copied} files were copied, since the system allows no links here."
         if copied
-        else "Files are links to yours: leave those where they are, or copy the folder by cp -rL.",
+        else "The files are links to your files: do not move those, or copy the folder by cp -rL.",
         f"Written: {to}. Next: python -m reference_models check --data folder --root "
         f"{shlex.quote(str(to))}",
     ]
 
 
 def _ending(pairs: Mapping[str, Pair]) -> str:
-    """How all images end."""
+    """Gives the ending that all images have."""
     return next(iter(pairs.values())).channels[0].ending
 
 
 def _mask_ending(ending: str) -> str:
-    """How masks end beside images that end so: alike, where that packs without loss."""
+    """Gives the masks' ending: that of the images, or .png if that ending would change labels."""
     return ending if ending in (*LOSSLESS, *VOLUMES) else ".png"
 
 
 def _channels(pairs: Mapping[str, Pair], names: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """The channels' names, and a sentence on how that makes intensities be scaled.
+    """Gives the channels' names, and a sentence that says how their intensities are scaled.
 
     Raises:
-        DataError: there are not as many channels as names, or an image cannot be read.
+        DataError: the number of names is not that of the channels, or an image cannot be read.
     """
     count = len(next(iter(pairs.values())).channels)
     images = [image.path for case in pairs.values() for image in case.channels.values()]
@@ -130,13 +151,16 @@ def _channels(pairs: Mapping[str, Pair], names: tuple[str, ...]) -> tuple[tuple[
     if count > 1:
         usual = tuple(f"channel {number}" for number in range(count))
     elif _ending(pairs) not in VOLUMES and not all(map(_is_grey, images)):
-        usual = _RGB  # grey images among them count as three channels alike
-    # Of one file of colours a case, three alike may be one channel.
+        usual = _RGB  # a grey image among them counts as three equal channels
+    # A case of one colour file whose three channels are equal may have one channel instead.
     if names and len(names) not in {len(usual), count}:
-        raise DataError(f"channels: got {', '.join(names)}, but images have {len(usual)} of them")
+        raise DataError(
+            f"channels: got {', '.join(names)}, but the images have {len(usual)} channels; give "
+            "one name for each."
+        )
     said = (
-        f"Channels are called {', '.join(usual)}, so that each is brought to mean 0 and variance 1 "
-        "in every image; name them by --channels, such as CT of a CT in Hounsfield units."
+        f"The channels are named {', '.join(usual)}. Each one is brought to mean 0 and variance 1 "
+        "in every image. Name them by --channels if that is wrong: CT for Hounsfield units."
     )
     return (names, "") if names else (usual, said)
 
@@ -147,10 +171,10 @@ def _is_grey(path: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Links a file, or copies it where the system allows no link; returns whether it did that."""
+    """Links a file, or copies it where the system allows no link; True if it copied."""
     try:
         target.symlink_to(source.resolve())
-    except OSError:  # as on Windows without a privilege, or on a stick
+    except OSError:  # such as on Windows without the privilege, or on a USB stick
         shutil.copyfile(source, target)
         return True
     return False

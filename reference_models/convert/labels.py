@@ -1,8 +1,8 @@
-"""What the numbers and colours in masks stand for, and masks with labels in their place.
+"""Finds what the numbers and colours in masks mean, and writes masks with labels instead.
 
-Rules, the first that fits: masks of 0, 1, 2 and so on hold labels as they are; of 0 and 255, or of
-black and one colour, the latter is label 1; of anything else `--labels` has to say what each of
-them is.
+The first of these rules that fits is used. Masks of 0, 1, 2 and so on hold labels already. In masks
+of 0 and 255, or of black and one colour, the latter is label 1. For all other masks `--labels` must
+say what each number or colour is.
 
 Shapes: S spatial axes.
 """
@@ -28,20 +28,20 @@ from ..data.readers import open_volume
 from ..errors import DataError, reading, shown
 from .pairing import File
 
-COLOUR = 1 << 24  # what is added to 0xRRGGBB, so that no colour is taken for a grey level
+COLOUR = 1 << 24  # it is added to 0xRRGGBB, so that no colour equals a grey level
 WHITE = 255
 BACKGROUND = "background"
-_MANY = 30  # values that nobody has chosen: as of masks that were smoothed or packed with loss
+_MANY = 30  # so many values come from smoothing or lossy compression, not from a choice
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What masks hold.
+    """The labels of masks.
 
     Args:
-        names: of the labels, in their order; the background first, and what is ignored last.
+        names: the names of the labels, in their order; the background is first, ignore is last.
         of_value: the label of each value, such as 255 or a colour.
-        said: how that was found out, in a sentence.
+        said: a sentence on what the masks hold.
     """
 
     names: tuple[str, ...]
@@ -51,26 +51,26 @@ class Labels:
 
 @dataclass(frozen=True)
 class Values:
-    """What a mask holds.
+    """The values in a mask.
 
     Args:
-        values: each of them once.
-        plain: whether a pixel is one number, as labels are read.
+        values: each value once.
+        plain: whether each pixel is one number, so that the file can be read as labels.
     """
 
     values: frozenset[int]
     plain: bool = True
 
     def hold(self, labels: Labels) -> bool:
-        """Whether they are these labels as they are."""
+        """Whether the mask holds these labels already."""
         return self.plain and all(labels.of_value[value] == value for value in self.values)
 
 
 def look_at_masks(files: Sequence[File]) -> dict[File, Values]:
-    """Reads all masks but .mha and .nrrd, which are taken for labels by their ending.
+    """Reads the values in all masks, except .mha and .nrrd files, which must hold labels already.
 
     Raises:
-        DataError: as of `read_values`, or palettes give one label different colours.
+        DataError: `read_values` raises it, or palettes give one number different colours.
     """
     masks: dict[File, Values] = {}
     colours: dict[int, tuple[tuple[int, ...], Path]] = {}
@@ -86,21 +86,22 @@ def look_at_masks(files: Sequence[File]) -> dict[File, Values]:
             colour, other = colours.setdefault(value, (palette[value], file.path))
             if colour != palette[value]:
                 raise DataError(
-                    f"{file.path}: its palette gives {value} the colour {palette[value]}, but that "
-                    f"of {other} {colour}, so that numbers are no labels; save all masks as RGB"
+                    f"{file.path}: in its palette {value} is the colour {palette[value]}, but in "
+                    f"that of {other} it is {colour}, so that the numbers are no labels; save all "
+                    "masks as RGB"
                 )
         masks[file] = Values(values, file.ending in VOLUMES or _single(file.path))
     return masks
 
 
 def _single(path: Path) -> bool:
-    """Whether an image has one number a pixel; one of 1 bit is black and white."""
+    """Whether an image has one number for each pixel; 1 bit is read as black and white instead."""
     with Image.open(path) as image:
         return image.mode in ("L", "P")
 
 
 def _palette(path: Path) -> dict[int, tuple[int, ...]]:
-    """The colours of an image's palette by place; none where they are grey, or there is none."""
+    """Gives the colours of an image's palette by index; none if it is grey or has no palette."""
     with Image.open(path) as image:
         colours = np.array(image.getpalette() or [], int).reshape(-1, 3)
     if (colours == colours[:, :1]).all():
@@ -109,22 +110,25 @@ def _palette(path: Path) -> dict[int, tuple[int, ...]]:
 
 
 def read_values(file: File) -> np.ndarray:
-    """Reads what a mask holds at each pixel: a number, also of grey as RGB, or a colour as
+    """Reads the value of each pixel of a mask: a number, also for grey in RGB, or a colour as
     `COLOUR` + 0xRRGGBB.
 
     Raises:
-        DataError: it cannot be read, is packed with loss, or holds fractions.
+        DataError: the mask cannot be read, is compressed with loss, or holds fractions.
     """
     path = str(file.path)
     if file.ending in VOLUMES:
         voxels_S = open_volume(path).read()
         values_S = np.rint(voxels_S)
         if np.abs(voxels_S - values_S).max() > INTEGRAL:
-            raise DataError(f"{path}: holds fractions, expected a whole number for each label")
+            raise DataError(
+                f"{path}: this mask holds fractions, expected whole numbers; resample masks by the "
+                "nearest neighbour"
+            )
         return values_S.astype(np.int32)
     with reading(path, "cannot be read", "write it again"):
         single = _single(file.path)
-    if single or file.ending == ".jpg":  # the latter is refused
+    if single or file.ending == ".jpg":  # read_labels refuses the latter
         return read_labels(path)
     image_S3 = read_image(path).astype(np.int32)
     colour_S = COLOUR + image_S3 @ np.array([1 << 16, 1 << 8, 1])
@@ -133,15 +137,15 @@ def read_values(file: File) -> np.ndarray:
 
 
 def find_labels(masks: Mapping[File, Values], given: Sequence[str]) -> Labels:
-    """Decides what each value is.
+    """Decides which label each value is.
 
     Args:
-        masks: as of `look_at_masks`.
-        given: names, each with the value that masks hold there or none of them, as in background=0
-            lesion=255; none at all where that can be one thing only.
+        masks: what `look_at_masks` returned.
+        given: the names of the labels, either all with the value that masks hold, as in
+            background=0 lesion=255, or all without. Empty if the masks leave no doubt.
 
     Raises:
-        DataError: that is not to be known, or `given` does not fit what was found.
+        DataError: the masks leave it open, or `given` does not fit their values.
     """
     found = {value: mask.path for mask, held in masks.items() for value in held.values}
     names, values = _parsed(given)
@@ -151,28 +155,28 @@ def find_labels(masks: Mapping[File, Values], given: Sequence[str]) -> Labels:
         values = [*range(len(names))]
         if len(names) == 2:
             values = _binary(found) or values
-    places = {BACKGROUND: -1, IGNORE: 1}  # others stay in their order
+    places = {BACKGROUND: -1, IGNORE: 1}  # the others stay in their order
     pairs = sorted(zip(names, values, strict=True), key=lambda pair: places.get(pair[0], 0))
     names, values = [name for name, _ in pairs], [value for _, value in pairs]
     if strange := sorted({*found} - {*values}):
         raise DataError(
-            f"{found[strange[0]]}: holds {_written(strange[0])}, which is none of --labels "
-            f"({', '.join(map(_written, values))}); masks hold {_list(found)}: give each its name, "
-            f"as in --labels {_example(found)}"
+            f"{found[strange[0]]}: this mask holds {_written(strange[0])}, which --labels does not "
+            f"name ({', '.join(map(_written, values))}); the masks hold {_list(found)}: name each "
+            f"of these, as in --labels {_example(found)}"
         )
     of_value = {value: label for label, value in enumerate(values)}
     if all(value == label for value, label in of_value.items()):
-        said = f"The masks hold labels as they are: {_table(names, values)}."
+        said = f"The masks hold labels already: {_table(names, values)}."
     else:
-        said = f"Masks are written anew, with labels for what they hold: {_table(names, values)}."
+        said = f"The masks were written again with labels: {_table(names, values)}."
     return Labels(tuple(names), of_value, said)
 
 
 def _parsed(given: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Takes name=value apart: the names, and the values, of which there are none or all.
+    """Splits texts such as name=value into names and values; there are values for all or none.
 
     Raises:
-        DataError: a value is no number and no colour, or names or values are there twice.
+        DataError: a value is neither a number nor a colour, or a name or value occurs twice.
     """
     names, values = [], []
     for text in given:
@@ -187,8 +191,8 @@ def _parsed(given: Sequence[str]) -> tuple[list[str], list[int]]:
                 values.append(int(value))
             else:
                 raise DataError(
-                    f"labels: got {text}, expected a name, or a name and what masks hold there, "
-                    "such as lesion=255 or lesion=#ff0000"
+                    f"labels: got {text}, expected a name, or a name and the value that masks "
+                    "hold, such as lesion=255 or lesion=#ff0000"
                 )
     if given and (
         "" in names
@@ -199,26 +203,26 @@ def _parsed(given: Sequence[str]) -> tuple[list[str], list[int]]:
         or (BACKGROUND in names[1:] and not values)
     ):
         raise DataError(
-            f"labels: got {' '.join(given)}; expected two or more names, the background first, "
-            "each once, and a value for each or for none, such as background=0 lesion=255"
+            f"labels: got {' '.join(given)}, expected two or more different names, the background "
+            "first, and a value for all or for none, such as background=0 lesion=255"
         )
     return names, values
 
 
 def _guessed(found: Mapping[int, Path]) -> tuple[list[str], list[int]]:
-    """Names what masks hold where that can be one thing only.
+    """Makes up names for the values in masks, if they leave no doubt.
 
     Raises:
-        DataError: it can be several.
+        DataError: the values may mean several things.
     """
     values = sorted(found)
     if not values:
         raise DataError(
-            "labels: masks that end in .mha or .nrrd are not looked into; name their labels, as in "
+            "labels: the masks end in .mha or .nrrd and are not read; name their labels, as in "
             "--labels background tumour"
         )
     if values == [0]:
-        raise DataError("all masks are background alone (only 0); look at what --masks names")
+        raise DataError("masks: all masks are only background (0); check what --masks names")
     top = values[-1]
     if top < MOST_LABELS and values in ([1], [*range(top + 1)]):
         names = ["foreground"] if top == 1 else [f"label {label}" for label in range(1, top + 1)]
@@ -227,17 +231,19 @@ def _guessed(found: Mapping[int, Path]) -> tuple[list[str], list[int]]:
         return [BACKGROUND, "foreground"], binary
     if len(values) > _MANY:
         raise DataError(
-            f"{found[values[1]]}: masks hold {len(values)} values, {_list(found)}, as if smoothed, "
-            "packed as JPEG, or no masks at all; export them again, one number for each label"
+            f"{found[values[1]]}: the masks hold {len(values)} values, {_list(found)}, as if they "
+            "were smoothed, compressed as JPEG, or no masks; export them again with one number for "
+            "each label"
         )
     raise DataError(
-        f"{found[top]}: masks hold {_list(found)}, and which is which is not known; say so by "
-        f"--labels {_example(found)}"
+        f"{found[top]}: the masks hold {_list(found)}, and it is not known which is which; name "
+        f"them, as in --labels {_example(found)}"
     )
 
 
 def _binary(found: Mapping[int, Path]) -> list[int]:
-    """The values of masks that are black and white, or black and one colour; else none."""
+    """Gives the two values of masks that are black and white, or black and one colour; else "
+    "none."""
     top = max(found, default=0)
     return [0, top] if {*found} <= {0, top} and (top == WHITE or top >= COLOUR) else []
 
@@ -251,7 +257,7 @@ def _list(found: Mapping[int, Path]) -> str:
 
 
 def _example(found: Mapping[int, Path]) -> str:
-    """A --labels for what was found, which needs names alone."""
+    """Gives an example of --labels for the values found, in which only names are missing."""
     others = [_written(value) for value in sorted({*found} - {0})]
     named = [f"'label{place}={value}'" for place, value in enumerate(others[:8], 1)]
     return " ".join(["background=0", *named])
@@ -259,18 +265,18 @@ def _example(found: Mapping[int, Path]) -> str:
 
 def _table(names: Sequence[str], values: Sequence[int]) -> str:
     return ", ".join(
-        f"{label} {name}" + (f" (of {_written(value)})" if value != label else "")
+        f"{label} {name}" + (f" (was {_written(value)})" if value != label else "")
         for label, (name, value) in enumerate(zip(names, values, strict=True))
     )
 
 
 def write_labels(files: Sequence[File], target: Path, labels: Labels) -> None:
-    """Writes an image's masks as one of labels, 8 bits each, in the format of its new ending.
+    """Writes the masks of an image as one mask of labels, with 8 bits for each pixel.
 
-    Where several masks overlap the higher label counts.
+    Where several masks overlap, the higher label counts. The ending of `target` decides the format.
 
     Raises:
-        DataError: as of `read_values`, or masks of one image differ in size.
+        DataError: `read_values` raises it, or masks of one image differ in size.
     """
     first = files[0]
     together_S = _labels_in(first, labels)
@@ -278,8 +284,8 @@ def write_labels(files: Sequence[File], target: Path, labels: Labels) -> None:
         labels_S = _labels_in(other, labels)
         if labels_S.shape != together_S.shape:
             raise DataError(
-                f"{other.path}: has size {labels_S.shape}, but {first.path}, a mask of the same "
-                f"image, {together_S.shape}"
+                f"{other.path}: this mask has size {labels_S.shape}, but {first.path}, a mask of "
+                f"the same image, has {together_S.shape}"
             )
         np.maximum(together_S, labels_S, out=together_S)
     if first.ending not in NIFTI:
@@ -292,7 +298,7 @@ def write_labels(files: Sequence[File], target: Path, labels: Labels) -> None:
 
 
 def _labels_in(file: File, labels: Labels) -> np.ndarray:
-    """The labels (uint8) of what a mask holds."""
+    """Reads a mask and turns its values into labels (uint8)."""
     values_S = read_values(file)
     labels_S = np.zeros(values_S.shape, np.uint8)
     for value, label in labels.of_value.items():

@@ -1,13 +1,15 @@
-"""Which mask is whose: images and masks are paired by their names without the ending.
+"""Pairs images and masks by their names without the ending.
 
-A mask is called as its image is. What tools put behind a name or before it does not count: mask,
-seg, segmentation, label, gt or annotation (or their plurals) of a mask, image or img of an image,
-set off by _, -, a dot or a blank. So p1.png or p1_img.png go with p1_mask.png, and image_01.png
-with mask_01.png. Names count as text, accents however the system writes them.
+A mask has the name of its image. Words that tools put before or after the name are ignored: mask,
+seg, segmentation, label, gt or annotation (or their plurals) in a mask's name, image or img in an
+image's name, separated by _, -, a dot or a blank. So p1.png or p1_img.png is paired with
+p1_mask.png, and image_01.png with mask_01.png. Names are compared as text, whichever way accents
+are encoded.
 
 `p1_mask_1`, `p1_mask_2` and so on are masks of one image, with `p1_mask` or without.
 
-`_0000` to `_9999` behind an image's name is a channel only where its mask is called without it.
+`_0000` to `_9999` at the end of an image's name is a channel only if its mask's name has no such
+end.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from ..errors import DataError, shown
 
 _MASK = r"(?:masks?|segs?|segmentations?|labels?|gt|annotations?)"
 _IMAGE = r"(?:images?|imgs?)"
-_SHORT = {".tiff": ".tif", ".jpeg": ".jpg"}  # one ending for what may be written in two ways
+_SHORT = {".tiff": ".tif", ".jpeg": ".jpg"}  # one ending for formats that have two
 
 
 @dataclass(frozen=True)
 class File:
-    """A file: its name without the ending, in NFC, and the ending that a link to it has."""
+    """A file: its name without the ending, in NFC, and the ending of a link to it."""
 
     path: Path
     stem: str
@@ -40,9 +42,9 @@ class Pair:
     """The files of a case.
 
     Args:
-        case_id: what they are called alike.
-        masks: of one image, to be put together where there are several.
-        channels: images by number.
+        case_id: the name that image and mask share.
+        masks: the masks of the image; several are joined into one.
+        channels: the images by the number of their channel.
     """
 
     case_id: str
@@ -52,20 +54,20 @@ class Pair:
 
 @dataclass
 class Pairing:
-    """What has been paired and what has not, each in the order of names."""
+    """The pairs, and the images and masks without a partner, sorted by name."""
 
     pairs: dict[str, Pair]
     lone_images: list[File]
     lone_masks: list[File]
 
     def remarks(self) -> list[str]:
-        """Says in sentences what could not be paired, and what was put together."""
+        """Gives sentences on files that could not be paired, and on masks that are joined."""
         several = [name for name, case in self.pairs.items() if case.masks[1:]]
         said = []
         if several:
             said.append(
-                f"{len(several)} of {len(self.pairs)} cases have several masks, which are put "
-                f"together; where they overlap, the higher label counts: {shown(several, 10)}."
+                f"{len(several)} of {len(self.pairs)} cases have several masks, which are joined "
+                f"into one; where they overlap, the higher label counts: {shown(several, 10)}."
             )
         for what, other, files in (
             ("image", "mask", self.lone_images),
@@ -85,19 +87,19 @@ class Pairing:
         ]
         if meant:
             said.append(
-                "Names count letter by letter, so rename one of each if these belong together: "
+                "These names differ slightly; if they belong together, rename one of each: "
                 f"{shown(meant, 10)}."
             )
         return said
 
 
 def list_files(images: Sequence[Path], masks: Sequence[Path]) -> tuple[list[File], list[File]]:
-    """Lists the images and the masks in the folders given.
+    """Lists the images and the masks in folders.
 
-    Of a folder that is given as both, files called like masks are masks, and the others images.
+    If a folder is named for both, files with names of masks are masks, and the others are images.
 
     Raises:
-        DataError: a folder is none, or has no such file.
+        DataError: a folder does not exist, or has no such file.
     """
     both = {folder.resolve() for folder in images} & {folder.resolve() for folder in masks}
     listed = []
@@ -112,8 +114,8 @@ def list_files(images: Sequence[Path], masks: Sequence[Path]) -> tuple[list[File
             ]
             if not found:
                 raise DataError(
-                    f"{folder}: holds images and masks, but no file is called like "
-                    f"{'a mask, such as p1_mask.png' if are_masks else 'an image, such as p1.png'}"
+                    f"{folder}: this folder is named for images and for masks, but no file in it "
+                    f"has a name of {'a mask: p1_mask.png' if are_masks else 'an image: p1.png'}"
                 )
             files += found
         listed.append(files)
@@ -121,9 +123,9 @@ def list_files(images: Sequence[Path], masks: Sequence[Path]) -> tuple[list[File
 
 
 def _files(flag: str, folder: Path) -> list[File]:
-    """Lists a folder's files that may be images or masks, without hidden ones."""
+    """Lists the files of a folder that may be images or masks, without hidden ones."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder ({flag})")
+        raise DataError(f"{folder}: there is no such folder; correct {flag}")
     files, others = [], []
     for path in sorted(folder.iterdir()):
         stem, ending = split_ending(path.name)
@@ -137,7 +139,7 @@ def _files(flag: str, folder: Path) -> list[File]:
             files.append(File(path, nfc(stem), _SHORT.get(ending, ending)))
     if not files:
         raise DataError(
-            f"{folder}: has no file that ends in {', '.join(ENDINGS)} ({flag}); it has "
+            f"{folder}: this folder ({flag}) has no file that ends in {', '.join(ENDINGS)}; it has "
             f"{shown(others, 5) or 'nothing'}"
         )
     return files
@@ -147,8 +149,8 @@ def pair(images: Sequence[File], masks: Sequence[File]) -> Pairing:
     """Pairs images and masks by their names.
 
     Raises:
-        DataError: two files are called alike, none has a partner, a case lacks a channel that
-            others have, or files end in different ways.
+        DataError: two files have the same name, no file has a partner, a case lacks a channel that
+            others have, or files have different endings.
     """
     faults: list[str] = []
     whole: dict[str, dict[str, File]] = {}
@@ -176,9 +178,9 @@ def pair(images: Sequence[File], masks: Sequence[File]) -> Pairing:
         raise DataError("\n".join(faults))
     if not pairs:
         raise DataError(
-            f"no image and no mask are called alike: images are {_few(images)}, masks "
-            f"{_few(masks)}; a mask has its image's name, with _mask, _seg, _segmentation or "
-            "_label behind it or nothing"
+            f"masks: no image and mask have the same name: images are {_few(images)}, masks are "
+            f"{_few(masks)}; a mask must have the name of its image, either exactly or followed by "
+            "_mask, _seg, _segmentation or _label"
         )
     pairs = dict(sorted(pairs.items()))
     _require_channels(pairs)
@@ -187,7 +189,7 @@ def pair(images: Sequence[File], masks: Sequence[File]) -> Pairing:
 
 
 def _names(stem: str) -> Iterator[tuple[str, int]]:
-    """What an image's case may be called, and which channel it then is."""
+    """Gives the names that an image's case may have, and the channel that the image then is."""
     yield stem, 0
     yield _bare(stem, _IMAGE), 0
     if numbered := re.fullmatch(r"(.+)_(\d{4})", stem):
@@ -195,7 +197,7 @@ def _names(stem: str) -> Iterator[tuple[str, int]]:
 
 
 def _mask_name(stem: str) -> tuple[str, str]:
-    """What a mask's image may be called, and the mask's number among several: p1 and 2 of
+    """Gives the name of a mask's image, and the mask's number among several: p1 and 2 for
     p1_mask_2."""
     if several := re.fullmatch(r"(.+)[ _.-]masks?[ _-](\d{1,2})", stem, re.IGNORECASE):
         return several[1], several[2]
@@ -203,7 +205,7 @@ def _mask_name(stem: str) -> tuple[str, str]:
 
 
 def _bare(stem: str, word: str) -> str:
-    """A name without such a word behind it or, where there is none, before it."""
+    """Removes such a word from the end of a name or, if it is not there, from its beginning."""
     for pattern in (rf"(.+)[ _.-]{word}", rf"{word}[ _.-](.+)"):
         if found := re.fullmatch(pattern, stem, re.IGNORECASE):
             return found[1]
@@ -211,11 +213,11 @@ def _bare(stem: str, word: str) -> str:
 
 
 def _take(taken: dict, key: str | int, file: File, faults: list[str]) -> None:
-    """Puts a file in its place, or says that another one has it."""
+    """Adds a file under a key, or adds a fault if another file has that key."""
     if taken.setdefault(key, file) is not file:
         faults.append(
-            f"{taken[key].path} and {file.path} are called alike; keep one of them, or put both "
-            "into one"
+            f"{taken[key].path} and {file.path} have the same name; remove one of them, or join "
+            "both into one file"
         )
 
 
@@ -224,40 +226,43 @@ def _few(files: Sequence[File]) -> str:
 
 
 def _require_channels(pairs: dict[str, Pair]) -> None:
-    """Raises unless all cases have the same channels, from 0 on."""
+    """Raises a DataError unless all cases have the same channels, from 0 on."""
     channels = {number for case in pairs.values() for number in case.channels}
     if channels != {*range(len(channels))}:
         raise DataError(
-            f"channels are {', '.join(f'_{number:04}' for number in sorted(channels))}, expected "
-            "all from _0000 on; rename the images"
+            "images: the channels in their names are "
+            f"{', '.join(f'_{number:04}' for number in sorted(channels))}, expected all from _0000 "
+            "on; rename the images"
         )
     if lacking := [name for name, case in pairs.items() if len(case.channels) < len(channels)]:
         raise DataError(
-            f"{len(lacking)} of {len(pairs)} cases lack one of the {len(channels)} channels: "
-            f"{shown(lacking, 10)}"
+            f"images: {len(lacking)} of {len(pairs)} cases lack one of the {len(channels)} "
+            f"channels; add the missing images: {shown(lacking, 10)}"
         )
 
 
 def _require_endings(pairs: dict[str, Pair]) -> None:
-    """Raises unless all images end alike, and masks are images or volumes as they are."""
+    """Raises a DataError unless all images have one ending, and masks are of the same kind."""
     images = [file for case in pairs.values() for file in case.channels.values()]
     endings = sorted({file.ending for file in images})
     if len(endings) > 1:
         first = [next(file.path for file in images if file.ending == ending) for ending in endings]
         raise DataError(
-            f"images end in {' and '.join(endings)}, such as {' and '.join(map(str, first))}; a "
-            "folder of nnU-Net's has one ending: save them alike, or convert them one by one"
+            f"images: they end in {' and '.join(endings)}, such as "
+            f"{' and '.join(map(str, first))}, but all images of a folder must have one ending; "
+            "save them in one format, or convert them into several folders"
         )
     several = next((case for case in pairs.values() if case.masks[1:]), None)
     if several and endings[0] not in (*NIFTI, *IMAGES):
         raise DataError(
-            f"{several.masks[1].path}: another mask of {several.case_id}, and {endings[0]} files "
-            "are not looked into; put them together, or save all files as .nii.gz"
+            f"{several.masks[1].path}: this is a second mask of {several.case_id}, but "
+            f"{endings[0]} files cannot be joined here; join them into one file, or save all files "
+            "as .nii.gz"
         )
     alike_enough = next((kind for kind in (NIFTI, IMAGES) if endings[0] in kind), endings)
     for mask in (mask for case in pairs.values() for mask in case.masks):
         if mask.ending not in alike_enough:
             raise DataError(
-                f"{mask.path}: ends in {mask.ending}, but its image in {endings[0]}; save masks as "
-                f"{' or '.join(alike_enough)}"
+                f"{mask.path}: this mask ends in {mask.ending}, but its image ends in "
+                f"{endings[0]}; save masks as {' or '.join(alike_enough)}"
             )

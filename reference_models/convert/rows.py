@@ -1,4 +1,4 @@
-"""Makes the rows of `attributes.csv` of a csv whose columns may be called anything."""
+"""Makes the rows of `attributes.csv` from a csv whose columns may have any names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PEOPLE = re.compile(r"patient|subject|person|lesion|\bpid\b|study.?id", re.IGNO
 
 @dataclass(frozen=True)
 class Rows:
-    """What is to stand in `attributes.csv`, and what there is to say of it.
+    """The content of `attributes.csv`, and remarks on it.
 
     Args:
-        columns: `case` first.
-        cells: by case, in the order of the columns.
-        remarks: in sentences.
+        columns: the names of the columns; `case` is first.
+        cells: the cells of each case, in the order of the columns.
+        remarks: sentences on how the rows were found.
     """
 
     columns: tuple[str, ...]
@@ -32,16 +32,16 @@ class Rows:
 
 
 def read_rows(path: Path, pairs: Mapping[str, Pair], case: str | None, subject: str | None) -> Rows:
-    """Finds each case's row; a case without one gets empty cells, which count as unknown.
+    """Finds the row of each case; a case without a row gets empty cells, which count as unknown.
 
     Args:
-        path: of the csv.
+        path: the csv.
         pairs: the cases, by id.
-        case: the column whose cells name images; None: the one that names most.
-        subject: the column whose cells name patients, if there is one that is not called subject.
+        case: the column whose cells name images; None: the column that names most of them.
+        subject: the column whose cells name patients; None: the column subject, if there is one.
 
     Raises:
-        DataError: the csv cannot be read, no column names images, or two rows are of one case.
+        DataError: the csv cannot be read, no column names images, or a case has two rows.
     """
     faults: list[DataError] = []
     notes: list[str] = []
@@ -51,7 +51,8 @@ def read_rows(path: Path, pairs: Mapping[str, Pair], case: str | None, subject: 
     for flag, column in (("--case", case), ("--subject", subject)):
         if column is not None and column not in table.columns:
             raise DataError(
-                f"{path}: has no column {column} ({flag}); it has {', '.join(table.columns)}"
+                f"{path}: there is no column {column} ({flag}); the csv has "
+                f"{', '.join(table.columns)}"
             )
     known = {name: case_id for case_id, pair in pairs.items() for name in _called(pair)}
     case = case or _case_column(table, known)
@@ -60,15 +61,19 @@ def read_rows(path: Path, pairs: Mapping[str, Pair], case: str | None, subject: 
     others = [column for column in table.columns if column and column not in renamed]
     if taken := [column for column in others if column.lower() in ("case", "subject")]:
         raise DataError(
-            f"{path}: {case} names the images, but there is a column {taken[0]} too, which is what "
-            "the word is for in attributes.csv; rename that column, or name it by "
-            f"--{taken[0].lower()}"
+            f"{path}: the column {case} names the images, but there is also a column {taken[0]}, a "
+            "name that has a meaning of its own in attributes.csv; rename that column, or name it "
+            f"by --{taken[0].lower()}"
         )
     if not [column for column in others if column.lower() not in RESERVED]:
-        raise DataError(f"{path}: has no column besides {' and '.join(renamed)} to be an attribute")
+        raise DataError(
+            f"{path}: expected a column for each attribute; there is only {' and '.join(renamed)}"
+        )
     rows = _rows_by_case(table, case, known)
     if not rows:
-        raise DataError(f"{path}: no cell of {case} names an image, which are {_few(pairs)}")
+        raise DataError(
+            f"{path}: no cell of the column {case} names an image; the images are {_few(pairs)}"
+        )
     kept = [*renamed, *others]
     cells = {
         case_id: (
@@ -87,16 +92,16 @@ def read_rows(path: Path, pairs: Mapping[str, Pair], case: str | None, subject: 
         )
     if without := [case_id for case_id in pairs if case_id not in rows]:
         remarks.append(
-            f"{len(without)} of {len(pairs)} cases have no row in {path}; their cells are empty, "
-            f"which counts as unknown: {shown(without, 10)}."
+            f"{len(without)} of {len(pairs)} cases have no row in {path}, so that their attributes "
+            f"are unknown: {shown(without, 10)}."
         )
     if subject is None:
         people = [column for column in others if _PEOPLE.search(column)]
         like = f", as in --subject '{people[0]}'" if people else ""
         remarks.append(
-            "Each case counts as a patient of its own. If patients have several, name the column "
-            f"that says whose they are by --subject{like}, so that none is both trained and tested "
-            "on."
+            "Each case counts as a different patient. If a patient has several cases, name the "
+            f"column of the patients by --subject{like}, so that no patient is both trained and "
+            "tested on."
         )
     columns = ("case", *(["subject"] if subject else []), *others)
     return Rows(columns, cells, tuple(remarks))
@@ -107,23 +112,24 @@ def _few(case_ids: Collection[str]) -> str:
 
 
 def _called(pair: Pair) -> list[str]:
-    """What cells may call a case: its id, and its files with and without their ending."""
+    """Gives the names by which a cell may name a case: its id, and its files without endings."""
     files = [*pair.masks, *pair.channels.values()]
     return [pair.case_id, *(file.stem for file in files)]
 
 
 def _case(cell: str, known: Mapping[str, str]) -> str | None:
-    """The case that a cell names, by its id or a file of it, in whatever folder."""
+    """Finds the case that a cell names, by its id or by a file of it in any folder."""
     name = nfc(PureWindowsPath(cell).name)
     return known.get(cell) or known.get(name) or known.get(split_ending(name)[0])
 
 
 def _case_column(table: Table, known: Mapping[str, str]) -> str:
-    """The column whose cells name most cases; of those, one called case, or else the first.
+    """Finds the column whose cells name most cases; among several, the column case or the first.
 
     Raises:
-        DataError: none names a case; or another names at least half as many, and in some row
-            another one than this, as running numbers do beside images called 1.png and so on.
+        DataError: no column names a case; or another column names at least half as many cases, and
+            a different case in some row, such as running numbers if images are named 1.png and so
+            on.
     """
     named = {
         column: [_case(row.cells[column], known) for row in table.rows]
@@ -141,13 +147,13 @@ def _case_column(table: Table, known: Mapping[str, str]) -> str:
         if differing and 2 * counts[column] >= counts[best] and best.lower() != "case":
             raise DataError(
                 f"{table.path}:{differing[0]}: the columns {best} and {column} both name images, "
-                "and here two different ones; say by --case which column is meant"
+                "and in this row two different ones; choose the column by --case"
             )
     if not counts[best]:
         cells = [f"{column} ({table.rows[0].cells[column]!r})" for column in table.columns]
         raise DataError(
-            f"{table.path}: no column names the images, which are {_few({*known.values()})}; its "
-            f"columns are, with their first cells, {shown(cells, 10)}"
+            f"{table.path}: no column names the images, which are {_few({*known.values()})}; the "
+            f"columns and their first cells are {shown(cells, 10)}"
         )
     return best
 
@@ -161,7 +167,7 @@ def _rows_by_case(table: Table, case: str, known: Mapping[str, str]) -> dict[str
         first = rows.setdefault(case_id, row)
         if {**first.cells, case: ""} != {**row.cells, case: ""}:
             raise DataError(
-                f"{table.path}:{row.line}: {case_id} has another row already, line {first.line}; "
-                "keep one of them"
+                f"{table.path}:{row.line}: {case_id} has another row already, in line "
+                f"{first.line}; remove one of them"
             )
     return rows

@@ -1,4 +1,4 @@
-"""Data sets for the reference models: `open_dataset` opens any of them, all give the same samples.
+"""Data sets for the reference models: `open_dataset` opens any of them, and all give `Sample`s.
 
 A data set is one file here and one row of the table in `datasets.py`.
 """

@@ -1,11 +1,12 @@
-"""Reads the `attributes.csv` beside an nnU-Net folder: a row a case, a column an attribute.
+"""Reads the `attributes.csv` of a folder: it has a row for each case, a column for each attribute.
 
     case,T-stage,subject,split
     patient1,T3,,train
 
-`subject` (default: the case) and `split` (train, validation, test or nothing) may be left out;
-every other column is an attribute, the first of them the default one. The values of an attribute
-are its column's distinct entries. Commas, semicolons or tabs separate, as spreadsheets write them.
+The columns `subject` (default: the case) and `split` (train, validation, test or empty) may be left
+out. Every other column is an attribute, and the first of them is the default attribute. The values
+of an attribute are the distinct entries of its column. Cells are separated by commas, semicolons or
+tabs.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from .endings import split_ending
 from .table import UNKNOWN_TEXTS, Cells, Row, Table, alike, doubtful_identifiers, nfc, read_table
 
 RESERVED = ("case", "subject", "split")
-MOST_VALUES = 20  # each gets a router of its own, to be learned from its share of the cases
+MOST_VALUES = 20  # each value has a router of its own, which learns from its share of the cases
 
 _Entries = dict[str, dict[str, str | None]]  # by attribute and case: the value, None if unknown
 
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """What the csv says of one case: its line, and the fields of a `Case` that stand there."""
+    """What the csv says about one case: the number of its line, and fields of its `Case`."""
 
     line: int
     subject: str
@@ -50,29 +51,29 @@ def read_attributes(
     others: bool = False,
     unknown_texts: Collection[str] = UNKNOWN_TEXTS,
 ) -> tuple[tuple[Attribute, ...], dict[str, CaseRecord]]:
-    """Reads the chosen attributes, and what each case's row says.
+    """Reads the chosen attributes, and the row of each case.
 
     Args:
-        path: of the csv.
-        case_ids: the folder's cases, those that are broken too, so that their rows are known.
-        names: the attributes to read. Empty: the first column. None: all columns of few values.
-        known: attributes of a trained run, whose values the csv's have to be among.
-        faults: what is wrong with single rows is added there, and such rows are left out.
-        notes: remarks are added there.
-        optional: those of the cases that need no row; without one, all of theirs is unknown.
-        left_out: names of what is no whole case, a fault that is told; such rows are passed over.
-        others: whether the csv may tell of other cases too, whose rows are then passed over.
-        unknown_texts: what says that a value is not known.
+        path: the csv.
+        case_ids: the folder's cases, including broken ones, so that their rows are recognised.
+        names: the attributes to read. Empty: the first column. None: all columns with few values.
+        known: the attributes of a trained run. The csv must have no other values.
+        faults: a list to which faults of single rows are added; such rows are left out.
+        notes: a list to which remarks are added.
+        optional: the cases that need no row. Without a row their attributes are unknown.
+        left_out: names of incomplete cases, which are reported elsewhere; their rows are ignored.
+        others: whether the csv may have rows of other cases, which are then ignored.
+        unknown_texts: texts that mean that a value is unknown.
 
     Returns:
-        The attributes, and the records by case id; none of either where no row is of use.
+        The attributes, and the records by case id; both are empty if no row can be used.
 
     Raises:
-        DataError: the file cannot be read, or a column is missing or not of groups.
+        DataError: the file cannot be read, or a column is missing or has too many values.
     """
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; write one with a row a case, such as\n"
+            f"{path}: there is no such file; write one that has a row for each case, such as\n"
             "  case,T-stage\n  patient1,T3"
         )
     misfits: list[DataError] = []
@@ -81,11 +82,14 @@ def read_attributes(
     default = own[0]
     chosen = own if names is None else [nfc(name) for name in names] or [default]
     if missing := [name for name in chosen if name not in own]:
-        raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(own)}")
-    faults += misfits  # which would follow from columns that are misread
+        raise DataError(
+            f"{path}: expected a column {', '.join(missing)}; the attributes in it are "
+            f"{', '.join(own)}"
+        )
+    faults += misfits  # not earlier: misread columns would cause misfits
     cells = Cells(unknown_texts)
     rows = _rows_by_case(table, case_ids, optional, left_out, others, faults)
-    if not rows:  # which is a fault, and what they would have said is not known
+    if not rows:  # a fault is in the list already
         return (), {}
     entries: _Entries = {
         name: {case_id: cells.value(name, row.cells[name]) for case_id, row in rows.items()}
@@ -94,7 +98,8 @@ def read_attributes(
     values = {attribute.name: attribute.values for attribute in known}
     for name in entries:
         if name not in values:
-            # A default that nobody asks for orders the splits, and its spelling refuses nothing.
+            # A default attribute that nobody asked for only stratifies the splits, so that
+            # differences in its spelling are no fault.
             found = faults if name in chosen else []
             values[name] = _distinct_values(path, name, entries[name], rows, found)
         count = len(values[name])
@@ -102,11 +107,11 @@ def read_attributes(
             if names is not None or name == default:
                 raise DataError(_no_groups(path, name, count, own))
             notes.append(
-                f"{name}: {count} values, which is no group; left out. A column that names "
-                "patients is to be called subject, so that none of them lies in two splits"
+                f"{name}: this column has {count} values, too many for groups, and is left out. If "
+                "it names patients, call it subject, so that no patient is in two splits"
             )
             chosen.remove(name)
-    # A default that is not asked for may have any number of values; many make no strata.
+    # A default attribute that nobody asked for may have many values, too many to stratify by.
     strata = values[default] if len(values[default]) <= MOST_VALUES else ()
     records: dict[str, CaseRecord] = {}
     for case_id, row in rows.items():
@@ -126,8 +131,8 @@ def read_attributes(
     notes += doubtful_identifiers("subject", {record.subject for record in records.values()})
     if without := [case_id for case_id in optional if case_id not in rows]:
         notes.append(
-            f"{path}: no row for {len(without)} cases without a mask, whose attributes are "
-            f"unknown: {shown(without, 10)}"
+            f"{path}: {len(without)} cases without a mask have no row, so that their attributes "
+            f"are unknown: {shown(without, 10)}"
         )
         nothing = (UNKNOWN,) * len(chosen)
         records |= {case_id: CaseRecord(0, case_id, None, nothing) for case_id in without}
@@ -139,24 +144,25 @@ def _column_name(name: str) -> str:
 
 
 def _attribute_columns(table: Table, notes: list[str]) -> list[str]:
-    """Names the columns that are attributes; there has to be one, and a column of cases."""
+    """Lists the columns that are attributes; raises without one, or without a column of cases."""
     own = [column for column in table.columns if column not in ("", *RESERVED)]
     if not own or "case" not in table.columns:
         raise DataError(
-            f"{table.path}: must have a column case and one for each attribute, such as "
-            f"case,T-stage; got {', '.join(table.columns)}{table.doubt}"
+            f"{table.path}: expected a column case and a column for each attribute, such as "
+            f"case,T-stage; got the columns {', '.join(table.columns)}{table.doubt}"
         )
     if "" in table.columns:
-        notes.append(f"{table.path}: a column without a name is left out")
+        notes.append(f"{table.path}: a column without a name is ignored")
     return own
 
 
 def _no_groups(path: Path, name: str, count: int, own: Sequence[str]) -> str:
-    """Says why a column is no attribute."""
-    what = f"{count} values" if count else "no values, since none of its cells is known"
+    """Says why a column cannot be an attribute."""
+    what = f"{count} values" if count else "no values, since all of its cells are unknown"
     return (
-        f"{path}: {name} has {what}, and each gets a router of its own; make groups of them, 1 to "
-        f"{MOST_VALUES}, or name another attribute (of {', '.join(own)})"
+        f"{path}: the attribute {name} has {what}, and each value needs a router of its own; "
+        f"divide them into 1 to {MOST_VALUES} groups, or choose another attribute (of "
+        f"{', '.join(own)})"
     )
 
 
@@ -168,30 +174,37 @@ def _rows_by_case(
     others: bool,
     faults: list[DataError],
 ) -> dict[str, Row]:
-    """Finds each row's case; rows of no case, second rows and cases without one are faults."""
+    """Finds the case of each row; a row without a case, a second row for a case, and a case without
+    a row are faults."""
     path, known = table.path, {*case_ids}
     rows: dict[str, Row] = {}
     strangers: list[Row] = []
-    # Exact names first: pat_0001 may be a channel of pat, and must not take the row that pat has.
+    # Exact names come first: pat_0001 may be a channel of pat, whose own row must win.
     for row in sorted(table.rows, key=lambda row: row.cells["case"] not in known):
         case_id = _case_of(row.cells["case"], known, channels=not others)
         if case_id is None:
-            told = _case_of(row.cells["case"], left_out, channels=True)
-            strangers += [] if others or told else [row]
+            incomplete = _case_of(row.cells["case"], left_out, channels=True)
+            strangers += [] if others or incomplete else [row]
         elif case_id in rows:
             line = rows[case_id].line
-            faults.append(DataError(f"{path}:{row.line}: {case_id} has a row already, line {line}"))
+            faults.append(
+                DataError(
+                    f"{path}:{row.line}: the case {case_id} has a row already, in line {line}; "
+                    "remove one of them"
+                )
+            )
         else:
             rows[case_id] = row
-    # Those of a row that does not fit may be among these: that row is the fault, and is named.
+    # A case may lack a row because its row is misread: then only that row is reported.
     lacking = [] if table.misfits else sorted(known - rows.keys() - {*optional})
-    folder = f"the folder, whose are {shown(sorted(known), 3)}"
+    folder = f"the folder, which has {shown(sorted(known), 3)}"
     if strangers[1:] and not rows:
         names = shown([repr(row.cells["case"]) for row in strangers], 3)
         faults.append(
             DataError(
-                f"{path}: none of its {len(strangers)} rows is a case of {folder}; its own are "
-                f"{names}; write each as its files are called, without _0000 and ending"
+                f"{path}: none of its {len(strangers)} rows names a case of {folder}; the rows "
+                f"name {names}; write the name of the case's files without _0000 and without the "
+                "ending"
             )
         )
         return rows
@@ -200,24 +213,34 @@ def _rows_by_case(
         meant = [case_id for case_id in lacking if alike(case_id) == alike(name)]
         if len(meant) == 1:
             lacking.remove(meant[0])
-            advice = f"write {meant[0]} if that is meant; a spreadsheet keeps it if it is text"
+            advice = (
+                f"write {meant[0]} if you mean that case; format the column as text, so that a "
+                "spreadsheet does not change it"
+            )
         else:
-            advice = "correct the name, or take the row away"
-        faults.append(DataError(f"{path}:{row.line}: {name!r} is no case of {folder}; {advice}"))
+            advice = "correct the name, or remove the row"
+        faults.append(DataError(f"{path}:{row.line}: {name!r} is not a case of {folder}; {advice}"))
     if lacking:
         whom = (
             f"case {lacking[0]}" if not lacking[1:] else f"{len(lacking)} cases: {shown(lacking)}"
         )
         faults.append(
-            DataError(f"{path}: no row for {whom}; add one, empty where nothing is known")
+            DataError(
+                f"{path}: there is no row for {whom}; add one, and leave its cells empty if "
+                "nothing is known"
+            )
         )
     return rows
 
 
 def _case_of(text: str, case_ids: Collection[str], *, channels: bool) -> str | None:
-    """Finds the case that is called so, or that one of whose files is; `channels`: its images too.
+    """Finds the case that a text names, by its id or by the name of one of its files.
 
-    Where a csv tells of other cases too, pat_0001 may be one of them, and not an image of pat.
+    Args:
+        text: a cell of the csv.
+        case_ids: the ids to choose from.
+        channels: whether the text may name an image with its channel number. It may not if the csv
+            has rows of other cases, since pat_0001 may then be a case, and not an image of pat.
     """
     name = PureWindowsPath(text).name
     stem, _ = split_ending(name)
@@ -241,7 +264,7 @@ def _distinct_values(
         DataError(
             f"{path}: {name}: "
             + " and ".join(f"{text!r} (line {line})" for text, line in texts.items())
-            + " differ in upper and lower case alone; write one of them throughout"
+            + " differ only in upper and lower case; use one spelling in all rows"
         )
         for texts in spellings.values()
         if len(texts) > 1
@@ -251,7 +274,7 @@ def _distinct_values(
 
 
 def _natural(text: str) -> tuple[tuple[bool, float, str], ...]:
-    """A key to sort by: numbers go by size and before all else, also those within a text."""
+    """Gives a sort key: numbers, also within a text, are sorted by size and before other texts."""
     if _NUMBER.fullmatch(text):
         return ((False, float(text), text),)
     return tuple(
@@ -264,25 +287,27 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 def _value_index(name: str, values: tuple[str, ...], value: str | None) -> int:
-    """Finds which of its values an attribute has in a row; `UNKNOWN` where the cell says nothing.
+    """Finds the index of a value among an attribute's values; None gives `UNKNOWN`.
 
     Raises:
-        ValueError: the cell says something else.
+        ValueError: the value is not among them.
     """
     if value is None:
         return UNKNOWN
     if value not in values:
-        raise ValueError(f"{name} must be one of {', '.join(values)}, or nothing; got {value!r}")
+        raise ValueError(
+            f"{name} is {value!r}, expected one of {', '.join(values)}, or an empty cell"
+        )
     return values.index(value)
 
 
 def _split(text: str) -> str | None:
-    """Reads the split that a cell names, None where it is empty.
+    """Reads the split that a cell names; an empty cell gives None.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: no split has that name.
     """
     split = {"": None, "val": "validation"}.get(text.lower(), text.lower())
     if split is not None and split not in SPLITS:
-        raise ValueError(f"split must be {', '.join(SPLITS)} or nothing, got {text!r}")
+        raise ValueError(f"split is {text!r}, expected {', '.join(SPLITS)}, or an empty cell")
     return split

@@ -1,4 +1,4 @@
-"""How training images are changed, by a seed, so that no two epochs see the same."""
+"""Changes training images at random, by a seed, so that no two epochs see the same images."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ Augment = Literal["paper", "shift", "none"]
 
 
 class Augmentation:
-    """Changes an image and its mask together; made by `augment_images` or `augment_volumes`.
+    """Changes an image and its mask together; `augment_images` and `augment_volumes` make it.
 
     Args:
-        transform: of a dictionary of tensors; None leaves them alone.
+        transform: a transform of a dictionary of tensors; None changes nothing.
     """
 
     def __init__(self, transform: transforms.Compose | None) -> None:
         self._transform = transform
 
     def __call__(self, parts: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        """The image (C, S), mask (1, S) and, where there is one, body (1, S), changed alike."""
+        """Changes the image (C, S), mask (1, S) and, if there is one, body (1, S) in the same
+        way."""
         if self._transform is None:
             return parts
         self._transform.set_random_state(seed)
@@ -35,15 +36,16 @@ class Augmentation:
 
 
 def augment_images(kind: Augment, size: int) -> Augmentation:
-    """How square images of `size` pixels a side are changed.
+    """Makes the augmentation of square images with `size` pixels a side.
 
-    It acts on the frame, where the paper's code acts on the crop, and rotates images bilinearly.
+    It changes the frame, where the paper's code changes the crop, and rotates images bilinearly.
 
     Args:
-        kind: "paper": half of them turned by a multiple of 90° and then flipped, a quarter rotated
-            by up to 20°, a quarter left alone. "shift", of images in one pose: moved by up to a
-            twelfth of the size along each axis, the border repeated. "none": left alone.
-        size: rows and columns.
+        kind: "paper": half of the images are turned by a multiple of 90° and then flipped, a
+            quarter is rotated by up to 20°, and a quarter is not changed. "shift": every image is
+            moved by up to a twelfth of the size along each axis, and its border is repeated; for
+            images in one pose. "none": no image is changed.
+        size: number of rows and columns.
     """
     keys = ("image", "mask")
     if kind == "none":
@@ -77,14 +79,14 @@ def augment_images(kind: Augment, size: int) -> Augmentation:
 
 
 def augment_volumes(kind: Augment) -> Augmentation:
-    """How patches of volumes are changed.
+    """Makes the augmentation of patches of volumes.
 
-    The paper names no augmentation; this one, with these numbers, is what MONAI's own 3D tutorials
-    use.
+    The paper names no augmentation for volumes. MONAI's 3D tutorials use this one, with these
+    numbers.
 
     Args:
-        kind: "paper": flipped along each axis or not, intensities scaled by up to a tenth and
-            shifted by up to 0.1. "none": left alone.
+        kind: "paper": each axis is flipped or not, and intensities are scaled by up to a tenth and
+            shifted by up to 0.1. "none": no patch is changed.
 
     Raises:
         ValueError: `kind` is "shift".
@@ -92,7 +94,7 @@ def augment_volumes(kind: Augment) -> Augmentation:
     if kind == "none":
         return Augmentation(None)
     if kind != "paper":
-        raise ValueError(f"augment must be paper or none for volumes, got {kind}")
+        raise ValueError(f"augment: got {kind}, expected paper or none for volumes")
     keys = ("image", "mask", "body")
     flips = [
         transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis, allow_missing_keys=True)
@@ -109,8 +111,8 @@ def augment_volumes(kind: Augment) -> Augmentation:
 def _untracked() -> Iterator[None]:
     """Lets MONAI compute on plain tensors.
 
-    Its own tensors, which remember what was done to them, take up to three times as long, and
-    experts cannot take them.
+    MONAI's own tensors, which record every transform, take up to three times as long, and experts
+    do not accept them.
     """
     before = get_track_meta()
     set_track_meta(False)

@@ -1,4 +1,4 @@
-"""The attributes of nnU-Net's cases by their ids, as its trainer and predictor ask for them."""
+"""The attributes of nnU-Net's cases by case id, for nnU-Net's trainer and predictor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from .table import nfc
 
 @dataclass(frozen=True)
 class CaseAttributes:
-    """The csv at `path`: the attributes' values by name, and the indices of each case's values."""
+    """The attributes that a csv gives to cases.
+
+    Args:
+        path: the csv.
+        values: the values of each attribute, by its name.
+        rows: the indices of each case's values, by case id.
+    """
 
     path: Path
     values: dict[str, list[str]]
@@ -31,39 +37,55 @@ class CaseAttributes:
         columns: tuple[str, ...] = (),
         known: Mapping[str, Sequence[str]] | None = None,
     ) -> CaseAttributes:
-        """Reads the columns (the first, unless some are named), or the `values` known to a model.
+        """Reads the attributes of cases from a csv, which may have rows of other cases too.
+
+        Args:
+            path: the csv.
+            case_ids: the cases.
+            columns: the attributes to read; empty: those in `known`, else the first column.
+            known: the values of each attribute that a trained model knows.
 
         Raises:
-            DataError: the csv is not readable; a case has no row, or two, or a value not known.
+            DataError: the csv cannot be read; a case has no row, two rows, or a value that is not
+                in `known`.
         """
         faults: list[DataError] = []
-        told = [Attribute(name, tuple(values)) for name, values in (known or {}).items()]
+        of_model = [Attribute(name, tuple(values)) for name, values in (known or {}).items()]
         id_of = {nfc(case_id): case_id for case_id in case_ids}
-        names = columns or tuple(attribute.name for attribute in told)
-        # Of other cases too: one csv tells of those to train on and those to predict.
-        found, records = read_attributes(path, [*id_of], names, told, faults, [], others=True)
+        names = columns or tuple(attribute.name for attribute in of_model)
+        # One csv may have the rows of the cases to train on and of those to predict.
+        found, records = read_attributes(path, [*id_of], names, of_model, faults, [], others=True)
         report_faults(faults, None)
         rows = {id_of[name]: record.attributes for name, record in records.items()}
         return cls(path, {attribute.name: [*attribute.values] for attribute in found}, rows)
 
     def of(self, case_ids: Sequence[str]) -> Tensor:
-        """The cases' values, int64 (cases, attributes); a DataError where one is unknown."""
+        """Gives the indices of the cases' values, int64 (cases, attributes).
+
+        Raises:
+            DataError: a case has an unknown value.
+        """
         rows = [self.rows.get(case_id, (UNKNOWN,)) for case_id in case_ids]
         if lost := [name for name, row in zip(case_ids, rows, strict=True) if UNKNOWN in row]:
             raise DataError(
-                f"{self.path}: an attribute is not known of {len(lost)} of {len(rows)} cases "
-                f"({shown(lost)}), and there is no route for them. Fill it in, or leave them out: "
-                "of splits_final.json in training, of the folder of images in prediction."
+                f"{self.path}: {len(lost)} of {len(rows)} cases have an unknown attribute "
+                f"({shown(lost)}), and there is no router for unknown values. Fill in the value, "
+                "or leave the cases out: of splits_final.json to train, of the folder of images to "
+                "predict."
             )
         return torch.tensor(rows)
 
     def require_trained(self, train: Sequence[str]) -> None:
-        """Raises a DataError unless each attribute's every value is that of a training case."""
+        """Raises unless every value of every attribute has a training case.
+
+        Raises:
+            DataError: a value has none.
+        """
         for place, (name, values) in enumerate(self.values.items()):
             seen = {self.rows[case_id][place] for case_id in train}
             if absent := [value for index, value in enumerate(values) if index not in seen]:
                 raise DataError(
                     f"{self.path}: no training case of this fold has {name} {shown(absent)}, so "
                     "that its router would learn nothing. Write a splits_final.json in which every "
-                    "fold trains on each value, or make larger groups of the values."
+                    "fold trains on each value, or join values into larger groups."
                 )

@@ -1,4 +1,4 @@
-"""Defines what every data set gives: cases, and a sample at native resolution for each.
+"""Defines what every data set gives: cases, and for each case a sample at native resolution.
 
 Shapes: C channels, S the spatial axes (rows, columns; in 3D axes as stored), N attributes.
 """
@@ -16,35 +16,41 @@ from nibabel.nifti1 import Nifti1Header
 from ..errors import DataError
 
 UNKNOWN = -1
-IGNORED = 255  # in a mask: what is there is not known, so no loss and no score count it
+IGNORED = 255  # in a mask: the label of this pixel is not known; losses and scores ignore it
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A property of a sample that the router may know, with its values in the order of indices."""
+    """A property of a sample, such as its site, that the router may receive.
+
+    Args:
+        name: the attribute's name.
+        values: the names of its values, in the order of their indices.
+    """
 
     name: str
     values: tuple[str, ...]
 
     def label(self, index: int) -> str:
-        """Names the value of an index, "unknown" for `UNKNOWN`."""
+        """Gives the name of the value with this index, or "unknown" for `UNKNOWN`."""
         return "unknown" if index == UNKNOWN else self.values[index]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One image to be segmented, as the data set lists it; nothing of it has been decoded yet.
+    """One image to be segmented, as the data set lists it; its files have not been decoded yet.
 
     Args:
-        case_id: unique in the data set, and usable as a file name.
-        subject: patient or lesion; all cases of one lie in the same split.
-        attributes: one index for each of the data set's attributes, -1 where it is unknown.
-        split: where the data set itself puts the case, None where it leaves that open.
-        files: what the case is read from, empty where it is made rather than read.
-        stratum: its value of the data set's default attribute, by which splits are stratified
-            whichever attributes were named, so that all runs share one split; -1 is unknown.
-        labelled: whether it has a mask; without one it can be predicted, and nothing else.
+        case_id: an id that is unique in the data set and can be a file name.
+        subject: the patient or lesion; all cases of a subject lie in the same split.
+        attributes: one index for each of the data set's attributes; -1 means unknown.
+        split: the split that the data set itself gives to the case; None if it leaves that open.
+        files: the files of the case; empty if its image is made up.
+        stratum: the index of its value of the data set's default attribute; -1 means unknown.
+            Splits are stratified by it, whichever attributes a run uses, so that all runs share one
+            split.
+        labelled: whether the case has a mask. Without a mask it can only be predicted.
     """
 
     case_id: str
@@ -61,15 +67,15 @@ class Sample:
     """A decoded case at native resolution.
 
     Args:
-        case_id: its case's.
-        image_CS: float32, intensities as the network is to see them, before any resizing.
-        mask_S: uint8, indices into the data set's classes, or `IGNORED`; None of an unlabelled
-            case.
-        attributes: its case's.
-        spacing: size of a pixel along each spatial axis, in the data set's unit.
-        header: of a volume, as NIfTI has it: where its voxels lie, and how a mask of them is to be
-            written.
-        remarks: what is odd about its files, but leaves them readable; `check` shows them.
+        case_id: the id of its case.
+        image_CS: float32, intensities scaled as the network receives them, before any resizing.
+        mask_S: uint8, indices into the data set's classes, or `IGNORED`; None if the case has no
+            mask.
+        attributes: the attributes of its case.
+        spacing: the size of a pixel along each spatial axis, in the data set's unit.
+        header: the NIfTI header of a volume, which says where its voxels lie; predicted masks are
+            written with it. None for images.
+        remarks: oddities of its files, which can be read nevertheless; `check` prints them.
 
     Raises:
         ValueError: image and mask differ in size.
@@ -86,67 +92,70 @@ class Sample:
     def __post_init__(self) -> None:
         if self.mask_S is not None and self.mask_S.shape != self.native_size:
             raise ValueError(
-                f"{self.case_id}: image of {self.native_size} but mask of {self.mask_S.shape}"
+                f"{self.case_id}: the image has size {self.native_size}, but the mask "
+                f"{self.mask_S.shape}"
             )
 
     @property
     def truth_S(self) -> np.ndarray:
-        """The mask, for whoever cannot do without.
+        """The mask, for callers that need one.
 
         Raises:
-            DataError: it has none.
+            DataError: the sample has no mask.
         """
         if self.mask_S is None:
-            raise DataError(f"{self.case_id}: has no mask; it can be predicted, and nothing else.")
+            raise DataError(f"{self.case_id}: this case has no mask; it can only be predicted.")
         return self.mask_S
 
     @property
     def affine(self) -> np.ndarray | None:
-        """The map from indices of a volume to mm (RAS+), (4, 4); None of images."""
+        """The affine (4, 4) from a volume's indices to mm (RAS+); None for images."""
         return None if self.header is None else self.header.get_best_affine()
 
     @property
     def native_size(self) -> tuple[int, ...]:
-        """Pixels or voxels along each spatial axis."""
+        """The number of pixels or voxels along each spatial axis."""
         return self.image_CS.shape[1:]
 
 
 def highest_label(mask_S: np.ndarray) -> int:
-    """The highest label of a mask but `IGNORED`; 0 where there is none."""
+    """Gives the highest label of a mask except `IGNORED`; 0 if there is none."""
     highest = int(mask_S.max())
-    if highest == IGNORED:  # which takes longer
+    if highest == IGNORED:  # the second search takes longer
         highest = int(mask_S.max(where=mask_S != IGNORED, initial=0))
     return highest
 
 
 class Dataset(ABC):
-    """Cases of one kind, and how to read one.
+    """The cases of a data set; `load` reads one of them.
 
     Attributes:
-        name: as the command line calls it.
-        former_name: what it was called before, if that was otherwise: splits are drawn by that
-            name, and files of splits that say it are this data set's.
-        classes: names by label; 0 is the background.
-        regions: what is scored: a name, and the labels that make it up together.
-        attributes: in the order of `Case.attributes`.
+        name: the data set's name on the command line.
+        former_name: an earlier name, empty if there is none. Splits are drawn by the earlier name,
+            and splits files that have it belong to this data set.
+        classes: the names of the labels, in their order; label 0 is the background.
+        regions: what is scored: the name of each region, and the labels that it consists of.
+        attributes: the attributes, in the order of `Case.attributes`.
         cases: every case, in a fixed order.
-        channels: of an image.
-        channel_names: where the files name them, and intensities are scaled by their names.
-        axes: of an image: 2, or 3 of a volume.
-        spacing: of volumes, the median voxel in mm along left-right, back-front and below-above.
-        size: of volumes, the median number of voxels along these axes.
-        about: what the files say of the data, such as where they come from; empty if nothing.
-        ignores: whether parts of masks may be `IGNORED`.
-        left_out: ids of the cases that are damaged, where opening left such cases out.
-        folds: nnU-Net's file of folds, where it lies beside the cases.
-        foldable: whether subjects can be held out from each other, as folds do.
-        made_with: whatever else decides what `load` gives, so that cached frames are made anew
-            when it changes.
-        unit: of distances and spacings, "mm", or "px" where the files do not say.
-        population: by attribute name, the share of each value in the population that "overall"
-            stands for; an attribute that is missing here takes the shares of the cases scored.
-        notes: what was found out about the files or decided for them, a sentence each, such as
-            the unit of ages.
+        channels: the number of channels of an image.
+        channel_names: the names of the channels if the files name them; intensities are scaled by
+            these names.
+        axes: the number of spatial axes: 2 for images, 3 for volumes.
+        spacing: the median size in mm of a volume's voxels, along left to right, back to front and
+            below to above; None for images.
+        size: the median number of a volume's voxels along these axes; None for images.
+        about: what the files say about the data, such as where they come from; may be empty.
+        ignores: whether masks may have pixels that are `IGNORED`.
+        left_out: the ids of damaged cases that were left out when the data set was opened.
+        folds: the path of nnU-Net's splits_final.json if it lies beside the cases.
+        foldable: whether the subjects are independent enough to be divided into folds.
+        made_with: further settings that decide what `load` gives; if they change, cached frames
+            are made again.
+        unit: the unit of distances and spacings: "mm", or "px" if the files do not say.
+        population: by attribute name, the share of each value in the population for which the
+            overall score stands. A missing attribute takes the shares of the scored cases.
+        notes: sentences on what was found in the files or decided about them, such as the unit of
+            ages.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Reads a whole data set before anyone trains on it, and says what is wrong with which file."""
+"""The command `check`: reads every file of a data set and says what is wrong with which file."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from rich.text import Text
 from ..errors import DataError, shown
 from .cases import SPLITS, UNKNOWN, Case, Dataset
 from .datasets import DataSettings, open_dataset
+from .folder import WhiteMaskError
 from .folds import COUNT
-from .splits import absent_values, choose_splits, leaked_subjects, read_folds
+from .splits import absent_values, choose_splits, describe_unused, leaked_subjects, read_folds
 
-# Threads; decoding leaves Python's lock alone. Each may hold a volume, of up to a gigabyte or two.
-WORKERS = {2: 8, 3: 2}  # by the image's axes
-NAMED = 10  # cases of a warning; of errors, all are named
+# Number of threads by an image's axes. Decoding releases Python's lock. Each thread may hold a
+# volume, which takes up to one or two gigabytes.
+WORKERS = {2: 8, 3: 2}
+NAMED = 10  # cases that a warning names; errors name all
 
 
 def check(settings: DataSettings, console: Console | None = None) -> int:
-    """Prints counts, warnings and errors; errors name every bad file.
+    """Prints the number of cases of each group, warnings, and an error for every bad file.
 
-    Errors: files that are missing or cannot be read, masks of labels out of range, of background
-    alone (but in a folder) or of another size than their image, volumes with NaN voxels or whose
-    label lies elsewhere, attributes that are missing or no known value, subjects in several splits.
-    Warnings: unknown attributes, masks that lack a class, images of one intensity, odd headers. It
-    also says which texts were taken for unknown or for one value, and how intensities are scaled.
-    Without attributes named, all that the files hold are looked at.
+    Errors are files that are missing or cannot be read, masks with labels out of range or of
+    another size than their image, masks of background alone (except in a folder), volumes with NaN
+    or with a mask on another grid, attributes that are missing or have a value that is not allowed,
+    and subjects in several splits. Warnings are unknown attributes, masks that lack a class, images
+    of one intensity and odd headers. Remarks say which texts count as unknown or as one value, and
+    how intensities are scaled. All attributes in the files are checked unless `settings` names
+    some.
 
     Returns:
-        1 if there is an error, else 0: the exit code of the command.
+        The exit code of the command: 1 if there is an error, else 0.
     """
     console = console or Console()
-    # File names are printed as they are: neither wrapped, nor coloured, nor read as markup.
+    # File names are printed as they are: not wrapped, not coloured, and not read as markup.
     say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     errors: list[DataError] = []
     try:
@@ -54,9 +57,10 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
             say(f"split: {source}")
         for split, called in zip(SPLITS, ("training", "validation", "test"), strict=True):
             ids = {case_id for case_id, placed in split_of.items() if placed == split}
-            if ids:  # there are none among cases that are to be predicted alone
+            if ids:  # cases that can only be predicted are in no split
                 warnings += [
-                    f"warning: {value}: no {called} case" for value in absent_values(dataset, ids)
+                    f"warning: {value}: there is no {called} case"
+                    for value in absent_values(dataset, ids)
                 ]
         for line in (*dataset.notes, *warnings):
             say(line)
@@ -69,14 +73,16 @@ def check(settings: DataSettings, console: Console | None = None) -> int:
 def _splits(
     dataset: Dataset, settings: DataSettings, errors: list[DataError]
 ) -> tuple[Mapping[str, str | None], str]:
-    """Finds each case's split: by the file or by seed, or the data set's own where those fail.
+    """Finds the split of each case as a run would choose it, or else the data set's own split.
 
     Returns:
-        The splits, and where they come from; empty where they are the data set's own or the file's.
+        The split of each case, and a text on where the splits come from and which cases they leave
+        out. The text is empty if they are the data set's own or those of a splits file, and leave
+        out none.
     """
     official = {case.case_id: case.split for case in dataset.cases}
     if not any(case.labelled for case in dataset.cases):
-        return official, ""  # to be predicted alone
+        return official, ""  # they can only be predicted
     try:
         if settings.splits is None and (leaks := leaked_subjects(official, dataset)):
             errors.extend(map(DataError, leaks))
@@ -85,47 +91,55 @@ def _splits(
             dataset, settings.splits, settings.split_seed, settings.fold, settings.folds
         )
     except DataError as error:
-        # Too few cases to draw from are a consequence where some were left out, as damaged.
+        # Damaged cases were left out and are reported; that too few remain is a consequence.
         asked = (settings.splits, dataset.folds, settings.fold, settings.folds)
         if not dataset.left_out or asked != (None,) * 4:
             errors.append(error)
         return official, ""
     split_of = {case_id: split for split in SPLITS for case_id in getattr(splits, split)}
-    return split_of, _source(dataset, settings, split_of.values())
+    said = (_source(dataset, settings, split_of.values()), describe_unused(dataset, splits))
+    return split_of, "; ".join(filter(None, said))
 
 
 def _source(dataset: Dataset, settings: DataSettings, made: Collection[str]) -> str:
-    """Says where the splits come from, unless they are the data set's own or the file's.
+    """Says where the splits come from, unless they are the data set's own or those of a file.
 
     Args:
-        dataset, settings: of which the splits are.
+        dataset, settings: the data set and its settings.
         made: the split of each case that has one.
     """
     fold, file = settings.fold, settings.splits or dataset.folds
     if fold == "all":
-        return "every case with a mask but the test cases is trained on (--fold all), none held out"
+        return (
+            "--fold all: every case with a mask is a training case, except the test cases; no case "
+            "is held out"
+        )
     n_folds, origin = len(read_folds(file)) if file else 0, f"of {file}"
     if not file and fold is not None:
         n_folds = settings.folds or COUNT
         origin = (
-            "made by subject, stratified by the default attribute, by --split-seed "
-            f"{settings.split_seed} the same on every machine"
+            "made by subject and stratified by the default attribute, with --split-seed "
+            f"{settings.split_seed}; they are the same on every machine"
         )
     if n_folds:
         return (
-            f"fold {fold or 0} of 0 to {n_folds - 1} (--fold) {origin}; its val is the "
-            "validation split"
+            f"fold {fold or 0} of the folds 0 to {n_folds - 1} (--fold), {origin}; the cases that "
+            "it holds out are the validation split"
         )
     own = {case.split for case in dataset.cases}
     drawn = [split for split in SPLITS if split not in own and split in made]
     if file or not drawn:
         return ""
-    return f"{' and '.join(drawn)} drawn by seed {settings.split_seed} from the rest"
+    return (
+        f"{' and '.join(drawn)} cases were drawn from the rest with --split-seed "
+        f"{settings.split_seed}"
+    )
 
 
 def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> list[str]:
-    """Reads every case; errors are added, warnings returned."""
+    """Reads every case, adds errors to the list, and returns warnings."""
     warned: dict[str, list[str]] = {}
+    white: list[WhiteMaskError] = []
     with ThreadPoolExecutor(WORKERS[dataset.axes]) as pool:
         results = pool.map(partial(_oddities, dataset), dataset.cases)
         for case, found in zip(
@@ -133,22 +147,28 @@ def _read_all(dataset: Dataset, errors: list[DataError], console: Console) -> li
             track(results, "reading", total=len(dataset.cases), console=console, transient=True),
             strict=True,
         ):
+            if isinstance(found, WhiteMaskError):
+                white.append(found)
+                continue
             if isinstance(found, DataError):
                 errors.append(found)
                 continue
             for what in found:
                 warned.setdefault(what, []).append(case.case_id)
+    if white:  # a mistake that usually runs through a whole folder
+        first, *others = white
+        errors.append(WhiteMaskError(first.path, first.strange, [error.path for error in others]))
     for index, attribute in enumerate(dataset.attributes):
         unknown = [c.case_id for c in dataset.cases if c.attributes[index] == UNKNOWN]
         if unknown:
-            warned[f"{attribute.name} unknown"] = unknown
+            warned[f"{attribute.name} is unknown"] = unknown
     return [
         f"warning: {what}: {len(ids)} cases: {shown(ids, NAMED)}" for what, ids in warned.items()
     ]
 
 
 def _oddities(dataset: Dataset, case: Case) -> list[str] | DataError:
-    """Reads a case and lists what is odd about it, or returns why it cannot be read."""
+    """Reads a case and lists its oddities, or returns the error that says why it cannot be read."""
     try:
         sample = dataset.load(case)
     except DataError as error:
@@ -156,18 +176,18 @@ def _oddities(dataset: Dataset, case: Case) -> list[str] | DataError:
     odd = list(sample.remarks)
     if sample.mask_S is not None:
         odd += [
-            f"mask without {name}"
+            f"the mask has no {name}"
             for label, name in enumerate(dataset.classes)
             if not (sample.mask_S == label).any()
         ]
     flat = [c for c, channel_S in enumerate(sample.image_CS) if np.ptp(channel_S) == 0]
     if len(flat) == len(sample.image_CS):
-        return [*odd, "image of one intensity"]
-    return odd + [f"channel {c:04} of one intensity" for c in flat]
+        return [*odd, "the image has a single intensity"]
+    return odd + [f"channel {c:04} has a single intensity" for c in flat]
 
 
 def _counts(dataset: Dataset, split_of: Mapping[str, str | None]) -> list[Table]:
-    """Makes a table for each attribute: how many cases each value has in each split."""
+    """Makes a table for each attribute, with the number of cases of each value in each split."""
     tables = []
     for index, attribute in enumerate(dataset.attributes):
         counts = Counter(
@@ -177,7 +197,7 @@ def _counts(dataset: Dataset, split_of: Mapping[str, str | None]) -> list[Table]
             )
             for case in dataset.cases
         )
-        # Texts of the csv are no markup.
+        # Texts of the csv must not be read as markup.
         table = Table(title=Text(f"{dataset.name}: cases by {attribute.name}"))
         table.add_column(Text(attribute.name))
         found = {split for _, split in counts}

@@ -1,7 +1,7 @@
 """The table of data sets: what each one needs, which attributes it has, and how it is opened.
 
-To add one: write its `Dataset` in a file of its own, and put its name into `DataSettings.data` and
-a row into `DATASETS`.
+To add a data set, write its `Dataset` class in a file of its own, add its name to
+`DataSettings.data`, and add a row to `DATASETS`.
 """
 
 from __future__ import annotations
@@ -22,48 +22,82 @@ from .phantom import Phantom, PhantomSettings
 from .splits import Fold
 from .table import UNKNOWN_TEXTS
 
-FORMER_NAMES = {Folder.former_name: Folder.name}  # which recipes and commands of old still say
+FORMER_NAMES = {Folder.former_name: Folder.name}  # older recipes and commands still have these
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which data, from where, by which attributes, and how split."""
+    """Says which data are used, where they lie, by which attributes, and how they are split."""
 
     data: Literal["fairseg", "ham10000", "mni152", "phantom", "folder", "nifti"]
-    """The data set. folder: a folder of your own, in nnU-Net's layout; nifti: its former name."""
+    """The data set.
+    - folder: your own images or volumes, in a folder
+      of nnU-Net's layout. Its former name is nifti.
+    - fairseg: Harvard-FairSeg, which you download.
+    - ham10000: HAM10000, which you download.
+    - mni152: slices of the MNI152 brain; no download.
+    - phantom: made-up images; no download."""
     root: Path | None = None
-    """Folder of its files; mni152 and phantom have none."""
+    """Folder that holds the files of the data set. Leave
+    it out for mni152 and phantom, which have no
+    files."""
     attributes: tuple[str, ...] = ()
-    """What the router knows: fairseg has race (default), gender, ethnicity, language,
-    maritalstatus and age; ham10000 has age (default), sex and localization; a folder has the
-    columns of its attributes.csv, the first by default."""
+    """The attributes that the router receives. Without
+    this flag it receives the first of these:
+    - fairseg: race, gender, ethnicity, language,
+      maritalstatus, age.
+    - ham10000: age, sex, localization.
+    - folder: the columns of its attributes.csv."""
     splits: Path | None = None
-    """A splits file (json), such as every run leaves in its folder, or nnU-Net's
-    splits_final.json. Without it, a splits_final.json in the folder, else the data set's own split,
-    and the rest by seed."""
+    """File that says which cases are for training,
+    validation and test: the splits.json of another
+    run, or a splits_final.json of nnU-Net. Without
+    this flag a splits_final.json in the folder is
+    used. Without that, the data set's own split is
+    used, and --split-seed splits the rest."""
     fold: Fold | None = None
-    """Which fold, from 0: its val is the validation split. Of a splits_final.json, the first by
-    default; where there is none, folds are made by subject, stratified by the default attribute.
-    all: every case but the test cases is trained on, and none is held out."""
+    """Number of the fold to train, counted from 0. The
+    validation cases are those that the fold holds
+    out. The folds are those of a splits_final.json
+    or, without one, are made by subject and
+    stratified by the default attribute. Without this
+    flag the first fold of a splits_final.json is
+    used, or else no fold.
+    - all: train on every case except the test cases,
+      and hold out none."""
     folds: int | None = None
-    """Number of folds that are made where there is no splits_final.json, 5 by default."""
+    """Number of folds to make if there is no
+    splits_final.json. None: 5, as nnU-Net makes."""
     split_seed: int = 0
-    """Seed by which cases are split that the data set's own split leaves open."""
+    """Seed that splits the cases which the data set's
+    own split leaves open. Give all runs that you
+    compare the same one."""
     unknown_texts: tuple[str, ...] = UNKNOWN_TEXTS
-    """Cells of a csv that say that a value is not known, in upper or lower case; an empty cell and
-    the word unknown always do. If one of these is a value of yours, such as none of a contrast
-    phase, give the others."""
+    """Texts in a csv that mean that a value is unknown,
+    in upper or lower case. An empty cell and the word
+    unknown always mean that. If one of these texts is
+    a value in your data, such as none for a contrast
+    phase, give the other texts only."""
     cache: Path | None = None
-    """Folder of decoded and resized cases, shared by runs; ~/.cache/dmoe-frames by default."""
+    """Folder that stores decoded and resized cases, so
+    that later epochs and runs start faster. It may
+    grow large. None: ~/.cache/dmoe-frames."""
     ct_window: tuple[float, float] = CT_WINDOW
-    """Hounsfield units that CT (a channel of that name, in a folder) is clipped to."""
+    """Lowest and highest Hounsfield unit, to which
+    channels named CT in a folder are clipped. The
+    default shows soft tissue."""
     mni152: HeldOut = "middle"
-    """The slices of mni152 that are held out for test and validation."""
+    """Which slices of mni152 are held out for validation
+    and test: those in the middle of the head, or
+    upper ones."""
     mni152_normalised: Normalised = "slice"
-    """Over what the intensities of mni152 have mean 0 and variance 1: each slice by itself, or the
-    whole head, so that a tissue looks the same in all slices."""
+    """How the intensities of mni152 are brought to mean
+    0 and variance 1.
+    - slice: each slice by itself.
+    - head: the whole head at once, so that a tissue
+      looks the same in all slices."""
     phantom: PhantomSettings = field(default_factory=PhantomSettings)
-    """What the phantom is made of."""
+    """Settings of the made-up images of --data phantom."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", FORMER_NAMES.get(self.data, self.data))
@@ -71,14 +105,14 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """What a data set is asked for when it is opened.
+    """The arguments with which a data set is opened.
 
     Args:
-        settings: what the user gave.
-        root: the folder of its files; of a data set that is made, nothing is read from it.
-        names: of the attributes to read. None: all that its files hold. Empty, where `Source` has
-            no names to choose from: the default one.
-        damaged, known: as of `open_dataset`.
+        settings: the user's settings.
+        root: the folder of the data set's files. A made-up data set reads nothing from it.
+        names: the names of the attributes to read. None: all that the files hold. Empty: the
+            default attribute, where `Source` lists no names to choose from.
+        damaged, known: as for `open_dataset`.
     """
 
     settings: DataSettings
@@ -94,11 +128,12 @@ class Source:
 
     Args:
         create: opens the data set that a request describes.
-        needs_root: whether it is read from a folder; if not, it is made and takes none.
-        attributes: names to choose from, the default one first. Empty where they are known only
-            once the data set is open: as columns of its files, or by what it is made of.
-        axes: spatial axes of a sample: 2 of images, 3 of volumes; or what finds them in the folder.
-        settings: those of `DataSettings` that are this data set's alone.
+        needs_root: whether the data set is read from a folder. If not, it is made up.
+        attributes: names to choose from, the default one first. Empty if they are known only once
+            the data set is open, as columns of its files or from its settings.
+        axes: number of spatial axes of a sample, 2 for images and 3 for volumes, or a function that
+            finds that number in the folder.
+        settings: the fields of `DataSettings` that only this data set uses.
     """
 
     create: Callable[[Request], Dataset]
@@ -151,7 +186,7 @@ def find_source(name: str) -> Source:
     """Looks up a row of `DATASETS`.
 
     Raises:
-        DataError: there is no data set of that name.
+        DataError: no data set has that name.
 
     Example:
         >>> find_source("fairseg").axes
@@ -163,13 +198,13 @@ def find_source(name: str) -> Source:
 
 
 def find_axes(settings: DataSettings) -> int | None:
-    """Finds how many spatial axes samples have, before the data set is opened.
+    """Finds how many spatial axes the samples have, before the data set is opened.
 
     Returns:
-        2 of images, 3 of volumes; None where the folder decides, and there is none yet.
+        2 for images, 3 for volumes; None if the folder decides and does not exist yet.
 
     Raises:
-        DataError: there is no data set of that name, or the folder does not say.
+        DataError: no data set has that name, or the folder's dataset.json cannot be read.
     """
     axes, root = find_source(settings.data).axes, settings.root
     if isinstance(axes, int):
@@ -178,7 +213,7 @@ def find_axes(settings: DataSettings) -> int | None:
 
 
 def unused_settings(name: str) -> tuple[str, ...]:
-    """Names the settings of data, as in `data.phantom`, that are other data sets' alone."""
+    """Names the settings, such as `data.phantom`, that only other data sets than `name` use."""
     return tuple(
         f"data.{setting}"
         for other, source in DATASETS.items()
@@ -201,12 +236,13 @@ def open_dataset(
             error. With a list (as `check` has one), the faults of single cases are added to it,
             those cases are left out, and all attributes that the files hold are read unless
             `settings` names some.
-        known: the attributes of a trained run. They are read unless `settings` names others, and
-            where the files decide which values an attribute has (folder), it has these, in this
-            order; a case with another value is a fault.
+        known: the attributes of a trained run. They are read unless `settings` names others. A
+            folder's attributes then have these values, in this order, and a case with another
+            value is a fault.
 
     Raises:
-        DataError: no such data set, folder or attribute, or files are missing or damaged.
+        DataError: the data set, its folder or an attribute does not exist, or files are missing or
+            damaged.
 
     Example:
         >>> open_dataset(DataSettings("phantom")).attributes[0].values
@@ -214,9 +250,15 @@ def open_dataset(
     """
     source = find_source(settings.data)
     if source.needs_root and (settings.root is None or not settings.root.is_dir()):
-        raise DataError(f"root: {settings.data} needs the folder of its files, got {settings.root}")
+        raise DataError(
+            f"root: got {settings.root}, expected the folder that holds the files of "
+            f"{settings.data}; name it by --root."
+        )
     if not source.needs_root and settings.root is not None:
-        raise DataError(f"{settings.data} is made, not read: leave root ({settings.root}) out")
+        raise DataError(
+            f"root: got {settings.root}, but {settings.data} is not read from files; leave --root "
+            "out."
+        )
     if source.needs_root:
         _require_choice(settings, source.attributes)
     names: tuple[str, ...] | None = settings.attributes or tuple(a.name for a in known)
@@ -227,20 +269,23 @@ def open_dataset(
     own = tuple(attribute.name for attribute in dataset.attributes)
     if not source.needs_root and settings.attributes not in ((), own):
         raise DataError(
-            f"attributes: {settings.data} has {', '.join(own)} alone, got "
-            f"{', '.join(settings.attributes)}"
+            f"attributes: got {', '.join(settings.attributes)}, but {settings.data} has only "
+            f"{', '.join(own)}; leave --attributes out."
         )
     return dataset
 
 
 def _require_choice(settings: DataSettings, own: tuple[str, ...]) -> None:
-    """Where `own` is empty, the data set itself looks whether its files have such attributes."""
+    """Raises unless the attributes asked for are among `own`, each named once.
+
+    If `own` is empty, the data set itself checks whether its files have such attributes.
+    """
     names = settings.attributes
     repeated = len(set(names)) < len(names)
     if own and (repeated or not set(names) <= set(own)):
         raise DataError(
-            f"attributes: {settings.data} has {', '.join(own)}, each to be named once, got "
-            f"{', '.join(names)}"
+            f"attributes: got {', '.join(names)}, but {settings.data} has {', '.join(own)}; name "
+            "some of these, each once."
         )
     if repeated:
-        raise DataError(f"attributes: {', '.join(names)}: name each once")
+        raise DataError(f"attributes: got {', '.join(names)}; name each attribute once.")

@@ -1,21 +1,21 @@
-"""How the files of images, of volumes and of their masks may end."""
+"""The endings of file names that images, volumes and masks may have."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 NIFTI = (".nii.gz", ".nii")
-VOLUMES = (*NIFTI, ".mha", ".nrrd")  # the latter two by SimpleITK
-LOSSLESS = (".png", ".tif", ".tiff", ".bmp")  # as the masks of images have to be
+VOLUMES = (*NIFTI, ".mha", ".nrrd")  # SimpleITK reads the latter two
+LOSSLESS = (".png", ".tif", ".tiff", ".bmp")  # masks of images must have one of these
 IMAGES = (*LOSSLESS, ".jpg", ".jpeg")
 ENDINGS = (*VOLUMES, *IMAGES)
 
 
 def split_ending(name: str, endings: Sequence[str] = ENDINGS) -> tuple[str, str | None]:
-    """Takes a file's name apart, into what stands before its ending and which of `endings` it has.
+    """Splits a file's name into the part before its ending, and the ending.
 
-    By hand, as `Path.suffix` of .nii.gz is .gz. Upper and lower case are alike; the ending is None
-    if it is none of these.
+    `Path.suffix` would give .gz for .nii.gz. Upper and lower case do not matter. The ending is None
+    if the name has none of `endings`.
 
     Example:
         >>> split_ending("b.v2.NII.gz"), split_ending("notes.txt")

@@ -1,13 +1,13 @@
-"""Writes a folder as a radiotherapy group would have it, made of the MNI152 head, to practise on.
+"""Writes an example folder of volumes like a hospital's, made of the MNI152 head, to practise on.
 
-The attribute is the acquisition: three that are simulated from the 1 mm template that the `nilearn`
-wheel holds, so that nothing is downloaded. The labels are grey and white matter, outlined on the
-template's maps. The shift between the groups is made here and known, and it is one averaged head:
-what is measured on this folder proves that the pipeline works, and nothing about fairness.
+The attribute is the acquisition: three acquisitions are simulated from the 1 mm template in the
+`nilearn` wheel, so that nothing is downloaded. The labels are grey and white matter from the
+template's maps. The difference between the groups is made here and known, and there is one averaged
+head: scores on this folder show that the pipeline works, and nothing about fairness.
 
 Training, validation and test show different blocks of the head, from back to front, with a gap
-between them; halves of it would not do, since left and right look alike. Scans of one block differ
-in noise, shading and field of view.
+between them. Left and right halves would not be independent, since they look alike. Scans of one
+block differ in noise, shading and field of view.
 
 Shapes: S the three axes of an image.
 """
@@ -29,13 +29,14 @@ from scipy import ndimage
 from ..files import write_results
 
 SEED = 0
-GAP = 8  # mm between two blocks; scans are made of their block alone
+GAP = 8  # mm between two blocks; a scan shows its own block only
 # Millimetres of the template from its back: the occipital to the central lobe, its front part, and
 # the frontal lobe. Across and upwards the brain and a margin.
 BLOCKS = {"train": (28, 132), "validation": (140, 160), "test": (168, 200)}
 ACROSS, UPWARDS = (18, 178), (0, 160)
-# mm from back to front in a training scan, somewhere in its block; the other blocks are scanned
-# whole. Some as short as those, since instance norm sees how much of a patch is padding.
+# Length in mm, from back to front, of a training scan, which lies anywhere in its block. The other
+# blocks are scanned whole. Some training scans are as short as those, since instance norm depends
+# on how much of a patch is padding.
 SPANS = (20, 72)
 WHITE = 1000  # intensity of the template's brightest voxel
 
@@ -45,16 +46,16 @@ class Acquisition:
     """How a scan is made.
 
     Args:
-        name: value of the attribute.
-        scans: of the training, validation and test block.
-        voxel: mm from left to right, back to front and below to above.
-        blur: standard deviation, mm, of the point spread beyond the voxel's own.
+        name: the value of the attribute.
+        scans: number of scans of the training, validation and test block.
+        voxel: size of a voxel in mm, left to right, back to front and below to above.
+        blur: standard deviation in mm of the point spread, in addition to that of the voxel.
         noise: standard deviation, as a share of the brightest voxel.
-        shading: of the coil: how far its sensitivity goes up and down.
-        roll: degrees by which the head lies turned about the axis from back to front.
-        axes: which way the stored axes point.
-        dtype: of the stored numbers.
-        slope: what they are multiplied by to give intensities.
+        shading: how far the sensitivity of the coil goes up and down, as a share.
+        roll: angle in degrees by which the head is turned about the axis from back to front.
+        axes: the directions of the stored axes.
+        dtype: the type of the stored numbers.
+        slope: the factor that turns stored numbers into intensities.
     """
 
     name: str
@@ -76,22 +77,24 @@ ACQUISITIONS = (
 )
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2}
 NOTE = (
-    "Made from the MNI152 template: one averaged head, with simulated acquisitions and labels "
-    "from its tissue maps. It shows how a folder is laid out and that the pipeline runs; scores "
-    "on it say nothing about scanners, patients or fairness. What to expect: images show by "
-    "themselves how they were acquired, so that telling the network gains no more than another "
-    "seed does; a dense one, to compare, is trained by --moe none. Low field may be the lowest, as "
-    "it is blurred, noisy and turned, and one training scan in ten; its router has seen that scan "
-    "alone, and another's may do better. The two test scans of an acquisition show one block of "
-    "one head, so that intervals are of noise alone and say nothing of other heads."
+    "These data are made from the MNI152 template: one averaged head, with simulated acquisitions "
+    "and labels from its tissue maps. They show how a folder is laid out and that the pipeline "
+    "runs; scores on them say nothing about scanners, patients or fairness. What to expect: each "
+    "image shows by itself how it was acquired, so that a network that receives the attribute "
+    "gains no more than another seed does. Train a dense network to compare with by --moe none. "
+    "Low field may score lowest, since its scans are blurred, noisy and turned, and only one "
+    "training scan in ten is of low field. Its router has learned from that scan alone, so that "
+    "the router of another acquisition may do better. The two test scans of an acquisition show "
+    "one block of one head, so that intervals describe noise only, and say nothing about other "
+    "heads."
 )
 
 
 def write_example(folder: Path) -> Path:
-    """Writes the nnU-Net folder, always the same, whole or not at all; returns it.
+    """Writes the folder, which is always the same, completely or not at all, and returns it.
 
-    `attributes.csv` has the acquisition, the block as subject, and the split. Seven tenths of the
-    training scans are of 1 mm, two of thick slices and one of low field.
+    `attributes.csv` has the acquisition, the block as subject, and the split. Of ten training scans
+    seven are of 1 mm, two of thick slices, and one of low field.
 
     Raises:
         DataError: `folder` holds something else.
@@ -147,9 +150,9 @@ def _scan(
 
     Args:
         maps: the template, its grey and its white matter, in voxels of 1 mm.
-        acquisition: how it is scanned.
-        block: where it starts and ends, mm from the back.
-        rng: draws where the scan lies, its shading and its noise.
+        acquisition: the acquisition of the scan.
+        block: start and end of the block, in mm from the back.
+        rng: draws the position of the scan, its shading and its noise.
     """
     length = block[1] - block[0]
     span = length if length <= SPANS[1] else int(rng.integers(*SPANS, endpoint=True))
@@ -158,7 +161,7 @@ def _scan(
     template = [volume.slicer[tuple(slice(*side) for side in box)] for volume in maps]
     size = np.array(acquisition.voxel, float)
     shape, to_box = _grid(acquisition, box)
-    # A voxel is a mean over its box, whose variance is that of a uniform distribution.
+    # A voxel averages over its box, which has the variance of a uniform distribution.
     own = np.sqrt((size**2 - 1) / 12)
     t1_S, grey_S, white_S = (
         ndimage.affine_transform(
@@ -174,7 +177,7 @@ def _scan(
     )
     label_S = np.stack([1 - grey_S - white_S, grey_S, white_S]).argmax(0).astype(np.uint8)
     signal_S = t1_S * (1 + acquisition.shading * _ramp(shape, rng))
-    # The magnitude of a complex signal whose two parts are noisy, as magnetic resonance has it.
+    # In magnetic resonance the image is the magnitude of a complex signal with two noisy parts.
     real_S, imaginary_S = rng.normal(0, acquisition.noise, (2, *shape))
     image_S = WHITE * np.hypot(signal_S + real_S, imaginary_S)
     origin = np.array([low for low, _ in box])
@@ -186,9 +189,9 @@ def _scan(
 def _grid(
     acquisition: Acquisition, box: Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """The shape of a scan's voxels, and the affine from their indices to the box's millimetres.
+    """Gives the shape of a scan's grid, and the affine from its indices to millimetres in the box.
 
-    The grid lies turned in the box, with the box's middle as its own.
+    The grid is turned about the middle of the box.
     """
     size = np.array(acquisition.voxel, float)
     shape = tuple(int((high - low) // step) for (low, high), step in zip(box, size, strict=True))
@@ -200,7 +203,8 @@ def _grid(
 
 
 def _ramp(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """A slope from -1 in one corner to 1 in the opposite one, steeper along one axis or another."""
+    """Makes a ramp from -1 in one corner to 1 in the opposite one, with random steepness by "
+    "axis."""
     ramp_S = np.zeros(shape)
     for axis, weight in enumerate(rng.dirichlet([1, 1, 1])):
         others = [other for other in range(3) if other != axis]
@@ -211,7 +215,7 @@ def _ramp(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 def _stored(
     voxels_S: np.ndarray, affine: np.ndarray, axes: str, dtype: str, slope: float
 ) -> nib.Nifti1Image:
-    """The NIfTI image of some voxels, with the axes, numbers and slope that a scan is stored in."""
+    """Makes the NIfTI image of a scan, with its stored axes, type of numbers and slope."""
     header = nib.Nifti1Header(endianness=dtype[0])
     header.set_data_dtype(dtype)
     header.set_xyzt_units("mm")

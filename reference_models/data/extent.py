@@ -1,4 +1,4 @@
-"""Finds how large the images or volumes of a folder are, and notes what is odd about that."""
+"""Finds the median size of a folder's images or volumes, and warns of sizes that look wrong."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from ..errors import shown
 from .cases import Case
 from .readers import Grid
 
-UNLIKE = 500  # of two voxels' volumes; cm taken for mm are a factor of 1000
-# mm, of the median volume's longest side and of its voxel (the cube root of its volume): a head of
-# 1 mm that is written in cm has 20 and 0.1. Crops of clinical scans are small, but not both. A
-# whole body in cm is longer than SHORT, but of voxels finer than any clinical scan's.
+UNLIKE = 500  # ratio of two voxels' volumes; it is 1000 if cm are taken for mm
+# In mm: the median volume's longest side, and the side of its voxel (the cube root of the voxel's
+# volume). A head with voxels of 1 mm that is written in cm has 20 and 0.1. Crops of clinical scans
+# may be short, but then their voxels are not fine. A whole body in cm is longer than SHORT, but its
+# voxels are finer than those of any clinical scan.
 SHORT, FINE, FINEST = 80.0, 0.5, 0.15
-LONG = 3000.0  # mm, of the same side: longer than anybody is
+LONG = 3000.0  # mm, the longest side: nobody is that tall
 
 
 def median_grid(cases: Sequence[Case], grids: Sequence[Grid]) -> Grid:
-    """Finds the median size and number of pixels or voxels, of all but the test cases.
+    """Finds the median size and number of pixels or voxels, without the test cases.
 
-    Test cases decide nothing, not even the grid, where there are others.
+    Test cases must not decide anything, not even the grid, unless there are no others.
 
     Args:
-        cases: one or more.
-        grids: of each.
+        cases: one or more cases.
+        grids: the grid of each case.
     """
     own = [grid for grid, case in zip(grids, cases, strict=True) if case.split != "test"]
     sizes, counts = np.median(own or grids, axis=0)
@@ -35,29 +36,29 @@ def median_grid(cases: Sequence[Case], grids: Sequence[Grid]) -> Grid:
 def note_images(median: Grid) -> str:
     """Says how large the median image is."""
     rows, columns = median.counts
-    return f"images: in the median {rows:.0f} rows and {columns:.0f} columns"
+    return f"images: the median image has {rows:.0f} rows and {columns:.0f} columns"
 
 
 def note_volumes(cases: Sequence[Case], grids: Sequence[Grid], median: Grid) -> list[str]:
-    """Says how large the median volume is, and warns of sizes that cannot be meant."""
+    """Says how large the median volume is, and warns of sizes that look wrong."""
     sizes, counts = median
     voxel = " x ".join(f"{size:.3g}" for size in sizes)
     notes = [
-        f"volumes: in the median {' x '.join(f'{n:.0f}' for n in counts)} voxels of {voxel} mm, "
-        "from left to right, back to front and below to above"
+        f"volumes: the median volume has {' x '.join(f'{n:.0f}' for n in counts)} voxels of "
+        f"{voxel} mm, from left to right, back to front and below to above"
     ]
     longest, cube = float((sizes * counts).max()), float(np.prod(sizes) ** (1 / 3))
     if (longest < SHORT and cube < FINE) or cube < FINEST:
         notes.append(
-            f"warning: the median volume is {longest:.3g} mm long, of voxels of {voxel} mm, as if "
+            f"warning: the median volume is {longest:.3g} mm long with voxels of {voxel} mm, as if "
             "its affine were in cm or m; if so, correct the affines, since all scores in mm and "
-            "the grid go by them"
+            "the grid depend on them"
         )
     if longest > LONG:
         notes.append(
             f"warning: the median volume is {longest:.3g} mm long, as if its affine were in "
-            "micrometres; if so, correct the affines, since all scores in mm and the grid go by "
-            "them"
+            "micrometres; if so, correct the affines, since all scores in mm and the grid depend "
+            "on them"
         )
     unlike = [
         case.case_id
@@ -66,7 +67,7 @@ def note_volumes(cases: Sequence[Case], grids: Sequence[Grid], median: Grid) -> 
     ]
     if unlike:
         notes.append(
-            f"warning: voxels {UNLIKE} times as large as the median's or as small, as if "
-            f"not in mm: {len(unlike)} cases: {shown(unlike, 10)}"
+            f"warning: the voxels of {len(unlike)} cases are {UNLIKE} times larger or smaller than "
+            f"the median voxel, as if their affines were not in mm: {shown(unlike, 10)}"
         )
     return notes

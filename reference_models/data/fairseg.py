@@ -1,9 +1,10 @@
-"""Harvard-FairSeg: fundus photographs with the optic disc's rim and cup, one `.npz` a patient.
+"""Harvard-FairSeg: fundus photographs with the optic disc's rim and cup, a `.npz` for each patient.
 
-Read from the data set's page and released files: `slo_fundus` (rows x columns of 0..255, some with
-three channels), `disc_cup_mask` (0 background, -1 rim, -2 cup; the disc is both), codes for the
-attributes with -1 for unknown, and lists of names for the official split. Older copies name some
-members otherwise and some stand in unsigned bytes, where -1 and -2 read 255 and 254.
+The data set's page and released files describe the format: `slo_fundus` (rows x columns of 0..255,
+some with three channels), `disc_cup_mask` (0 background, -1 rim, -2 cup; rim and cup are the disc),
+codes for the attributes, where -1 means unknown, and lists of names for the official split. Older
+copies have other names for some arrays, and some store unsigned bytes, in which -1 and -2 are 255
+and 254.
 """
 
 from __future__ import annotations
@@ -33,30 +34,30 @@ CODED = {
     ),
 }
 AGE_GROUPS = ("under 60", "60 and over")  # as in the paper's code
-OLDEST = 130  # years; who is older than that has an age in days
+OLDEST = 130  # years; a higher age is in days
 DAYS_A_YEAR = 365.25
 ATTRIBUTES = (*CODED, "age")
 STRATUM = ATTRIBUTES[0]
 
 
 class FairSeg(Dataset):
-    """The `.npz` files under `root`, split by `train.txt` and `test.txt` where those are there.
+    """The `.npz` files under `root`, split by `train.txt` and `test.txt` if those exist.
 
-    The lists (and a `validation.txt` or `val.txt`) hold a file name a line and lie in `root` or in
-    a `lists` folder of it, the files anywhere below `root`. Files that no list names are left out;
-    without lists all are taken and the split is left open. Images are given three channels, since
-    pretrained networks expect them, with intensities / 255. The subject is `pid` where a file has
-    it and it is known, the file elsewhere.
+    The lists (`train.txt`, `test.txt` and perhaps `validation.txt` or `val.txt`) hold a file name
+    on each line, and lie in `root` or in its folder `lists`. The files may lie anywhere below
+    `root`. Files that no list names are left out; without lists all files are used and the split
+    is left open. Images have three channels, since pretrained networks expect them, with
+    intensities divided by 255. The subject is `pid` if a file has a known one, else the file.
 
     Args:
         root: the folder.
-        attributes: of `ATTRIBUTES`; None takes all that the files hold.
+        attributes: names from `ATTRIBUTES`; None reads all that the files hold.
         damaged: as in `open_dataset`.
-        unknown_texts: as in `DataSettings`, of the patient.
+        unknown_texts: as in `DataSettings`, for `pid`.
 
     Raises:
-        DataError: no files, an attribute that no file holds, ages partly in days and partly in
-            years, an empty list, or files that are missing, damaged, listed twice or hold Python
+        DataError: there are no files, no file holds an attribute, some ages are in days and others
+            in years, a list is empty, or files are missing, damaged, listed twice or hold Python
             objects.
     """
 
@@ -94,10 +95,10 @@ class FairSeg(Dataset):
             for name in [name for name in names if not found[name]]:
                 if attributes is not None:
                     raise DataError(
-                        f"{root}: no file has the attribute {name}; the first has "
+                        f"{root}: no file has the attribute {name}; the first file has "
                         + ", ".join(_members(listed[next(iter(subjects))][0]))
                     )
-                notes.append(f"{name}: in no file")
+                notes.append(f"{name}: no file has this attribute")
                 del found[name]
         if "age" in found:
             found["age"] = _age_groups(found["age"], listed, subjects, faults, notes)
@@ -129,30 +130,32 @@ class FairSeg(Dataset):
             mask = _member(path, members, MASK)
         if not image.size or image.dtype.kind not in "uif" or mask.dtype.kind not in "uif":
             raise DataError(
-                f"{path}: image and mask must be numbers, got {image.dtype} {image.shape} "
-                f"and {mask.dtype} {mask.shape}"
+                f"{path}: expected an image and a mask of numbers, got {image.dtype} {image.shape} "
+                f"and {mask.dtype} {mask.shape}; download it again"
             )
         if image.ndim == 2:
             image = image[..., None]
         if image.ndim != 3 or image.shape[2] not in (1, 3) or image.shape[:2] != mask.shape:
             raise DataError(
-                f"{path}: image and mask must be (rows, columns) of one size, the image with 3 "
-                f"channels or none; got image {image.shape} and mask {mask.shape}"
+                f"{path}: expected image and mask of one size (rows, columns), and an image of one "
+                f"or three channels; got image {image.shape} and mask {mask.shape}"
             )
-        # Negated, so that NaN fails too. Fractions up to 1 would come out black.
+        # `not` lets NaN fail too. Fractions up to 1 would give a black image.
         if not (image.min() >= 0 and image.max() <= 255) or (
             image.dtype.kind == "f" and 0 < image.max() <= 1
         ):
-            raise DataError(f"{path}: intensities must be 0..255, got {image.min()}..{image.max()}")
+            raise DataError(
+                f"{path}: expected intensities of 0..255, got {image.min()}..{image.max()}"
+            )
         if mask.dtype.kind == "u":
             mask = mask.view(f"i{mask.dtype.itemsize}")
         labels, counts = np.unique(mask, return_counts=True)
         if wrong := set(labels.tolist()) - {0, -1, -2}:
             raise DataError(
-                f"{path}: mask labels must be 0, -1 (rim) and -2 (cup), got also {sorted(wrong)}"
+                f"{path}: expected a mask of 0, -1 (rim) and -2 (cup), got also {sorted(wrong)}"
             )
         if labels.tolist() == [0]:
-            raise DataError(f"{path}: the mask is all background ({counts[0]} pixels of 0)")
+            raise DataError(f"{path}: the mask is only background ({counts[0]} pixels of 0)")
         image_CS = np.broadcast_to(
             image.transpose(2, 0, 1).astype(np.float32) / 255, (3, *mask.shape)
         )
@@ -163,40 +166,42 @@ class FairSeg(Dataset):
 def _listed(
     root: Path, faults: list[DataError], notes: list[str]
 ) -> dict[str, tuple[Path, str | None]]:
-    """Finds each case's file and official split, by case id."""
+    """Finds the file and the official split of each case, by case id."""
     files: dict[str, Path] = {}
-    # Unlike rglob, glob follows links to folders, and leaves hidden files such as macOS's out.
+    # Unlike rglob, glob follows links to folders, and ignores hidden files such as those of macOS.
     found = glob.glob("**/*.[nN][pP][zZ]", root_dir=root, recursive=True)
     for path in sorted(root / name for name in found):
         if (case_id := nfc(path.stem)) in files:
-            faults.append(DataError(f"{path}: {files[case_id]} has the same name"))
+            faults.append(
+                DataError(f"{path}: {files[case_id]} has the same name; remove one of them")
+            )
         files.setdefault(case_id, path)
     lists = _lists(root)
     if not files:
-        raise DataError(f"{root}: no .npz file in it")
+        raise DataError(f"{root}: there is no .npz file in this folder; name another --root")
     if not lists:
-        notes.append("split: no train.txt or test.txt, so split by seed")
+        notes.append("split: there is no train.txt or test.txt, so cases are split by --split-seed")
         return {case_id: (path, None) for case_id, path in files.items()}
-    notes.append(f"split: by {', '.join(map(str, lists.values()))}")
+    notes.append(f"split: by the lists {', '.join(map(str, lists.values()))}")
     listed: dict[str, tuple[Path, str | None]] = {}
     for split, text in lists.items():
         lines = text.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         names = [line.strip() for line in lines if line.strip()]
         if not names:
-            faults.append(DataError(f"{text}: names no file"))
+            faults.append(DataError(f"{text}: this list names no file"))
         for name in names:
-            # Of a path in Windows' manner too; "data.v1" without a suffix keeps its dot.
+            # Paths may be written as on Windows; "data.v1" without a suffix keeps its dot.
             stem = re.sub(r"\.npz$", "", PureWindowsPath(name).name, flags=re.IGNORECASE)
             case_id = nfc(stem)
             if case_id not in files:
-                faults.append(DataError(f"{name}: in {text}, but no such file"))
+                faults.append(DataError(f"{name}: {text} lists this file, but there is none"))
             elif case_id in listed:
                 other = lists[str(listed[case_id][1])]
-                faults.append(DataError(f"{name}: in {text} and already in {other}"))
+                faults.append(DataError(f"{name}: {text} and {other} both list this file"))
             else:
                 listed[case_id] = (files[case_id], split)
     if left_out := len(files) - len(listed):
-        notes.append(f"{left_out} files are in no list and left out")
+        notes.append(f"{left_out} files are in no list and are left out")
     return listed
 
 
@@ -207,9 +212,10 @@ def _age_groups(
     faults: list[DataError],
     notes: list[str],
 ) -> dict[str, float]:
-    """Finds each age's index of `AGE_GROUPS`, by the unit in which most of the files are.
+    """Finds the index in `AGE_GROUPS` of each age, in the unit, days or years, that most files
+    have.
 
-    A case whose age is in the other unit is a fault, and is taken out of `subjects`.
+    A case whose age is in the other unit is a fault, and is removed from `subjects`.
     """
     known = {case_id: age for case_id, age in ages.items() if age >= 0}
     days = [case_id for case_id, age in known.items() if age > OLDEST]
@@ -219,20 +225,20 @@ def _age_groups(
         if (known[case_id] > OLDEST) != in_days:
             faults.append(
                 DataError(
-                    f"{listed[case_id][0]}: age {known[case_id]:g} would be in {other}, but "
-                    f"the data set's stand in {unit}"
+                    f"{listed[case_id][0]}: the age {known[case_id]:g} is in {other}, but most "
+                    f"files have it in {unit}"
                 )
             )
             subjects.pop(case_id)
     if known:
         low, high = min(known.values()), max(known.values())
-        notes.append(f"age: in {unit}, {low:g} to {high:g}; groups: {AGE_GROUPS}")
+        notes.append(f"age: the files have it in {unit}, {low:g} to {high:g}; groups: {AGE_GROUPS}")
     limit = 60 * (DAYS_A_YEAR if in_days else 1)
     return {case_id: float(age >= limit) for case_id, age in known.items()}
 
 
 def _lists(root: Path) -> dict[str, Path]:
-    """Finds the lists of names by split, in the first folder that has any."""
+    """Finds the list of each split, in the first folder that has a list."""
     folders = (root, root / "lists", *sorted((root / "lists").glob("*/")))
     for folder in filter(Path.is_dir, folders):
         there = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
@@ -245,12 +251,12 @@ def _lists(root: Path) -> dict[str, Path]:
 
 
 def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str | None]:
-    """Reads the attributes that the file holds (-1 unknown, age as it stands) and its patient.
+    """Reads the attributes of a file (-1 if unknown, age in the file's unit) and its patient.
 
-    The patient is None where the file has no such member.
+    The patient is None if the file has none.
 
     Raises:
-        DataError: the file is damaged, or one of them is not what it may be.
+        DataError: the file is damaged, or an attribute or patient is not valid.
     """
     values: dict[str, float] = {}
     patient: str | None = None
@@ -262,7 +268,7 @@ def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str
             array = _member(path, members, aliases)
             if array.size != 1 or array.dtype.kind not in "iufb":
                 raise DataError(
-                    f"{path}: {name} must be one number, got {array.dtype} {array.shape}"
+                    f"{path}: expected one number as {name}, got {array.dtype} {array.shape}"
                 )
             value = float(array.item())
             n_codes = np.inf if name == "age" else len(CODED[name][1])
@@ -272,12 +278,14 @@ def _metadata(path: Path, names: tuple[str, ...]) -> tuple[dict[str, float], str
                 0 <= value < n_codes and (name == "age" or value == int(value))
             ):
                 codes = "0 or more" if name == "age" else f"0..{len(CODED[name][1]) - 1}"
-                raise DataError(f"{path}: {name} must be {codes} or -1 (unknown), got {value:g}")
+                raise DataError(f"{path}: {name} is {value:g}, expected {codes}, or -1 for unknown")
             values[name] = value
         if "pid" in members.files:
             array = _member(path, members, ("pid",))
             if array.size != 1:
-                raise DataError(f"{path}: pid must be one value, got {array.dtype} {array.shape}")
+                raise DataError(
+                    f"{path}: expected one value as pid, got {array.dtype} {array.shape}"
+                )
             patient = nfc(str(array.item()).strip())
     return values, patient
 
@@ -287,12 +295,14 @@ def _opened(path: Path) -> np.lib.npyio.NpzFile:
     with reading(path, "not a readable .npz file", "copy or download it again"):
         opened = np.load(path, allow_pickle=False)
     if not isinstance(opened, np.lib.npyio.NpzFile):
-        raise DataError(f"{path}: not an .npz file but a single array")
+        raise DataError(
+            f"{path}: this file holds a single array, expected an .npz file; download it again"
+        )
     return opened
 
 
 def _members(path: Path) -> list[str]:
-    """Lists what a file holds."""
+    """Lists the names of a file's arrays."""
     with _opened(path) as members:
         return members.files
 
@@ -301,11 +311,14 @@ def _member(path: Path, members: np.lib.npyio.NpzFile, aliases: tuple[str, ...])
     """Reads the first of `aliases` that the file has.
 
     Raises:
-        DataError: it has none, or it is damaged or holds Python objects.
+        DataError: the file has none, or the array is damaged or holds Python objects.
     """
     name = next((alias for alias in aliases if alias in members.files), None)
     if name is None:
-        raise DataError(f"{path}: no {' or '.join(aliases)} in it, only {', '.join(members.files)}")
+        raise DataError(
+            f"{path}: expected {' or '.join(aliases)} in this file; it has only "
+            f"{', '.join(members.files)}"
+        )
     with reading(path, f"{name} cannot be read", "copy or download the file again"):
         try:
             array = members[name]
@@ -313,16 +326,16 @@ def _member(path: Path, members: np.lib.npyio.NpzFile, aliases: tuple[str, ...])
             if "allow_pickle" in str(error):
                 raise _pickled(path, name) from error
             raise
-        if not isinstance(array, np.ndarray):  # numpy hands out as bytes what is no array
+        if not isinstance(array, np.ndarray):  # numpy returns bytes for a member that is no array
             raise ValueError("no array")
     return array
 
 
 def _pickled(path: Path, name: str) -> DataError:
-    """Says how a member of Python objects can be read all the same."""
+    """Says how an array of Python objects can be converted."""
     return DataError(
-        f"{path}: {name} holds Python objects, which only unpickling could read, and that runs "
-        "whatever code the file carries. If you trust its source, convert it once:\n"
+        f"{path}: {name} holds Python objects. Reading them would run code that the file may "
+        "contain, so they are not read. If you trust its source, convert it once:\n"
         f"  old = dict(numpy.load({str(path)!r}, allow_pickle=True))\n"
         f"  old[{name!r}] = numpy.array(old[{name!r}].tolist())\n"
         f"  numpy.savez_compressed({str(path)!r}, **old)"

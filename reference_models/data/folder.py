@@ -1,8 +1,9 @@
 """The data set of a folder in nnU-Net's layout: images or volumes, and `attributes.csv`.
 
-What the files are is decided by how they end, as `dataset.json` says. Headers are read when the
-data set is opened, pixels when a case is loaded. Shapes: C channels, S spatial axes (rows, columns;
-in 3D axes as stored).
+The `file_ending` in `dataset.json` decides whether the files are images or volumes. Headers are
+read when the data set is opened, pixels when a case is loaded.
+
+Shapes: C channels, S spatial axes (rows, columns; in 3D axes as stored).
 """
 
 from __future__ import annotations
@@ -23,30 +24,48 @@ from .readers import Grid, reader_of
 from .splits import FOLDS
 from .table import UNKNOWN_TEXTS
 
-INTEGRAL = 1e-3  # what a label may lack to a whole number, since slopes are float32
-WHITE = 255  # of a mask that shows labels as grey levels
+INTEGRAL = 1e-3  # how far a label may be from a whole number, since slopes are float32
+WHITE = 255  # in a mask that shows labels as black and white
+
+
+class WhiteMaskError(DataError):
+    """A mask holds 0 and 255 where labels are expected; `check` reports such masks together.
+
+    Args:
+        path: the mask.
+        strange: which labels were expected, and what came.
+        others: further masks of which this is true.
+    """
+
+    def __init__(self, path: str, strange: str, others: Sequence[str] = ()) -> None:
+        self.path, self.strange = path, strange
+        more = f" (the same holds for {len(others)} more: {shown(others, 3)})" if others else ""
+        super().__init__(
+            f"{path}: expected the labels {strange}; a mask must hold labels and not grey levels, "
+            f"so write 1 for white, or use the command convert, which does that{more}"
+        )
 
 
 class Folder(Dataset):
     """The images or volumes under `root`.
 
-    Intensities are scaled by the name of their channel in `dataset.json`, as of `intensities`.
-    Masks may be empty: a tumour may be absent. Cases of `imagesTs` are test cases, those of them
-    without a label are in no split.
+    The name of a channel in `dataset.json` decides how its intensities are scaled; see
+    `intensities`. A mask may be only background, since a tumour may be absent. Cases in `imagesTs`
+    are test cases; those without a mask are in no split.
 
     Args:
         root: the folder.
-        attributes: columns of `attributes.csv`. Empty: the first. None: all that are groups.
+        attributes: columns of `attributes.csv`. Empty: the first. None: all that have few values.
         damaged: as in `open_dataset`.
-        ct_window: in Hounsfield units.
+        ct_window: the lowest and highest Hounsfield unit of CT channels.
         known: as in `open_dataset`.
         unknown_texts: as in `DataSettings`.
 
     Raises:
-        DataError: a file is missing or cannot be read; an image has not 8 opaque bits a channel; a
-            volume is not 3D, of real numbers and on a grid of right angles in mm; a label's or
-            channel's size or grid is not the image's; or what `dataset.json` or `attributes.csv`
-            says does not fit the files.
+        DataError: a file is missing or cannot be read; an image is not opaque with 8 bits for each
+            channel; a volume is not 3D, of real numbers, and on a grid with right angles in mm; the
+            channels or the mask of a case differ in size or grid; or `dataset.json` or
+            `attributes.csv` contradicts the files.
     """
 
     name = "folder"
@@ -79,7 +98,7 @@ class Folder(Dataset):
         self.made_with = (*layout.channels, *ct_window, f"ignore {layout.ignore}")
         if self.ignores:
             notes.append(
-                f"label {layout.ignore} ({IGNORE}): what has it counts in no loss and no score"
+                f"label {layout.ignore} ({IGNORE}): its pixels count in no loss and no score"
             )
         notes += [
             f"channel {number:04} ({name}): {describe_scale(name, ct_window)}"
@@ -109,7 +128,7 @@ class Folder(Dataset):
             )
         except DataError as error:
             faults.insert(0, error)
-        if not records:  # the images can be looked at all the same
+        if not records:  # the images can be read nevertheless
             records = {case_id: CaseRecord(0, case_id, None, ()) for case_id in files}
         cases: list[Case] = []
         grids: list[Grid] = []
@@ -141,7 +160,9 @@ class Folder(Dataset):
             self.channel_names, content.paths, content.channels, strict=True
         ):
             if name.lower() == "ct" and values_S.min() >= 0:
-                remarks.append("CT without a voxel below 0 HU, as if offset or scaled already")
+                remarks.append(
+                    "no voxel of the CT is below 0 HU, as if it were shifted or scaled already"
+                )
             scale(name, path, values_S, self._window)
         mask_S = content.mask_S
         return Sample(
@@ -155,10 +176,11 @@ class Folder(Dataset):
         )
 
     def _labels(self, path: str, stored_S: np.ndarray) -> np.ndarray:
-        """Turns a mask's float32 numbers into uint8 labels; changes `stored_S`.
+        """Turns a mask's float32 numbers into uint8 labels; `stored_S` is changed.
 
         Raises:
-            DataError: one is no whole number, or no label of `dataset.json`, or all are ignored.
+            DataError: a number is not whole or not a label of `dataset.json`, or all are ignored.
+            WhiteMaskError: the mask holds 255 for white, which is no label.
         """
         labels_S = np.rint(stored_S)
         stored_S -= labels_S
@@ -167,29 +189,29 @@ class Folder(Dataset):
         expected = f"0 to {last + self.ignores} ({names})"
         if (between_S := np.abs(stored_S) > INTEGRAL).any():
             raise DataError(
-                f"{path}: labels must be whole numbers, {expected}; got "
-                f"{_few((labels_S + stored_S)[between_S])}; resample labels to the nearest "
-                "neighbour, never smoothly"
+                f"{path}: expected whole numbers as labels, {expected}; got "
+                f"{_few((labels_S + stored_S)[between_S])}; resample masks by the nearest "
+                "neighbour, without interpolation"
             )
         if (strange_S := (labels_S < 0) | (labels_S > last + self.ignores)).any():
-            grey = "masks hold labels and not grey levels, so write 1 for white, or "
+            strange = f"{expected}, as dataset.json says; got also {_few(labels_S[strange_S])}"
+            if (labels_S[strange_S] == WHITE).all():
+                raise WhiteMaskError(path, strange)
             raise DataError(
-                f"{path}: labels must be {expected}, as dataset.json says; got also "
-                f"{_few(labels_S[strange_S])}; "
-                f"{grey * bool((labels_S == WHITE).any())}correct the one or the other"
+                f"{path}: expected the labels {strange}; correct the mask or dataset.json"
             )
         if self.ignores:
             labels_S[labels_S > last] = IGNORED
             if (labels_S == IGNORED).all():
                 raise DataError(
-                    f"{path}: all of it has the label {IGNORE}, so that there is nothing to learn "
-                    "or to score; leave the case out, or move its image to imagesTs"
+                    f"{path}: all of this mask has the label {IGNORE}, so that there is nothing to "
+                    "learn or to score; leave the case out, or move its image to imagesTs"
                 )
         return labels_S.astype(np.uint8)
 
 
 def _images_and_mask(case: Case) -> tuple[tuple[str, ...], str | None]:
-    """The files of a case's channels, and of its mask where it has one."""
+    """Gives the files of a case's channels, and the file of its mask if it has one."""
     return (case.files[:-1], case.files[-1]) if case.labelled else (case.files, None)
 
 
@@ -199,21 +221,21 @@ def _few(numbers: np.ndarray) -> str:
 
 
 def _case(case_id: str, files: CaseFiles, record: CaseRecord, path: Path) -> Case:
-    """Puts together what the folders and the csv at `path` say of a case.
+    """Makes a case from its files and its row in the csv at `path`.
 
     Raises:
-        DataError: they contradict each other in its split.
+        DataError: folder and csv give different splits to the case.
     """
     if files.split and record.split not in (None, files.split):
         raise DataError(
-            f"{path}:{record.line}: {case_id}: split is {record.split}, but its image is in "
-            f"{files.folder}; move it to imagesTr, or leave split empty"
+            f"{path}:{record.line}: {case_id}: its split is {record.split}, but its image is in "
+            f"{files.folder}; move the image to imagesTr, or leave the cell of split empty"
         )
     labelled = files.label is not None
     if record.split and not labelled:
         raise DataError(
-            f"{path}:{record.line}: {case_id}: split is {record.split}, but it has no label; add "
-            "one to labelsTs, or leave split empty"
+            f"{path}:{record.line}: {case_id}: its split is {record.split}, but it has no mask; "
+            "add one to labelsTs, or leave the cell of split empty"
         )
     paths = [files.channels[channel] for channel in sorted(files.channels)]
     return Case(

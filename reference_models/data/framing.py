@@ -1,4 +1,6 @@
-"""From native resolution to what a network sees, and back; for 2D images, to a square.
+"""Framing: maps samples at native resolution to a network's input, and predictions back.
+
+`ImageFraming` maps 2D images to squares; `VolumeFraming` in `grid` maps volumes to one grid.
 
 Shapes: C channels, K classes, S spatial axes (rows, columns; in 3D those of the grid).
 """
@@ -20,12 +22,12 @@ from .cases import IGNORED, Sample, highest_label
 
 @dataclass(frozen=True)
 class Frame:
-    """A sample as a network sees it.
+    """A sample as a network receives it.
 
     Args:
-        image_CS: float32.
-        mask_S: uint8, None where the sample has none.
-        body_S: bool, what of it the experts are to see; None where that is everything.
+        image_CS: the image, float32.
+        mask_S: the mask, uint8; None if the sample has none.
+        body_S: bool, which pixels go to the experts; None if all do.
     """
 
     image_CS: np.ndarray
@@ -34,8 +36,8 @@ class Frame:
 
 
 class Framing(ABC):
-    """How samples become frames; a frozen dataclass, whose fields are part of a cached frame's
-    name."""
+    """Maps samples to frames. Subclasses are frozen dataclasses; their fields are part of the name
+    of a cached frame."""
 
     one_size: ClassVar[bool]
     """Whether all frames have one size, so that whole ones go into a batch together."""
@@ -43,40 +45,40 @@ class Framing(ABC):
     @property
     @abstractmethod
     def affine(self) -> np.ndarray | None:
-        """From a frame's voxels to mm (4, 4); None of images."""
+        """The affine (4, 4) from a frame's voxels to mm; None for images."""
 
     @abstractmethod
     def augmentation(self, kind: Augment) -> Augmentation:
-        """How such frames, or patches of them, are changed in training.
+        """Makes the augmentation of such frames, or of patches of them.
 
         Raises:
-            ValueError: such frames cannot be changed so.
+            ValueError: this kind of augmentation is not for such frames.
         """
 
     @abstractmethod
     def apply(self, sample: Sample) -> Frame:
-        """What the network sees of a sample."""
+        """Makes the frame of a sample."""
 
     @abstractmethod
     def restore(self, logits_KS: Tensor, sample: Sample) -> np.ndarray:
-        """The labels (uint8, the sample's native size) that a frame's logits stand for.
+        """Turns a frame's logits into labels (uint8) at the sample's native size.
 
         Raises:
-            ValueError: the logits are not of this framing's size.
+            ValueError: the logits do not have the size of the frame.
         """
 
 
 @dataclass(frozen=True)
 class ImageFraming(Framing):
-    """A central crop, padded with zeros to a square and resized.
+    """Crops the centre of an image, pads it with zeros to a square, and resizes it.
 
     Args:
-        size: rows and columns of the frame.
-        crop: longest side of the crop in native pixels; None, or more than the image has, keeps
-            all of it.
+        size: number of rows and columns of the frame.
+        crop: longest side of the crop in native pixels. None, or more than the image has, crops
+            nothing.
 
     Raises:
-        ValueError: a size or crop below 1.
+        ValueError: the size or the crop is below 1.
 
     Example:
         >>> image_CS, mask_S = np.zeros((3, 512, 664), np.float32), np.zeros((512, 664), np.uint8)
@@ -93,9 +95,7 @@ class ImageFraming(Framing):
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.crop is not None and self.crop < 1):
-            raise ValueError(
-                f"size and crop must be 1 or more, got size={self.size}, crop={self.crop}"
-            )
+            raise ValueError(f"size, crop: got {self.size} and {self.crop}, expected 1 or more")
 
     @property
     def affine(self) -> None:
@@ -105,10 +105,10 @@ class ImageFraming(Framing):
         return augment_images(kind, self.size)
 
     def apply(self, sample: Sample) -> Frame:
-        """The image as float32 (C, size, size) and the mask as uint8 (size, size).
+        """Makes the image, float32 (C, size, size), and the mask, uint8 (size, size).
 
-        Images are resized bilinearly, with antialiasing where they shrink; a mask as of
-        `resampled_labels`.
+        Images are resized bilinearly, with antialiasing if they shrink. `resampled_labels` resizes
+        the mask.
         """
         window, side = self._window(sample.native_size)
         padding = _padding(window, side)
@@ -128,10 +128,12 @@ class ImageFraming(Framing):
         return Frame(framed_1CHW[0].numpy(), resampled_labels(mask_S, size))
 
     def restore(self, logits_KS: Tensor, sample: Sample) -> np.ndarray:
-        """As of `Framing`: resized bilinearly; 0 outside the crop."""
+        """Does as `Framing.restore`: logits are resized bilinearly; labels outside the crop are "
+        "0."""
         if logits_KS.shape[1:] != (self.size, self.size):
             raise ValueError(
-                f"logits must be (K, {self.size}, {self.size}), got {tuple(logits_KS.shape)}"
+                f"logits: got shape {tuple(logits_KS.shape)}, expected (K, {self.size}, "
+                f"{self.size})"
             )
         window, side = self._window(sample.native_size)
         left, right, top, bottom = _padding(window, side)
@@ -144,7 +146,7 @@ class ImageFraming(Framing):
         return mask_S
 
     def _window(self, native_size: tuple[int, ...]) -> tuple[tuple[slice, ...], int]:
-        """Rows and columns that are kept, and the side of the square around them."""
+        """Gives the rows and columns of the crop, and the side of the square around them."""
         kept = [min(length, self.crop or length) for length in native_size]
         starts = [(length - k) // 2 for length, k in zip(native_size, kept, strict=True)]
         window = tuple(slice(start, start + k) for start, k in zip(starts, kept, strict=True))
@@ -152,11 +154,11 @@ class ImageFraming(Framing):
 
 
 def resampled_labels(mask_S: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """A mask of 2 or 3 axes resized to `size`: uint8, by its labels' linearly interpolated shares.
+    """Resizes a mask (uint8, 2 or 3 axes) to `size` by its labels' linearly interpolated shares.
 
-    The nearest pixel's label would shift a mask by half a pixel wherever an even number of them
-    becomes one, since middles then lie between two. Of equal shares the highest label wins, so that
-    the background does not gain; `IGNORED` is the highest.
+    Nearest-neighbour resizing would shift a mask by half a pixel whenever an even number of pixels
+    becomes one, since the middle then lies between two pixels. If shares are equal, the highest
+    label wins, so that the background does not gain; `IGNORED` is the highest.
     """
     mask_S = mask_S.astype(np.uint8, copy=False)
     if mask_S.shape == size:
@@ -175,6 +177,6 @@ def resampled_labels(mask_S: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def _padding(window: tuple[slice, ...], side: int) -> tuple[int, int, int, int]:
-    """Left, right, top and bottom, as `F.pad` takes them."""
+    """Gives the padding left, right, top and bottom, in the order of `F.pad`."""
     rows, columns = (side - (axis.stop - axis.start) for axis in window)
     return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2

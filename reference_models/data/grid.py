@@ -1,10 +1,11 @@
-"""From a volume as its file stores it to one grid of voxels for all volumes, and back.
+"""Maps volumes from the voxels in their files to one grid for all volumes, and predictions back.
 
-By hand, since MONAI's Spacing does not antialias where an image shrinks, gives a mask the nearest
-voxel's label, and on the way back holds the logits of all classes at native size at once.
+MONAI's Spacing is not used: it does not antialias an image that shrinks, it gives a mask the
+nearest voxel's label, and on the way back it holds the logits of all classes at native size at
+once.
 
-Shapes: C channels, K classes, S spatial axes: of a frame left to right, back to front and below to
-above (RAS+), of a sample as stored.
+Shapes: C channels, K classes, S spatial axes: left to right, back to front and below to above
+(RAS+) in a frame, as stored in a sample.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from .augmentation import Augment, Augmentation, augment_volumes
 from .cases import IGNORED, Sample
 from .framing import Frame, Framing, resampled_labels
 
-_LARGEST = 2**31  # voxels of a frame: 8 GiB a channel
-_SLAB = 2**22  # logits at a time on the way back: 16 MiB of them
+_LARGEST = 2**31  # most voxels of a frame: 8 GiB for each channel
+_SLAB = 2**22  # number of logits that are resampled at a time on the way back: 16 MiB
 
 
 @dataclass(frozen=True)
 class VolumeFraming(Framing):
-    """A volume turned to RAS+, resampled and padded; of an oblique one, to the closest axes.
+    """Turns a volume to RAS+ (an oblique one to the closest axes), resamples it and pads it.
 
-    Resampling keeps the volume's extent, outer face to outer face, so that an axis of n voxels of
-    s mm becomes one of round(n · s / spacing), and at least 1. Padding is shared out to both ends.
+    Resampling preserves the volume's extent from outer face to outer face: an axis of n voxels of
+    s mm gets round(n · s / spacing) voxels, and at least 1. Padding is divided between both ends.
 
     Args:
-        spacing: mm from left to right, back to front and below to above.
-        least: voxels that a frame has at least, such as the patch.
+        spacing: size of a voxel in mm, left to right, back to front and below to above.
+        least: smallest number of voxels of a frame along each axis, such as the patch.
         body: whether frames say where the body is.
 
     Raises:
-        ValueError: a spacing that is not above 0 and finite, or less than 1 voxel.
+        ValueError: a spacing is not above 0 and finite, or a number of voxels is below 1.
 
     Example:
         >>> header = nibabel.Nifti1Image(np.zeros((20, 30, 5)), np.diag([-2, -2, 6, 1])).header
@@ -64,29 +65,29 @@ class VolumeFraming(Framing):
         sizes = all(0 < size < math.inf for size in self.spacing)
         if not (len(self.spacing) == len(self.least) == 3 and sizes and min(self.least) >= 1):
             raise ValueError(
-                "spacing must be three sizes above 0 and least three counts of 1 or more, got "
-                f"spacing={self.spacing}, least={self.least}"
+                f"spacing, least: got {self.spacing} and {self.least}, expected three sizes above "
+                "0 and three numbers of 1 or more"
             )
 
     @property
     def affine(self) -> np.ndarray:
-        """Without the volume's place, which differs from one to the next."""
+        """The affine (4, 4) of the voxels' sizes, without a volume's position."""
         return np.diag([*self.spacing, 1.0])
 
     def augmentation(self, kind: Augment) -> Augmentation:
         return augment_volumes(kind)
 
     def apply(self, sample: Sample) -> Frame:
-        """As of `Framing`: image float32, mask uint8, body bool, each channel padded with its
-        minimum, the mask with 0 or, where parts of it are ignored, with `IGNORED`: patches are
-        laid around what is not.
+        """Makes the frame: image float32, mask uint8, body bool.
 
-        Images are resampled linearly, with antialiasing where they shrink; of a mask each label's
-        share is, at the voxel's middle, and the largest wins.
+        Images are resampled linearly, with antialiasing if they shrink. Each label's share of a
+        mask is resampled at the middle of the voxel, and the largest share wins. Each channel is
+        padded with its minimum. The mask is padded with 0 or, if it has pixels that are `IGNORED`,
+        with `IGNORED`, since patches then lie around pixels that are not ignored.
 
         Raises:
-            ValueError: a sample that is no NIfTI volume.
-            DataError: the frame would be larger than can be meant.
+            ValueError: the sample is not a volume with a NIfTI header.
+            DataError: the frame would be too large.
         """
         turn = _turn(sample)
         size, padding = self._size(sample)
@@ -105,18 +106,21 @@ class VolumeFraming(Framing):
         return Frame(image_CS, mask_S, body_S)
 
     def restore(self, logits_KS: Tensor, sample: Sample) -> np.ndarray:
-        """As of `Framing`: resampled linearly, on the logits' device and a slab at a time, so that
-        no more than the mask itself grows with the native size."""
+        """Does as `Framing.restore`: logits are resampled linearly, on their device and one slab at
+        a time, so that only the mask needs memory for the native size."""
         turn = _turn(sample)
         size, padding = self._size(sample)
         padded = tuple(length + sum(ends) for length, ends in zip(size, padding, strict=True))
         if tuple(logits_KS.shape[1:]) != padded:
-            raise ValueError(f"logits must be (K, {padded}), got {tuple(logits_KS.shape)}")
+            raise ValueError(
+                f"logits: got shape {tuple(logits_KS.shape)}, expected "
+                f"(K, {', '.join(map(str, padded))})"
+            )
         x, y, z = (slice(low, low + n) for (low, _), n in zip(padding, size, strict=True))
         inside_KS = logits_KS[:, x, y, z]
         native = tuple(sample.native_size[axis] for axis in np.argsort(turn[:, 0]))
         mask_S = np.empty(native, np.uint8)
-        # Along the first axis by hand, as slabs must not see their own ends as the volume's.
+        # The first axis is resampled here, since the ends of a slab are not the ends of the volume.
         middle = (torch.arange(native[0], dtype=torch.float64) + 0.5) * size[0] / native[0] - 0.5
         middle = middle.clamp(0, size[0] - 1).to(logits_KS.device, torch.float32)
         below = middle.long()
@@ -129,13 +133,14 @@ class VolumeFraming(Framing):
             low_KS, high_KS = (inside_KS[:, at[part]].float() for at in (below, above))
             slab_KS = torch.lerp(low_KS, high_KS, share[part])
             slab_KS = F.interpolate(slab_KS, native[1:], mode="bilinear", align_corners=False)
-            # Its indices come seven times as fast as those of argmax on a CPU.
+            # On a CPU, max gives its indices seven times as fast as argmax.
             mask_S[part] = slab_KS.max(0).indices.to(torch.uint8).cpu().numpy()
         back = orientations.ornt_transform(_RAS, turn)
         return np.ascontiguousarray(orientations.apply_orientation(mask_S, back))
 
     def _size(self, sample: Sample) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-        """A volume's voxels on the grid, and the padding at either end of each axis."""
+        """Gives a volume's number of voxels on the grid, and the padding at both ends of each "
+        "axis."""
         order = np.argsort(_turn(sample)[:, 0])
         size = tuple(
             max(1, round(sample.native_size[axis] * sample.spacing[axis] / wanted))
@@ -145,22 +150,25 @@ class VolumeFraming(Framing):
             own = " x ".join(f"{length:g}" for length in sample.spacing)
             raise DataError(
                 f"{sample.case_id}: its {sample.native_size} voxels of {own} mm would become "
-                f"{size} of {self.spacing} mm, more than {_LARGEST}; if its affine is not in mm, "
-                "correct it, else choose a larger --spacing"
+                f"{size} voxels of {self.spacing} mm, more than {_LARGEST}; if its affine is not "
+                "in mm, correct it, else choose a larger --spacing"
             )
         lacking = [max(0, least - n) for least, n in zip(self.least, size, strict=True)]
         return size, [(n // 2, n - n // 2) for n in lacking]
 
 
 def find_body(image_CS: np.ndarray) -> np.ndarray:
-    """Where the body is in a volume of axes RAS+: bool (S).
+    """Finds the patient's body in a volume with axes RAS+: bool (S).
 
-    In any channel, what lies above a tenth of the way from the 2nd to the 98th percentile, the
-    threshold of FSL's BET (Smith 2002, doi:10.1002/hbm.10062): above air in a CT, windowed or not,
-    and in an MR. Of that, the largest connected part and those of at least a twentieth of it, since
-    arms and the other leg are the patient's too, and a couch is thinner; then, in every axial
-    slice, what these enclose, such as lungs. A couch that touches the body stays with it. Where
-    that is less than 2 % of the volume, the rule does not fit, and all of it is taken.
+    1. A voxel counts if in any channel it is above a tenth of the way from the 2nd to the 98th
+       percentile. That is the threshold of FSL's BET (Smith 2002, doi:10.1002/hbm.10062), which is
+       above air in a CT, windowed or not, and in an MR.
+    2. The largest connected part counts, and parts of at least a twentieth of it, since arms and
+       the other leg belong to the patient, and a couch is thinner.
+    3. In every axial slice, regions that these enclose count, such as lungs.
+
+    A couch that touches the body counts as body. If less than 2 % of the volume remains, the rule
+    does not fit, and the whole volume is returned.
     """
     found_S = np.zeros(image_CS.shape[1:], bool)
     for channel_S in image_CS:
@@ -178,7 +186,7 @@ _RAS = orientations.axcodes2ornt("RAS")
 
 
 def _turn(sample: Sample) -> np.ndarray:
-    """The canonical axis that each stored one becomes, and whether it is flipped."""
+    """Gives the RAS+ axis that each stored axis becomes, and whether it is flipped."""
     if sample.header is None or len(sample.native_size) != 3:
         raise ValueError(
             f"{sample.case_id}: expected a volume with a NIfTI header, got {sample.native_size} "
@@ -192,7 +200,8 @@ def _turned(array_S: np.ndarray, turn: np.ndarray) -> np.ndarray:
 
 
 def _resampled(image_CS: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """PyTorch antialiases in two dimensions: the last two axes together, then the first."""
+    """Resamples the last two axes together and then the first, as PyTorch antialiases in 2D "
+    "only."""
     if image_CS.shape[1:] == size:
         return image_CS
     channels = []

@@ -1,14 +1,14 @@
-"""HAM10000: dermatoscopic photographs with the lesion's outline, laid out by MEDFAIR or unpacked.
+"""HAM10000: dermatoscopic photographs with the lesion's outline, in MEDFAIR's layout or unpacked.
 
     HAM10000_images/ISIC_0024306.jpg                         or HAM10000_images_part_1, _part_2
     HAM10000_segmentations/ISIC_0024306_segmentation.png     0 skin, 255 lesion
     split/new_train.csv, new_val.csv, new_test.csv           or HAM10000_metadata
 
-A row is an image: `image_id`, `lesion_id`, `Age_multi` (0..4) or `age` (years), `Sex`,
-`localization` and, in MEDFAIR's, `Path`, of the image from the root. Without that, or where it
-leads nowhere, photographs and outlines are found by `image_id` in what Dataverse's or Kaggle's
-archives unpack to: folders whose names begin with HAM10000_images and HAM10000_segmentations, in
-upper or lower case, one in the other or not, `images` and `masks`, or the root itself.
+Each row of a csv describes an image: `image_id`, `lesion_id`, `Age_multi` (0..4) or `age` (years),
+`Sex`, `localization` and, in MEDFAIR's files, `Path`, the image's path from the root. Without a
+path of an existing file, photographs and outlines are found by `image_id` in the folders to which
+the archives of Dataverse or Kaggle unpack: folders whose names begin with HAM10000_images and
+HAM10000_segmentations, in upper or lower case and nested or not, `images` and `masks`, or the root.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .table import UNKNOWN_TEXTS, Cells, Row, doubtful_identifiers, read_table
 AGES = ("0-19", "20-39", "40-59", "60-79", "80 and over")
 YEARS_A_GROUP = 20
 SEXES = {"f": 0, "female": 0, "m": 1, "male": 1}
-# The ten that the paper's code counts, in its order.
+# The ten sites that the paper's code uses, in its order.
 SITES = (
     "scalp", "face", "back", "trunk", "chest", "upper extremity", "abdomen", "lower extremity",
     "neck", "foot",
 )  # fmt: skip
-RARE_SITES = ("acral", "ear", "genital", "hand")  # unknown here, as they are there
+RARE_SITES = ("acral", "ear", "genital", "hand")  # unknown here, as in the paper's code
 VALUES = {"age": AGES, "sex": ("female", "male"), "localization": SITES}
 ATTRIBUTES = tuple(VALUES)
 
@@ -39,23 +39,23 @@ ATTRIBUTES = tuple(VALUES)
 class Ham10000(Dataset):
     """The images that the csv files under `root` name.
 
-    The files are `train`, `val` (or `validation`) and `test.csv`, with or without `new_` before
-    the name, in `root` or its folder `split`; without a train.csv, HAM10000_metadata in `root`,
-    whether it ends in .csv, .tab or nothing, or else the only csv there, whose split is left open.
-    The subject is the lesion.
+    The files are `train`, `val` (or `validation`) and `test.csv`, with or without `new_` before the
+    name, in `root` or its folder `split`. Without a train.csv, HAM10000_metadata in `root` is read
+    (it may end in .csv, .tab or have no ending), or else the only csv there; the split is then left
+    open. The subject is the lesion.
 
-    What is not known stays unknown (-1): a missing age, sex "unknown", and sites other than
-    `SITES`. The paper's code drops the first and the last and counts the second as female.
+    A missing age, the sex "unknown", and sites other than `SITES` are unknown (-1). The paper's
+    code leaves out cases of the first and the last kind, and counts those of the second as female.
 
     Args:
         root: the folder.
-        attributes: of `VALUES`; None takes all that the csv files hold.
+        attributes: names from `VALUES`; None reads all that the csv files hold.
         damaged: as in `open_dataset`.
         unknown_texts: as in `DataSettings`.
 
     Raises:
-        DataError: no csv, a column that is missing, a row that cannot be read, an image that is
-            listed twice, or a file that is missing.
+        DataError: there is no csv, a column or a file is missing, a row cannot be read, or an image
+            is listed twice.
     """
 
     name = "ham10000"
@@ -71,7 +71,7 @@ class Ham10000(Dataset):
         unknown_texts: Collection[str] = UNKNOWN_TEXTS,
     ) -> None:
         faults: list[DataError] = []
-        notes = ["unknown ages, sexes and rare sites are kept, as unknown"]
+        notes = ["cases of unknown age, unknown sex or a rare site are included, as unknown"]
         self.notes = notes
         tables = [
             (split, read_table(path, faults, notes, str.lower))
@@ -82,9 +82,9 @@ class Ham10000(Dataset):
         for kind, found in archives.items():
             if not found and "path" not in columns:
                 raise DataError(
-                    f"{root}: no {kind}: there is no *{_ARCHIVES[kind][0]} in it, nor in a folder "
-                    f"of it whose name begins with {' or '.join(_ARCHIVES[kind][1:])}; unpack the "
-                    "archives of that name into it"
+                    f"{root}: there are no {kind}: neither this folder nor a folder in it whose "
+                    f"name begins with {' or '.join(_ARCHIVES[kind][1:])} has a "
+                    f"*{_ARCHIVES[kind][0]}; unpack the archives of that name into it"
                 )
         sources = {
             "age": {"age_multi", "age"} & columns,
@@ -95,12 +95,12 @@ class Ham10000(Dataset):
         needed = {"image_id", "lesion_id", *(name for name in names if not sources[name])}
         if missing := sorted(needed - columns):
             raise DataError(
-                f"{root}: the csv files lack {', '.join(missing)}; the first has "
+                f"{root}: the csv files lack the columns {', '.join(missing)}; the first file has "
                 f"{', '.join(tables[0][1].columns)}"
             )
         if "age" in names:
             source = "Age_multi" if "age_multi" in columns else "age, in years"
-            notes.append(f"age: groups of {YEARS_A_GROUP} years from the column {source}")
+            notes.append(f"age: groups of {YEARS_A_GROUP} years, from the column {source}")
         self.attributes = tuple(Attribute(name, VALUES[name]) for name in names)
         cases: dict[str, Case] = {}
         left_out: set[str] = set()
@@ -130,27 +130,27 @@ class Ham10000(Dataset):
         mask_SC = read_image(mask_path)
         mask_S = mask_SC[..., 0]
         if (mask_SC != mask_S[..., None]).any():
-            raise DataError(f"{mask_path}: the mask must be black and white, but has colours")
+            raise DataError(f"{mask_path}: expected a mask of black and white, but it has colours")
         if image_SC.shape[:2] != mask_S.shape:
             raise DataError(
-                f"{mask_path}: mask of {mask_S.shape} pixels, but its image has "
+                f"{mask_path}: this mask has {mask_S.shape} pixels, but its image has "
                 f"{image_SC.shape[:2]}"
             )
         lesion_S = mask_S == 255
         if not (lesion_S | (mask_S == 0)).all():
             raise DataError(
-                f"{mask_path}: mask values must be 0 and 255, got "
+                f"{mask_path}: expected a mask of 0 and 255, got "
                 f"{sorted(set(np.unique(mask_S).tolist()))[:8]}"
             )
         if not lesion_S.any():
-            raise DataError(f"{mask_path}: the mask is all background (only 0)")
+            raise DataError(f"{mask_path}: the mask is only background (0)")
         image_CS = image_SC.transpose(2, 0, 1).astype(np.float32) / 255
         return Sample(
             case.case_id, image_CS, lesion_S.astype(np.uint8), case.attributes, (1.0, 1.0)
         )
 
 
-# How files end, and how the folders' names begin that archives unpack to.
+# The ending of the files, and the beginnings of the names of the folders that hold them.
 _ARCHIVES = {
     "photographs": (".jpg", "HAM10000_images", "images"),
     "outlines": ("_segmentation.png", "HAM10000_segmentations", "masks"),
@@ -159,7 +159,8 @@ _METADATA = [f"ham10000_metadata{ending}" for ending in (".csv", "", ".tab", ".t
 
 
 def _csv_files(root: Path, notes: list[str]) -> list[tuple[str | None, Path]]:
-    """Finds the csv files and their splits: in the first folder that has a train.csv, or one."""
+    """Finds the csv files and their splits, in the first folder that has a train.csv, or one file
+    without splits."""
     for folder in (root, root / "split"):
         found: list[tuple[str | None, Path]] = []
         for split in SPLITS:
@@ -179,14 +180,12 @@ def _csv_files(root: Path, notes: list[str]) -> list[tuple[str | None, Path]]:
             f"{', '.join(path.name for path in alone) or 'none'}"
         )
     if metadata[1:]:
-        notes.append(
-            f"{metadata[0]} is read, and not {shown([path.name for path in metadata[1:]])}"
-        )
+        notes.append(f"{metadata[0]} is read; {shown([path.name for path in metadata[1:]])} is not")
     return [(None, alone[0])]
 
 
 def _unpacked(root: Path, kind: str, notes: list[str]) -> dict[str, Path]:
-    """Finds the files of a kind of archive by name in lower case, however it was unpacked."""
+    """Finds the files of an archive by their names in lower case, however it was unpacked."""
     ending, *beginnings = _ARCHIVES[kind]
     folders = [
         path
@@ -204,8 +203,8 @@ def _unpacked(root: Path, kind: str, notes: list[str]) -> dict[str, Path]:
                 again.append(path)
     if again:
         notes.append(
-            f"{len(again)} {kind} are there twice, such as {again[0]}; it is not read, but "
-            f"{found[again[0].name.lower()]}"
+            f"{len(again)} {kind} exist twice, such as {again[0]}; "
+            f"{found[again[0].name.lower()]} is read instead of it"
         )
     return found
 
@@ -218,7 +217,7 @@ def _case(
     names: tuple[str, ...],
     cells: Cells,
 ) -> Case:
-    """Makes a case of a row of the csv and the attributes' names.
+    """Makes a case from a row of the csv.
 
     Raises:
         DataError: a cell cannot be read, or the image or its mask is missing.
@@ -226,9 +225,10 @@ def _case(
     image_id, lesion = row.cells["image_id"], cells.identifier(row.cells["lesion_id"])
     if not image_id or not lesion or image_id[0] == "." or Path(image_id).name != image_id:
         raise DataError(
-            f"image_id and lesion_id must be names, got {image_id!r} and {row.cells['lesion_id']!r}"
+            f"expected names as image_id and lesion_id, got {image_id!r} and "
+            f"{row.cells['lesion_id']!r}"
         )
-    # The rule for masks holds for the csv's path; the root's own name may contain "_images" too.
+    # Only in the csv's path is "_images" replaced, since the root's name may contain it too.
     written = (row.cells.get("path") or f"HAM10000_images/{image_id}.jpg").replace("\\", "/")
     relative = PurePosixPath(written)
     mask = str(relative.with_name(f"{relative.stem}_segmentation.png"))
@@ -241,7 +241,7 @@ def _case(
         else:
             absent.append(str(root / expected) if row.cells.get("path") else f"{name} ({kind})")
     if absent:
-        raise DataError(f"{image_id}: no such file: {', '.join(absent)}")
+        raise DataError(f"{image_id}: there is no such file: {', '.join(absent)}")
     readers = {"age": _age, "sex": _sex, "localization": _site}
     attributes = {name: readers[name](row.cells, cells) for name in names}
     stratum = UNKNOWN
@@ -268,7 +268,7 @@ def _age(row: dict[str, str], cells: Cells) -> int:
     except (ValueError, OverflowError):
         pass
     expected = f"Age_multi 0..{len(AGES) - 1}" if grouped else "age in years"
-    raise DataError(f"{row['image_id']}: expected {expected}, or nothing, got {text!r}")
+    raise DataError(f"{row['image_id']}: expected {expected}, or an empty cell, got {text!r}")
 
 
 def _sex(row: dict[str, str], cells: Cells) -> int:
@@ -277,7 +277,9 @@ def _sex(row: dict[str, str], cells: Cells) -> int:
     if text is None:
         return UNKNOWN
     if text.lower() not in SEXES:
-        raise DataError(f"{row['image_id']}: Sex must be one of {list(SEXES)}, got {row['sex']!r}")
+        raise DataError(
+            f"{row['image_id']}: Sex is {row['sex']!r}, expected one of {', '.join(SEXES)}"
+        )
     return SEXES[text.lower()]
 
 
@@ -292,6 +294,7 @@ def _site(row: dict[str, str], cells: Cells) -> int:
         return UNKNOWN
     if site not in SITES:
         raise DataError(
-            f"{row['image_id']}: localization must be one of {[*SITES, *RARE_SITES]}, got {text!r}"
+            f"{row['image_id']}: localization is {text!r}, expected one of "
+            f"{', '.join([*SITES, *RARE_SITES])}"
         )
     return SITES.index(site)

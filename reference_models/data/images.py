@@ -1,4 +1,4 @@
-"""Reads images and masks of 2D data sets from files: upright, 8 bits a channel, to their end.
+"""Reads images and masks of 2D data sets: upright, with 8 bits for each channel, to the file's end.
 
 Shapes: H rows, W columns.
 """
@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from ..errors import reading
 
-# What brings an image upright whose EXIF says that it lies otherwise.
+# The transposition that turns an image upright, by the orientation in its EXIF.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,9 +26,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ON_ITS_SIDE = (5, 6, 7, 8)  # of these, those by which rows become columns
+_ON_ITS_SIDE = (5, 6, 7, 8)  # the orientations in which rows are columns
 
-_SHORT = 3  # EXIF's code of a number of 16 bits
+_SHORT = 3  # EXIF's code for a number of 16 bits
 _LOSSLESS = ("PNG", "TIFF", "BMP")
 _FORMATS = (*_LOSSLESS, "JPEG")  # and MPO, a phone's JPEG with further pictures behind it
 
@@ -36,79 +36,84 @@ _FORMATS = (*_LOSSLESS, "JPEG")  # and MPO, a phone's JPEG with further pictures
 def read_image(path: Path | str) -> np.ndarray:
     """Reads an image as rows x columns x RGB, uint8, upright as its EXIF says.
 
-    Damage of a PNG is found by its checksums. A JPEG has none: one that is cut off is refused, but
-    a byte that is another one may give another picture, and nobody can tell.
+    The checksums of a PNG show any damage. A JPEG has none: a JPEG that is cut off is refused, but
+    a changed byte may give another picture, which cannot be noticed.
 
     Raises:
-        DataError: it is damaged, or not of 8 opaque bits a channel.
+        DataError: the image is damaged, partly transparent, or not of 8 bits for each channel.
     """
     with _reading(path), _opened(path) as image:
-        # Pillow cuts these off at 255, and of 16 bits a colour takes the upper 8.
+        # Pillow would clip these at 255, or take the upper 8 of 16 bits.
         if image.mode[0] in "IF" or ";16" in str(image.tile):
-            bits = f"mode {image.mode}" if image.mode[0] in "IF" else "16 bits a channel"
-            raise ValueError(f"{bits}, expected 8 bits a channel; bring its intensities to 0..255")
+            bits = f"mode {image.mode}" if image.mode[0] in "IF" else "16 bits for each channel"
+            raise ValueError(
+                f"{bits}, expected 8 bits for each channel; bring its intensities to 0..255"
+            )
         upright = _upright(image)
         see_through = "A" in upright.mode or "transparency" in upright.info
         if see_through and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
-            raise ValueError("parts of it are transparent, and what lies behind is not known")
+            raise ValueError("parts of it are transparent; save it without transparency")
         return np.asarray(upright.convert("RGB"))
 
 
 def read_labels(path: Path | str) -> np.ndarray:
-    """Reads a mask as rows x columns, uint8: its pixels' numbers, of a palette their places in it.
+    """Reads a mask as rows x columns, uint8: each pixel's number, or its index in the palette.
 
     Raises:
-        DataError: it is damaged, packed with loss, or not of one number of up to 8 bits a pixel.
+        DataError: the mask is damaged, compressed with loss, or its pixels are not one number of up
+            to 8 bits each.
     """
     with reading(path, "cannot be read", "write it again"), _opened(path) as image:
         if image.format not in _LOSSLESS or image.info.get("compression") == "jpeg":
-            raise ValueError("it is packed as JPEG, which changes labels; expected PNG or TIFF")
+            raise ValueError(
+                "it is compressed as JPEG, which changes labels; save it as PNG or TIFF"
+            )
         if image.mode not in ("1", "L", "P"):
             raise ValueError(
-                f"a {image.format} of mode {image.mode}, expected one label a pixel: 8 bits, grey "
-                "or palette"
+                f"a {image.format} of mode {image.mode}, expected one label for each pixel: 8 "
+                "bits, grey or palette"
             )
         upright = _upright(image)
         labels_HW = np.asarray(upright).astype(np.uint8)
         palette = np.array(upright.getpalette() or [], np.int64).reshape(-1, 3)
         colours = palette[: int(labels_HW.max()) + 1]
-        # Of colours, places in the palette are the labels. Of greys that do not rise with their
-        # places they need not be: tools that make files small put greys into any order.
+        # In a palette of colours the indices are the labels. In a palette of greys that do not rise
+        # with the index they may not be, since tools that shrink files put greys into any order.
         if (colours == colours[:, :1]).all() and (np.diff(colours[:, 0]) < 0).any():
             raise ValueError(
-                f"its palette's greys are {', '.join(map(str, colours[:5, 0]))}, so that place and "
-                "grey level are different labels; write it as 8-bit grey"
+                f"the greys in its palette are {', '.join(map(str, colours[:5, 0]))}, so that "
+                "index and grey level would be different labels; save it as 8-bit grey"
             )
         return labels_HW
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Reads from a file's header how many rows and columns it has when it is upright.
+    """Reads from a file's header the number of rows and columns of the upright image.
 
     Raises:
-        DataError: it is no image that can be read here.
+        DataError: the file is not an image of a format that is read here.
     """
     with _reading(path), Image.open(path, formats=_FORMATS) as image:
         columns, rows = image.size
-        # Of a PNG, Pillow would decode all to look for EXIF behind the pixels.
-        told = image.format != "PNG" or {"exif", "XML:com.adobe.xmp"} & image.info.keys()
-        lying = bool(told) and _orientation(image) in _ON_ITS_SIDE
+        # In a PNG, Pillow would decode all pixels to look for EXIF behind them.
+        has_exif = image.format != "PNG" or {"exif", "XML:com.adobe.xmp"} & image.info.keys()
+        lying = bool(has_exif) and _orientation(image) in _ON_ITS_SIDE
         return (columns, rows) if lying else (rows, columns)
 
 
 def _reading(path: Path | str) -> AbstractContextManager[None]:
-    """Names the file of whatever Pillow raises."""
+    """Turns whatever Pillow raises into a DataError that names the file."""
     return reading(path, "cannot be read as an image", "copy or export it again")
 
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[ImageFile.ImageFile]:
-    """Opens a file of a single image, of which nothing has been decoded yet."""
+    """Opens a file that must hold a single image, without decoding it."""
     with Image.open(path, formats=_FORMATS) as image:
-        image.verify()  # a PNG's checksums, which decoding alone does not look at to the end
+        image.verify()  # checks all checksums of a PNG; decoding does not
     with Image.open(path, formats=_FORMATS) as image:
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
-            raise ValueError(f"{frames} images in one file, expected one")
+            raise ValueError(f"{frames} images in one file, expected one; save them one by one")
         yield image
 
 
@@ -120,24 +125,27 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Reads from an image's EXIF which side is up, and none of the other tags.
+    """Reads an image's orientation from its EXIF, and no other tag.
 
-    By hand, since Pillow's `exif_transpose` writes all tags anew, which fails on odd ones, and its
-    `getexif` takes an EXIF block that it cannot read for an empty one.
+    Pillow's functions are not used: `exif_transpose` writes all tags again, which fails for odd
+    ones, and `getexif` treats an EXIF block that it cannot read as an empty one.
 
     Raises:
-        ValueError: it is no EXIF block; or it is a TIFF that lies otherwise, which some versions of
-            Pillow turn by themselves, and some uncompressed ones wrongly.
-        struct.error: its directory is cut off.
+        ValueError: the EXIF block is damaged; or the image is a TIFF that is not upright, which
+        some
+            versions of Pillow turn by themselves, and some uncompressed ones wrongly.
+        struct.error: the EXIF directory is cut off.
     """
     tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
-    if not tiff:  # XMP and TIFF have it elsewhere
+    if not tiff:  # XMP and TIFF store it elsewhere
         side = int(image.getexif().get(ExifTags.Base.Orientation, 1))
         if image.format == "TIFF" and side in _TURNS:
-            raise ValueError(f"a TIFF of orientation {side}; save it upright, with orientation 1")
+            raise ValueError(
+                f"this TIFF has orientation {side}; save it upright, with orientation 1"
+            )
         return side
     if (order := {b"II": "<", b"MM": ">"}.get(tiff[:2])) is None:
-        raise ValueError("its EXIF is damaged, so that which side is up is not known")
+        raise ValueError("its EXIF is damaged, so that it is not known which side is up")
     (start,) = struct.unpack_from(f"{order}L", tiff, 4)
     (count,) = struct.unpack_from(f"{order}H", tiff, start)
     for entry in range(start + 2, start + 2 + 12 * count, 12):
@@ -148,10 +156,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def find_file(root: Path, name: str) -> Path | None:
-    """Finds a file below `root`, however the accents in its name are written there.
+    """Finds a file below `root`, whichever way the accents in its name are encoded.
 
-    macOS takes accents apart and most others do not, so that a csv of the one names files of the
-    other.
+    macOS writes accents as letters of their own and most other systems do not, so that a csv and
+    files from different systems may differ.
     """
     for form in (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))):
         if (path := root / form).is_file():

@@ -1,8 +1,8 @@
-"""Scales a channel's intensities as the network is to see them, by the channel's name.
+"""Scales a channel's intensities for the network, by the channel's name.
 
-The names are nnU-Net's, in upper or lower case: "CT" is clipped to a window and scaled to 0..1,
-"noNorm" stays as it is, "rescale_to_0_1" is scaled by its own range, "rgb_to_0_1" divided by 255,
-and all others, such as MR, are brought to mean 0 and variance 1 of what is not 0.
+The names are nnU-Net's, in upper or lower case. "CT" is clipped to a window and scaled to 0..1.
+"noNorm" is not changed. "rescale_to_0_1" is scaled by its own range. "rgb_to_0_1" is divided by
+255. All others, such as MR, are brought to mean 0 and variance 1 over the pixels that are not 0.
 
 Shapes: S spatial axes.
 """
@@ -22,13 +22,13 @@ def scale(
     """Scales float32 intensities in place, and returns them.
 
     Args:
-        channel: its name.
-        path: of the file that they are from.
-        values_S: changed.
-        ct_window: a lower and a higher number of Hounsfield units.
+        channel: the channel's name.
+        path: the file of the intensities, for errors.
+        values_S: the intensities, which are changed.
+        ct_window: the lowest and the highest Hounsfield unit.
 
     Raises:
-        DataError: they are no colour, as the channel's name says.
+        DataError: the channel is named rgb_to_0_1, and intensities are not 0 to 255.
     """
     kind = channel.lower()
     low, high = 0.0, 1.0
@@ -40,8 +40,9 @@ def scale(
     elif kind == "rgb_to_0_1":
         if not 0 <= values_S.min() <= values_S.max() <= 255:
             raise DataError(
-                f"{path}: channel {channel} must be 0 to 255, got {values_S.min():g} to "
-                f"{values_S.max():g}; correct the file, or the channel's name in dataset.json"
+                f"{path}: expected intensities of 0 to 255 in channel {channel}, got "
+                f"{values_S.min():g} to {values_S.max():g}; correct the file, or the channel's "
+                "name in dataset.json"
             )
         high = 255.0
     elif kind != "nonorm":
@@ -50,7 +51,7 @@ def scale(
             low = float(inside.mean(dtype=np.float64))
             high = low + float(inside.std(dtype=np.float64))
     values_S -= low
-    values_S /= high - low or 1.0  # of an image of one intensity
+    values_S /= high - low or 1.0  # 1 if the image has a single intensity
     return values_S
 
 
@@ -64,7 +65,7 @@ def describe_scale(channel: str, ct_window: tuple[float, float]) -> str:
     low, high = ct_window
     return {
         "ct": f"clipped to {low:g} .. {high:g} HU, then scaled to 0 .. 1",
-        "nonorm": "left as it is",
+        "nonorm": "not changed",
         "rescale_to_0_1": "scaled to 0 .. 1 by its own range",
         "rgb_to_0_1": "divided by 255",
-    }.get(channel.lower(), "brought to mean 0 and variance 1 of what is not 0")
+    }.get(channel.lower(), "brought to mean 0 and variance 1 over the pixels that are not 0")

@@ -1,4 +1,4 @@
-"""Batches: framed and cached cases or patches of them, augmented; none depends on who loads it.
+"""Makes batches of framed, cached and augmented cases; a batch does not depend on who loads it.
 
 Shapes: B batch, C channels, S spatial axes (rows, columns; in 3D those of the grid), N attributes.
 """
@@ -21,23 +21,24 @@ from .cases import Case, Dataset
 from .framing import Framing
 from .patches import Patches, find_voxels
 
-# What a seed is drawn for: order, samples and patches get numbers of their own from one seed.
+# The purposes of a seed: order, samples and patches draw different numbers from the same seed.
 _ORDER, _SAMPLE, _PATCH = 1, 2, 3
 
-# Which of an epoch's samples, and the epoch; or, where that is None, which case, as it is.
+# The index of a sample in an epoch, and the epoch; or the index of a case, and None for no epoch.
 _Key = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Framed cases side by side.
+    """A batch of framed cases.
 
     Args:
-        image_BCS: float32.
-        mask_BS: labels, int64 as losses take them; uint8 in evaluation, where volumes are whole.
-        attributes_BN: int64 indices, -1 where unknown.
-        case_ids: one a sample.
-        body_BS: bool, what the experts are to see; None where that is everything.
+        image_BCS: the images, float32.
+        mask_BS: the labels: int64 in training, as losses need them; uint8 in evaluation, to save
+            memory for whole volumes.
+        attributes_BN: the indices of the attributes' values, int64; -1 means unknown.
+        case_ids: the id of each sample's case.
+        body_BS: bool, which pixels go to the experts; None if all do.
     """
 
     image_BCS: Tensor
@@ -48,11 +49,11 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What the network is called with, inside of `routing(attributes_BN)`."""
+        """The arguments of the network, which is called inside `routing(attributes_BN)`."""
         return (self.image_BCS,) if self.body_BS is None else (self.image_BCS, self.body_BS)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Gives the same batch with its tensors on `device`."""
         image, mask, attributes = (
             tensor.to(device) for tensor in (self.image_BCS, self.mask_BS, self.attributes_BN)
         )
@@ -61,24 +62,25 @@ class Batch:
 
 
 class Frames(data.Dataset[Batch | DataError]):
-    """Cases of a split, framed and cached; augmented by (seed, epoch, index).
+    """The framed and cached cases of a split; (seed, epoch, index) decides their augmentation.
 
-    Frames of cases without files are kept in memory once they are made: such data sets are small.
-    Nothing may change a batch in place, since it may share that memory.
+    Frames of cases without files stay in memory, since such data sets are small. Do not change a
+    batch in place, since it may share that memory.
 
     Args:
-        dataset: whose cases they are.
-        case_ids: which, in this order.
-        framing: to what the network sees.
-        patches: which parts of volumes training sees; None: all of each.
-        augment: as of `Framing.augmentation`. Only training batches are augmented.
-        seed: of order, patches and augmentation.
-        cache: folder of framed cases; None: `~/.cache/dmoe-frames`.
+        dataset: the data set.
+        case_ids: the cases, in this order.
+        framing: makes the frames.
+        patches: which patches training draws from volumes; None: whole frames.
+        augment: the kind of augmentation, as for `Framing.augmentation`. Only training batches are
+            augmented.
+        seed: the seed of order, patches and augmentation.
+        cache: the folder that stores frames; None: `~/.cache/dmoe-frames`.
 
     Raises:
         DataError: an id is not in the data set, a case has no mask, or the cache folder cannot be
             written to.
-        ValueError: a negative seed, or an augmentation that is not for such frames.
+        ValueError: the seed is negative, or the augmentation is not for such frames.
 
     Example:
         >>> from reference_models.data import PhantomSettings
@@ -104,13 +106,17 @@ class Frames(data.Dataset[Batch | DataError]):
     ) -> None:
         by_id = {case.case_id: case for case in dataset.cases}
         if unknown := [case_id for case_id in case_ids if case_id not in by_id]:
-            raise DataError(f"{dataset.name} has no case {unknown[0]} ({len(unknown)} such ids)")
+            raise DataError(
+                f"{dataset.name} has no case {unknown[0]} ({len(unknown)} ids without a case)"
+            )
         if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
+            raise ValueError(f"seed: got {seed}, expected 0 or more")
         self.dataset = dataset
         self.cases = tuple(by_id[case_id] for case_id in case_ids)
         if bare := [case.case_id for case in self.cases if not case.labelled]:
-            raise DataError(f"{shown(bare)}: no mask, so there is nothing to train or validate on.")
+            raise DataError(
+                f"{shown(bare)}: no mask, so that these cases cannot be trained or validated on."
+            )
         self.framing = framing
         self.patches = patches
         self.seed = seed
@@ -120,13 +126,13 @@ class Frames(data.Dataset[Batch | DataError]):
         self._made: dict[str, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
-        """Samples of a training epoch."""
+        """The number of samples in a training epoch."""
         return len(self.cases) * (self.patches.count if self.patches else 1)
 
     def __getitem__(self, key: _Key) -> Batch | DataError:
-        """The sample at (index, epoch) as a batch of one; epoch None is a case as it is.
+        """Gives the sample (index, epoch) as a batch of one; with epoch None, the unchanged case.
 
-        An error of the data is returned, since workers would dress it in their traceback.
+        A DataError is returned and not raised, since a worker would add its traceback to it.
         """
         index, epoch = key
         patches = None if epoch is None else self.patches
@@ -135,7 +141,7 @@ class Frames(data.Dataset[Batch | DataError]):
             stored = self._stored(case)
         except DataError as error:
             return error
-        # Views of what lies on the disk, of which no more is read than a patch needs.
+        # These are views of the file on disk, of which only the part of the patch is read.
         parts = {name: part for name, part in stored.items() if name in ("image", "mask", "body")}
         if patches and epoch is not None:
             voxels = {name: part for name, part in stored.items() if name not in parts}
@@ -155,12 +161,12 @@ class Frames(data.Dataset[Batch | DataError]):
         )
 
     def _drawn(self, purpose: int, epoch: int, index: int) -> int:
-        """A seed of one sample alone."""
+        """Draws the seed of one sample."""
         entropy = [self.seed, purpose, epoch, index]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _stored(self, case: Case) -> dict[str, Tensor]:
-        """What is kept of a case, from the disk, from memory or made."""
+        """Gives the frame of a case, from the disk, from memory or newly made."""
         if case.files and self._cache:
             return self._cache.frame(case, self._framed)
         if case.case_id not in self._made:
@@ -168,13 +174,13 @@ class Frames(data.Dataset[Batch | DataError]):
         return self._made[case.case_id]
 
     def _framed(self, case: Case) -> dict[str, Tensor]:
-        """What is kept of a case: image (C, S), mask and body (1, S), and of volumes where the
-        voxels of each label lie."""
+        """Makes the frame of a case: image (C, S), mask and body (1, S), and for volumes the places
+        of each label's voxels."""
         frame = self.framing.apply(self.dataset.load(case))
         if frame.mask_S is None:
-            raise DataError(f"{case.case_id}: was read without its mask; look at {case.files}.")
-        # float16 holds an 8-bit or normalised intensity to a 2000th of it, but whole numbers, as
-        # of a CT that is left as it is, no further than to 2048.
+            raise DataError(f"{case.case_id}: its mask was not read; look at {case.files}.")
+        # float16 holds 8-bit and normalised intensities to a 2000th of them, but whole numbers,
+        # such as those of an unscaled CT, only up to 2048.
         largest = max(frame.image_CS.max(), -frame.image_CS.min())
         image_CS = frame.image_CS.astype(np.float16 if largest <= 2048 else np.float32)
         kept = {"image": image_CS, "mask": frame.mask_S[None]}
@@ -195,29 +201,29 @@ def train_batches(
     first_batch: int = 0,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """One epoch's shuffled batches, or a rank's part of each.
+    """Gives the shuffled batches of an epoch, or one rank's part of each.
 
     Args:
         frames: the training cases.
-        batch_size: of the global batch; all ranks' parts together are what one process sees.
-        epoch: gives another order and other augmentations; the same ones each time.
-        rank, world_size: which part, of how many.
-        first_batch: where to go on in mid-epoch; nothing before it is read.
-        workers: processes that load; 0 loads in this one. The samples are the same.
+        batch_size: the size of the global batch, which is divided among the ranks.
+        epoch: the number of the epoch, which decides order and augmentation.
+        rank, world_size: this process's rank, and the number of processes.
+        first_batch: the batch to begin with, to go on in the middle of an epoch.
+        workers: number of processes that load; 0 loads in this process. The samples are the same.
 
     Raises:
-        ValueError: the batch does not divide by `world_size`, there is no such rank or batch, or
+        ValueError: `world_size` does not divide the batch size, there is no such rank or batch, or
             a batch has more samples than an epoch.
         DataError: a case cannot be read.
     """
     n_batches = batches_an_epoch(frames, batch_size)
     if batch_size % world_size or not 0 <= rank < world_size:
         raise ValueError(
-            f"batch_size must divide by world_size and rank be below it, got batch_size="
-            f"{batch_size}, world_size={world_size}, rank={rank}"
+            f"batch_size, world_size, rank: got {batch_size}, {world_size} and {rank}, expected a "
+            "batch_size that world_size divides, and a rank below world_size"
         )
     if not 0 <= first_batch <= n_batches:
-        raise ValueError(f"first_batch must lie in 0..{n_batches}, got {first_batch}")
+        raise ValueError(f"first_batch: got {first_batch}, expected 0 to {n_batches}")
     order = np.random.default_rng([frames.seed, _ORDER, epoch]).permutation(len(frames)).tolist()
     part = batch_size // world_size
     starts = [b * batch_size + rank * part for b in range(first_batch, n_batches)]
@@ -228,29 +234,29 @@ def train_batches(
 
 
 def batches_an_epoch(frames: Frames, batch_size: int) -> int:
-    """Full batches in an epoch; the incomplete last one is dropped.
+    """Counts the full batches of an epoch; an incomplete last batch is dropped.
 
     Raises:
         ValueError: a batch has more samples than an epoch.
     """
     if not 1 <= batch_size <= len(frames):
         raise ValueError(
-            f"batch_size must lie in 1..{len(frames)} (an epoch's samples), got {batch_size}"
+            f"batch_size: got {batch_size}, expected 1 to {len(frames)}, the samples of an epoch"
         )
     return len(frames) // batch_size
 
 
 def eval_batches(frames: Frames, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
-    """Every case once, in order, whole and not augmented; the last batch may be smaller.
+    """Gives every case once, in order, whole and not augmented; the last batch may be smaller.
 
-    Volumes, whose sizes differ, come one at a time whatever `batch_size` is.
+    Volumes differ in size and come one at a time, whatever `batch_size` is.
 
     Raises:
-        ValueError: a batch size below 1.
+        ValueError: the batch size is below 1.
         DataError: a case cannot be read.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        raise ValueError(f"batch_size: got {batch_size}, expected 1 or more")
     if not frames.framing.one_size:
         batch_size = 1
     cases = range(len(frames.cases))
@@ -262,7 +268,8 @@ def eval_batches(frames: Frames, *, batch_size: int, workers: int = 0) -> Iterat
 
 
 def _loaded(frames: Frames, keys: Iterable[list[_Key]], workers: int) -> Iterator[Batch]:
-    # A generator of its own, or the loader would draw from torch's and change a model's noise.
+    # The loader gets its own generator, since it would otherwise draw from torch's and change the
+    # noise of a model.
     loader = data.DataLoader(
         frames,
         batch_sampler=keys,
@@ -282,7 +289,7 @@ def _collated(samples: Sequence[Batch | DataError]) -> Batch | DataError:
         if isinstance(sample, DataError):
             return sample
         batches.append(sample)
-    if len(batches) == 1:  # such as a whole volume, of which there had better be no copy
+    if len(batches) == 1:  # such as a whole volume, which should not be copied
         return batches[0]
     bodies = [batch.body_BS for batch in batches if batch.body_BS is not None]
     return Batch(

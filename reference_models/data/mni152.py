@@ -1,12 +1,13 @@
 """The MNI152 slices: a real brain, outlined by a contouring protocol that no image shows.
 
 The images are axial slices of the MNI152 T1 template, and the labels come from its grey- and
-white-matter maps; all three lie in the `nilearn` wheel, so nothing is downloaded. Every slice is
-outlined by three rules, as three sites of different habits would do it: the whole brain, the grey
-matter, or the white matter. The rule is the sample's attribute.
+white-matter maps. All three lie in the `nilearn` wheel, so nothing is downloaded. Every slice is
+outlined by three protocols, as three sites with different habits would do: the whole brain, the
+grey matter, or the white matter. The protocol is the sample's attribute.
 
-It is one averaged, left-right symmetric head. Two halves or two neighbouring slices show the same
-anatomy, so test and validation set are blocks of adjacent slices with a gap on either side.
+The data show one averaged, left-right symmetric head. Both halves, and neighbouring slices, show
+the same anatomy, so test and validation set are blocks of adjacent slices with a gap on either
+side.
 
 Shapes: Z axial slices, H rows (front first), W columns (patient's left first).
 """
@@ -24,7 +25,7 @@ PROTOCOLS = ("brain", "grey matter", "white matter")
 # The tissues (0 rest, 1 grey, 2 white) that each protocol outlines.
 OUTLINED = ((1, 2), (1,), (2,))
 # How often a training slice occurs under each protocol: shares of 70, 20 and 10 %. Every slice
-# occurs under every protocol, so that nothing in an image tells which one applies.
+# occurs under every protocol, so that no image shows which protocol applies.
 TRAIN_COPIES = (7, 2, 1)
 TRAIN_SHARES = tuple(copies / sum(TRAIN_COPIES) for copies in TRAIN_COPIES)
 
@@ -33,10 +34,10 @@ POOL = 2  # the template's voxels are 1 mm
 # A slice counts when it shows 10 cm² of grey and 10 cm² of white matter (250 pixels of 4 mm²), so
 # that no protocol leaves an empty or hardly visible mask.
 MIN_PIXELS = 250
-GAP_SLICES = 8  # on either side of either block, in no set: anatomy is smooth over 8 mm
+GAP_SLICES = 8  # on both sides of each block, in no set: anatomy is smooth over 8 mm
 # Slices of 1 mm for test and validation. Middle: basal ganglia, thalamus and lateral ventricles;
-# upper: above them, up to the parietal lobes. Validation lies beside the test block, one gap away:
-# most like it, and the fewest slices lost to gaps.
+# upper: above them, up to the parietal lobes. The validation block lies beside the test block, one
+# gap away, so that it is most similar and gaps cost the fewest slices.
 HeldOut = Literal["middle", "upper"]
 Normalised = Literal["slice", "head"]
 BLOCKS: dict[HeldOut, dict[str, range]] = {
@@ -46,21 +47,22 @@ BLOCKS: dict[HeldOut, dict[str, range]] = {
 
 
 class Mni152(Dataset):
-    """MNI152 slices of 96 x 96 pixels of 2 mm under three protocols, always the same.
+    """MNI152 slices of 96 x 96 pixels of 2 mm under three protocols; they are always the same.
 
-    Training: every slice outside the blocks and their gaps, ten times, under the protocols in the
-    ratio `TRAIN_COPIES`. Validation and test: every slice of the block once under each protocol,
-    so that the groups are equally large and show the same images. A case's subject is its slice.
+    Training uses every slice outside the blocks and their gaps ten times, under the protocols in
+    the ratio `TRAIN_COPIES`. Validation and test use every slice of their block once under each
+    protocol, so that the groups are equally large and show the same images. The subject of a case
+    is its slice.
 
     Args:
-        held_out: which of `BLOCKS`.
-        normalised: over what intensities have mean 0 and variance 1. "slice": each slice by itself,
-            so that a tissue's intensity depends on what else the slice shows. "head": all slices
-            alike, as of one scan, so that a tissue looks the same in all of them.
+        held_out: the name in `BLOCKS` of the slices for validation and test.
+        normalised: the pixels over which intensities have mean 0 and variance 1. "slice": each
+            slice by itself, so that a tissue's intensity depends on what else the slice shows.
+            "head": all slices together, so that a tissue looks the same in all of them.
 
     Raises:
-        ValueError: the maps are not the 1 mm ones that nilearn carries, or a slice of a block
-            shows too little tissue.
+        ValueError: nilearn's maps are not the expected ones of 1 mm, or a slice of a block shows
+            too little tissue.
     """
 
     name = "mni152"
@@ -93,7 +95,7 @@ class Mni152(Dataset):
         self.cases = tuple(cases)
 
     def load(self, case: Case) -> Sample:
-        """Gives one slice, float32, normalised over its pixels that are not background."""
+        """Gives one slice, float32, normalised over the pixels that are not background."""
         z = int(case.subject.removeprefix("slice"))
         (protocol,) = case.attributes
         mask_HW = np.isin(self._tissue_ZHW[z], OUTLINED[protocol]).astype(np.uint8)
@@ -126,7 +128,7 @@ def _axial_slices(normalised: Normalised) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pooled(volume_ZHW: np.ndarray) -> np.ndarray:
-    """Takes means over `POOL` x `POOL` pixels within each slice: two slices share no voxel."""
+    """Averages `POOL` x `POOL` pixels within each slice, so that two slices share no voxel."""
     slices, height, width = volume_ZHW.shape
     height, width = height // POOL, width // POOL
     even_ZHW = volume_ZHW[:, : height * POOL, : width * POOL]
@@ -134,7 +136,7 @@ def _pooled(volume_ZHW: np.ndarray) -> np.ndarray:
 
 
 def _window(inside_HW: np.ndarray) -> tuple[slice, slice]:
-    """Lays a window of `SIZE` x `SIZE` around the brain's bounding box, inside of the image."""
+    """Places a window of `SIZE` x `SIZE` around the brain's bounding box, inside the image."""
     starts = []
     for axis in (0, 1):
         occupied = np.nonzero(inside_HW.any(1 - axis))[0]

@@ -1,4 +1,4 @@
-"""Reads volumes from NIfTI files, to their end.
+"""Reads volumes from NIfTI files, to the end of the file.
 
 Shapes: S the three axes as stored.
 """
@@ -27,24 +27,24 @@ from .volumes import (
     require_three_axes,
 )
 
-# nibabel logs what it finds odd in a header, without the file's name; `oddities` has it too. Its
-# own suppressor swaps the logger's handlers, which threads of `check` would do at the same time.
+# nibabel logs oddities of a header without the file's name; `oddities` reports them with it.
+# nibabel's own suppressor replaces the logger's handlers, which is not safe in threads of `check`.
 nib.imageglobals.logger.addFilter(lambda _: False)
-_MM = (2, 0)  # NIfTI's codes of mm and of a unit left open
+_MM = (2, 0)  # NIfTI's codes for mm and for an unknown unit
 _KINDS = {"c": "complex", "V": "colours"}  # numpy's letters
-# What files begin with: those that gzip has packed, and NIfTI-1 and -2.
+# The first bytes of files packed by gzip, and of NIfTI-1 and NIfTI-2 files.
 _GZIP = b"\x1f\x8b"
 _HEADER_SIZES = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))
 
 
 class NiftiVolume(Volume):
-    """A NIfTI file, whose axes, units and numbers are as they should be.
+    """A NIfTI file whose axes, units and numbers are valid.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Raises:
-        DataError: it cannot be read, or is no volume on a grid of right angles in mm.
+        DataError: the file cannot be read, or is not a volume on a grid with right angles in mm.
     """
 
     def __init__(self, path: str) -> None:
@@ -59,7 +59,9 @@ class NiftiVolume(Volume):
             raise not_real(path, _KINDS.get(dtype.kind, str(dtype)))
         if unit not in _MM:
             named = {1: "meter", 3: "micron"}.get(unit, f"unit {unit}")
-            raise DataError(f"{path}: lengths are in {named}, expected mm; convert its affine")
+            raise DataError(
+                f"{path}: its lengths are in {named}, expected mm; convert its affine to mm"
+            )
         require_length(path, shape, dtype.itemsize, deflated=_deflated(path))
         _require_sizes(path, image)
         super().__init__(path, image.header)
@@ -72,12 +74,12 @@ class NiftiVolume(Volume):
                 image.get_fdata(caching="unchanged", dtype=np.float32), requirements="W"
             )
             behind = 0
-            while part := file.read(2**20):  # the checksum stands at the end
+            while part := file.read(2**20):  # the checksum is at the end
                 behind += len(part)
             if behind:
                 raise ValueError(
-                    f"{behind} bytes more than the voxels of its header, {self.shape} of "
-                    f"{image.get_data_dtype()}, so that these cannot be right"
+                    f"it has {behind} bytes more than its header says, {self.shape} voxels of "
+                    f"{image.get_data_dtype()}, so that the header cannot be right"
                 )
         return voxels_S
 
@@ -92,8 +94,8 @@ class NiftiVolume(Volume):
         remarks = [f"header: {line}" for line in report.splitlines()]
         if not header["sform_code"] and not header["qform_code"]:
             remarks.append(
-                "neither sform nor qform, so which side is left is not known; taken from right to "
-                "left"
+                "the header has neither sform nor qform, so that it is not known which side is "
+                "left; the first axis is assumed to run from right to left"
             )
         elif header["sform_code"]:
             try:
@@ -103,14 +105,15 @@ class NiftiVolume(Volume):
             if qform is not None and not apart(self.affine, qform, self.shape) <= ASTRAY:
                 remarks.append("sform and qform disagree; the sform is used")
             elif not np.allclose(header.get_zooms(), voxel_sizes(self.affine), rtol=SHEAR):
-                remarks.append("pixdim and sform disagree on the voxels' size; the sform's is used")
+                remarks.append("pixdim and sform disagree on the voxels' size; the sform is used")
         return remarks
 
 
 def misnamed(path: str) -> bool:
-    """Finds whether a file is packed by gzip and not called .gz, or NIfTI and called .gz.
+    """Finds whether a file is packed by gzip without the ending .gz, or not packed but ends in .gz.
 
-    What is neither, or cannot be opened, is left to whoever reads it.
+    A file that is neither NIfTI nor packed, or cannot be opened, gives False: its reader reports
+    it.
     """
     try:
         with open(path, "rb") as file:
@@ -121,7 +124,7 @@ def misnamed(path: str) -> bool:
 
 
 def _reading(path: str) -> AbstractContextManager[None]:
-    """Names the file of whatever nibabel, gzip and the like raise."""
+    """Turns whatever nibabel or gzip raises into a DataError that names the file."""
     return reading(path, "not a readable NIfTI file", "copy or export it again")
 
 
@@ -130,12 +133,12 @@ def _deflated(path: str) -> bool:
 
 
 def _stream(path: str) -> IOBase:
-    """Opens a file to be read as bytes, inflated where it is deflated."""
+    """Opens a file to read its bytes, which are unpacked if the file is packed by gzip."""
     return cast(IOBase, (gzip.open if _deflated(path) else open)(path, "rb"))
 
 
 def _require_sizes(path: str, image: Nifti1Image) -> None:
-    """Checks the voxels' sizes as the file has them, where they decide; nibabel makes 1 of a 0."""
+    """Checks the voxels' sizes in the file if there is no sform; nibabel would turn a 0 into 1."""
     header = image.header
     if header["sform_code"]:
         return
@@ -144,7 +147,7 @@ def _require_sizes(path: str, image: Nifti1Image) -> None:
         stored = type(header)(block, header.endianness, check=False)["pixdim"][1:4]
     if not (np.isfinite(stored) & (stored != 0)).all():
         raise DataError(
-            f"{path}: its voxels' size is not known: pixdim is "
+            f"{path}: the size of its voxels is not known: pixdim is "
             f"{' x '.join(f'{size:g}' for size in stored)} mm, and there is no sform; export it "
             "again, or write the right sizes into its header"
         )

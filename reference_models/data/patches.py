@@ -1,4 +1,4 @@
-"""Which parts of a volume a network sees at once: patches in training, windows in inference.
+"""The parts of a volume that a network sees at once: patches in training, windows in inference.
 
 Shapes: S spatial axes (three), V voxels.
 """
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from .cases import IGNORED, highest_label
 
-_VOXELS = 10_000  # kept of a label, as many as nnU-Net keeps; each may lie anywhere in its patch
-_OUTLINED = "outlined"  # among the labels of `find_voxels`: all that are not ignored
+_VOXELS = 10_000  # stored for each label, as many as nnU-Net; they may lie anywhere in a patch
+_OUTLINED = "outlined"  # the key in `find_voxels` for all voxels that are not ignored
 
 
 @dataclass(frozen=True)
 class Patches:
-    """What an epoch of training sees of each volume.
+    """The patches that an epoch of training draws from each volume.
 
     Args:
-        size: voxels of a patch.
-        count: patches of each volume.
-        foreground: share of the patches that are laid around a voxel of the foreground. Its label
-            is drawn from those that the volume has, however small, and then the voxel. The other
-            patches lie anywhere or, in a volume of which parts are ignored, around a voxel that is
-            not.
+        size: number of voxels of a patch along each axis.
+        count: number of patches of each volume.
+        foreground: share of the patches that contain a voxel of the foreground. First a label is
+            drawn from those that the volume has, however small, and then a voxel of that label.
+            The other patches lie anywhere or, in a volume with ignored voxels, around a voxel that
+            is not ignored.
 
     Raises:
-        ValueError: a size or count below 1, or a share outside of 0 to 1.
+        ValueError: a size or the count is below 1, or the share is not within 0 to 1.
     """
 
     size: tuple[int, int, int]
@@ -39,7 +39,10 @@ class Patches:
 
     def __post_init__(self) -> None:
         if min(*self.size, self.count) < 1 or not 0 <= self.foreground <= 1:
-            raise ValueError(f"sizes and counts start at 1, shares lie in 0..1, got {self}")
+            raise ValueError(
+                f"size, count, foreground: got {self}, expected numbers of 1 or more and a share "
+                "of 0 to 1"
+            )
 
     def draw(
         self,
@@ -47,18 +50,21 @@ class Patches:
         voxels: Mapping[str, Tensor],
         random: np.random.Generator,
     ) -> tuple[slice, ...]:
-        """Draws where a patch lies.
+        """Draws the position of a patch.
 
         Args:
-            volume: voxels of it along each axis.
-            voxels: as `find_voxels` found them.
-            random: to be drawn from.
+            volume: number of voxels of the volume along each axis.
+            voxels: what `find_voxels` found in the volume.
+            random: the generator to draw from.
 
         Raises:
             ValueError: the volume is smaller than a patch.
         """
         if any(n < side for n, side in zip(volume, self.size, strict=True)):
-            raise ValueError(f"a volume of {volume} holds no patch of {self.size}; pad it first")
+            raise ValueError(
+                f"volume: got {volume} voxels, expected at least a patch of {self.size}; pad it "
+                "first"
+            )
         lowest = np.zeros(3, int)
         highest = np.subtract(volume, self.size)
         labels = sorted(voxels.keys() - {_OUTLINED})
@@ -78,12 +84,12 @@ class Patches:
 
 @dataclass(frozen=True)
 class Windows:
-    """How a whole volume is answered: window by window, blended where they overlap.
+    """How inference covers a whole volume: by windows, which are blended where they overlap.
 
     Args:
-        size: voxels of a window.
-        overlap: of neighbouring windows, as a share of their size.
-        at_once: how many the network is given at a time.
+        size: number of voxels of a window along each axis.
+        overlap: overlap of neighbouring windows, as a share of their size.
+        at_once: number of windows in a batch.
     """
 
     size: tuple[int, int, int]
@@ -92,9 +98,9 @@ class Windows:
 
 
 def find_voxels(mask_S: np.ndarray) -> dict[str, np.ndarray]:
-    """Where labels other than 0 lie: by label, int32 (V, 3), at most 10,000 drawn from all.
+    """Finds voxels of each label except 0: int32 (V, 3) by label, at most 10,000 drawn from all.
 
-    Where parts are ignored, under "outlined" as many of those voxels that are not.
+    If some voxels are ignored, the key "outlined" gives as many of the voxels that are not.
     """
     found = {}
     kept_S = mask_S != IGNORED
@@ -106,7 +112,7 @@ def find_voxels(mask_S: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _drawn(where_S: np.ndarray, seed: int) -> np.ndarray:
-    """The voxels that are true, int32 (V, 3), at most 10,000 drawn from all."""
+    """Gives the voxels that are true, int32 (V, 3), at most 10,000 drawn from all."""
     flat_V = np.flatnonzero(where_S)
     if len(flat_V) > _VOXELS:
         random = np.random.default_rng(seed)

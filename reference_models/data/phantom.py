@@ -1,20 +1,19 @@
 """The phantom: made-up scans of an organ with a lesion, which an attribute may change.
 
-With `effect="rule"` the attribute says how the lesion is outlined, and no image shows it: only a
-model that is told the attribute can be right for every group. With `effect="appearance"` the
-outline is one, and the attribute changes how bright the lesion is, which every image shows. With
-`effect="none"` it changes nothing. With `effect="two"` the outline follows two attributes, some of
-whose combinations are in the test set alone.
+With `effect="rule"` the attribute decides how the lesion is outlined, and no image shows it: only a
+model that receives the attribute can be right for every group. With `effect="appearance"` all
+lesions are outlined alike, and the attribute decides how bright the lesion is, which every image
+shows. With `effect="none"` the attribute changes nothing. With `effect="two"` two attributes decide
+the outline, and some of their combinations occur only in the test set.
 
-A rule is of one of two kinds. "margin": how far from the lesion's middle the outline runs. It goes
-evenly from `TIGHTEST` to `WIDEST` over the sites; of two attributes, each contributes half of that.
-"direction": which half of the lesion is outlined. Of V sites, site v's half looks 2πv/V from right
-to down; of two attributes, the protocol says how far out the outline runs.
+There are two kinds of rule. "margin" decides how far from the lesion's middle the outline runs: it
+grows evenly from `TIGHTEST` to `WIDEST` over the sites; two attributes contribute half each.
+"direction" decides which half of the lesion is outlined: with V sites, the half of site v looks
+2πv/V from right to down; with two attributes, the protocol decides how far out the outline runs.
 
-Of two attributes, the first site's cases occur under both protocols, and those of every other site
-under one: the second's under the first protocol, the third's under the second, and so on in turn.
-So each site and each protocol is learned from, and one combination of each site but the first is
-never seen in training or validation.
+With two attributes, the first site uses both protocols. Every other site uses one: the second site
+the first protocol, the third site the second protocol, and so on in turn. So training shows every
+site and every protocol, but for every site except the first it never shows one combination.
 """
 
 from __future__ import annotations
@@ -32,12 +31,13 @@ from .cases import Attribute, Case, Dataset, Sample
 Effect = Literal["rule", "appearance", "none", "two"]
 Rule = Literal["margin", "direction"]
 
-# Where the outline runs, in radii of the lesion: by margin, for the least and the most generous;
-# where the attribute does not move it. The lesion fades towards its rim, so that no outline is the
-# visible one.
+# Where the outline runs, in radii of the lesion: for the tightest and the widest margin, and where
+# the attribute does not move it. The lesion fades towards its rim, so that no image shows which
+# outline is the right one.
 TIGHTEST, WIDEST, FIXED = 0.55, 1.0, 0.8
-# How strongly a lesion stands out from its organ, for the first and the last value; every other
-# value's is darker than the organ rather than brighter. The texture's standard deviation is 0.08.
+# How strongly a lesion stands out from its organ, for the first and the last site. The lesions of
+# every second site are darker than the organ; the others are brighter. The texture's standard
+# deviation is 0.08.
 CLEAREST, FAINTEST = 0.45, 0.2
 # How often each protocol is used at the site that uses both.
 PROTOCOL_SHARES = (0.7, 0.3)
@@ -45,33 +45,47 @@ PROTOCOL_SHARES = (0.7, 0.3)
 
 @dataclass(frozen=True)
 class PhantomSettings:
-    """What the phantom data set is made of; the same settings give the same data anywhere."""
+    """Settings of the phantom data set; the same settings give the same data on any machine."""
 
     effect: Effect = "rule"
-    """What the attribute changes: how the lesion is outlined, how it looks, or nothing; or two
-    attributes, which change how it is outlined."""
+    """What the attribute changes.
+    - rule: how the lesion is outlined, which no image
+      shows.
+    - appearance: how bright the lesion is.
+    - none: nothing.
+    - two: two attributes, site and protocol, change
+      how the lesion is outlined."""
     rule: Rule = "margin"
-    """Where attributes change the outline: how far out it runs, or which half it takes in."""
+    """How the attribute changes the outline.
+    - margin: how far out the outline runs.
+    - direction: which half of the lesion is outlined."""
     shares: tuple[float, ...] = (0.7, 0.2, 0.1)
-    """Each site's share of the training cases; as many sites as shares."""
+    """Share of the training cases for each site. There
+    are as many sites as shares, and the shares add up
+    to 1."""
     cases: int = 400
     """Number of training cases."""
     validation_cases_per_group: int = 0
-    """Validation cases of each site (of two attributes, of each combination in training); 0: some
-    of the training cases become validation cases."""
+    """Number of validation cases for each site or, with
+    two attributes, for each combination in training.
+    0: some of the training cases become validation
+    cases."""
     test_cases_per_group: int = 40
-    """Test cases of each site (of two attributes, of each combination)."""
+    """Number of test cases for each site or, with two
+    attributes, for each combination."""
     image_size: int = 64
-    """Number of rows, and of columns."""
+    """Number of rows and of columns of an image, in
+    pixels; at least 32."""
     seed: int = 0
-    """Seed of the images; independent of the seeds of splits and of training."""
+    """Seed of the images. It does not change the split
+    or the training, which have seeds of their own."""
 
 
 class Phantom(Dataset):
-    """The phantom data set: `effect` and the rest of `PhantomSettings` made into cases.
+    """The phantom data set: the cases that `PhantomSettings` describe.
 
-    Validation and test set are balanced; training cases occur in the given shares, to the nearest
-    case. The attribute is "site", and of two the second is "protocol".
+    Validation and test set have equally many cases of each site; training cases occur in the given
+    shares, to the nearest case. The attribute is "site"; a second one is "protocol".
 
     Example:
         >>> phantom = Phantom(PhantomSettings(cases=10))
@@ -84,9 +98,9 @@ class Phantom(Dataset):
         [(0, 0), (0, 1), (1, 0), (2, 1)]
 
     Raises:
-        DataError: shares that do not add up to 1 or leave a site (of two attributes, a combination
-            that is to occur) without a training case, two attributes of a single site, no test
-            case, or an image of less than 32 pixels, in which a lesion's outlines coincide.
+        DataError: the shares do not add up to 1, or leave a site (or a combination that should
+            occur in training) without a case; two attributes are asked for a single site; there is
+            no test case; or images have fewer than 32 pixels a side, in which outlines coincide.
     """
 
     name = "phantom"
@@ -118,9 +132,9 @@ class Phantom(Dataset):
         n_validation, n_test = settings.validation_cases_per_group, settings.test_cases_per_group
         if counts.min() < 1 or n_validation < 0 or n_test < 1 or settings.image_size < 32:
             raise DataError(
-                "phantom needs a training and a test case of every site (of two attributes, of "
-                "every combination that is to occur), no less than 0 validation cases, and images "
-                f"of 32 pixels or more, got {counts.tolist()} training cases, {n_validation} "
+                "phantom: expected at least one training case and one test case of every site (or "
+                "combination of site and protocol), 0 or more validation cases, and images of 32 "
+                f"or more pixels a side; got {counts.tolist()} training cases, {n_validation} "
                 f"validation and {n_test} test cases of each, and {settings.image_size} pixels"
             )
         lots = [("train", *lot) for lot in zip(seen, counts.tolist(), strict=True)]
@@ -134,7 +148,7 @@ class Phantom(Dataset):
         )
 
     def load(self, case: Case) -> Sample:
-        """Makes one case, each time the same."""
+        """Makes the image and mask of one case, the same every time."""
         rng = np.random.default_rng(
             [self._settings.seed, int(case.case_id.removeprefix("phantom"))]
         )
@@ -168,7 +182,7 @@ class Phantom(Dataset):
         middle_2: np.ndarray,
         lesion_HW: np.ndarray,
     ) -> np.ndarray:
-        """Outlines the lesion (H, W) as an expert does who goes by these attributes."""
+        """Outlines the lesion (H, W) as an expert would who follows the rule of these values."""
         settings = self._settings
         if settings.effect in ("appearance", "none"):
             return lesion_HW <= FIXED
@@ -190,23 +204,25 @@ def _require_possible(settings: PhantomSettings) -> None:
     """Checks each setting by itself.
 
     Raises:
-        DataError: one cannot be.
+        DataError: a setting is out of its range.
     """
     for name, value, known in (
         ("effect", settings.effect, get_args(Effect)),
         ("rule", settings.rule, get_args(Rule)),
     ):
         if value not in known:
-            raise DataError(f"the phantom's {name} must be one of {', '.join(known)}, got {value}")
+            raise DataError(f"phantom.{name}: got {value}, expected one of {', '.join(known)}")
     if settings.seed < 0:
-        raise DataError(f"the phantom's seed must be 0 or more, got {settings.seed}")
+        raise DataError(f"phantom.seed: got {settings.seed}, expected 0 or more")
     sites = len(settings.shares)
     if sites < 1 or min(settings.shares) <= 0 or abs(sum(settings.shares) - 1) > 1e-6:
-        raise DataError(f"phantom shares must be positive and add up to 1, got {settings.shares}")
+        raise DataError(
+            f"phantom.shares: got {settings.shares}, expected shares above 0 that add up to 1"
+        )
     if settings.effect == "two" and sites < 2:
         raise DataError(
-            "a phantom of two attributes needs two sites or more, so that a combination can "
-            f"stay unseen in training, got shares {settings.shares}"
+            f"phantom.shares: got {settings.shares}, expected two sites or more with effect two, "
+            "so that training can leave a combination out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Reads what the files of a case hold: images of one size, or volumes on one grid.
+"""Reads the files of a case: images of one size, or volumes on one grid.
 
 Shapes: C channels, S spatial axes (rows, columns; in 3D axes as stored).
 """
@@ -22,12 +22,14 @@ from .volumes import Volume, canonical_grid, require_one_grid
 
 
 class Grid(NamedTuple):
-    """How far a case's pixels lie apart, and how many there are, along each axis of its kind.
+    """The size and the number of a case's pixels or voxels along each axis.
+
+    The axes of volumes are left to right, back to front and below to above; those of images are
+    rows and columns.
 
     Args:
-        sizes: of volumes in mm; 1 of images.
-        counts: of volumes from left to right, back to front and below to above; of images rows and
-            columns.
+        sizes: the size of a voxel in mm; 1 for images.
+        counts: the number of pixels or voxels.
     """
 
     sizes: np.ndarray
@@ -35,15 +37,13 @@ class Grid(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a case's files hold, as stored.
+    """The content of a case's files.
 
     Args:
-        channels: float32 (S) of each channel, to be changed by whoever has read them.
-        paths: the file of each.
-        mask_S: float32, None where there is no mask.
-        spacing: as of `Sample`.
-        header: as of `Sample`.
-        remarks: as of `Sample`.
+        channels: each channel, float32 (S); the caller may change it.
+        paths: the file of each channel.
+        mask_S: the mask, float32; None if there is none.
+        spacing, header, remarks: as in `Sample`.
     """
 
     channels: list[np.ndarray]
@@ -55,17 +55,17 @@ class Content(NamedTuple):
 
 
 class Reader(ABC):
-    """Reads the files of cases of one kind; its attributes are those of a `Dataset`."""
+    """Reads the files of images or of volumes; `axes` and `unit` are those of a `Dataset`."""
 
     axes: ClassVar[int]
     unit: ClassVar[str]
 
     @abstractmethod
     def inspect(self, images: Sequence[str], mask: str | None) -> Grid:
-        """Reads a case's headers.
+        """Reads the headers of a case's files.
 
         Raises:
-            DataError: one cannot be read, or they do not fit together.
+            DataError: a header cannot be read, or the files differ in size or grid.
         """
 
     @abstractmethod
@@ -73,17 +73,17 @@ class Reader(ABC):
         """Reads a case.
 
         Raises:
-            DataError: as of `inspect`, or a file is damaged or not of such numbers as it should be.
+            DataError: `inspect` would raise it, or a file is damaged or has pixels of a wrong kind.
         """
 
 
 class ImageReader(Reader):
-    """Images of 8 bits a channel.
+    """Reads images with 8 bits for each channel.
 
     Args:
-        channels: how many an image has. A single file for three of them is one of colours, in which
-            grey has three channels alike; else each file is grey, whether as one channel or as
-            three alike.
+        channels: number of channels of an image. A single file for three channels is read as
+            colours; a grey file then has three equal channels. Otherwise each file must be grey, as
+            one channel or as three equal ones.
     """
 
     axes: ClassVar[int] = 2
@@ -108,9 +108,10 @@ class ImageReader(Reader):
                 channels.append(colours[0])
             else:
                 raise DataError(
-                    f"{path}: has colours, but dataset.json names a channel for each file; name "
-                    'three, as {"0": "R", "1": "G", "2": "B"}, for one file of colours a case, or '
-                    "save it in grey"
+                    f"{path}: this image has colours, but dataset.json names a channel for each "
+                    "file; "
+                    'name three channels, as {"0": "R", "1": "G", "2": "B"}, if each case has one '
+                    "colour file, or save the image in grey"
                 )
         paths = [*images] if len(images) == len(channels) else [images[0]] * len(channels)
         labels_S = None if mask is None else read_labels(mask).astype(np.float32)
@@ -121,7 +122,7 @@ class ImageReader(Reader):
 
 
 class VolumeReader(Reader):
-    """Volumes on straight grids in mm."""
+    """Reads volumes on grids with right angles in mm."""
 
     axes: ClassVar[int] = 3
     unit: ClassVar[str] = "mm"
@@ -139,19 +140,19 @@ class VolumeReader(Reader):
 
 
 def open_volume(path: str) -> Volume:
-    """Reads the header of a volume's file, by the file's ending.
+    """Reads the header of a volume's file; the file's ending decides how.
 
     Raises:
-        DataError: it cannot be read, or is no volume on a grid of right angles in mm.
+        DataError: the file cannot be read, or is not a volume on a grid with right angles in mm.
     """
     return (NiftiVolume if split_ending(path)[1] in NIFTI else SimpleItkVolume)(path)
 
 
 def reader_of(ending: str, channels: int) -> Reader:
-    """Chooses what reads files of an ending, `channels` of a case.
+    """Gives the reader for files with this ending, of cases with so many channels.
 
     Raises:
-        DataError: a package that is needed for them is not installed.
+        DataError: a package that such files need is not installed.
     """
     if ending in IMAGES:
         return ImageReader(channels)
@@ -167,13 +168,17 @@ def _opened(images: Sequence[str], mask: str | None) -> list[Volume]:
 
 
 def _require_one_size(sizes: Sequence[tuple[str, tuple[int, int]]]) -> None:
-    """Raises unless files have as many rows and columns as the first."""
+    """Raises a DataError unless all files have as many rows and columns as the first."""
     first, expected = sizes[0]
     for path, found in sizes[1:]:
         if found != expected:
             turned = found == expected[::-1]
             raise DataError(
-                f"{path}: has {found[0]} rows and {found[1]} columns, but {first} has "
+                f"{path}: this file has {found[0]} rows and {found[1]} columns, but {first} has "
                 f"{expected[0]} and {expected[1]}; "
-                + ("turn one of them, as EXIF may have done" if turned else "save it at that size")
+                + (
+                    "turn one of them, since a program may have turned it by its EXIF"
+                    if turned
+                    else "save it at that size"
+                )
             )

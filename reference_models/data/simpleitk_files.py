@@ -1,7 +1,7 @@
-"""Reads volumes from .mha and .nrrd files by SimpleITK, which is optional, to their end.
+"""Reads volumes from .mha and .nrrd files, to the end of the file, by the optional SimpleITK.
 
-ITK takes what such a header leaves out for granted, and inflates a damaged .mha without a word: so
-a header's text is looked at too, and packed voxels are inflated once more to check their sum.
+ITK assumes values that a header leaves out, and unpacks a damaged .mha without an error. So the
+header's text is checked here too, and packed voxels are unpacked once more to check their checksum.
 
 Shapes: S the three axes as stored.
 """
@@ -21,9 +21,9 @@ from ..errors import DataError, reading
 from .volumes import Volume, not_real, require_length, require_three_axes
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])  # ITK's axes point left, back and up
-_SCANNER = 1  # NIfTI's code of a place in the scanner
-_LINE = 4096  # bytes; of a header's lines none is longer
-# By ending, the lines that say how large voxels are, and those that say which side is left.
+_SCANNER = 1  # NIfTI's code for positions in the scanner
+_LINE = 4096  # bytes; no line of a header is longer
+# By ending, the lines that give the size of voxels, and those that say which side is left.
 _SIZES = {".mha": ("elementspacing", "elementsize"), ".nrrd": ("space directions", "spacings")}
 _SIDES = {".mha": ("transformmatrix", "rotation", "orientation"), ".nrrd": ("space",)}
 _ELSEWHERE = ("data file", "datafile")
@@ -31,14 +31,14 @@ _CHUNK = 2**20
 
 
 class SimpleItkVolume(Volume):
-    """A .mha or .nrrd file, whose axes, units and numbers are as they should be.
+    """A .mha or .nrrd file whose axes, units and numbers are valid.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Raises:
-        DataError: SimpleITK is not installed; or the file cannot be read, or is no volume on a grid
-            of right angles in mm.
+        DataError: SimpleITK is not installed; or the file cannot be read, or is not a volume on a
+            grid with right angles in mm.
     """
 
     def __init__(self, path: str) -> None:
@@ -72,25 +72,28 @@ class SimpleItkVolume(Volume):
             if _ending(self.path) == ".mha" and self._packed():
                 self._require_sum()
             image = _run(sitk.ReadImage, self.path)
-            # ITK's first axis is the one whose voxels are neighbours, NumPy's the last.
+            # In ITK the first axis varies fastest in memory, in NumPy the last one.
             return np.array(sitk.GetArrayViewFromImage(image).T, np.float32, order="F")
 
     def oddities(self) -> list[str]:
         sides = [self._fields.get(name) for name in _SIDES[_ending(self.path)]]
         side = next(filter(None, sides), "3d")
         if side.lower().startswith(("scanner", "3d")):
-            return ["header does not say which side is left; taken from right to left"]
+            return [
+                "the header does not say which side is left; the first axis is assumed to run from "
+                "right to left"
+            ]
         return []
 
     def _packed(self) -> bool:
-        """Whether the file's bytes are not the voxels' own."""
+        """Whether the voxels in the file are packed."""
         fields = self._fields
         return fields.get("compresseddata", "false").lower() == "true" or (
             fields.get("encoding", "raw").lower() != "raw"
         )
 
     def _require_sum(self) -> None:
-        """Raises if packed voxels are not what was packed."""
+        """Raises if the checksum of packed voxels is wrong."""
         stream = zlib.decompressobj()
         with open(self.path, "rb") as file:
             file.seek(self._start)
@@ -99,11 +102,11 @@ class SimpleItkVolume(Volume):
                     stream.decompress(part, _CHUNK)
                     part = stream.unconsumed_tail
         if not stream.eof:
-            raise ValueError("cut off")
+            raise ValueError("the file is cut off")
 
 
 def _header(path: str) -> tuple[dict[str, str], int]:
-    """Reads a header's lines, by name in lower case, and where its voxels start."""
+    """Reads a header's lines, by name in lower case, and the position where the voxels start."""
     fields: dict[str, str] = {}
     with open(path, "rb") as file:
         while line := file.readline(_LINE).strip():
@@ -115,31 +118,35 @@ def _header(path: str) -> tuple[dict[str, str], int]:
 
 
 def _require_whole(path: str, fields: Mapping[str, str]) -> None:
-    """Raises if the voxels, their size or its unit stand elsewhere, or nowhere."""
+    """Raises a DataError unless the file holds the voxels and their size in mm."""
     if fields.get("elementdatafile", "LOCAL").upper() != "LOCAL" or {*_ELSEWHERE} & fields.keys():
-        raise DataError(f"{path}: its voxels are in another file; save both as one file")
+        raise DataError(
+            f"{path}: its voxels are in another file; save header and voxels as one file"
+        )
     sizes = _SIZES[_ending(path)]
     if not any(name in fields for name in sizes):
         raise DataError(
-            f"{path}: its voxels' size is not known, since its header has no line "
+            f"{path}: the size of its voxels is not known, since its header has no line "
             f"{' or '.join(sizes)}; export it again, or write the right sizes into its header"
         )
     units = {unit.strip() for unit in fields.get("space units", "").split('"')} - {"", "mm"}
     if units:
-        raise DataError(f"{path}: lengths are in {', '.join(sorted(units))}, expected mm")
+        raise DataError(
+            f"{path}: its lengths are in {', '.join(sorted(units))}, expected mm; save it in mm"
+        )
 
 
 def import_simpleitk(ending: str) -> Any:
-    """Imports SimpleITK, to read files of an ending.
+    """Imports SimpleITK, to read files with this ending.
 
     Raises:
-        DataError: it is not installed.
+        DataError: SimpleITK is not installed.
     """
     try:
         import SimpleITK as sitk
     except ImportError as error:
         raise DataError(
-            f"{ending} files are read by SimpleITK, which cannot be imported here ({error}); "
+            f"{ending} files need SimpleITK, which cannot be imported here ({error}); "
             "install it by `pip install SimpleITK`, or convert the files to .nii.gz"
         ) from error
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -147,7 +154,7 @@ def import_simpleitk(ending: str) -> Any:
 
 
 def _run(read: Any, *arguments: str) -> Any:
-    """Calls ITK, whose texts name its own source files and reasons that are none."""
+    """Calls ITK; its error texts name ITK's source files and no useful reason."""
     try:
         return read(*arguments)
     except RuntimeError as error:

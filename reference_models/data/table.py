@@ -1,8 +1,9 @@
-"""Reads csv files; the one place where the text of cells becomes identifiers or attribute values.
+"""Reads csv files, and turns the text of their cells into identifiers or attribute values.
 
-An identifier (a case, a subject) is compared as text. A value of an attribute is text too, but for
-whole numbers, which spreadsheets write in several ways: 3, 3.0 and 03 are one value. 1.1 and 1.10
-are two. What is taken for unknown, and what for one value, is remembered and told by `check`.
+Identifiers (of a case or a subject) are compared as text. Attribute values are compared as text
+too, except whole numbers, which spreadsheets write in several ways: 3, 3.0 and 03 are one value,
+but 1.1 and 1.10 are two. `check` reports which texts count as unknown, and which count as one
+value.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from pathlib import Path
 
 from ..errors import DataError, reading, shown
 
-# What says that a value is not known, in upper or lower case, unless --unknown-texts says others.
+# Texts that mean that a value is unknown, in upper or lower case, unless --unknown-texts gives
+# others.
 UNKNOWN_TEXTS = ("-1", "nan", "na", "n/a", "#n/a", "none", "null")
-# These always do: an empty cell, and the word by which every table and page here calls them.
+# These always mean it: an empty cell, and the word that all tables and pages here use.
 ALWAYS_UNKNOWN = ("", "unknown")
 
 _WHOLE = re.compile(r"([+-]?)0*(\d+)(?:\.0*)?")
 _ROUNDED = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)
-# Excel writes and obeys it; a program that does not know it puts separators of its own behind.
+# Excel writes and reads such a line; other programs may add their own separators at its end.
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t]*\s*', re.IGNORECASE)
-# What a file begins with that is no text.
+# The first bytes of files that are not text in UTF-8.
 _NO_TEXT = {
     b"PK\x03\x04": "an Excel workbook or another zip file",
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
@@ -37,13 +39,13 @@ _NO_TEXT = {
     b"\xfe\xff": "text in UTF-16",
 }
 
-# What `_split` gives: each row with its line, and the comments.
+# The result of `_split`: each row with its line number, and the comments.
 _Split = tuple[list[tuple[int, list[str]]], list[str]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: its line in the file, and its cells by column."""
+    """A row of a table: its line number in the file, and its cells by column."""
 
     line: int
     cells: dict[str, str]
@@ -54,11 +56,11 @@ class Table:
     """A csv file.
 
     Args:
-        path: of the file.
-        columns: names in their order.
-        rows: those with a cell for each column.
-        misfits: rows with too few or too many cells, as far as they go; not among the rows.
-        comment: the first line that begins with #, empty if there is none.
+        path: the file.
+        columns: the names of the columns, in their order.
+        rows: the rows that have a cell for each column.
+        misfits: the other rows, which have too few or too many cells; missing cells are left out.
+        comment: the first line that begins with #; empty if there is none.
     """
 
     path: Path
@@ -69,16 +71,16 @@ class Table:
 
     @property
     def doubt(self) -> str:
-        """What to add where columns are missing: a comment may have been meant as the columns."""
-        return f"; {self.comment!r} is left out, as it begins with #" if self.comment else ""
+        """What to add to an error about missing columns: a comment may hold their names."""
+        return f"; {self.comment!r} is ignored, since it begins with #" if self.comment else ""
 
 
 @dataclass
 class Cells:
-    """Makes identifiers and values of cells, and remembers what it made of which text.
+    """Turns cells into identifiers and values, and remembers which texts became which value.
 
     Args:
-        unknown_texts: what says that a value is not known, besides `ALWAYS_UNKNOWN`.
+        unknown_texts: texts that mean that a value is unknown, besides `ALWAYS_UNKNOWN`.
 
     Example:
         >>> cells = Cells()
@@ -87,7 +89,7 @@ class Cells:
         >>> [cells.identifier(text) for text in ("007", "1.10", "nan")]
         ['007', '1.10', None]
         >>> cells.notes("x.csv")[0]
-        "x.csv: T-stage: '03' and '3.0' are taken for one value, 3"
+        "x.csv: T-stage: '03' and '3.0' count as one value, 3"
     """
 
     unknown_texts: Collection[str] = UNKNOWN_TEXTS
@@ -99,11 +101,11 @@ class Cells:
         self._saying_unknown = {alike(text) for text in (*ALWAYS_UNKNOWN, *self.unknown_texts)}
 
     def identifier(self, text: str) -> str | None:
-        """Gives the text as it is, None where it says that it is not known."""
+        """Gives the text unchanged, or None if it means unknown."""
         return None if self._says_unknown(text) else text
 
     def subject(self, column: str, text: str, case_id: str) -> str:
-        """Gives the subject; one who is not known is nobody else's, and is called by the case."""
+        """Gives the subject; an unknown subject counts as one of its own, named by the case."""
         if self._says_unknown(text):
             self.count_unknown(column, text)
             self._alone.add(column)
@@ -111,7 +113,7 @@ class Cells:
         return text
 
     def value(self, column: str, text: str) -> str | None:
-        """Gives the value of an attribute, None where the text says that it is not known."""
+        """Gives the value of an attribute, or None if the text means unknown."""
         if self._says_unknown(text):
             self.count_unknown(column, text)
             return None
@@ -120,23 +122,24 @@ class Cells:
         return value
 
     def count_unknown(self, column: str, text: str) -> None:
-        """Remembers a text that was taken for unknown."""
+        """Remembers a text that counts as unknown."""
         self._unknown.setdefault(column, Counter())[text] += 1
 
     def notes(self, source: Path | str) -> list[str]:
-        """Says which texts were taken for one value, and how many cells for unknown."""
+        """Says which texts count as one value, and how many cells count as unknown."""
         said = [
-            f"{source}: {column}: {' and '.join(map(repr, sorted(texts)))} are taken for one "
-            f"value, {value}"
+            f"{source}: {column}: {' and '.join(map(repr, sorted(texts)))} count as one value, "
+            f"{value}"
             for (column, value), texts in self._spellings.items()
             if len(texts) > 1
         ]
         for column, counts in self._unknown.items():
             cells = ", ".join(
-                f"{f'{text!r} in' if text else 'nothing in'} {count} cell{'s' * (count > 1)}"
+                f"{f'{text!r} in ' if text else ''}{count} {'' if text else 'empty '}"
+                f"cell{'s' * (count > 1)}"
                 for text, count in sorted(counts.items())
             )
-            # Others, such as rare sites, are unknown whatever the flag says.
+            # Other texts, such as rare sites, are unknown whatever the flag says.
             own = [
                 repr(text)
                 for text in sorted(counts)
@@ -144,11 +147,11 @@ class Cells:
             ]
             alone = "; each such case counts as a subject of its own" * (column in self._alone)
             hint = (
-                f"; if {' or '.join(own)} is a value of yours, name the other texts by "
+                f"; if {' or '.join(own)} is a value in your data, give the other texts by "
                 "--unknown-texts"
             )
             said.append(
-                f"{source}: {column}: taken for unknown: {cells}{alone}{hint if own else ''}"
+                f"{source}: {column}: these count as unknown: {cells}{alone}{hint if own else ''}"
             )
         return said
 
@@ -157,17 +160,17 @@ class Cells:
 
 
 def nfc(text: str) -> str:
-    """Writes accents together with their letters; macOS takes them apart in file names."""
+    """Joins accents with their letters (NFC); macOS separates them in file names."""
     return unicodedata.normalize("NFC", text)
 
 
 def alike(text: str) -> str:
-    """Gives the same for texts that a person may take for one: 1 and 001, P1 and p1."""
+    """Gives the same text for texts that a person may not distinguish: 1 and 001, P1 and p1."""
     return _plain(text).casefold()
 
 
 def doubtful_identifiers(column: str, identifiers: Collection[str]) -> list[str]:
-    """Warns of identifiers that are kept apart but may be meant as one, or have lost digits."""
+    """Warns of different identifiers that may mean the same, or that may have lost digits."""
     groups: dict[str, list[str]] = {}
     for identifier in sorted({*identifiers}):
         groups.setdefault(alike(identifier), []).append(identifier)
@@ -175,11 +178,14 @@ def doubtful_identifiers(column: str, identifiers: Collection[str]) -> list[str]
     rounded = [name for name in sorted({*identifiers}) if _ROUNDED.fullmatch(name)]
     warnings = []
     if pairs:
-        warnings.append(f"warning: {column}: kept apart, as texts differ: {shown(pairs, 5)}")
+        warnings.append(
+            f"warning: {column}: these count as different, since their texts differ: "
+            f"{shown(pairs, 5)}"
+        )
     if rounded:
         warnings.append(
-            f"warning: {column}: {shown(rounded, 5)}: as a spreadsheet rounds long numbers, so "
-            "that several may have become one; write the csv again with these as text"
+            f"warning: {column}: {shown(rounded, 5)}: a spreadsheet may have rounded long numbers, "
+            "so that several became one; export the csv again with this column as text"
         )
     return warnings
 
@@ -193,15 +199,15 @@ def read_table(
     """Reads a csv in UTF-8 whose cells are separated by commas, semicolons or tabs.
 
     Blanks around cells, blank lines, lines that begin with #, and Excel's first line "sep=;" are
-    passed over.
+    ignored.
 
     Args:
         path: the file.
-        faults, notes: rows that do not fit, and remarks, are added there.
-        column_name: makes the names by which columns are found.
+        faults, notes: lists to which misfitting rows, and remarks, are added.
+        column_name: turns the names in the file into the names of the table's columns.
 
     Raises:
-        DataError: it is no csv, has no row, or two of its columns have one name.
+        DataError: the file is not a csv, has no row, or has two columns of the same name.
     """
     with reading(path, "not a readable csv", "save it as CSV in UTF-8"):
         content = path.read_bytes()
@@ -211,17 +217,24 @@ def read_table(
             raise ValueError(f"{kind}, expected text in UTF-8")
         text = content.decode("utf-8-sig")
         if "\0" in text:
-            raise ValueError("has zero bytes, as UTF-16 does")
+            raise ValueError("it has zero bytes, as text in UTF-16 does")
         lines, comments = _split(text)
     if comments:
         s = "s" * (len(comments) > 1)
-        notes.append(f"{path}: {len(comments)} line{s} that begin{'s' * (not s)} with # left out")
+        notes.append(
+            f"{path}: {len(comments)} line{s} that begin{'s' * (not s)} with # "
+            f"{'are' if s else 'is'} ignored"
+        )
     if len(lines) < 2:
-        raise DataError(f"{path}: has no row; expected a line of columns, and rows below it")
+        raise DataError(
+            f"{path}: this csv has no row; expected a line with the names of the columns, and rows"
+        )
     (_, header), *lines = lines
     columns = tuple(column_name(name) for name in header)
     if repeated := sorted({name for name in columns if name and columns.count(name) > 1}):
-        raise DataError(f"{path}: two columns are called {', '.join(repeated)}; rename one")
+        raise DataError(
+            f"{path}: two columns have the name {', '.join(repeated)}; rename one of them"
+        )
     rows, misfits = [], []
     for line, cells in lines:
         row = Row(line, dict(zip(columns, cells, strict=False)))
@@ -229,12 +242,12 @@ def read_table(
             why = (
                 "the row is cut short"
                 if len(cells) < len(columns)
-                else "put what has a separator in it between quotes"
+                else "put cells that contain a separator between quotes"
             )
             misfits.append(row)
             faults.append(
                 DataError(
-                    f"{path}:{line}: {len(cells)} cells, expected {len(columns)} "
+                    f"{path}:{line}: this row has {len(cells)} cells, expected {len(columns)} "
                     f"({', '.join(columns)}); {why}"
                 )
             )
@@ -245,7 +258,7 @@ def read_table(
 
 
 def _split(text: str) -> _Split:
-    """Takes a csv apart: each row that is not blank with its line, and the comments."""
+    """Splits a csv into rows that are not blank, with their line numbers, and comments."""
     physical = list(io.StringIO(text, newline=""))
     said = _SEPARATOR_LINE.fullmatch(physical[0]) if physical else None
     if said:
@@ -254,14 +267,14 @@ def _split(text: str) -> _Split:
     header = re.sub('"[^"]*"', "", header)
     if said and said[1] in header:
         return _parsed(physical, said[1])
-    # A name may have another one's separator in it, as in "T-stage (clinical, path)": the rows
-    # tell which it is, and where they do not, the one that comes first.
+    # A name may contain another separator, as in "T-stage (clinical, path)". The separator that
+    # fits most rows is used; if several fit as many, the one that comes first.
     possible = sorted({*",;\t"} & {*header}, key=header.index) or [","]
     return _parsed(physical, max(possible, key=partial(_n_fitting, physical)))
 
 
 def _n_fitting(physical: Sequence[str], separator: str) -> int:
-    """Counts the rows that have a cell for each column, -1 where the quotes are not in order."""
+    """Counts the rows that have a cell for each column; -1 if the quotes are not balanced."""
     try:
         rows = [cells for _, cells in _parsed(physical, separator)[0]]
     except csv.Error:
@@ -270,7 +283,7 @@ def _n_fitting(physical: Sequence[str], separator: str) -> int:
 
 
 def _parsed(physical: Sequence[str], separator: str) -> _Split:
-    """Does what `_split` does, by a separator."""
+    """Does what `_split` does, with this separator."""
     comments: list[str] = []
     at_row = True  # not within a quoted cell of several lines
 
@@ -293,7 +306,7 @@ def _parsed(physical: Sequence[str], separator: str) -> _Split:
 
 
 def _plain(text: str) -> str:
-    """Writes a whole number in one way, and leaves other texts alone."""
+    """Writes a whole number in one way, and does not change other texts."""
     if (whole := _WHOLE.fullmatch(text)) is None:
         return text
     sign, digits = whole.groups()

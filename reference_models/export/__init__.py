@@ -1,1 +1,1 @@
-"""A trained run as one file that a server runs, and that file as a network of these recipes."""
+"""Exports a trained run as one file for a server, and runs such a file as a network here."""

@@ -1,15 +1,14 @@
-"""What a file says of its network: the attributes' names, the classes, the preprocessing's numbers.
+"""The metadata of an exported file: the attributes, the classes, and the preprocessing's numbers.
 
-A text for each key of `describe`, as ONNX keeps metadata; all but the last are json.
+`describe` gives a text for each of these keys, as ONNX stores metadata. All but the last are json.
 
     dmoe_layer.attributes       [{"name": "stage", "size": 2, "values": ["T1", "T2"],
-                                "unknown": "error"}]: a value's place is its number; unknown is what
-                                the number -1 does: error, average or learned
-    reference_models.classes    the classes' names by label
-    reference_models.channels   of each channel its name and how it is scaled, as of `_channels`
-    reference_models.framing    what the network sees of an image or volume, as of `_framing`
-    reference_models.weights    sha256 of the network's weights, by which a file is known to be of
-                                a run
+                                "unknown": "error"}]: the index of a value is its number; unknown
+                                says what the number -1 does: error, average or learned
+    reference_models.classes    the names of the labels, in their order
+    reference_models.channels   the name of each channel and how it is scaled, as in `_channels`
+    reference_models.framing    which part of an image or volume the network sees, as in `_framing`
+    reference_models.weights    sha256 of the network's weights, which identifies the file's run
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from ..recipes.framings import FramingSettings, ImageFramingSettings, VolumeFram
 from ..recipes.recipe import Recipe
 from ..training.runs import Task
 
-# Written by the layer's exporter itself.
+# The layer's exporter writes this key itself.
 ATTRIBUTES = "dmoe_layer.attributes"
 _WEIGHTS = "reference_models.weights"
 
-# How the data sets of images scale intensities, as of `_channels`.
+# How the data sets of images scale intensities, as in `_channels`.
 SCALES: dict[str, dict[str, Any]] = {
     "fairseg": {"scale": "divide", "by": 255},
     "ham10000": {"scale": "divide", "by": 255},
@@ -44,11 +43,11 @@ SCALES: dict[str, dict[str, Any]] = {
 
 
 def describe(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, str]:
-    """What a file says of the network of a run.
+    """Makes the metadata of an exported run.
 
     Args:
-        recipe, task: of the run.
-        model: its network, with the weights that the file holds.
+        recipe, task: the recipe and the task of the run.
+        model: the run's network, with the weights that the file holds.
     """
     attributes = [
         {
@@ -69,63 +68,65 @@ def describe(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, str]:
     return texts | {_WEIGHTS: _fingerprint(model)}
 
 
-def require_told(run: Path, recipe: Recipe, model: nn.Module) -> None:
-    """Raises unless the experts of a run's network are told attributes, without noise.
+def require_attributes(run: Path, recipe: Recipe, model: nn.Module) -> None:
+    """Raises unless the experts of a run's network receive attributes, and are without noise.
 
     Raises:
-        RunError: they are not: dense networks, plain mixtures of experts, and those of the study
-            that are told in another way.
+        RunError: the network is dense, a plain mixture of experts, or one of the study's networks
+            that receive attributes by another method; or its routers are noisy in evaluation.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, DMoE)]
     if all(layer.attribute_sizes is None for layer in layers):
         raise RunError(
-            f"{run}: its network has no experts that are told attributes, which a file has for its "
-            "second input. Export a network without them by torch.onnx.export."
+            f"{run}: the network of this run has no experts that receive attributes, which are the "
+            "second input of the file. Export it by torch.onnx.export."
         )
     if recipe.model.noise == "always":
         raise RunError(
-            f"{run}: was trained with --noise always, so that its routers are noisy in evaluation "
-            "too, and a file would give another mask each time."
+            f"{run}: this run was trained with --noise always, so that its routers are noisy in "
+            "evaluation too, and a file would give a different mask each time. Train with --noise "
+            "train to export the run."
         )
 
 
 def require_same(
     found: Mapping[str, str], expected: Mapping[str, str], path: Path, run: Path
 ) -> None:
-    """Raises unless a file is of this run, and of the checkpoint that was asked for.
+    """Raises unless a file was exported from this run and checkpoint.
 
     Args:
-        found: what the file says.
-        expected: what `describe` says of the run.
-        path: of the file.
-        run: its folder.
+        found: the file's metadata.
+        expected: what `describe` gives for the run.
+        path: the file.
+        run: the run's folder.
 
     Raises:
-        RunError: it is another's, or says nothing.
+        RunError: the file is of another run or checkpoint, or lacks metadata.
     """
     if missing := [key for key in expected if key not in found]:
         raise RunError(
-            f"{path}: does not say of which run it is (its metadata lack {', '.join(missing)}); "
-            f"write one by `export --run {run}`."
+            f"{path}: this file does not say which run it is of (its metadata lack "
+            f"{', '.join(missing)}); export one by `export --run {run}`."
         )
     others = [key for key in expected if key != _WEIGHTS and found[key] != expected[key]]
     if others:
-        told = "; ".join(f"{key}: {found[key]}, but the run has {expected[key]}" for key in others)
-        raise RunError(f"{path}: is of another run or network than {run} ({told}).")
+        said = "; ".join(f"{key}: {found[key]}, but the run has {expected[key]}" for key in others)
+        raise RunError(f"{path}: this file is of another run or network than {run} ({said}).")
     if found[_WEIGHTS] != expected[_WEIGHTS]:
         raise RunError(
-            f"{path}: holds other weights than this checkpoint of {run}. It is of another run of "
-            "the same kind, of another checkpoint (--which), or the run has gone on since: export "
-            "it anew, or name the run that it is of."
+            f"{path}: this file holds other weights than this checkpoint of {run}. It was exported "
+            "from another run, from another checkpoint (--which), or before the run went on: "
+            "export the run again, or name the run of the file."
         )
 
 
 def _channels(recipe: Recipe, task: Task) -> list[dict[str, Any]]:
-    """Of each channel of the input its name, where there is one, and its scale.
+    """Gives the name (or None) and the scale of each channel of the input.
 
-    divide: by that number. clip: to low..high, which become 0..1. range: its own lowest and highest
-    value become 0 and 1. z-score: mean 0 and variance 1 over the voxels that are not 0, the
-    background. none: as it is. body: 1 where the patient's body is, else 0.
+    The scales are: divide: divided by that number. clip: clipped to low..high, which become 0..1.
+    range: the channel's lowest and highest value become 0 and 1. z-score: mean 0 and variance 1
+    over the voxels that are not 0, the background. none: not changed. body: 1 in the patient's
+    body, else 0.
     """
     if not task.channel_names:
         return [{"name": None, **SCALES[recipe.data.data]}] * task.channels
@@ -142,12 +143,12 @@ def _channels(recipe: Recipe, task: Task) -> list[dict[str, Any]]:
 
 
 def _framing(settings: FramingSettings) -> dict[str, Any]:
-    """What the network sees.
+    """Gives the numbers of the framing.
 
-    Of an image: the central `crop` pixels a side (null: all), padded with zeros to a square and
-    resized to `size`, rows and columns. Of a volume: turned to RAS+, resampled to `spacing_mm`,
-    padded with each channel's lowest value to the `window` at least, and answered in windows that
-    overlap by that share.
+    An image is cropped to its central `crop` pixels on each side (null: not cropped), padded with
+    zeros to a square, and resized to `size`, rows and columns. A volume is turned to RAS+,
+    resampled to `spacing_mm`, and padded with each channel's lowest value to at least the `window`;
+    the network sees windows that overlap by the share `overlap`.
     """
     if isinstance(settings, VolumeFramingSettings):
         return {
@@ -159,7 +160,7 @@ def _framing(settings: FramingSettings) -> dict[str, Any]:
     if isinstance(settings, ImageFramingSettings):
         crop = None if settings.crop == "whole" else settings.crop
         return {"kind": "image", "crop": crop, "size": settings.shape}
-    raise TypeError(f"framing: got {type(settings).__name__}, of which a file cannot tell.")
+    raise TypeError(f"framing: got {type(settings).__name__}, which a file cannot describe.")
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""An exported file as a network: onnxruntime computes, the recipes around it stay the same."""
+"""Runs an exported file as a network, by onnxruntime, in the recipes' evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dmoe_layer import routing
 from ..errors import RunError
 from ..recipes.recipe import Recipe
 from ..training.runs import Task
-from .description import describe, require_same, require_told
+from .description import describe, require_attributes, require_same
 
 
 def import_onnxruntime() -> ModuleType:
-    """The package, which is no part of what every recipe needs.
+    """Imports onnxruntime, an optional package.
 
     Raises:
         RunError: it is not installed.
@@ -30,15 +30,15 @@ def import_onnxruntime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise RunError(
-            f"onnxruntime cannot be imported here ({error}); install what files of networks need: "
-            "pip install '.[export]'"
+            f"onnxruntime cannot be imported here ({error}); install it by pip install '.[export]'"
         ) from error
     module: ModuleType = onnxruntime
     return module
 
 
 class BodyAsChannel(nn.Module):
-    """A network that is told where the body is by the image's last channel, as a file's is."""
+    """A network that receives the mask of the body as the last channel of the image, as files "
+    "do."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class BodyAsChannel(nn.Module):
 
 
 class OnnxNetwork(nn.Module):
-    """A network that onnxruntime runs on the CPU; it takes attributes from the open scope.
+    """A network that onnxruntime runs on the CPU; it reads attributes from the open scope.
 
     Args:
-        session: of the file, an ``onnxruntime.InferenceSession``.
-        attribute_sizes: how many values each attribute has.
-        unknown: what the file does with an unknown attribute.
+        session: the ``onnxruntime.InferenceSession`` of the file.
+        attribute_sizes: number of values of each attribute.
+        unknown: what the file does with an unknown attribute: error, average or learned.
     """
 
     def __init__(self, session: Any, attribute_sizes: tuple[int, ...], unknown: str) -> None:
@@ -64,28 +64,28 @@ class OnnxNetwork(nn.Module):
         self._session, self._sizes, self._unknown = session, attribute_sizes, unknown
 
     def forward(self, image_BCS: Tensor, *body_BS: Tensor) -> Tensor:
-        """Logits (B, K, S), as of the network that was exported; everything is on the CPU.
+        """Computes logits (B, K, S) like the exported network; all tensors are on the CPU.
 
         Raises:
             dmoe_layer.MissingAttributesError: no scope with attributes is open.
-            ValueError: an attribute that the network does not know.
+            ValueError: the network does not know an attribute's value.
         """
-        told_BA = routing.attribute_values(image_BCS, self._sizes, unknown=self._unknown)
-        told = told_BA[:, 0] if len(self._sizes) == 1 else told_BA
+        attributes_BA = routing.attribute_values(image_BCS, self._sizes, unknown=self._unknown)
+        attributes = attributes_BA[:, 0] if len(self._sizes) == 1 else attributes_BA
         channels = [image_BCS, *(each_BS[:, None].to(image_BCS.dtype) for each_BS in body_BS)]
-        given = {"image": torch.cat(channels, dim=1).numpy(), "attribute": told.numpy()}
+        given = {"image": torch.cat(channels, dim=1).numpy(), "attribute": attributes.numpy()}
         (logits_BKS,) = self._session.run(None, given)
         return torch.from_numpy(logits_BKS)
 
 
 @dataclass
 class Twin:
-    """PyTorch's network beside the one in a file, and in how far their masks agree.
+    """PyTorch's network beside the file that is run, with a count of differing voxels.
 
     Args:
-        file: that is run.
+        file: the file.
         model: PyTorch's network.
-        differing, voxels: so far.
+        differing, voxels: number of voxels that differ so far, and of all voxels.
     """
 
     file: Path
@@ -94,51 +94,54 @@ class Twin:
     voxels: int = 0
 
     def compare(self, masks: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> None:
-        """Counts the voxels of masks that differ from PyTorch's own."""
+        """Counts the voxels in which the file's masks differ from PyTorch's."""
         for mask_S, own_S in zip(masks, own, strict=True):
             self.differing += int((mask_S != own_S).sum())
             self.voxels += mask_S.size
 
     def note(self) -> str:
+        """Says how many voxels differ."""
         return (
-            f"masks by onnxruntime from {self.file.name}: {self.differing:,} of {self.voxels:,} "
-            "voxels differ from PyTorch's"
+            f"onnxruntime computed the masks from {self.file.name}: {self.differing:,} of "
+            f"{self.voxels:,} voxels differ from PyTorch's"
         )
 
 
 def start_session(path: Path) -> Any:
-    """An ``onnxruntime.InferenceSession`` of a file, with as many threads as PyTorch has.
+    """Opens a file as an ``onnxruntime.InferenceSession``, with as many threads as PyTorch has.
 
     Raises:
-        RunError: it is no network, or onnxruntime is not installed.
+        RunError: the file is not a network, or onnxruntime is not installed.
     """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no class in common but this one
+    except Exception as error:  # its errors have only this class in common
         raise RunError(
-            f"{path}: onnxruntime cannot read it as a network ({error}); export it anew."
+            f"{path}: onnxruntime cannot read this file as a network ({error}); export it again."
         ) from error
 
 
 def open_onnx(path: Path, run: Path, recipe: Recipe, task: Task, model: nn.Module) -> OnnxNetwork:
-    """The network in a file, once the file is known to be of this run.
+    """Opens the network in a file, after a check that the file is of this run.
 
     Args:
-        path: of the file.
-        run: the folder of a run.
-        recipe, task, model: what it holds.
+        path: the file.
+        run: the folder of the run.
+        recipe, task, model: the run's recipe, task and network.
 
     Raises:
-        RunError: there is no such file or it cannot be read, it is of another run, checkpoint or
-            network, or onnxruntime is not installed.
+        RunError: the file does not exist or cannot be read; it is of another run, checkpoint or
+            network; or onnxruntime is not installed.
     """
     import_onnxruntime()
-    require_told(run, recipe, model)
+    require_attributes(run, recipe, model)
     if not path.is_file():
-        raise RunError(f"{path}: no such file; write it by `export --run {run} --to {path}`.")
+        raise RunError(
+            f"{path}: there is no such file; write it by `export --run {run} --to {path}`."
+        )
     session = start_session(path)
     said = session.get_modelmeta().custom_metadata_map
     require_same(said, describe(recipe, task, model), path, run)

@@ -1,1 +1,1 @@
-"""Networks that take their attributes from the open `routing(...)` scope."""
+"""Networks, which receive their attributes from the open `routing(...)` scope."""

@@ -1,7 +1,7 @@
-"""What can stand in a stage of the small U-Net; the blocks that need the attributes read the scope.
+"""Blocks for the stages of the small U-Net; those that need attributes read the open scope.
 
-Shapes: B samples, C channels of an image, D of a stage, H and W rows and columns, T tokens, M
-hidden units of an MLP, A attributes, V values of all attributes together.
+Shapes: B samples, C channels of an image, D channels of a stage, H and W rows and columns, T
+tokens, M hidden units of an MLP, A attributes, V values of all attributes together.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _POLICIES = ("error", "average", "learned")
 
 
 class Membership(nn.Module):
-    """How much each sample belongs to each value of each attribute: (B, V), 1 or 0.
+    """Encodes each sample's attributes as one-hot vectors side by side: (B, V).
 
-    The attributes are those of the open ``dmoe_layer.routing(attributes)`` scope. An unknown one
-    follows DMoE's policies: with "error" it raises, with "average" the sample belongs to all values
-    alike, with "learned" to one more value, the attribute's last.
+    The attributes are those of the open ``dmoe_layer.routing(attributes)`` scope. An unknown value
+    follows DMoE's policies: "error" raises, "average" gives all values the same share, and
+    "learned" adds an extra value, the attribute's last one, for unknown.
 
     Args:
         attribute_sizes: number of values of each attribute.
         unknown: the policy.
 
     Raises:
-        ValueError: there is no such policy; or, from `forward`, as of `routing.attribute_values`.
+        ValueError: there is no such policy. `forward` raises what `routing.attribute_values` does.
     """
 
     def __init__(self, attribute_sizes: tuple[int, ...], unknown: str) -> None:
@@ -40,7 +40,8 @@ class Membership(nn.Module):
         self.values = sum(attribute_sizes) + len(attribute_sizes) * (unknown == "learned")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gives (B, V) for the samples of x (B, ...), on its device and in its dtype."""
+        """Encodes the attributes of the samples of x (B, ...) as (B, V), with x's device and "
+        "dtype."""
         attributes_BA = routing.attribute_values(x, self.attribute_sizes, unknown=self.unknown)
         columns = []
         for attribute_B, size in zip(attributes_BA.T, self.attribute_sizes, strict=True):
@@ -55,7 +56,7 @@ class Membership(nn.Module):
 
 
 class Planes(nn.Module):
-    """Every attribute value as a further channel of the image, 1 or 0."""
+    """Adds a channel to the image for every attribute value, which is 1 or 0."""
 
     def __init__(self, membership: Membership) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Planes(nn.Module):
 
 
 class FiLM(nn.Module):
-    """Scale and shift of every channel by the attribute, x · (1 + γ) + β (Perez et al., 2018)."""
+    """Scales and shifts every channel by the attribute: x · (1 + γ) + β (Perez et al., 2018)."""
 
     def __init__(self, width: int, membership: Membership) -> None:
         super().__init__()
@@ -81,9 +82,9 @@ class FiLM(nn.Module):
 
 
 class PerValue(nn.Module):
-    """An MLP for every attribute value; a sample's is the mean of those that it belongs to.
+    """An MLP for every attribute value; with several attributes, a sample uses their mean.
 
-    The mean is of weights, which is that of outputs where a sample belongs to one value.
+    The weights are averaged, not the outputs. A sample that belongs to one value uses its MLP.
     """
 
     def __init__(self, width: int, units: int, membership: Membership, dropout: float) -> None:
@@ -95,7 +96,7 @@ class PerValue(nn.Module):
         self.b2_VD = nn.Parameter(torch.empty(values, width))
         self.dropout = nn.Dropout(dropout)
         for weight, bias in ((self.w1_VMD, self.b1_VM), (self.w2_VDM, self.b2_VD)):
-            bound = 1 / math.sqrt(weight.shape[-1])  # as nn.Linear's
+            bound = 1 / math.sqrt(weight.shape[-1])  # the same bound as in nn.Linear
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
@@ -113,7 +114,7 @@ class PerValue(nn.Module):
 
 
 def make_mlp(width: int, units: int, dropout: float) -> nn.Sequential:
-    """A dense MLP that is what an expert is."""
+    """Makes a dense MLP of the same form as an expert."""
     return nn.Sequential(
         nn.Linear(width, units), nn.ReLU(), nn.Linear(units, width), nn.Dropout(dropout)
     )

@@ -1,4 +1,4 @@
-"""A network's answer for whole frames: in one call, or window by window where they are volumes.
+"""Computes a network's logits for whole frames: images in one call, volumes window by window.
 
 Shapes: B samples, W windows at a time, C channels, K classes, S spatial axes, A attributes.
 """
@@ -18,14 +18,14 @@ from ..data.patches import Windows
 
 
 def forward_with_attributes(
-    model: nn.Module, inputs: Sequence[Tensor], told_BA: Tensor, *, record: bool = True
+    model: nn.Module, inputs: Sequence[Tensor], attributes_BA: Tensor, *, record: bool = True
 ) -> tuple[Tensor, routing]:
-    """A network's logits (B, K, S), and the closed scope with what it routed, unless not recorded.
+    """Computes a network's logits (B, K, S), and returns them with the closed scope.
 
-    The scope is the one way in which a network is told the attributes: experts read it by
-    themselves, other modules by `routing.attribute_values`.
+    A network receives its attributes only from the scope: experts read it by themselves, other
+    modules by `routing.attribute_values`. With `record`, the scope holds the routings afterwards.
     """
-    with routing(told_BA, record=record) as scope:
+    with routing(attributes_BA, record=record) as scope:
         logits: Tensor = model(*inputs)
     return logits, scope
 
@@ -33,42 +33,42 @@ def forward_with_attributes(
 def infer(
     model: nn.Module,
     inputs: Sequence[Tensor],
-    told_BA: Tensor,
+    attributes_BA: Tensor,
     *,
     windows: Windows | None,
     device: torch.device,
     observe: Callable[[routing], object] | None = None,
 ) -> Tensor:
-    """Logits (B, K, S) of framed samples; without gradients.
+    """Computes logits (B, K, S) of framed samples, without gradients.
 
-    Images are answered in one call, on the device. A volume is answered in windows, which overlap
-    and are blended with Gaussian weights, highest in a window's middle, into logits on the CPU: the
-    device holds no more than `windows.at_once` windows at once, and the CPU, beside the inputs, 4
-    bytes a voxel for each class and 4 for the weights. Every window is told its sample's
-    attributes, and its routings are let go of before the next one's.
+    Images take one call on the device. Volumes are divided into windows, which overlap and are
+    blended with Gaussian weights, highest in the middle of a window, into logits on the CPU. The
+    device holds at most `windows.at_once` windows at a time. The CPU holds, besides the inputs, 4
+    bytes for each class and voxel, and 4 bytes for the weight of each voxel. Every window receives
+    the attributes of its sample, and its routings are released before those of the next window.
 
-    A network whose answer for a voxel depends on a neighbourhood alone gives, wherever no window
-    cuts that off, what it gives for the whole volume. One with instance norm depends on all of a
-    window, so that it does so only where a window holds the whole volume.
+    If a network's logit for a voxel depends only on a neighbourhood, it is the same as for the
+    whole volume wherever no window cuts the neighbourhood off. With instance norm it depends on the
+    whole window, so that it is the same only if a window holds the whole volume.
 
     Args:
-        model: in eval mode on `device`.
-        inputs: `Batch.inputs`, image (B, C, S) and, where there is one, body (B, S); of volumes
-            on the CPU.
-        told_BA: the attributes that each sample's router is told.
-        windows: of volumes; None of images.
-        device: where the network computes.
-        observe: is handed each call's closed scope, such as `ExpertLoads.add`. A voxel that lies in
-            several windows is in the scopes of all of them.
+        model: the network, in eval mode on `device`.
+        inputs: `Batch.inputs`: image (B, C, S) and, if there is one, body (B, S). For volumes both
+            are on the CPU.
+        attributes_BA: the attributes that the network receives for each sample.
+        windows: the windows of volumes; None for images.
+        device: the device that computes.
+        observe: receives the closed scope of each call, such as `ExpertLoads.add`. A voxel that
+            lies in several windows is in the scopes of all of them.
 
     Raises:
         ValueError: a volume is smaller than a window.
     """
 
-    def answer(parts: Sequence[Tensor], told_WA: Tensor) -> Tensor:
+    def answer(parts: Sequence[Tensor], attributes_WA: Tensor) -> Tensor:
         moved = [part.to(device) for part in parts]
         logits, scope = forward_with_attributes(
-            model, moved, told_WA.to(device), record=observe is not None
+            model, moved, attributes_WA.to(device), record=observe is not None
         )
         if observe is not None:
             observe(scope)
@@ -77,15 +77,15 @@ def infer(
     def answer_windows(image_WCS: Tensor, places: Sequence[Sequence[slice]]) -> Tensor:
         cuts = [(sample, *axes) for sample, _, *axes in places]
         bodies = (torch.cat([body_BS[cut] for cut in cuts]) for body_BS in inputs[1:])
-        return answer((image_WCS, *bodies), window_attributes(told_BA, places))
+        return answer((image_WCS, *bodies), window_attributes(attributes_BA, places))
 
     if windows is None:
-        return answer(inputs, told_BA)
+        return answer(inputs, attributes_BA)
     size = tuple(inputs[0].shape[2:])
     if any(length < side for length, side in zip(size, windows.size, strict=True)):
-        # They would be padded with zeros, which are no air in a CT.
+        # They would be padded with zeros, which do not mean air in a CT.
         raise ValueError(
-            f"inputs: got volumes of {size}, expected at least the patch {windows.size}."
+            f"inputs: got volumes of {size} voxels, expected at least the patch {windows.size}."
         )
     answer_BKS = sliding_window_inference(
         inputs[0],
@@ -98,4 +98,4 @@ def infer(
         device=torch.device("cpu"),
         with_coord=True,
     )
-    return cast(Tensor, answer_BKS)  # as that of `answer_windows` is one
+    return cast(Tensor, answer_BKS)  # a tensor, since `answer_windows` returns one

@@ -1,10 +1,11 @@
-"""The convolutional stem of TransUNet: a ResNet-50's first three stages, which leave three skips.
+"""The convolutional stem of TransUNet: the first three stages of a ResNet-50, with three skips.
 
-TransUNet's network and not quite Google's, whose weights it takes. There the pooling and the
-strided convolutions pad at the end ("SAME"), the shortcuts' norms have 32 groups and an epsilon of
-1e-6, and the epsilon of the weights stands outside the root.
+The network is TransUNet's. It takes Google's weights, although Google's network differs: there the
+pooling and the strided convolutions pad at the end ("SAME"), the shortcuts' norms have 32 groups
+and an epsilon of 1e-6, and the epsilon of the weights is outside the root.
 
-Shapes: B samples, C channels, H rows, W columns, O and I a convolution's channels out and in.
+Shapes: B samples, C channels, H rows, W columns, O and I output and input channels of a
+convolution.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 
 class StdConv2d(nn.Conv2d):
-    """A convolution without bias, each of its kernels brought to mean 0 and variance 1."""
+    """A convolution without bias, whose kernels are normalised to mean 0 and variance 1."""
 
     def __init__(self, in_channels: int, out_channels: int, size: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, size, stride, size // 2, bias=False)
@@ -27,7 +28,8 @@ class StdConv2d(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """A residual unit: 1×1, 3×3 (with the stride) and 1×1, a group norm after each."""
+    """A residual unit of 1×1, 3×3 (with the stride) and 1×1 convolutions, each with a group "
+    "norm."""
 
     def __init__(self, cin: int, cmid: int, groups: int, stride: int = 1) -> None:
         super().__init__()
@@ -48,13 +50,13 @@ class Bottleneck(nn.Module):
 
 
 class ResNetV2(nn.Module):
-    """Root and three stages, at 1/2, 1/4, 1/8 and 1/16 of the image's size.
+    """A root and three stages, at 1/2, 1/4, 1/8 and 1/16 of the image's size.
 
     Args:
-        in_channels: of an image.
-        width: channels of the root; the stages have 4, 8 and 16 times as many.
-        units: of each stage.
-        groups: of the group norms.
+        in_channels: number of channels of an image.
+        width: number of channels of the root; the stages have 4, 8 and 16 times as many.
+        units: number of residual units of each stage.
+        groups: number of groups of the group norms.
     """
 
     def __init__(
@@ -81,11 +83,11 @@ class ResNetV2(nn.Module):
             cin = 4 * cmid
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The map at 1/16, and those at 1/8, 1/4 and 1/2 for the decoder."""
+        """Computes the map at 1/16, and the maps at 1/8, 1/4 and 1/2 for the decoder."""
         root = self.root(image_BCHW)
         quarter = self.stages[0](F.max_pool2d(root, 3, stride=2))
         eighth = self.stages[1](quarter)
-        # The pooling pads nothing, so that its map lacks a last row and column. The next stage
-        # takes it as it is; the skip gets zeros there.
+        # The pooling does not pad, so that its map lacks the last row and column. The next stage
+        # uses the map as it is; the skip is padded with zeros.
         skips = [eighth, F.pad(quarter, (0, 1, 0, 1)), root]
         return self.stages[2](eighth), skips

@@ -1,9 +1,10 @@
 """The paper's 3D Residual U-Net with a mixture of experts after every encoder stage.
 
-Oh et al., ICML 2025 (arXiv:2502.00619), after nnU-Net's and UNETR's residual blocks. Five stages
-halve the volume, the first one too, so that the first experts see an eighth of the voxels.
+The network is that of Oh et al., ICML 2025 (arXiv:2502.00619), with the residual blocks of nnU-Net
+and UNETR. Each of its five stages halves the volume, so that even the first experts receive only an
+eighth of the voxels.
 
-Shapes: B samples, C channels, K classes; D, H, W the volume's three axes in whatever order.
+Shapes: B samples, C channels, K classes; D, H, W the volume's three axes in any order.
 """
 
 from __future__ import annotations
@@ -27,28 +28,29 @@ STRIDE = 2 ** len(WIDTHS)  # of the whole encoder
 
 
 class ResUNet3D(nn.Module):
-    """Residual blocks down to a 32nd of the volume's sides and up again, experts on the way down.
+    """Residual blocks down to a 32nd of the volume's sides and up again, with experts on the way
+    down.
 
-    Attributes reach the experts from the open ``dmoe_layer.routing(attributes)`` scope. Every voxel
-    of a stage's output is a token; its experts' answer is added to it, and goes on to the next
-    stage and across to the decoder. All starts from PyTorch's initial weights, as in the paper; for
-    its released weights see :mod:`reference_models.models.weights`.
+    The experts receive the attributes from the open ``dmoe_layer.routing(attributes)`` scope. Every
+    voxel of a stage's output is a token. The output of its experts is added to it, and the sum goes
+    to the next stage and to the decoder. Weights start as PyTorch's, as in the paper; for the
+    paper's released weights see :mod:`reference_models.models.weights`.
 
     Args:
-        features: channels of the first stage; the five have 1, 1, 2, 4 and 8 times as many.
-        in_channels: of a volume.
-        n_classes: K, the background included.
-        moe: "per_block" (a residual mixture of experts after each of `stages`: the paper) or
+        features: number of channels of the first stage. The five stages have 1, 1, 2, 4 and 8
+            times as many.
+        in_channels: number of channels of a volume.
+        n_classes: number of classes K, the background included.
+        moe: "per_block" (a residual mixture of experts after each of `stages`, as in the paper) or
             "none".
-        stages: which of the five encoder stages, counted from 1, experts follow. Of no meaning to
-            "none".
-        attribute_sizes: of DMoE: None for a plain mixture of experts.
-        n_experts, k, noise, unknown: of DMoE.
-        gradient_checkpointing: computes each stage and each block of the decoder again in backward,
-            to save memory.
+        stages: the encoder stages, counted from 1 to 5, that experts follow. "none" ignores it.
+        attribute_sizes: as for DMoE; None makes a plain mixture of experts.
+        n_experts, k, noise, unknown: as for DMoE.
+        gradient_checkpointing: whether each stage and each block of the decoder is computed again
+            in backward, to save memory.
 
     Raises:
-        ValueError: for a moe or stages that are not there, or a number below 1.
+        ValueError: `moe` or `stages` is not one of these, or a number is below 1.
 
     Example:
         >>> import torch
@@ -106,7 +108,8 @@ class ResUNet3D(nn.Module):
         for stage, (cin, cout) in enumerate(pairwise([in_channels, *widths]), start=1):
             block = UnetResBlock(3, cin, cout, kernel_size=3, stride=2, norm_name="instance")
             self.encoder.append(Stage(block))
-            # One by one, so that a seed draws blocks and experts in this order.
+            # Experts are inserted one by one, so that a seed draws blocks and experts in this
+            # order.
             if moe != "none" and stage in stages:
                 insert_after(self, f"encoder.{stage - 1}", **options)
         self.decoder = nn.ModuleList(
@@ -124,16 +127,17 @@ class ResUNet3D(nn.Module):
         self.head = nn.ConvTranspose3d(features, n_classes, 2, stride=2, bias=False)
 
     def forward(self, image_BCDHW: Tensor, mask_BDHW: Tensor | None = None) -> Tensor:
-        """Logits (B, K, D, H, W).
+        """Computes logits (B, K, D, H, W).
 
         Args:
-            image_BCDHW: sides multiples of 32, and not 32 all three.
-            mask_BDHW: bool, which voxels the experts see; None for all. At each stage they see what
-                stands for at least one of these, and all else passes them by unchanged.
+            image_BCDHW: the volumes. Their sides are multiples of 32, and not all three are 32.
+            mask_BDHW: bool, which voxels go to the experts; None for all. In each stage the experts
+                receive the tokens that stand for at least one of these voxels; other tokens are not
+                changed by them.
 
         Raises:
-            ValueError, TypeError: image or mask are not of that kind.
-            dmoe_layer.MissingAttributesError: the experts need attributes and no scope has any.
+            ValueError, TypeError: image or mask has a wrong shape or type.
+            dmoe_layer.MissingAttributesError: the experts need attributes, and no scope has any.
         """
         self._check(image_BCDHW, mask_BDHW)
         x_BCDHW, skips = image_BCDHW, []
@@ -148,17 +152,17 @@ class ResUNet3D(nn.Module):
         return self.head(x_BCDHW)
 
     def _run(self, module: nn.Module, planes: int, *maps_BCDHW: Tensor, **options: Any) -> Tensor:
-        """A stage's or a decoder block's map, of ``planes`` planes along the first axis."""
+        """Computes the map of a stage or decoder block; it has ``planes`` along the first axis."""
         if planes == 2 and maps_BCDHW[0].is_cpu and torch.is_autocast_enabled("cpu"):
-            # PyTorch 2.13's CPU convolutions in bfloat16 write garbage into the gradient of a 3x3x3
-            # kernel over two planes. So few are soon computed in fp32.
+            # PyTorch 2.13's CPU convolutions in bfloat16 give a wrong gradient for a 3x3x3 kernel
+            # over two planes. So few planes are computed in fp32 in little time.
             with torch.autocast("cpu", enabled=False):
                 return self._step(module, *(x_BCDHW.float() for x_BCDHW in maps_BCDHW), **options)
         return self._step(module, *maps_BCDHW, **options)
 
     def _step(self, module: nn.Module, *maps_BCDHW: Tensor, **options: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            # Routed the same way when it is run again, even after the scope has closed.
+            # `carry_routing` routes the recomputation alike, even after the scope has closed.
             return checkpoint(carry_routing(module), *maps_BCDHW, use_reentrant=False, **options)
         return module(*maps_BCDHW, **options)
 
@@ -174,7 +178,7 @@ class ResUNet3D(nn.Module):
                 f"image: got {shape[1]} channels, expected {self.in_channels}; make the network "
                 f"with in_channels={shape[1]}."
             )
-        # One voxel alone is its own mean: its instance norm is 0, whatever it was.
+        # A single voxel is its own mean, so that its instance norm is always 0.
         if any(side < STRIDE or side % STRIDE for side in shape[2:]) or max(shape[2:]) == STRIDE:
             raise ValueError(
                 f"image: got {' x '.join(map(str, shape[2:]))} voxels, expected three multiples of "
@@ -192,7 +196,7 @@ class ResUNet3D(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block of stride 2, and the place ``moe`` of the experts that may follow it."""
+    """A residual block of stride 2; its attribute ``moe`` holds the experts that may follow it."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -200,5 +204,5 @@ class Stage(nn.Module):
         self.register_module("moe", None)
 
     def forward(self, x_BCDHW: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """The block's map; ``mask`` is for the experts."""
+        """Computes the block's map; only the experts use ``mask``."""
         return self.block(x_BCDHW)

@@ -1,7 +1,8 @@
-"""TransUNet with a (distribution-aware) mixture of experts: the paper's 2D network and its kin.
+"""TransUNet with a (distribution-aware) mixture of experts: the paper's 2D network and variants.
 
-Chen et al., "TransUNet" (arXiv:2102.04306); Oh et al., ICML 2025 (arXiv:2502.00619), who run it
-without the convolutional stem and add one mixture of experts that all blocks of the ViT share.
+The network is from Chen et al., "TransUNet" (arXiv:2102.04306). Oh et al., ICML 2025
+(arXiv:2502.00619), use it without the convolutional stem, and add one mixture of experts that all
+blocks of the ViT share.
 
 Shapes: B samples, C channels, K classes, H rows, W columns.
 """
@@ -22,26 +23,27 @@ from dmoe_layer import DMoE, swap_mlps
 from .resnetv2 import ResNetV2
 from .vit import ViT
 
-PATCH = 16  # pixels; also the stem's stride
+PATCH = 16  # side of a patch in pixels; also the stem's stride
 MOE = ("shared", "per_block", "mlp", "none")
 
 
 @dataclass(frozen=True)
 class TransUNetConfig:
-    """Sizes of a TransUNet.
+    """The sizes of a TransUNet.
 
     Args:
-        dim, depth, heads, mlp_dim: of the ViT: width, blocks, attention heads, width of an MLP.
-        stem_width: channels of the stem's root; None for no stem and no skips: the ViT then sees
-            the image's own patches.
-        stem_units: residual units in each of the stem's stages.
-        stem_groups: of the stem's group norms.
-        decoder: channels of the decoder's first convolution and of its four blocks.
-        decoder_groups: of the decoder's group norms, each followed by a leaky ReLU; None for
-            TransUNet's batch norm and ReLU.
-        dropout: of the ViT and of the experts.
-        repeat_gray: takes images of one channel as three equal ones, so that weights learned on
-            photographs fit.
+        dim, depth, heads, mlp_dim: the ViT's width, number of blocks, number of attention heads,
+            and width of an MLP.
+        stem_width: number of channels of the stem's root. None: there is no stem and no skips, and
+            the ViT receives patches of the image.
+        stem_units: number of residual units in each of the stem's stages.
+        stem_groups: number of groups of the stem's group norms.
+        decoder: number of channels of the decoder's first convolution and of its four blocks.
+        decoder_groups: number of groups of the decoder's group norms, each of which a leaky ReLU
+            follows. None: TransUNet's batch norm and ReLU.
+        dropout: dropout rate of the ViT and of the experts.
+        repeat_gray: whether an image of one channel is repeated to three, so that weights trained
+            on photographs fit.
     """
 
     dim: int = 768
@@ -60,8 +62,8 @@ class TransUNetConfig:
 VARIANTS: Mapping[str, TransUNetConfig] = {
     "vit_b16": TransUNetConfig(),
     "r50_vit_b16": TransUNetConfig(stem_width=64),
-    # Group norm, since a batch of 8 in two processes must be a batch of 8 in one; and leaky ReLUs,
-    # since of so few channels at full resolution none can be spared to die.
+    # Group norm makes a batch of 8 in two processes equal to a batch of 8 in one. Leaky ReLUs
+    # prevent dead channels, of which there are few at full resolution.
     "small": TransUNetConfig(
         dim=64,
         depth=4,
@@ -80,28 +82,28 @@ VARIANTS: Mapping[str, TransUNetConfig] = {
 class TransUNet(nn.Module):
     """A ViT on image patches or on a ResNet's features, and a decoder back to the image's size.
 
-    Attributes reach the experts from the open ``dmoe_layer.routing(attributes)`` scope. From
-    scratch, ViT and experts start as the papers' do and convolutions as PyTorch's; for trained
+    The experts receive the attributes from the open ``dmoe_layer.routing(attributes)`` scope. ViT
+    and experts are initialised as in their papers, and convolutions as in PyTorch. For trained
     weights see :mod:`reference_models.models.weights`.
 
     Args:
-        variant: "vit_b16" (ViT-B/16 without skips: what the paper's experiments ran),
-            "r50_vit_b16" (TransUNet in full: ResNet-50 stem and three skips), "small" (the latter
-            in a size that a CPU trains), or sizes of your own.
-        in_channels: of an image.
-        n_classes: K, the background included.
-        image_size: of the images to come, a side or (rows, columns), multiples of 16: the
-            position table is made for it. Images of another size get the table resized.
-        moe: "shared" (one residual mixture of experts after every block: the paper), "per_block"
-            (one of its own after each), "mlp" (each block's MLP becomes one, every expert at
-            first that MLP) or "none".
-        attribute_sizes: of DMoE: None for a plain mixture of experts. Of no meaning to "none".
-        n_experts, k, noise, unknown: of DMoE.
-        gradient_checkpointing: computes each block of the ViT again in backward, to save memory.
+        variant: "vit_b16" (ViT-B/16 without skips, as in the paper's experiments), "r50_vit_b16"
+            (the full TransUNet, with a ResNet-50 stem and three skips), "small" (a small network
+            with stem and skips, which a CPU can train), or a TransUNetConfig.
+        in_channels: number of channels of an image.
+        n_classes: number of classes K, the background included.
+        image_size: size of the images, a side or (rows, columns), in multiples of 16. The position
+            table has this size; it is resized for images of another size.
+        moe: "shared" (one residual mixture of experts, used after every block, as in the paper),
+            "per_block" (a mixture of experts of its own after each block), "mlp" (experts replace
+            each block's MLP, and every expert starts as that MLP) or "none".
+        attribute_sizes: as for DMoE; None makes a plain mixture of experts. "none" ignores it.
+        n_experts, k, noise, unknown: as for DMoE.
+        gradient_checkpointing: whether each block of the ViT is computed again in backward, to
+            save memory.
 
     Raises:
-        ValueError: for a variant or moe that is not there, or an image size that 16 does not
-            divide.
+        ValueError: `variant` or `moe` is not one of these, or 16 does not divide the image size.
 
     Example:
         >>> import torch
@@ -175,18 +177,21 @@ class TransUNet(nn.Module):
         self.head = nn.Conv2d(config.decoder[-1], n_classes, 3, padding=1)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Logits (B, K, H, W).
+        """Computes logits (B, K, H, W).
 
         Args:
-            image_BCHW: sides multiples of 16; one channel is repeated for a network of three.
+            image_BCHW: the images, whose sides are multiples of 16. A single channel is repeated if
+                the network has three.
 
         Raises:
-            ValueError: the image is not of that kind.
-            dmoe_layer.MissingAttributesError: the experts need attributes and no scope has any.
+            ValueError: the image has a wrong shape.
+            dmoe_layer.MissingAttributesError: the experts need attributes, and no scope has any.
         """
         if image_BCHW.ndim != 4:
             shape = tuple(image_BCHW.shape)
-            raise ValueError(f"image: got shape {shape}, expected (batch, channels, rows, columns)")
+            raise ValueError(
+                f"image: got shape {shape}, expected (batch, channels, rows, columns)."
+            )
         _check_size("image", tuple(image_BCHW.shape[2:]))
         if image_BCHW.shape[1] == 1 and self.in_channels == 3:
             image_BCHW = image_BCHW.expand(-1, 3, -1, -1)
@@ -202,7 +207,7 @@ class TransUNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A convolution, then four times: twice the size, the skip of that size, two convolutions."""
+    """A convolution and four blocks, each of which doubles the size, joins a skip and convolves."""
 
     def __init__(self, config: TransUNetConfig) -> None:
         super().__init__()
@@ -224,7 +229,7 @@ class Decoder(nn.Module):
 
 
 def _convolution(cin: int, cout: int, groups: int | None) -> nn.Sequential:
-    """3×3, norm, activation."""
+    """Makes a 3×3 convolution with its norm and activation."""
     after: tuple[nn.Module, nn.Module] = (nn.BatchNorm2d(cout), nn.ReLU())
     if groups is not None:
         after = (nn.GroupNorm(groups, cout), nn.LeakyReLU())
@@ -235,5 +240,5 @@ def _check_size(name: str, size: tuple[int, ...]) -> None:
     if len(size) != 2 or any(side < PATCH or side % PATCH for side in size):
         raise ValueError(
             f"{name}: got {' x '.join(map(str, size))} pixels, expected two multiples of {PATCH}, "
-            "the patches' side; resize or pad."
+            "the side of a patch; resize or pad the image."
         )

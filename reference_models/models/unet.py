@@ -1,8 +1,8 @@
-"""A small U-Net with an MLP in every encoder stage, and the ways to tell that MLP the attribute.
+"""A small 2D U-Net with an MLP in every encoder stage, and several methods to use the attribute.
 
-The 3D Residual U-Net's plan in 2D and small. In each stage is one place where a dense MLP, experts
-or a simpler way to use the attribute can stand, all with the same multiply-adds a token, but for
-what scores experts and what reads the attribute.
+It is a small 2D version of the 3D Residual U-Net. Each stage has one place for a dense MLP, for
+experts, or for a simpler method to use the attribute. All of them need the same number of
+multiply-adds for each token, except for scoring experts and for reading the attribute.
 
 Shapes: B samples, C channels, K classes, D a stage's channels, H and W rows and columns.
 """
@@ -23,33 +23,33 @@ from dmoe_layer import DMoE
 from .blocks import FiLM, Membership, PerValue, Planes, make_mlp
 
 BLOCKS = ("mlp", "channels", "film", "per_value", "moe")
-TOLD = ("channels", "film", "per_value")  # blocks without experts that need attributes
-GROUPS = 4  # of the group norms
+TOLD = ("channels", "film", "per_value")  # blocks without experts that receive attributes
+GROUPS = 4  # number of groups of the group norms
 
 
 class UNet(nn.Module):
-    """Stages of two convolutions and an MLP, each of half the sides; and up again.
+    """Stages of two convolutions and an MLP, each of which halves the image, and a decoder.
 
-    What needs the attributes takes them from the open ``dmoe_layer.routing(attributes)`` scope.
+    Blocks that need attributes read them from the open ``dmoe_layer.routing(attributes)`` scope.
 
     Args:
-        widths: channels D of the stages, each of which halves the image.
-        in_channels: of an image.
-        n_classes: K, the background included.
-        block: what the MLP of a stage is. "mlp": dense, it is told nothing. "channels": the same,
-            and every attribute value is a further channel of the image, 1 or 0. "film": scaled and
-            shifted by the attribute before it (Perez et al., FiLM, AAAI 2018). "per_value": one of
-            its own for every attribute value; of several attributes, the mean of theirs. "moe":
-            experts.
-        hidden: units that a token passes through, of all its experts together, as a multiple of
-            D, so that equal numbers are equal multiply-adds: 2 · hidden · D² a token. Beside them
-            stand the router's, FiLM's and those of the first convolution's further channels.
-        attribute_sizes: number of values of each attribute; None: no block is told any.
-        n_experts, k, noise, unknown: of DMoE; `unknown` holds for the other blocks as well.
-        dropout: of MLPs and experts.
+        widths: number of channels D of each stage; each stage halves the image.
+        in_channels: number of channels of an image.
+        n_classes: number of classes K, the background included.
+        block: what stands in each stage. "mlp": a dense MLP, which does not receive the attribute.
+            "channels": the same, and every attribute value is an extra channel of the image, 1 or
+            0. "film": the attribute scales and shifts the input of a dense MLP (Perez et al., FiLM,
+            AAAI 2018). "per_value": an MLP of its own for every attribute value; with several
+            attributes, the mean of theirs. "moe": experts.
+        hidden: number of hidden units that a token passes through, in all its experts together, as
+            a multiple of D. Equal numbers mean equal multiply-adds, 2 · hidden · D² for each token.
+            Those of the router, of FiLM and of extra channels come in addition.
+        attribute_sizes: number of values of each attribute; None: no block receives attributes.
+        n_experts, k, noise, unknown: as for DMoE; the other blocks use `unknown` too.
+        dropout: dropout rate of MLPs and experts.
 
     Raises:
-        ValueError, TypeError: for a setting that is not there, or units that do not divide.
+        ValueError, TypeError: a setting is not valid, or hidden units do not divide among experts.
 
     Example:
         >>> import torch
@@ -82,7 +82,10 @@ class UNet(nn.Module):
         if not widths or any(width < GROUPS or width % GROUPS for width in widths):
             raise ValueError(f"widths: got {tuple(widths)}, expected multiples of {GROUPS}.")
         if block in TOLD and not attribute_sizes:
-            raise ValueError(f"block: {block} has to be told attributes; mlp is not told any.")
+            raise ValueError(
+                f"block: got {block}, which needs attributes, but attribute_sizes is "
+                f"{attribute_sizes}; give attribute_sizes, or choose mlp."
+            )
         self.block, self.in_channels, self.hidden = block, in_channels, hidden
         self.expert_options: dict[str, Any] = {
             "attribute_sizes": attribute_sizes,
@@ -92,12 +95,12 @@ class UNet(nn.Module):
             "unknown": unknown,
             "dropout": dropout,
         }
-        # Units that do not divide would be fewer than the other blocks', and nothing would tell.
+        # Rounding would give fewer units than the other blocks have, without a notice.
         parts = self.parts
         if hidden < 1 or (block == "moe" and any(hidden * w % parts for w in widths)):
             raise ValueError(
-                f"hidden: got {hidden}, expected 1 or more that divide among the experts of a "
-                f"token: hidden times each of the widths {tuple(widths)} by {parts}."
+                f"hidden: got {hidden}, expected 1 or more, such that {parts}, the number of "
+                f"experts of a token, divides hidden times each of the widths {tuple(widths)}."
             )
         self.planes: nn.Module = nn.Identity()
         inputs = in_channels
@@ -114,11 +117,11 @@ class UNet(nn.Module):
 
     @property
     def parts(self) -> int:
-        """Among how many MLPs or experts, all alike, the hidden units of a token are divided."""
+        """The number of equal MLPs or experts among which a token's hidden units are divided."""
         return max(self.expert_options["k"], 1)
 
     def make_stage(self, cin: int, width: int) -> Stage:
-        """A stage with the block that was asked for; its weights are drawn in this order."""
+        """Makes a stage with its block; the order of this code is the order of random weights."""
         dropout = self.expert_options["dropout"]
         mlp: nn.Module
         if self.block == "moe":
@@ -131,33 +134,33 @@ class UNet(nn.Module):
         return Stage(cin, width, mlp, film)
 
     def make_experts(self, width: int, **changes: Any) -> DMoE:
-        """The experts of a stage.
+        """Makes the experts of a stage.
 
         Args:
-            width: channels D of the stage.
-            changes: of the options that the network's experts have in common.
+            width: number of channels D of the stage.
+            changes: changes to the options that all experts of the network have.
         """
         options = self.expert_options | changes
         return DMoE(width, hidden_dim=self.hidden * width // self.parts, **options)
 
     def make_film(self, width: int) -> FiLM:
-        """What scales and shifts a stage's D channels, the width."""
+        """Makes the FiLM layer of a stage with `width` channels."""
         return FiLM(width, self.make_membership())
 
     def make_membership(self) -> Membership:
-        """What reads the attributes for a block without experts."""
+        """Makes the module that reads the attributes for a block without experts."""
         options = self.expert_options
         return Membership(options["attribute_sizes"], options["unknown"])
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Logits (B, K, H, W).
+        """Computes logits (B, K, H, W).
 
         Args:
-            image_BCHW: sides multiples of two to the number of stages.
+            image_BCHW: the images; their sides are multiples of 2 to the power of the stages.
 
         Raises:
-            ValueError: an image of another kind; or attributes that do not fit, as of
-                `routing.attribute_values`, where the network is told any.
+            ValueError: the image has a wrong shape, or `routing.attribute_values` refuses the
+                attributes of a network that needs them.
         """
         stride = 2 ** len(self.stages)
         shape = tuple(image_BCHW.shape)
@@ -185,7 +188,7 @@ class UNet(nn.Module):
 
 
 class Stage(nn.Module):
-    """Two convolutions, the first of stride 2, then the residual MLP and what modulates it."""
+    """Two convolutions, the first of stride 2, and a residual MLP, whose input FiLM may change."""
 
     def __init__(self, cin: int, width: int, mlp: nn.Module, film: FiLM | None) -> None:
         super().__init__()
@@ -200,14 +203,14 @@ class Stage(nn.Module):
         return rearrange(x_BHWD, "b h w d -> b d h w").contiguous()
 
     def residual(self, x_BHWD: Tensor) -> Tensor:
-        """What follows the convolutions, token by token."""
+        """Applies FiLM and the MLP to each token."""
         inner_BHWD: Tensor = x_BHWD if self.film is None else self.film(x_BHWD)
         return x_BHWD + self.mlp(inner_BHWD)
 
 
 def _convolution(cin: int, cout: int, stride: int = 1) -> tuple[nn.Module, ...]:
-    # Leakier than usual: with a slope of 0.01 one initialisation in three, of any block, took a
-    # hundred steps and more before it drew any of the phantom's lesion.
+    # The ReLU leaks more than usual: with a slope of 0.01 and any block, one initialisation in
+    # three took a hundred steps or more before it segmented any of the phantom's lesion.
     return (
         nn.Conv2d(cin, cout, 3, stride, padding=1, bias=False),
         nn.GroupNorm(GROUPS, cout),

@@ -1,6 +1,6 @@
-"""The vision transformer of TransUNet: patches in, a feature map out, experts where they are asked.
+"""The vision transformer of TransUNet, which turns patches into a feature map, with experts or not.
 
-Shapes: B samples, C channels, H rows, W columns, D features, T tokens (one a patch).
+Shapes: B samples, C channels, H rows, W columns, D features, T tokens (one for each patch).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmoe_layer import carry_routing
 
-EPSILON = 1e-6  # of the layer norms, as in Google's and the paper's networks
+EPSILON = 1e-6  # epsilon of the layer norms, as in Google's and the paper's networks
 
 
 class Attention(nn.Module):
@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a norm and each added to what came in."""
+    """Attention and an MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: float) -> None:
         super().__init__()
@@ -53,22 +53,22 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Blocks over the patches of a feature map, without a class token.
+    """A vision transformer over the patches of a map, without a class token.
 
     Args:
-        in_channels: of the map.
-        patch: side of a patch in that map's pixels.
-        grid: patches along rows and columns that the position table is made for; it is resized
-            to any other.
-        dim: D.
-        depth: blocks.
-        heads: of each attention.
-        mlp_dim: width inside a block's MLP.
-        dropout: of the embedded patches and of the MLPs.
-        after_block: what each block's output goes through: one module for all of them, one for
-            each block, or none.
-        gradient_checkpointing: keeps only what goes from block to block, and computes the rest
-            again during backward.
+        in_channels: number of channels of the map.
+        patch: side of a patch, in pixels of the map.
+        grid: number of patches along rows and columns in the position table, which is resized for
+            other maps.
+        dim: number of features D.
+        depth: number of blocks.
+        heads: number of heads of each attention.
+        mlp_dim: number of hidden units of each MLP.
+        dropout: dropout rate of the embedded patches and of the MLPs.
+        after_block: modules through which the output of each block goes: one module for all
+            blocks, one for each block, or none.
+        gradient_checkpointing: whether only the tokens between blocks are stored, and the rest is
+            computed again in backward.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class ViT(nn.Module):
         nn.init.normal_(self.positions_1DHW, std=0.02)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """The normalised tokens as a map: (B, D, rows of patches, columns of patches)."""
+        """Computes the normalised tokens as a map (B, D, rows of patches, columns of patches)."""
         x_BDHW = self.patch_embedding(map_BCHW)
         grid = x_BDHW.shape[2:]
         x_BDHW = self.dropout(x_BDHW + resized_positions(self.positions_1DHW, grid))
         x_BTD = rearrange(x_BDHW, "b d h w -> b (h w) d")
         for n in range(len(self.blocks)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Routed the same way when it is run again, even after the scope has closed.
+                # The recomputation is routed alike, even after the scope has closed.
                 step = carry_routing(self._step)
                 x_BTD = checkpoint(step, x_BTD, n, use_reentrant=False)
             else:
@@ -112,19 +112,20 @@ class ViT(nn.Module):
 
     def _step(self, x_BTD: Tensor, n: int) -> Tensor:
         x_BTD = self.blocks[n](x_BTD)
-        # One module that all blocks share stands for each of them.
+        # All blocks share the module if there is only one.
         return self.moe[n % len(self.moe)](x_BTD) if len(self.moe) else x_BTD
 
 
 def resized_positions(positions_1DHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A position table for another grid, bilinear with its corners kept, as Google resizes it."""
+    """Resizes a position table bilinearly with aligned corners, as Google does."""
     if positions_1DHW.shape[2:] == grid:
         return positions_1DHW
     return F.interpolate(positions_1DHW, grid, mode="bilinear", align_corners=True)
 
 
 def _linear(n_in: int, n_out: int, matrices: int = 1) -> nn.Linear:
-    """Drawn as in Google's ViT: Xavier's bounds, for each of the matrices that it holds."""
+    """Makes a linear layer of one or more matrices, each initialised by Xavier as in Google's "
+    "ViT."""
     linear = nn.Linear(n_in, n_out)
     for weight in linear.weight.chunk(matrices):
         nn.init.xavier_uniform_(weight)

@@ -1,7 +1,7 @@
-"""Reads files of trained weights, unpickling nothing, and keeps account of what is taken from them.
+"""Reads files of trained weights without unpickling, and checks that every entry of them is used.
 
-Shapes: O and I channels out and in, h and w a kernel's sides; A routers, E experts, H hidden, D
-features.
+Shapes: O and I output and input channels, h and w a kernel's sides; A routers, E experts, H hidden
+units, D features.
 """
 
 from __future__ import annotations
@@ -20,19 +20,25 @@ from torch import Tensor, nn
 from ..errors import DataError
 
 Shape: TypeAlias = tuple[int, ...]
-Weights: TypeAlias = dict[str, Tensor]  # by our names
-# How a file spells a layer's parameter: its layer, "weight" or "bias" (or a batch norm's
-# statistic) and its shape -> the entry's name and shape, and what einops makes PyTorch's order of
-# axes of it with, if that differs.
+Weights: TypeAlias = dict[str, Tensor]  # by the names in the network here
+# How a file names a layer's parameter: (its layer, "weight", "bias" or a batch norm's statistic,
+# its shape) -> (the entry's name, its shape, and einops' pattern that gives PyTorch's order of
+# axes, or None if it is the same).
 Spelling: TypeAlias = Callable[[str, str, Shape], tuple[str, Shape, str | None]]
 
 
 class WeightsError(DataError, ValueError):
-    """What is wrong with a file of weights, or that it is not this network's."""
+    """A file of weights is damaged, or belongs to another network."""
 
 
 class Entries:
-    """A file's entries, each taken once, and all that is wrong with them kept for one error."""
+    """The entries of a file of weights; it collects all faults for a single error.
+
+    Args:
+        path: the file.
+        entries: its tensors by name.
+        spelling: how the file names parameters.
+    """
 
     def __init__(self, path: Path, entries: Mapping[str, Tensor], spelling: Spelling) -> None:
         self.path, self.entries, self.spelling = path, entries, spelling
@@ -41,13 +47,13 @@ class Entries:
         self.taken: set[str] = set()
 
     def take(self, layer: str, parameter: str, shape: Shape) -> Tensor:
-        """A parameter as PyTorch has it; something of its shape where it is missing or wrong."""
+        """Gives a parameter in PyTorch's order of axes; zeros if the entry is missing or wrong."""
         name, spelled, pattern = self.spelling(layer, parameter, tuple(shape))
         entry = self.entry(name, spelled)
         return entry if pattern is None else rearrange(entry, pattern)
 
     def entry(self, name: str, shape: Shape) -> Tensor:
-        """An entry of this shape, leading axes of length 1 aside."""
+        """Gives an entry of this shape, which may have further leading axes of length 1."""
         self.taken.add(name)
         entry = self.entries.get(name)
         if entry is None:
@@ -63,16 +69,19 @@ class Entries:
         return torch.zeros(shape)
 
     def count(self, prefix: str) -> int:
-        """How many different numbers follow ``prefix`` in the entries' names."""
+        """Counts the different numbers that follow ``prefix`` in the entries' names."""
         numbered = re.compile(rf"{re.escape(prefix)}(\d+)\.")
         return len({match[1] for match in map(numbered.match, self.entries) if match})
 
     def finish(self, unused: tuple[str, ...] = (), advice: tuple[str, ...] = ()) -> None:
-        """Raises unless each entry has been taken as it is, or has no use.
+        """Raises unless every entry has been taken or is in `unused`, and none was wrong.
 
         Args:
-            unused: entries that may be there and need not.
-            advice: what else is known to be wrong, and what to do about it.
+            unused: the names of entries that the network does not need.
+            advice: sentences on what else is wrong, and what to do.
+
+        Raises:
+            WeightsError: an entry is missing, left over or wrong, or there is advice.
         """
         left = sorted(self.entries.keys() - self.taken - {*unused})
         problems = [
@@ -86,12 +95,15 @@ class Entries:
         ]
         if problems or advice:
             raise WeightsError(
-                "\n  ".join([f"{self.path}: not this network's.", *advice, *problems])
+                "\n  ".join(
+                    [f"{self.path}: this file does not fit the network.", *advice, *problems]
+                )
             )
 
 
 def google(heads: int) -> Spelling:
-    """How Google's JAX models spell: kernels with the inputs first, and with an axis of heads."""
+    """Gives the spelling of Google's JAX models: kernels have inputs first, and an axis of "
+    "heads."""
 
     def spell(layer: str, parameter: str, shape: Shape) -> tuple[str, Shape, str | None]:
         splits = layer.endswith(("/query", "/key", "/value"))
@@ -115,15 +127,15 @@ def google(heads: int) -> Spelling:
 
 
 def pytorch(layer: str, parameter: str, shape: Shape) -> tuple[str, Shape, str | None]:
-    """How a PyTorch state_dict spells."""
+    """The spelling of a PyTorch state_dict."""
     return f"{layer}.{parameter}", shape, None
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """All arrays of an `.npz`.
+    """Reads all arrays of an `.npz` file.
 
     Raises:
-        WeightsError: there is no such file, it is damaged, or holds anything but numbers.
+        WeightsError: there is no such file, it is damaged, or it holds other things than numbers.
     """
     name = ""
     try:
@@ -134,30 +146,31 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             return entries
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}.") from error
-    # A damaged archive raises any of many kinds, and so does a file that is something else.
+    # A damaged archive, or a file of another kind, raises one of many exceptions.
     except Exception as error:
         entry = f"{path}, entry {name!r}" if name else f"{path}"
         raise WeightsError(
-            f"{entry}: is no .npz of plain arrays ({error}). It may be damaged: get it again. "
-            "Pickled objects are not loaded: where you trust the file, load it yourself and save "
-            "its arrays with numpy.savez."
+            f"{entry}: this is not an .npz file of plain arrays ({error}). If it is damaged, "
+            "download it again. Pickled objects are not loaded: if you trust the file, load it "
+            "yourself and save its arrays with numpy.savez."
         ) from error
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
-    """All tensors of a saved state_dict, without the prefix that DataParallel leaves.
+    """Reads all tensors of a saved state_dict, and removes the prefix that DataParallel adds.
 
     Raises:
-        WeightsError: there is no such file, it is damaged, or holds anything but tensors.
+        WeightsError: there is no such file, it is damaged, or it holds other things than tensors.
     """
     advice = "Save it with torch.save(model.state_dict(), path)."
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise WeightsError(f"{path}: {error.strerror}.") from error
-    except Exception as error:  # a damaged file raises any of many kinds, of OSError too
+    except Exception as error:  # a damaged file raises one of many, also OSErrors
         raise WeightsError(
-            f"{path}: is damaged, or holds other things than tensors, which are not unpickled. "
+            f"{path}: this file is damaged, or holds other things than tensors, which are not "
+            "unpickled. "
             f"{advice}"
         ) from error
     if not isinstance(state, dict) or not all(
@@ -167,8 +180,8 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: expected a state_dict of tensors, got {held}. {advice}")
     if odd := [name for name, t in state.items() if t.layout != torch.strided or t.is_meta]:
         raise WeightsError(
-            f"{path}: expected dense tensors, but {odd[0]} is sparse or without its numbers "
-            f"({len(odd)} such entries). {advice}"
+            f"{path}: expected dense tensors, but {odd[0]} is sparse or has no numbers "
+            f"({len(odd)} entries like that). {advice}"
         )
     prefix = "module."
     if all(name.startswith(prefix) for name in state):
@@ -177,13 +190,13 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def layer_of(file: Entries, model: nn.Module, ours: str, theirs: str) -> Weights:
-    """All that a convolution, a linear layer or a norm holds."""
+    """Takes all parameters of a convolution, a linear layer or a norm."""
     state = model.get_submodule(ours).state_dict()
     return {f"{ours}.{name}": file.take(theirs, name, value.shape) for name, value in state.items()}
 
 
 def released_moe(file: Entries, model: nn.Module, ours: str, theirs: str) -> Weights:
-    """The released code's experts and its router for each attribute value, as DMoE holds them."""
+    """Takes the released code's experts, and its router for each attribute value, as DMoE's."""
     state = model.get_submodule(ours).state_dict()
     n_routers = len(state["router.w_A2ED"])
     n_experts, hidden, dim = state["w1_EHD"].shape
@@ -210,9 +223,9 @@ def released_moe(file: Entries, model: nn.Module, ours: str, theirs: str) -> Wei
 
 
 def routers_advice(n: int, layer: nn.Module) -> list[str]:
-    """How the network must be made for a file with ``n`` routers, unless its layer is made so."""
+    """Says how to make the network for a file with ``n`` routers, unless its layer fits already."""
     router = layer.get_submodule("router")
-    # Not by the number of rows: a learned unknown, or a second attribute, has rows of its own.
+    # The number of rows is not enough: a learned unknown, or a second attribute, has rows too.
     if len(router.get_parameter("w_A2ED")) == n and (
         n == 1 or (router.attribute_sizes in (n, (n,)) and router.unknown != "learned")
     ):
@@ -225,7 +238,7 @@ def routers_advice(n: int, layer: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def put(model: nn.Module, new: Weights) -> None:
-    """Copies into the network's parameters."""
+    """Copies weights into the network's parameters."""
     state = model.state_dict()  # the parameters themselves
     for name, value in new.items():
         state[name].copy_(value)

@@ -1,6 +1,6 @@
 """Loads trained weights into a TransUNet: Google's, and those of the paper's released 2D code.
 
-Shapes: H hidden, D features, T positions, h and w rows and columns of them.
+Shapes: H hidden units, D features, T positions, h and w rows and columns of positions.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .weight_files import (
     routers_advice,
 )
 
-# What makes Google's files classifiers.
+# The entries of Google's files that only classification needs.
 UNUSED = ("cls", "pre_logits/kernel", "pre_logits/bias", "head/kernel", "head/bias")
 
-# The layers of the ViT by our names, {} standing for the number of a block.
+# The layers of the ViT by their names here; {} stands for the number of a block.
 GOOGLE = {
     "patch_embedding": "embedding",
     "positions": "Transformer/posembed_input/pos_embedding",
@@ -66,14 +66,14 @@ MOE = "vit.moe.0"
 def load_google_npz(model: TransUNet, path: str | Path) -> None:
     """Loads `ViT-B_16.npz` into a "vit_b16", or `R50+ViT-B_16.npz` into an "r50_vit_b16".
 
-    Stem and ViT are the file's then, the position table resized to the network's grid. Decoder,
-    head and experts between blocks stay as they are. With moe="mlp" each expert of a block
-    becomes the file's MLP, so that in eval mode the network computes what it would with
-    moe="none" (upcycling).
+    Stem and ViT receive the file's weights; the position table is resized to the network's grid.
+    Decoder, head and experts between blocks are not changed. With moe="mlp" each expert of a block
+    becomes the file's MLP, so that in eval mode the network computes the same as with moe="none"
+    (upcycling).
 
     Raises:
-        WeightsError: the file is not there, is damaged or pickled, or its entries are not those
-            of the network; all that is wrong is named, and the network is unchanged.
+        WeightsError: the file is missing, damaged or pickled, or its entries do not fit the
+            network. The text names everything that is wrong, and the network is unchanged.
     """
     path = Path(path)
     file = Entries(path, read_npz(path), google(model.config.heads))
@@ -95,21 +95,22 @@ def load_google_npz(model: TransUNet, path: str | Path) -> None:
 
 
 def load_released_2d(model: TransUNet, path: str | Path) -> None:
-    """Loads a checkpoint of the paper's released 2D code into a "vit_b16", the whole network.
+    """Loads a checkpoint of the paper's released 2D code into a whole "vit_b16" network.
 
-    That code's "dMoE" is moe="shared" with as many attribute values as its file has routers, and
-    its plain network moe="none". It adds routing noise in evaluation too: noise="always".
+    The "dMoE" of that code is moe="shared" here, with as many attribute values as the file has
+    routers; its plain network is moe="none". That code adds routing noise in evaluation too, as
+    noise="always" does here.
 
     Raises:
-        WeightsError: the file is not there, is damaged or pickled, or its entries are not those
-            of the network; all that is wrong is named, and the network is unchanged.
+        WeightsError: the file is missing, damaged or pickled, or its entries do not fit the
+            network. The text names everything that is wrong, and the network is unchanged.
     """
     path = Path(path)
     file = Entries(path, read_pth(path), pytorch)
     if not any(name.startswith("transformer.") for name in file.entries):
         raise WeightsError(
-            f"{path}: holds nothing of the paper's released 2D network, whose entries are called "
-            "transformer..., decoder... and segmentation_head...."
+            f"{path}: this file is not of the paper's released 2D network, whose entries have "
+            "names that begin with transformer, decoder and segmentation_head."
         )
     advice = _differences(file, model)
     new = _vit(file, model, RELEASED)
@@ -128,7 +129,7 @@ def load_released_2d(model: TransUNet, path: str | Path) -> None:
 
 
 def _vit(file: Entries, model: TransUNet, names: Mapping[str, str]) -> Weights:
-    """Everything of the ViT but the experts between its blocks."""
+    """Takes the weights of the ViT, except those of experts between its blocks."""
     new = layer_of(file, model, "vit.patch_embedding", names["patch_embedding"])
     new |= layer_of(file, model, "vit.norm", names["norm"])
     new["vit.positions_1DHW"] = _positions(file, model, names["positions"])
@@ -146,7 +147,7 @@ def _vit(file: Entries, model: TransUNet, names: Mapping[str, str]) -> Weights:
         b1_H = file.take(theirs["mlp_1"], "bias", (hidden,))
         w2_DH = file.take(theirs["mlp_2"], "weight", (dim, hidden))
         b2_D = file.take(theirs["mlp_2"], "bias", (dim,))
-        # Experts are the MLP, each of them: copying broadcasts over E.
+        # Every expert becomes the MLP: copying broadcasts over E.
         in_mlp = {"0.weight": w1_HD, "0.bias": b1_H, "3.weight": w2_DH, "3.bias": b2_D}
         in_experts = {"w1_EHD": w1_HD, "w1_bias": b1_H, "w2_EDH": w2_DH, "w2_bias": b2_D}
         mlp = in_experts if model.moe_mode == "mlp" else in_mlp
@@ -155,9 +156,9 @@ def _vit(file: Entries, model: TransUNet, names: Mapping[str, str]) -> Weights:
 
 
 def _positions(file: Entries, model: TransUNet, name: str) -> Tensor:
-    """The position table on the network's grid, without the class token that Google's begins with.
+    """Takes the position table, resized to the network's grid, without Google's class token.
 
-    Files say how many positions they have and not how they lie: in a square.
+    Files give the number of positions but not their arrangement, which is a square.
     """
     dim, *grid = model.vit.positions_1DHW.shape[1:]
     table = file.entries.get(name)
@@ -169,7 +170,7 @@ def _positions(file: Entries, model: TransUNet, name: str) -> Tensor:
 
 
 def _differences(file: Entries, model: TransUNet) -> tuple[str, ...]:
-    """How the network must be made to be the file's, as far as it is not."""
+    """Says how to make the network so that the file fits; nothing if it fits already."""
     advice = []
     routers = file.count(f"{RELEASED_MOE}.router.")
     wanted = "shared" if routers else "none"

@@ -24,22 +24,23 @@ EXPERTS = "sparseMoE"
 
 
 def load_released_3d(model: ResUNet3D, path: str | Path) -> None:
-    """Loads a checkpoint of the paper's released 3D code, the whole network.
+    """Loads a checkpoint of the paper's released 3D code into the whole network.
 
-    That code has experts after all five stages and five routers in each, however many values the
-    attribute has: `attribute_sizes=5`. It adds routing noise in evaluation too: noise="always".
+    That code has experts after all five stages, with five routers each, whatever the number of
+    attribute values: make the network with `attribute_sizes=5`. It adds routing noise in evaluation
+    too, as noise="always" does here.
 
     Raises:
-        WeightsError: the file is not there, is damaged or pickled, or its entries are not those
-            of the network; all that is wrong is named, with how to make the network that they are
-            of, and the network is unchanged.
+        WeightsError: the file is missing, damaged or pickled, or its entries do not fit the
+            network. The text names everything that is wrong and how to make a network that fits;
+            the network is unchanged.
     """
     path = Path(path)
     file = Entries(path, read_pth(path), pytorch)
     if not any(name.startswith((*ENCODER, *DECODER)) for name in file.entries):
         raise WeightsError(
-            f"{path}: holds nothing of the paper's released 3D network, whose entries are called "
-            f"{ENCODER[0]}..., {DECODER[0]}..., {EXPERTS}... and out...."
+            f"{path}: this file is not of the paper's released 3D network, whose entries have "
+            f"names that begin with {ENCODER[0]}, {DECODER[0]}, {EXPERTS} and out."
         )
     advice = _differences(file, model)
     new: Weights = {}
@@ -58,7 +59,7 @@ def load_released_3d(model: ResUNet3D, path: str | Path) -> None:
 
 
 def _differences(file: Entries, model: ResUNet3D) -> tuple[str, ...]:
-    """How the network must be made to be the file's, as far as it is not."""
+    """Says how to make the network so that the file fits; nothing if it fits already."""
     advice = []
 
     def compare(what: str, option: str, name: str, axis: int, made: int) -> None:
@@ -83,7 +84,7 @@ def _differences(file: Entries, model: ResUNet3D) -> tuple[str, ...]:
             f"It has experts after its stages {', '.join(map(str, stages))}: make the network with "
             f"moe='per_block' and stages={stages}."
         )
-    elif made:  # all stages alike
+    elif made:  # all stages are alike
         layer = model.get_submodule(f"encoder.{made[0]}.moe")
         advice += routers_advice(file.count(f"{EXPERTS}.{made[0]}.router."), layer)
         experts = file.count(f"{EXPERTS}.{made[0]}.experts.")

@@ -1,1 +1,1 @@
-"""nnU-Net with experts behind its encoder's stages: trainers, and a predictor."""
+"""nnU-Net with experts after the stages of its encoder: trainers, and a predictor."""

@@ -1,4 +1,4 @@
-"""`python -m reference_models.nnunet`: nnUNetv2_predict for models that are told attributes."""
+"""`python -m reference_models.nnunet`: nnUNetv2_predict for models that receive attributes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ EXT_TRAINER = "nnUNet_extTrainer"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Predicts; 0: all is well, 1: it is not."""
+    """Runs the prediction, and returns 0 if it succeeded and 1 if it failed."""
     parser = argparse.ArgumentParser(
         prog="python -m reference_models.nnunet",
-        description="Does what nnUNetv2_predict does, with its flags, and tells the routers each "
-        "case's attributes. -tr is nnUNetTrainerDMoE unless you name another.",
+        description="Does the same as nnUNetv2_predict, with the same flags, and gives the routers "
+        "the attributes of each case. -tr is nnUNetTrainerDMoE unless you name another trainer.",
         add_help=False,
         allow_abbrev=False,
     )
-    about = "csv of a row a case; by default attributes.csv beside the folder of images"
+    about = "csv with a row for each case (default: attributes.csv beside the folder of images)"
     parser.add_argument("--attributes", type=Path, metavar="CSV", help=about)
     ours, theirs = parser.parse_known_args(arguments)
     if {"-h", "--help"} & {*theirs}:
         parser.print_help()
     if importlib.util.find_spec("nnunetv2") is None:
-        print("nnU-Net is not installed here: pip install '.[nnunet]'", file=sys.stderr)
+        print("nnU-Net is not installed here; run pip install '.[nnunet]'", file=sys.stderr)
         return 1
     folders = (os.environ.get(EXT_TRAINER), str(Path(__file__).parent / "trainers"))
     os.environ[EXT_TRAINER] = os.pathsep.join(filter(None, folders))

@@ -1,4 +1,4 @@
-"""nnU-Net's predictor, which tells the routers each case's attributes."""
+"""nnU-Net's predictor, which gives the routers the attributes of each case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from .trainer import PLANS_KEY
 
 
 class DMoEPredictor(nnUNetPredictor):
-    """Predicts a folder; `csv` tells of its cases, by default the attributes.csv beside it."""
+    """Predicts a folder of images with their attributes.
+
+    Args:
+        csv: the csv with the attributes; None: the attributes.csv beside the folder.
+        options, more: arguments of nnU-Net's predictor.
+    """
 
     def __init__(self, *options: Any, csv: Path | None = None, **more: Any) -> None:
         super().__init__(*options, **more)
@@ -29,7 +34,7 @@ class DMoEPredictor(nnUNetPredictor):
     def predict_from_files(self, images: str, *options: Any, **more: Any) -> Any:
         known = self.plans_manager.plans.get(PLANS_KEY)
         if known is None:
-            raise DataError("This model was told no attributes: predict with nnUNetv2_predict.")
+            raise DataError("This model receives no attributes; predict by nnUNetv2_predict.")
         ending = self.dataset_json["file_ending"]
         case_ids = [*get_identifiers_from_splitted_dataset_folder(images, ending)]
         csv = self.csv or Path(images).resolve().parent / "attributes.csv"
@@ -38,16 +43,16 @@ class DMoEPredictor(nnUNetPredictor):
         return super().predict_from_files(images, *options, **more)
 
     def predict_from_files_sequential(self, *_: Any, **__: Any) -> Any:
-        raise DataError("Prediction needs processes besides its own here: take -npp 1 -nps 1.")
+        raise DataError("This command needs processes to read and write files; add -npp 1 -nps 1.")
 
     def predict_from_data_iterator(self, data_iterator: Any, *options: Any, **more: Any) -> Any:
         with contextlib.ExitStack() as scope:
 
-            def told() -> Iterator[dict[str, Any]]:
+            def with_attributes() -> Iterator[dict[str, Any]]:
                 for item in data_iterator:
-                    scope.close()  # of the case before
+                    scope.close()  # the scope of the previous case
                     values = self.attributes.of([Path(item["ofile"]).name])
                     scope.enter_context(routing(values, record=False))
                     yield item
 
-            return super().predict_from_data_iterator(told(), *options, **more)
+            return super().predict_from_data_iterator(with_attributes(), *options, **more)

@@ -1,4 +1,4 @@
-"""nnU-Net's trainer with experts behind the encoder's stages: dMoE, and its two controls."""
+"""nnU-Net's trainer with experts after the encoder's stages: dMoE, and two networks to compare."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from dmoe_layer import insert_after, routing
 from ..data.case_attributes import CaseAttributes
 from ..errors import DataError
 
-PLANS_KEY = "dmoe"  # of the attributes in the plans, which travel with the weights
+PLANS_KEY = "dmoe"  # the key of the attributes in the plans, which are stored with the weights
 
 
 class nnUNetTrainerPlainMoE(nnUNetTrainer):
-    """Experts behind each of the encoder's stages, whose routers are told nothing.
+    """A plain mixture of experts after each stage of the encoder; routers receive no attributes.
 
-    To change a setting, derive a class: nnU-Net names the folder of results after it.
+    To change a setting, write a subclass: nnU-Net names the folder of results after the class.
     """
 
     n_experts = 8
-    k = 2  # experts that see a voxel
-    hidden = 4  # units of an expert for each channel
-    balance = 0.01  # weight of the load balancing loss, which the log's training loss contains
+    k = 2  # number of experts for each voxel
+    hidden = 4  # hidden units of an expert for each channel
+    balance = 0.01  # weight of the load balancing loss, which is part of the logged training loss
     attributes: CaseAttributes | None = None
-    step: routing | None = None  # the scope of the training step that is under way
+    step: routing | None = None  # the scope of the current training step
 
     @classmethod
     def build_network_architecture(cls, plans_manager: Any, *rest: Any, **more: Any) -> nn.Module:
@@ -63,7 +63,7 @@ class nnUNetTrainerPlainMoE(nnUNetTrainer):
             with self.scope(batch["keys"], record=True) as self.step:
                 return super().train_step(batch)
         finally:
-            self.step = None  # which holds the step's graph
+            self.step = None  # releases the step's graph
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         with self.scope(batch["keys"]):
@@ -71,20 +71,20 @@ class nnUNetTrainerPlainMoE(nnUNetTrainer):
 
 
 class nnUNetTrainerDense(nnUNetTrainerPlainMoE):
-    """The dense control: one MLP behind each stage, as wide as a voxel's experts together."""
+    """A dense network to compare with: one MLP after each stage, as wide as a voxel's experts."""
 
     n_experts = k = 1
     hidden = nnUNetTrainerPlainMoE.k * nnUNetTrainerPlainMoE.hidden
 
 
 class nnUNetTrainerDMoE(nnUNetTrainerPlainMoE):
-    """The routers are told each case's attributes, from the attributes.csv beside dataset.json.
+    """dMoE: the routers receive each case's attributes from the attributes.csv beside dataset.json.
 
-    It is looked for in the preprocessed folder first, then in the raw one. The attributes' names
-    and values go into the plans, and with them to whoever predicts.
+    The csv is searched in the preprocessed folder first, then in the raw folder. The names and
+    values of the attributes are stored in the plans, where the predictor finds them.
     """
 
-    columns: tuple[str, ...] = ()  # of the csv; none: the first
+    columns: tuple[str, ...] = ()  # columns of the csv that are attributes; empty: the first
     attributes: CaseAttributes
 
     def initialize(self) -> None:
@@ -95,13 +95,13 @@ class nnUNetTrainerDMoE(nnUNetTrainerPlainMoE):
         case_ids = infer_dataset_class(folder).get_identifiers(folder)
         self.attributes = CaseAttributes.read(csv, case_ids, self.columns)
         values = self.attributes.values
-        # The first fold writes them, and whoever predicts reads them for all folds.
+        # The first fold writes the plans, and the predictor reads them for all folds.
         plans = Path(self.output_folder_base, "plans.json")
         begun = json.loads(plans.read_bytes())[PLANS_KEY] if plans.exists() else values
         if [*begun.items()] != [*values.items()]:
             raise DataError(
                 f"{csv}: the attributes are {values}, but {plans.parent} was begun with {begun}. "
-                "Restore the csv, or move that folder away to train anew."
+                "Restore the csv, or move that folder away to start over."
             )
         self.plans_manager.plans[PLANS_KEY] = values
         super().initialize()
@@ -117,7 +117,7 @@ class nnUNetTrainerDMoE(nnUNetTrainerPlainMoE):
         with contextlib.ExitStack() as scope:
 
             def load_and_tell(dataset: Any, case_id: str) -> Any:
-                scope.close()  # of the case before
+                scope.close()  # the scope of the previous case
                 scope.enter_context(self.scope([case_id]))
                 return load_case(dataset, case_id)
 

@@ -1,1 +1,1 @@
-"""Recipes: what a run is made of, as flags and as json, and presets to start from."""
+"""Recipes: the settings of a run, as flags and as json, and presets to start from."""

@@ -1,4 +1,4 @@
-"""Settings of what a network sees, which build the framing: of images and of volumes."""
+"""Settings of a framing: which part of an image or volume the network sees, at which size."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ..errors import RunError
 
 _Self = TypeVar("_Self", bound="FramingSettings")
 
-# The longest side of the central crop in the paper's code, by data set.
+# The longest side of the central crop in the paper's code, by data set; the paper does not know the
+# images of a folder.
 _PAPER_CROPS: dict[str, int | Literal["whole"]] = {
     "fairseg": 512,
     "ham10000": 1024,
-    "folder": "whole",  # whose images the paper does not know
+    "folder": "whole",
 }
 PAPER_PATCH = (384, 384, 128)
 
 
 class FramingSettings(ABC):
-    """What a network sees of a sample, whichever kind it is; a frozen dataclass."""
+    """Says which part of a sample the network sees; subclasses are frozen dataclasses."""
 
     augment: Augment
     body: bool = False
@@ -34,14 +35,14 @@ class FramingSettings(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Pixels (rows, columns) or voxels that the network sees at once."""
+        """How many pixels (rows, columns) or voxels the network sees at once."""
 
     @abstractmethod
     def resolve(self: _Self, data: str) -> _Self:
-        """These settings with "paper" as numbers, those of the data set of that name.
+        """Replaces "paper" by the paper's numbers for the data set `data`, and checks the settings.
 
         Raises:
-            RunError: a setting is out of range, or the paper says nothing about these data.
+            RunError: a setting is out of range, or the paper does not use this data set.
         """
 
     def resolve_grid(
@@ -49,39 +50,50 @@ class FramingSettings(ABC):
         median_mm: tuple[float, float, float] | None,
         median_size: tuple[float, float, float] | None,
     ) -> _Self:
-        """These settings with what the data's volumes decide as numbers, if they decide anything.
+        """Replaces the settings that depend on the data's volumes by numbers; images have none.
 
         Args:
-            median_mm: the median of the data's voxels; None of images.
-            median_size: the median number of them along the axes; None of images.
+            median_mm: the median size of the data's voxels; None for images.
+            median_size: the median number of voxels along each axis; None for images.
         """
         return self
 
     @abstractmethod
     def build(self) -> Framing:
-        """From native resolution to the network's and back, of resolved settings."""
+        """Makes the framing, which maps samples to frames and predictions back; settings must be
+        resolved."""
 
     def training_patches(self) -> Patches | None:
-        """Which parts of a frame training sees; None: all of it."""
+        """Says which patches training draws from a frame; None if it sees whole frames."""
         return None
 
     def windows(self, at_once: int) -> Windows | None:
-        """How a frame is answered, so many windows at a time; None: in one call."""
+        """Says how inference cuts a frame into windows, `at_once` of them in a batch; None if it
+        predicts whole frames."""
         return None
 
 
 @dataclass(frozen=True)
 class ImageFramingSettings(FramingSettings):
-    """What a 2D network sees of an image."""
+    """Which part of an image a 2D network sees."""
 
     size: int = 224
-    """Pixels a side that the network sees."""
+    """Rows and columns, in pixels, of the square image
+    that the network sees. 224 is the paper's; the
+    TransUNet needs a multiple of 16."""
     crop: int | Literal["paper", "whole"] = "paper"
-    """Native pixels a side of the central crop, or whole; paper: 512 for FairSeg, 1024 for
-    HAM10000, whole for a folder."""
+    """Side, in the image's own pixels, of the central
+    square that is cut out before resizing to --size.
+    - whole: the whole image, padded to a square.
+    - paper: 512 for fairseg, 1024 for ham10000, and
+      whole for a folder."""
     augment: Literal["paper", "shift", "none"] = "paper"
-    """How training images are varied. paper: turned, flipped and rotated as in the paper's code;
-    shift: moved by up to a twelfth of the size, where all are in one pose."""
+    """How training images are varied at random.
+    - paper: quarter turns with flips and small
+      rotations, as in the paper's code.
+    - shift: moved by up to a twelfth of their size,
+      for images in which everything lies in one pose.
+    - none: not at all."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,7 +104,8 @@ class ImageFramingSettings(FramingSettings):
         if crop == "paper":
             if data not in _PAPER_CROPS:
                 raise RunError(
-                    f"crop: got 'paper', which says nothing about {data}; give a number or whole."
+                    f"crop: got 'paper', but the paper does not use {data}; give a number of "
+                    "pixels, or whole."
                 )
             crop = _PAPER_CROPS[data]
         require(self, "size", self.size >= 1, "1 or more")
@@ -105,32 +118,48 @@ class ImageFramingSettings(FramingSettings):
 
 @dataclass(frozen=True)
 class VolumeFramingSettings(FramingSettings):
-    """What a 3D network sees of a volume: patches, on one grid of voxels for all volumes."""
+    """Which patches of a volume a 3D network sees, at which size of voxels."""
 
     spacing: tuple[float, float, float] | Literal["median"] = "median"
-    """Size of the voxels to resample to: mm from left to right, back to front and below to above;
-    median: that of the data, axis by axis."""
+    """Size in mm of the voxels to which all volumes are
+    resampled, along three axes: left to right, back
+    to front, below to above.
+    - median: the median of the data along each axis."""
     patch: tuple[int, int, int] | Literal["paper"] = "paper"
-    """Number of such voxels that the network sees at once, multiples of 32, in the same order of
-    axes. paper: 384 384 128, along each axis no more than hold the median volume."""
+    """Number of voxels that the network sees at once,
+    along the axes of --spacing. Each must be a
+    multiple of 32. Choose a smaller patch if the
+    memory does not suffice.
+    - paper: 384 384 128, but along each axis no more
+      than the median volume needs."""
     patches: int = 1
-    """Number of training patches of each volume in an epoch."""
+    """Number of patches that training draws from each
+    volume in an epoch."""
     foreground: float = 1 / 3
-    """Share of the training patches that are laid around a voxel of the foreground."""
+    """Share of the training patches, 0 to 1, that
+    contain a voxel of a labelled structure, so that
+    small structures are not missed. The other patches
+    lie anywhere. A third is nnU-Net's share."""
     overlap: float = 0.5
-    """Overlap of neighbouring windows in validation and prediction, as a share of the patch."""
+    """Overlap of neighbouring windows in validation and
+    prediction, as a share of the patch: 0 to below 1.
+    More overlap takes longer and gives smoother
+    masks."""
     body: bool = False
-    """Route only the voxels of the patient's body to the experts, none of the air around it."""
+    """Send only the voxels of the patient's body to the
+    experts, not those of the air around it."""
     augment: Literal["paper", "none"] = "paper"
-    """How training patches are varied. paper: flips and shifts of intensity; the paper names none,
-    and these are usual."""
+    """How training patches are varied at random.
+    - paper: flips and changes of intensity. The paper
+      names none; these are usual.
+    - none: not at all."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return PAPER_PATCH if self.patch == "paper" else self.patch
 
     def resolve(self, data: str) -> VolumeFramingSettings:
-        # Five stages halve it, and the last one's instance norm needs more than one voxel.
+        # Five stages halve the patch, and the instance norm of the last needs more than one voxel.
         sides = all(side >= 1 and not side % 32 for side in self.shape) and max(self.shape) > 32
         require(self, "patch", sides, "three multiples of 32, not all of them 32")
         spacing = self.spacing == "median" or all(0 < size < math.inf for size in self.spacing)
@@ -157,7 +186,7 @@ class VolumeFramingSettings(FramingSettings):
                 round(n * size / wanted)
                 for n, size, wanted in zip(median_size, median_mm, spacing, strict=True)
             ]
-            # An instance norm needs more than one voxel, so that one axis is longer than 32.
+            # An instance norm needs more than one voxel, so one axis must be longer than 32.
             longest = voxels.index(max(voxels))
             x, y, z = (
                 min(most, max(32 * math.ceil(n / 32), 64 if axis == longest else 32))
@@ -169,7 +198,7 @@ class VolumeFramingSettings(FramingSettings):
     def build(self) -> Framing:
         if self.spacing == "median":
             raise ValueError(
-                "spacing: got median, expected sizes in mm, to be taken from the data first"
+                "spacing: got median, expected three sizes in mm; call resolve_grid first"
             )
         return VolumeFraming(self.spacing, self.shape, self.body)
 
@@ -181,10 +210,10 @@ class VolumeFramingSettings(FramingSettings):
 
 
 def require(settings: object, setting: str, holds: bool, expected: str) -> None:
-    """Whether a setting is in its range.
+    """Raises unless `holds`, which says whether a setting is in its range.
 
     Raises:
-        RunError: it is not.
+        RunError: it is not; the error quotes the setting's value and what was expected.
     """
     if not holds:
         raise RunError(f"{setting}: got {getattr(settings, setting)}, expected {expected}.")

@@ -1,4 +1,4 @@
-"""Recipes to start from: each is a line in `PRESETS` and one in `DESCRIPTIONS`."""
+"""Presets: complete recipes to start from. Each has an entry in `PRESETS` and `DESCRIPTIONS`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .framings import ImageFramingSettings, VolumeFramingSettings
 from .networks import ResUNet3DSettings, TransUNetSettings, UNetSettings
 from .recipe import Recipe
 
-# The paper's card leaves open: the rate of the exponential decay (ours leaves 1 % in the last
-# epoch), AdamW's weight decay and betas (PyTorch's here), warm-up (none), augmentation (the
-# released code's), whether cross-entropy stands alone (taken at its word) and how the best epoch is
-# chosen (on validation cases of ours, carved from the training split).
+# The paper's table of settings leaves open: the rate of the exponential decay (here 1 % is left in
+# the last epoch), AdamW's weight decay and betas (here PyTorch's), warm-up (here none),
+# augmentation (here the released code's), whether cross-entropy is the only loss (here it is) and
+# how the best epoch is chosen (here on validation cases taken from the training split).
 _PAPER = Recipe(data=DataSettings("fairseg"), leave_out_unknown=True, lambda_dice=0.0)
 
-# Learning rate, epochs, batch, patch, early stopping and attribute are the card's, the network the
-# released code's. Of spacing, patience, overlap, augmentation and normalisation nothing is said:
-# they are ours, and so is what the comment above names for 2D.
+# Learning rate, epochs, batch, patch, early stopping and attribute are those of the paper's table;
+# the network is the released code's. Neither names spacing, patience, overlap, augmentation and
+# normalisation: these are ours, and so is what the comment above names for 2D.
 _PAPER_3D = Recipe(
     data=DataSettings("folder"),
     model=ResUNet3DSettings(),
@@ -32,8 +32,9 @@ _PAPER_3D = Recipe(
 
 PRESETS: dict[str, Recipe] = {
     "paper": _PAPER,
-    # 0.0175 is the 0.01 of the released code times 42/24. Its Dice pools the batch and squares the
-    # predictions in the denominator, ours is MONAI's of each sample; its poly lags by one step.
+    # The released code's learning rate is 0.01 times 42/24, which is 0.0175. Two differences
+    # remain: its Dice loss pools the batch and squares the predictions in the denominator, where
+    # MONAI's here is computed for each sample; and its poly schedule is one step behind.
     "released": dataclasses.replace(
         _PAPER,
         optimizer="sgd",
@@ -46,7 +47,7 @@ PRESETS: dict[str, Recipe] = {
     "small": Recipe(
         data=DataSettings("mni152"),
         model=TransUNetSettings(variant="small"),
-        # One head in one pose: without shifts the slices are learned by heart.
+        # All slices show one head in one pose: without shifts the network memorises them.
         framing=ImageFramingSettings(size=80, crop="whole", augment="shift"),
         batch_size=8,
         epochs=7,
@@ -55,8 +56,9 @@ PRESETS: dict[str, Recipe] = {
         warmup=0.1,
         balance_weight=0.01,
     ),
-    # What the demo trains, in four ways. No jump is left for the last epoch: tissues look alike in
-    # all slices, two stages see little more than a tissue's edge, and the rate falls to zero.
+    # The demo trains this recipe with four networks. Its scores do not jump in the last epoch,
+    # since a tissue looks the same in all slices, two stages see little more than a tissue's edge,
+    # and the learning rate falls to zero.
     "demo": Recipe(
         data=DataSettings("mni152", mni152_normalised="head"),
         model=UNetSettings(widths=(12, 24)),
@@ -67,7 +69,7 @@ PRESETS: dict[str, Recipe] = {
         schedule="cosine",
         warmup=0.1,
     ),
-    # One training of the study, by itself.
+    # One training as the study makes many.
     "study": Recipe(
         data=DataSettings("phantom"),
         model=UNetSettings(),
@@ -79,10 +81,10 @@ PRESETS: dict[str, Recipe] = {
         warmup=0.1,
     ),
     "paper3d": _PAPER_3D,
-    # The same steps in half the bits; what they take is in the README.
+    # The same steps in bfloat16, which take less memory.
     "paper3d-24gb": dataclasses.replace(_PAPER_3D, precision="bf16-mixed"),
-    # For the folder that `example` writes: patches as thin as the blocks of that head, and as many
-    # epochs as made its validation block better.
+    # For the folder that `example` writes. The patches are as thin as its blocks of a head, and
+    # more epochs did not improve the score on its validation block.
     "small3d": dataclasses.replace(
         _PAPER_3D,
         model=ResUNet3DSettings(features=8),
@@ -96,14 +98,19 @@ PRESETS: dict[str, Recipe] = {
     ),
 }
 
-# What `train --help` says of each.
+# What `train --help` says about each preset.
 DESCRIPTIONS: dict[str, str] = {
-    "paper": "as the paper's appendix has it",
-    "released": "as the paper's released code has it",
-    "small": "for a CPU, on the MNI152 brain",
-    "demo": "one training of the demo, on the MNI152 brain",
-    "study": "one training of the study, on the phantom",
-    "paper3d": "volumes, as the paper's appendix has it",
-    "paper3d-24gb": "the same in half the bits, for a card of 24 GB",
-    "small3d": "volumes, for a CPU, on the folder that `example` writes",
+    "paper": "2D images with the settings of the paper's appendix, on Harvard-FairSeg unless "
+    "--data names other data. Meant for a GPU.",
+    "released": "2D images with the settings of the paper's released code, on Harvard-FairSeg "
+    "unless --data names other data. Meant for a GPU.",
+    "small": "A small network for 2D images that a CPU can train, on slices of the MNI152 brain "
+    "unless --data names other data.",
+    "demo": "A single training of the demo, on slices of the MNI152 brain.",
+    "study": "A single training of the study, with its small U-Net, on the made-up phantom images.",
+    "paper3d": "Volumes with the settings of the paper's appendix, from the folder --root. Meant "
+    "for a GPU with 40 GB of memory or more.",
+    "paper3d-24gb": "The same as paper3d in bfloat16, meant for a GPU with 24 GB of memory.",
+    "small3d": "A small network for volumes that a CPU can train, made for the folder that the "
+    "command `example` writes.",
 }

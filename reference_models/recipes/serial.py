@@ -1,7 +1,7 @@
-"""Settings as json and back, field by field.
+"""Writes settings as json and reads them back, field by field.
 
-By hand, since all of these are refused here, and cattrs turns "3" into 3, "abc" into three letters
-and True into 1, and takes the default where a setting is missing.
+cattrs is not used: it turns "3" into 3, "abc" into three letters and True into 1, and takes the
+default if a setting is missing. All of these are errors here.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import RunError
 
-# Beside the fields of settings that stand where one of several classes may: which of them it is.
+# The key that names the class of settings, where one of several classes may stand.
 KIND = "kind"
-_ANOTHER_VERSION = "it was written by another version, which can read it, or by hand."
+_ANOTHER_VERSION = (
+    "perhaps another version of this project wrote it, which can then read it, or it was edited."
+)
 
 
 def to_json(value: Any) -> Any:
-    """A settings dataclass as what json can hold.
+    """Turns a dataclass of settings into what json can hold.
 
     Example:
         >>> from reference_models.recipes.networks import UNetSettings
@@ -42,7 +44,7 @@ def to_json(value: Any) -> Any:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings side by side.
+    """Flattens nested settings into one dictionary.
 
     Example:
         >>> flat({"seed": 0, "data": {"root": None}})
@@ -58,15 +60,15 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
-    """The inverse of `to_json`.
+    """Turns the result of `to_json` back into settings.
 
     Args:
-        kind: a dataclass, or the type of a field of one.
-        value: what json holds.
-        name: of the value, for errors.
+        kind: a dataclass, or the type of one of its fields.
+        value: the content of the json.
+        name: the name of the value, for errors.
 
     Raises:
-        RunError: a setting is missing, not known here, or not of its type.
+        RunError: a setting is missing, is not known here, or has a wrong type.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -75,7 +77,7 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
         if value.get(KIND) not in classes:
             raise RunError(
                 f"{name}.{KIND}: got {value.get(KIND)!r}, expected one of "
-                f"{', '.join(sorted(classes))}; {_ANOTHER_VERSION} Or it is the network of a "
+                f"{', '.join(sorted(classes))}; {_ANOTHER_VERSION} Or its network belongs to a "
                 "program that is not loaded here, such as the study, which reads its own runs."
             )
         rest = {key: item for key, item in value.items() if key != KIND}
@@ -105,30 +107,35 @@ def from_json(kind: Any, value: Any, name: str = "recipe") -> Any:
 
 
 def _settings_from_json(kind: Any, value: Any, name: str) -> Any:
-    """All fields of a dataclass, and no others."""
+    """Reads a dataclass, whose fields must all be there, and no others."""
     fields = _fields(kind)
-    given = set(value) if isinstance(value, Mapping) else {str(value)}
-    if not isinstance(value, Mapping) or given != set(fields):
+    if not isinstance(value, Mapping):
+        raise RunError(f"{name}: got {value!r}, expected settings by name; {_ANOTHER_VERSION}")
+    given = set(value)
+    if given != set(fields):
         raise RunError(
-            f"{name}: got {sorted(given - set(fields)) or 'nothing'} besides, and lacks "
-            f"{sorted(set(fields) - given) or 'nothing'}, of what this version knows; "
-            + _ANOTHER_VERSION
+            f"{name}: it has {_listed(given - set(fields))} that this version does not know, and "
+            f"lacks {_listed(set(fields) - given)} that it needs; " + _ANOTHER_VERSION
         )
     return kind(
         **{field: from_json(fields[field], value[field], f"{name}.{field}") for field in fields}
     )
 
 
+def _listed(names: set[str]) -> str:
+    return f"settings ({', '.join(sorted(names))})" if names else "no settings"
+
+
 def _fields(kind: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
+    """Gives the types of a dataclass's fields."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _classes(kind: Any) -> dict[str, type]:
-    """The dataclasses among a union's members, and all that are derived from them, by name.
+    """Gives the dataclasses among a union's members, and their subclasses, by name.
 
-    The latter may be of a room above this one, such as the study's networks.
+    Subclasses may be in packages that import this one, such as the study's networks.
     """
     if get_origin(kind) not in (Union, types.UnionType):
         return {}

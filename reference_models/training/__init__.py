@@ -1,1 +1,1 @@
-"""Training: the loop, whom it learns from, what it minimises, and the folder of a run."""
+"""Training: the loop, the cases that it uses, the losses, and the folder of a run."""

@@ -1,16 +1,17 @@
-"""Checkpoints that are whole or absent: written, read, and let go of.
+"""Writes, reads and removes checkpoints, which are complete or absent.
 
-A run's folder holds
+The folder of a run holds
 
-    recipe.json       the resolved recipe and what the data make of the network; it makes it a run
-    splits.json       who is trained, validated and tested on
-    last-00000120/    weights (model.safetensors) and all else that going on needs (state.pt)
-    best-00000100/    weights with the best validation score so far
-    history.csv       a row an epoch
-    tensorboard/
+    recipe.json       the resolved recipe and the task; a folder with this file is a run
+    splits.json       the cases for training, validation and test
+    last-00000120/    the weights (model.safetensors) and the state (state.pt) to resume from
+    best-00000100/    the weights with the best validation score so far
+    history.csv       a row for each epoch
+    tensorboard/      TensorBoard's files
 
-The number is that of the step. A checkpoint is prepared in a hidden folder and renamed when it is
-on the disk; the one before it goes only then, so that at any moment a whole one is there.
+The numbers are those of steps. A checkpoint is written to a hidden folder, which is renamed once it
+is on the disk. Only then is the previous checkpoint removed, so that there is always a complete
+one.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
 def name_of(which: Which, step: int) -> str:
-    """The name of a checkpoint's folder; names sort as steps do."""
+    """Gives the name of a checkpoint's folder; names are sorted as steps are."""
     return f"{which}-{step:08d}"
 
 
 def save_last(run: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes what going on needs; the checkpoint before stays until `tidy`."""
+    """Writes the checkpoint to resume from; `tidy` removes the previous one."""
 
     def write(folder: Path) -> None:
         save_file(weights, folder / WEIGHTS)
@@ -53,7 +54,7 @@ def save_last(run: Path, step: int, weights: dict[str, Tensor], state: dict[str,
 
 
 def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> None:
-    """Writes weights that scored best; older ones stay until `tidy`."""
+    """Writes the weights that scored best; `tidy` removes earlier ones."""
 
     def write(folder: Path) -> None:
         save_file(weights, folder / WEIGHTS)
@@ -62,9 +63,10 @@ def save_best(run: Path, step: int, weights: dict[str, Tensor]) -> None:
 
 
 def tidy(run: Path, step: int, best: str) -> None:
-    """Removes all checkpoints but the last, of `step`, and the best, and what is half written.
+    """Removes all checkpoints except the last, of `step`, and the best, and unfinished files.
 
-    To be called when the last checkpoint names `best`: until then a resumed run may need an older.
+    Call it once the last checkpoint names `best`: a run that is resumed before may need an older
+    one.
     """
     for old in [*run.glob("last-*"), *run.glob("best-*")]:
         if old.name not in (name_of("last", step), best):
@@ -77,7 +79,7 @@ def tidy(run: Path, step: int, best: str) -> None:
 
 
 def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Weights and state to go on from, on the CPU; None where no checkpoint was reached.
+    """Reads the weights and the state to resume from, on the CPU; None if there is no checkpoint.
 
     Raises:
         RunError: a file is damaged.
@@ -90,8 +92,8 @@ def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise RunError(
-            f"{path}: damaged or not a run's state ({type(error).__name__}); remove {folder} to "
-            "start over."
+            f"{path}: this file is damaged or is not the state of a run ({type(error).__name__}); "
+            f"remove {folder} to start over."
         ) from error
     return _read_weights(folder / WEIGHTS), state
 
@@ -99,14 +101,14 @@ def load_last(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 def load_model(
     run: Path, which: Which = "best", *, refuse_unknown: bool = True
 ) -> tuple[Recipe, Task, nn.Module]:
-    """A trained network in eval mode on the CPU, with its recipe and task; needs no data.
+    """Loads a trained network in eval mode on the CPU, with its recipe and task, without its data.
 
     Args:
-        run: its folder.
-        which: of its checkpoints.
-        refuse_unknown: no: a network that was trained with unknown="error" takes the average over
-            an attribute's values where it is told an unknown one, so that an evaluation can tell
-            it so. The recipe stays as it was trained.
+        run: the folder of the run.
+        which: the checkpoint.
+        refuse_unknown: if False, a network that was trained with unknown="error" averages over an
+            attribute's values when it receives an unknown one, so that an evaluation can try that.
+            The returned recipe is the one that was trained.
 
     Raises:
         RunError: there is no run or no such checkpoint, or a file is damaged or of another network.
@@ -115,10 +117,10 @@ def load_model(
     folder = _newest(run, which)
     if folder is None:
         other = "last" if which == "best" else "best"
-        hint = f"; there is a {other} one" if _newest(run, other) else ""  # type: ignore[arg-type]
-        raise RunError(f"{run}: has no {which} checkpoint yet{hint}.")
+        hint = f"; use --which {other}" if _newest(run, other) else ""  # type: ignore[arg-type]
+        raise RunError(f"{run}: this run has no {which} checkpoint yet{hint}.")
     built = recipe
-    if recipe.model.unknown == "error" and not refuse_unknown:  # which have the same parameters
+    if recipe.model.unknown == "error" and not refuse_unknown:  # the parameters are the same
         settings = dataclasses.replace(recipe.model, unknown="average")
         built = dataclasses.replace(recipe, model=settings)
     model = build_model(built, task)
@@ -127,12 +129,12 @@ def load_model(
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: Path) -> None:
-    """Copies weights into a network, every one of its parameters and buffers.
+    """Copies weights into all parameters and buffers of a network.
 
     Args:
         model: the network.
-        weights: by name.
-        origin: where they were read, for errors.
+        weights: the weights by name.
+        origin: the folder that they were read from, for errors.
 
     Raises:
         RunError: names or shapes differ.
@@ -140,11 +142,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: Path) -> 
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise RunError(f"{origin}: weights of another network. {error}") from error
+        raise RunError(f"{origin}: these weights are of another network. {error}") from error
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder, which is gone from sight before it is half gone."""
+    """Removes a folder; it is renamed first, so that nobody sees half of it."""
     hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     os.replace(folder, hidden / folder.name)
     shutil.rmtree(hidden)
@@ -158,4 +160,6 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}: damaged or not a safetensors file ({error}).") from error
+        raise RunError(
+            f"{path}: this file is damaged or is not a safetensors file ({error})."
+        ) from error

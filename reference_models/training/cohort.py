@@ -1,4 +1,4 @@
-"""Whom a run learns from: its splits, the cases that it leaves out, and their frames."""
+"""The cohort of a run: its splits, the cases that it leaves out, and their frames."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..data.splits import (
     Splits,
     absent_values,
     choose_splits,
+    describe_unused,
     read_splits,
 )
 from ..errors import RunError, shown
@@ -27,11 +28,11 @@ class Cohort:
     """The cases of a run.
 
     Args:
-        recipe: resolved.
-        dataset: the recipe's.
-        splits: the run's; the cases left out stand in them too.
-        left_out: ids of training and validation cases whose attribute is not known, where those
-            are to be left out.
+        recipe: the resolved recipe.
+        dataset: the data set of the recipe.
+        splits: the run's splits, which include the cases that are left out.
+        left_out: ids of training and validation cases that are left out, since their attribute is
+            unknown and the recipe says so.
     """
 
     recipe: Recipe
@@ -44,8 +45,8 @@ class Cohort:
         """Gathers the cases of a new run, or of the one in ``recipe.out``.
 
         Raises:
-            RunError: cases lack an attribute and the router is to refuse them, none are left, or
-                there are fewer training cases than a batch has.
+            RunError: some cases have an unknown attribute and the network refuses them, no cases
+                are left, or there are fewer training cases than a batch needs.
             DataError: the splits cannot be read or made.
         """
         data, model = recipe.data, recipe.model
@@ -61,24 +62,25 @@ class Cohort:
             left_out = frozenset(case.case_id for case in lacking)
         elif lacking and model.unknown == "error" and model.told:
             raise RunError(
-                f"unknown: {len(lacking)} cases lack an attribute ({lacking[0].case_id} is one) "
-                "and the network is to refuse them; --leave-out-unknown trains without them, and "
-                "--unknown learned has a route for them."
+                f"unknown: {len(lacking)} cases have an unknown attribute, such as "
+                f"{lacking[0].case_id}, and the network refuses them; train without them by "
+                "--leave-out-unknown, or give the unknown value a router by --unknown learned."
             )
         cohort = cls(recipe, dataset, splits, left_out)
         patches = recipe.framing.training_patches()
         each = patches.count if patches else 1
         if (most := len(cohort.train) * each) < recipe.batch_size:
-            of_each = f", of {each} patches each" if patches else ""
+            of_each = f" with {each} patches each" if patches else ""
             advice = f"; choose --batch-size {most} or less" if most else ""
             raise RunError(
-                f"batch_size: got {recipe.batch_size}, but there are {len(cohort.train)} training "
-                f"cases{of_each}{advice}."
+                f"batch_size: got {recipe.batch_size}, but there are only {len(cohort.train)} "
+                f"training cases{of_each}{advice}."
             )
         if not cohort.validation:
             raise RunError(
-                f"leave_out_unknown: leaves no validation case (of {len(splits.validation)}); "
-                "name others by --splits, or train with --unknown learned."
+                f"leave_out_unknown: no validation case is left, since all "
+                f"{len(splits.validation)} have an unknown attribute; name other splits by "
+                "--splits, or train with --unknown learned."
             )
         return cohort
 
@@ -88,13 +90,13 @@ class Cohort:
 
     @property
     def held_out(self) -> bool:
-        """Whether there are cases to choose the best checkpoint by that are not trained on."""
+        """Whether there are validation cases, which choose the best checkpoint."""
         return bool(self.splits.validation)
 
     @property
     def validation(self) -> tuple[str, ...]:
-        """Cases that are scored after each epoch: the validation split or, where none is held out,
-        as many of the training cases, to watch the training by."""
+        """The cases that are scored after each epoch: the validation split or, if no case is held
+        out, as many of the training cases, to watch the training."""
         if self.held_out:
             return tuple(case for case in self.splits.validation if case not in self.left_out)
         trained = [case for case in self.dataset.cases if case.case_id in {*self.train}]
@@ -102,8 +104,8 @@ class Cohort:
         return tuple(case.case_id for case in trained if dealt[case.subject] == 0)
 
     def frames(self, case_ids: tuple[str, ...], *, training: bool = False) -> Frames:
-        """These cases as the network sees them: augmented and, of volumes, by patches if it is
-        to train on them."""
+        """Makes the frames of cases; for training they are augmented, and volumes are cut into
+        patches."""
         recipe = self.recipe
         return Frames(
             self.dataset,
@@ -116,30 +118,32 @@ class Cohort:
         )
 
     def group_counts(self) -> Tensor:
-        """Training cases by value of the first attribute, the unknown last."""
+        """Counts the training cases of each value of the first attribute; the last is unknown."""
         trained = set(self.train)
         found = Counter(c.attributes[0] for c in self.dataset.cases if c.case_id in trained)
         values = range(len(self.dataset.attributes[0].values))
         return torch.tensor([found[value] for value in values] + [found[UNKNOWN]])
 
     def remarks(self) -> list[str]:
-        """What a reader of the run's output should know of its cases."""
+        """Gives sentences on the run's cases, which its output shows."""
         lacking = absent_values(self.dataset, set(self.train))
-        if self.recipe.leave_out_unknown:  # which is said already
+        if self.recipe.leave_out_unknown:  # another remark says so
             unknown = {f"{a.name} {a.label(UNKNOWN)}" for a in self.dataset.attributes}
             lacking = [value for value in lacking if value not in unknown]
-        told = [
+        said = [
             f"{what}: {shown(names)}"
             for what, names in (
-                ("left out, an attribute not known", sorted(self.left_out)),
-                ("without a training case, so never learned", lacking),
+                ("these cases are left out, since an attribute is unknown", sorted(self.left_out)),
+                ("no training case has these values, so the router cannot learn them", lacking),
             )
             if names
         ]
+        if unused := describe_unused(self.dataset, self.splits):
+            said.append(unused)
         if not self.held_out:
-            told.append(
-                "no case is held out (--fold all): what is called validation here is of "
-                f"{len(self.validation)} training cases and decides nothing; training goes on to "
-                "its last epoch, whose checkpoint is the best and the last"
+            said.append(
+                "no case is held out (--fold all): the validation scores below are those of "
+                f"{len(self.validation)} training cases and choose nothing; training goes on to "
+                "its last epoch, whose checkpoint counts as the best"
             )
-        return told
+        return said

@@ -1,11 +1,11 @@
-"""The training loop: one process or many, killed and resumed, on any data set and network here.
+"""The training loop, for any data set and network here, in one or many processes.
 
     with routing(attributes) as r:
         logits = model(images)
     loss = objective(logits, masks, groups) + balance_weight · balance + z_weight · z
 
-A step draws its noise and dropout from (seed, step, rank), and batches are made from (seed, epoch,
-index). So a run that was killed goes on exactly as it would have, with no random state to save.
+The noise and dropout of a step depend on (seed, step, rank), and the batches on (seed, epoch,
+index). So a run that was stopped goes on exactly as it would have, without a saved random state.
 """
 
 from __future__ import annotations
@@ -44,27 +44,28 @@ from .runs import Task, build_model, lock_run, require_new_run, require_same_run
 from .state import State
 from .validation import Validation, share_of, validate
 
-# Of a whole training: the preset small takes 532 on its own data, and is as short as any.
+# Steps of a whole training. The preset small, the shortest one, takes 532 on its own data.
 FEW_STEPS, USUAL_STEPS = 100, 500
 
 
 class NonFiniteLossError(RunError):
-    """A loss that is no number; says at which step and from which cases."""
+    """A loss is NaN or infinite; the text names the step and the cases."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
-    """Trains by a recipe and leaves weights, history and TensorBoard's files in its folder.
+    """Trains by a recipe, and writes weights, history and TensorBoard's files to the run's folder.
 
     Args:
-        recipe: what to train, on what, how.
-        resume: go on with the run in ``recipe.out``; on a CPU it ends as if it had never stopped.
+        recipe: the settings.
+        resume: whether to go on with the run in ``recipe.out``. On a CPU the result is the same as
+            if it had never stopped.
 
     Returns:
         The run's folder.
 
     Raises:
-        RunError: the recipe does not hold together, the folder has a run already (or, to resume,
-            has none or another one), or a loss is not finite.
+        RunError: settings contradict each other, the folder holds a run already (or, to resume,
+            none or another one), or a loss is not finite.
         DataError: the data cannot be read.
     """
     recipe = resolve(recipe)
@@ -73,22 +74,22 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         with ExitStack() as held:
             return Run(fabric, recipe, resume, held).train()
     except NonFiniteLossError:
-        if fabric.global_rank:  # all ranks find it together, and rank 0 tells
+        if fabric.global_rank:  # all ranks find it together, and rank 0 reports it
             raise SystemExit(1) from None
         raise
 
 
 class Run:
-    """What a run holds while it goes.
+    """A training under way.
 
     Args:
-        fabric: of `launch`.
-        recipe: resolved.
-        resume: as of `train`.
-        held: takes the lock of the run's folder, and lets go of it when it is closed.
+        fabric: what `launch` returned.
+        recipe: the resolved recipe.
+        resume: as for `train`.
+        held: a stack that holds the lock of the run's folder until it is closed.
 
     Raises:
-        RunError, DataError: as of `train`, before anything is written.
+        RunError, DataError: as for `train`, before anything is written.
     """
 
     def __init__(self, fabric: Fabric, recipe: Recipe, resume: bool, held: ExitStack) -> None:
@@ -105,11 +106,11 @@ class Run:
         stored = checkpoints.load_last(self.folder)
         if stored is None and recipe.model.weights is not None:
             load_pretrained(network, recipe.model.weights)
-        # Whatever can be wrong with the settings has come up by now, and nothing was written.
+        # Errors in the settings have been raised by now, and nothing has been written before.
         if not resume:
             on_rank_0(fabric, self._begin)
         self.model = setup(fabric, network)
-        # Not Fabric's wrapper, which keeps old groups when a state is loaded, except for steps.
+        # Fabric's wrapper is used for steps only: when a state is loaded it holds the old groups.
         self.optimizer = _optimizer(recipe, network)
         self.stepper: Any = fabric.setup_optimizers(self.optimizer)
         self.objective = Objective(
@@ -149,8 +150,8 @@ class Run:
             if 0 < steps < FEW_STEPS:
                 more = math.ceil(USUAL_STEPS / self.steps_an_epoch)
                 reporter.say(
-                    f"{steps} steps in all, which is few to learn by; --epochs {more} would be "
-                    f"{more * self.steps_an_epoch}"
+                    f"this training has {steps} steps, which are few to learn from; --epochs "
+                    f"{more} would give {more * self.steps_an_epoch}"
                 )
             if position.step:
                 reporter.say(f"resumed after epoch {position.epoch}, step {position.step}")
@@ -203,18 +204,19 @@ class Run:
                 self.state.save()
 
     def step(self, batch: Batch, rate: float) -> dict[str, float]:
-        """One update; returns the losses, which are of all ranks together."""
+        """Does one update, and returns the losses over all ranks."""
         recipe = self.recipe
         torch.manual_seed(step_seed(recipe.seed, self.state.position.step, self.fabric.global_rank))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        told_BN = batch.attributes_BN
+        attributes_BN = batch.attributes_BN
         if recipe.attribute_dropout:
             dropped_B1 = (
-                torch.rand(len(told_BN), 1, device=told_BN.device) < recipe.attribute_dropout
+                torch.rand(len(attributes_BN), 1, device=attributes_BN.device)
+                < recipe.attribute_dropout
             )
-            told_BN = told_BN.masked_fill(dropped_B1, UNKNOWN)
-        logits_BKS, r = forward_with_attributes(self.model, batch.inputs, told_BN)
+            attributes_BN = attributes_BN.masked_fill(dropped_B1, UNKNOWN)
+        logits_BKS, r = forward_with_attributes(self.model, batch.inputs, attributes_BN)
         segmentation, loss_B = self.objective(
             logits_BKS.float(), batch.mask_BS, batch.attributes_BN[:, 0]
         )
@@ -247,15 +249,19 @@ class Run:
             f"step {position.step + 1} (epoch {position.epoch + 1}), learning rate {rate:.3g}: "
             "the loss is not finite ("
             + ", ".join(f"{name} {value}" for name, value in values.items())
-            + f"); cases: {', '.join(cases) or 'none of its own'}. "
-            + (f"{kept} is the last checkpoint. " if kept else "There is no checkpoint yet. ")
-            + "Look at these cases, lower --learning-rate, or compute with --precision 32."
+            + (
+                f"). These cases have such a loss: {', '.join(cases)}. "
+                if cases
+                else "), although that of each case is. "
+            )
+            + (f"The last checkpoint is {kept}. " if kept else "There is no checkpoint yet. ")
+            + "Look at the cases, lower --learning-rate, or compute with --precision 32."
         )
 
     def _close_epoch(self, scored: Validation) -> dict[str, float]:
-        """Counts the epoch, keeps its weights if they are the best, and saves.
+        """Counts the epoch and writes a checkpoint, also as the best one if its score is the best.
 
-        Where no case is held out nothing chooses among epochs, and the last is the best.
+        If no case is held out, no score can choose among epochs, and the last one is the best.
         """
         position = self.state.position
         rate = learning_rate(self.recipe, position.step - 1, self.steps_an_epoch)
@@ -284,7 +290,7 @@ class Run:
 
 
 def balance_losses(scope: routing) -> dict[str, Callable[[], Tensor]]:
-    """What `Recipe.balance` chooses from."""
+    """Gives the balance losses by the names of `Recipe.balance`."""
     return {
         "load": scope.load_balancing_loss,
         "within": functools.partial(scope.load_balancing_loss, per_attribute=True),
@@ -293,7 +299,7 @@ def balance_losses(scope: routing) -> dict[str, Callable[[], Tensor]]:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """What a rank draws a step's noise and dropout from: 63 bits, mixed."""
+    """Gives the seed, of 63 mixed bits, of the noise and dropout of a rank in a step."""
     words = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))
 

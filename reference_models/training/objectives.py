@@ -1,7 +1,10 @@
-"""Segmentation losses that weigh groups: plain, reweighted, group-DRO, fair-DRO and FEBS.
+"""Segmentation losses with different weights for groups: plain, reweight, group-DRO, fair-DRO,
+FEBS.
 
-Every group statistic is over the batch of all ranks together, so that several processes train as
-one. Shapes: B samples, G groups, K classes, P pixels or voxels.
+Every statistic of a group is over the batch of all ranks together, so that several processes train
+as one process does.
+
+Shapes: B samples, G groups, K classes, P pixels or voxels.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ _SMOOTH = 1e-5  # MONAI's
 
 
 class Objective(nn.Module):
-    """The loss of a batch: λ_dice · Dice + λ_ce · cross-entropy, and how groups weigh in it.
+    """The loss of a batch, λ_dice · Dice + λ_ce · cross-entropy, with weights for groups.
 
     With ℓ_i the DiceCE of sample i (MONAI's, per sample) and L_g its mean over the samples of
     group g in the batch:
@@ -50,17 +53,18 @@ class Objective(nn.Module):
       as it is. The scaled probabilities stand squared in the denominator, as in the authors'
       code; its further tanh of w_g is left out, since it scales even the best group down.
 
-    Samples whose attribute is not known are a group of their own, the last. Pixels whose label is
-    `IGNORED` are as if they were not there, and a sample of nothing else as if it were not in the
-    batch; a batch of nothing else has loss 0.
+    Samples with an unknown attribute are a group of their own, the last one. Pixels with the label
+    `IGNORED` do not count; a sample with no other pixels does not count either, and a batch without
+    other samples has the loss 0.
 
     Args:
-        fairness: one of the five.
+        fairness: the name of one of the five.
         lambda_dice, lambda_ce: the weights λ.
-        group_counts: training cases of each group, unknown last; for reweight and group-dro.
-        rate: η.
-        temperature: τ.
-        gamma: γ.
+        group_counts: number of training cases of each group, the unknown group last. It is used by
+            reweight and group-dro.
+        rate: the step size η of group-dro.
+        temperature: the temperature τ of fair-dro.
+        gamma: the exponent γ of febs.
     """
 
     def __init__(
@@ -89,16 +93,16 @@ class Objective(nn.Module):
     def forward(
         self, logits_BKP: Tensor, mask_BP: Tensor, group_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The loss of the batch of all ranks, and each of this rank's samples' own.
+        """Computes the loss of the batch over all ranks, and the loss of each sample of this rank.
 
         Args:
-            logits_BKP: fp32, (B, K, ...).
-            mask_BP: int64 labels or `IGNORED`, (B, ...).
-            group_B: int64 indices into the groups; -1, unknown, is the last.
+            logits_BKP: logits, fp32, (B, K, ...).
+            mask_BP: labels or `IGNORED`, int64, (B, ...).
+            group_B: indices of the samples' groups, int64; -1 means unknown, the last group.
 
         Returns:
-            The scalar to minimise, the same number on every rank, whose gradients are to be
-            averaged over ranks; and (B,) DiceCE losses without gradient.
+            The scalar to minimise, which is the same on every rank and whose gradients must be
+            averaged over ranks; and the DiceCE losses of the samples, (B,), without gradient.
         """
         n_kept_B = (mask_BP != IGNORED).flatten(1).sum(1)
         ce_BP = F.cross_entropy(logits_BKP, mask_BP, ignore_index=IGNORED, reduction="none")
@@ -127,13 +131,14 @@ class Objective(nn.Module):
     def _group_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:
         sums_2G = global_sum(torch.stack([loss_B @ member_BG, member_BG.sum(0)]))
         mean_G = sums_2G[0] / sums_2G[1].detach().clamp(min=1)
-        # q · exp(η L), renormalised, where no exponential can overflow.
+        # This is q · exp(η L), renormalised, in a form that cannot overflow.
         self.weights_G = (self.weights_G.log() + self.rate * mean_G.detach()).softmax(0)
         return (self.weights_G * mean_G).sum()
 
     def _fair_dro(self, loss_B: Tensor, member_BG: Tensor) -> Tensor:
         scaled_B1 = loss_B[:, None] / self.temperature
-        # Each group's largest, taken out of the exponentials and put back: exact, and finite.
+        # The largest value of each group is factored out of the exponentials, so that the result
+        # stays exact and finite.
         top_G = global_max((scaled_B1.detach() * member_BG).amax(0))
         risen_BG = torch.exp((scaled_B1 - top_G) * member_BG) * member_BG
         sums_2G = global_sum(torch.stack([risen_BG.sum(0), member_BG.sum(0)]))
@@ -162,21 +167,21 @@ class Objective(nn.Module):
 
 
 def _kept(logits_BKP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and truth, (B, K, ...), 0 in all classes where the label is `IGNORED`."""
+    """Gives probabilities and truth, (B, K, ...); both are 0 where the label is `IGNORED`."""
     n_classes = logits_BKP.shape[1]
     probability_BKP = logits_BKP.softmax(1) * (mask_BP != IGNORED)[:, None]
-    # What is ignored is a class more, which is cut off again.
+    # Ignored pixels become an extra class, which is cut off again.
     label_B1P = mask_BP.clamp(max=n_classes)[:, None]
     truth_BKP = one_hot(label_B1P, n_classes + 1, dtype=logits_BKP.dtype)[:, :n_classes]
     return probability_BKP, truth_BKP
 
 
 def _mean(loss_B: Tensor, counted_B: Tensor) -> Tensor:
-    """Over all ranks' samples that count; the others' losses are 0."""
+    """Averages over the samples of all ranks that count; the losses of others must be 0."""
     total, n = global_sum(torch.stack([loss_B.sum(), counted_B.sum().to(loss_B)]))
     return total / n.detach().clamp(min=1)
 
 
 def _dice_loss(shared_K: Tensor, predicted_K: Tensor, true_K: Tensor) -> Tensor:
-    """1 − (2 Σ p·y + ε) / (Σ p² + Σ y + ε), the mean over classes, the last axis."""
+    """Gives 1 − (2 Σ p·y + ε) / (Σ p² + Σ y + ε), averaged over the classes, the last axis."""
     return (1 - (2 * shared_K + _SMOOTH) / (predicted_K + true_K + _SMOOTH)).mean(-1)

@@ -1,4 +1,4 @@
-"""One process or many: how they are started, and sums over all of them."""
+"""Starts one or many processes, and sums over all of them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,33 @@ from ..recipes.recipe import Recipe
 
 
 def launch(recipe: Recipe) -> Fabric:
-    """Starts the processes a recipe asks for, or joins them under torchrun or SLURM.
+    """Starts the processes that a recipe asks for, or joins them under torchrun or SLURM.
 
     Raises:
-        RunError: this machine cannot do what the recipe asks, or the launcher started another
+        RunError: this machine cannot do what the recipe asks for, or the launcher started another
             number of processes.
     """
     gpus = torch.cuda.device_count()
     if recipe.precision == "16-mixed" and not gpus:
-        raise RunError("precision: 16-mixed needs a GPU, there is none here; choose bf16-mixed.")
+        raise RunError(
+            "precision: got 16-mixed, which needs a GPU, but there is none here; choose bf16-mixed."
+        )
     if gpus and recipe.devices > gpus:
-        raise RunError(f"devices: got {recipe.devices}, but this machine has {gpus} GPUs.")
+        raise RunError(
+            f"devices: got {recipe.devices}, but this machine has {gpus} GPUs; choose {gpus} or "
+            "fewer."
+        )
     if recipe.strategy == "fsdp" and not gpus and torch.__version__ < "2.10":
         raise RunError(
-            f"strategy: fsdp on CPUs needs PyTorch 2.10, here is {torch.__version__}, which does "
-            "not average the processes' gradients there; choose ddp."
+            f"strategy: got fsdp, but PyTorch {torch.__version__} does not average the processes' "
+            "gradients on CPUs; choose ddp, or install PyTorch 2.10 or newer."
         )
     processes = recipe.devices * recipe.nodes
     strategy: str | ModelParallelStrategy = recipe.strategy
     if recipe.strategy == "fsdp":
         strategy = ModelParallelStrategy(_shard, processes, 1)
     elif processes > 1 or dist.is_torchelastic_launched() or SLURMEnvironment.detect():
-        # Under a launcher also for one process: it may have started more than the recipe says.
+        # A launcher may have started more processes than the recipe says.
         strategy = "ddp"
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each rank's "initializing"
     try:
@@ -56,20 +61,24 @@ def launch(recipe: Recipe) -> Fabric:
         raise RunError(f"devices, nodes: {error}") from error
     started = dist.get_world_size() if dist.is_initialized() else 1
     if started != processes:
-        raise RunError(f"devices, nodes: {processes} processes asked for, {started} started.")
+        raise RunError(
+            f"devices, nodes: the recipe asks for {processes} processes, but the launcher started "
+            f"{started}; give both the same number."
+        )
     return fabric
 
 
 def setup(fabric: Fabric, network: nn.Module) -> nn.Module:
-    """The network as it is to be called, its parameters on their devices."""
+    """Moves the network to its device, and wraps it for several processes."""
     if fabric.world_size > 1 and fabric.device.type == "cuda":
-        # Without it each GPU would normalise by its own part of the batch. There is none for CPUs.
+        # Otherwise each GPU would normalise by its own part of the batch. CPUs have no such norm.
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return fabric.setup_module(network)
 
 
 def on_rank_0(fabric: Fabric, act: Callable[..., None], *arguments: Any) -> None:
-    """Lets rank 0 act while the others wait; if it fails, it tells, and all of them end."""
+    """Calls `act` on rank 0 while the others wait; if it fails, rank 0 raises and all others "
+    "end."""
     problem: RunError | None = None
     if fabric.is_global_zero:
         try:
@@ -81,11 +90,11 @@ def on_rank_0(fabric: Fabric, act: Callable[..., None], *arguments: Any) -> None
 
 
 def global_sum(local: Tensor) -> Tensor:
-    """The sum over all ranks, differentiable.
+    """Sums over all ranks; the sum is differentiable.
 
-    The gradient of what follows reaches each rank's share times the number of ranks, since DDP and
-    FSDP then average gradients over ranks: what comes out is the gradient of one process that had
-    the whole batch.
+    The gradient that reaches each rank's share is multiplied by the number of ranks, since DDP and
+    FSDP then average gradients over ranks. The result is the gradient of a single process with the
+    whole batch.
     """
     if not dist.is_initialized():
         return local
@@ -95,7 +104,7 @@ def global_sum(local: Tensor) -> Tensor:
 
 
 def global_max(local: Tensor) -> Tensor:
-    """The largest over all ranks, without gradient."""
+    """Gives the largest value over all ranks, without gradient."""
     largest = local.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -103,7 +112,8 @@ def global_max(local: Tensor) -> Tensor:
 
 
 def _shard(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """FSDP2: the blocks one by one, so that only one of them is whole at a time; then the rest."""
+    """Applies FSDP2 to each block, so that only one block is complete at a time, then to the "
+    "rest."""
     for module in reversed(list(network.modules())):  # inner ones first
         if isinstance(module, nn.ModuleList):
             for block in module:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a bar or lines on the terminal, and TensorBoard."""
+"""Reports the progress of a training: a bar or lines on the terminal, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .validation import Validation
 
 
 class Reporter:
-    """Rank 0's voice; on the other ranks every call does nothing.
+    """Reports the progress on rank 0; on other ranks its methods do nothing.
 
     Args:
-        run: its folder; TensorBoard's files go into `tensorboard/`.
+        run: the run's folder; TensorBoard's files go to `tensorboard/` in it.
         speaks: whether this is rank 0.
-        step: the last one that counts: what TensorBoard has of later ones is purged.
-        steps: of the whole run.
+        step: the step of the last checkpoint; TensorBoard's values of later steps are removed.
+        steps: number of steps of the whole run.
     """
 
     def __init__(self, run: Path, *, speaks: bool, step: int, steps: int) -> None:
@@ -35,7 +35,7 @@ class Reporter:
         self.started = time.monotonic()
         self.samples = 0
         self.writer = SummaryWriter(run / "tensorboard", purge_step=step + 1) if speaks else None
-        # A bar moves on terminals only; elsewhere each epoch has its line.
+        # Only terminals show a moving bar; elsewhere each epoch prints a line.
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -70,7 +70,7 @@ class Reporter:
     def step(
         self, step: int, epoch: int, losses: Mapping[str, float], rate: float, samples: int
     ) -> None:
-        """After a step: its losses, the learning rate it used and how many samples it saw."""
+        """Reports a step: its losses, its learning rate and its number of samples."""
         self.samples += samples
         if self.writer is None:
             return
@@ -86,14 +86,15 @@ class Reporter:
         self.bar.update(self.task, completed=step, **shown)
 
     def flush(self) -> None:
-        """Before a checkpoint: what TensorBoard lacks of earlier steps, no resumed run adds."""
+        """Writes TensorBoard's values to disk before a checkpoint, since no resumed run adds "
+        "them."""
         if self.writer is not None:
             self.writer.flush()
 
     def epoch(
         self, step: int, row: Mapping[str, float], validation: Validation, classes: tuple[str, ...]
     ) -> None:
-        """After an epoch: a line, and TensorBoard's scores, loads and overlays."""
+        """Reports an epoch: a line, and TensorBoard's scores, loads and overlays."""
         if self.writer is None:
             return
         elapsed = time.monotonic() - self.started
@@ -119,7 +120,7 @@ class Reporter:
 
 
 def _heat_map(load_AE: Sequence[Sequence[float]]) -> matplotlib.figure.Figure:
-    """Attribute values by experts; a row sums to 1."""
+    """Draws the shares of tokens: a row for each attribute value, a column for each expert."""
     figure = matplotlib.figure.Figure(figsize=(6, 1 + 0.4 * len(load_AE)), layout="constrained")
     axes = figure.add_subplot(xlabel="expert", ylabel="value")
     figure.colorbar(axes.imshow(load_AE, vmin=0, aspect="auto"), label="share of tokens")

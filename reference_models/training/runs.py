@@ -1,7 +1,7 @@
-"""What makes a folder a run: its recipe, what the data make of the network, and its splits.
+"""The folder of a run: its recipe, the task that the data define, and its splits.
 
-The folder of a cross-validation holds its folds' runs, fold_0, fold_1 and so on, and the folds in
-nnU-Net's splits_final.json, by which it is known.
+The folder of a cross-validation holds the runs of its folds, fold_0, fold_1 and so on, and a
+splits_final.json in nnU-Net's format. That file distinguishes it from the folder of a run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..files import write_whole
 from ..recipes.recipe import Recipe
 from ..recipes.serial import flat, from_json, to_json
 
-# What may differ between a run and its resumption: where things lie and what computes them.
+# Settings that may differ when a run is resumed: where files lie and what computes.
 _MAY_DIFFER = {
     "data.root",
     "data.cache",
@@ -38,13 +38,14 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True)
 class Task:
-    """What the data make of the network; saved with the run, so that it can be built without them.
+    """What the data define of the network. It is saved with the run, so that the network can be
+    built without the data.
 
     Args:
-        channels: of an image.
-        classes: names by label.
-        attributes: that the router knows, in their order.
-        channel_names: of a folder, whose intensities are scaled by them.
+        channels: number of channels of an image.
+        classes: the names of the labels, in their order.
+        attributes: the attributes that the router receives, in their order.
+        channel_names: the names of a folder's channels, which decide how intensities are scaled.
     """
 
     channels: int
@@ -62,7 +63,7 @@ class Task:
         )
 
     def differences(self, other: Task) -> list[str]:
-        """Says where another task differs: each of its settings with this one's and that one's."""
+        """Lists the fields in which another task differs, with both values."""
         here, there = to_json(self), to_json(other)
         return [
             f"{name}: the run has {here[name]}, the data {there[name]}"
@@ -72,10 +73,10 @@ class Task:
 
 
 def build_model(recipe: Recipe, task: Task) -> nn.Module:
-    """The network of a recipe, newly initialised; pretrained weights are not read.
+    """Makes the network of a recipe with newly initialised weights; it reads no trained weights.
 
     Raises:
-        RunError: the network cannot be built so.
+        RunError: the network cannot be built with these settings.
     """
     return recipe.model.build(
         in_channels=task.channels,
@@ -86,22 +87,23 @@ def build_model(recipe: Recipe, task: Task) -> nn.Module:
 
 
 def fold_folder(folder: Path, fold: int) -> Path:
-    """The folder of a fold's run in that of a cross-validation."""
+    """Gives the folder of a fold's run in the folder of a cross-validation."""
     return folder / f"fold_{fold}"
 
 
 def runs_in(folder: Path) -> tuple[Path, ...]:
-    """The folders of the folds of a cross-validation, trained or not; of a run its own."""
+    """Lists the folders of a cross-validation's folds, trained or not; for a run, its own "
+    "folder."""
     if (folder / "recipe.json").exists() or not (folder / FOLDS).exists():
         return (folder,)
     return tuple(fold_folder(folder, fold) for fold in range(len(read_folds(folder / FOLDS))))
 
 
 def read_run(run: Path) -> tuple[Recipe, Task]:
-    """The recipe and the task that a run's folder was made with.
+    """Reads the recipe and the task of a run.
 
     Raises:
-        RunError: there is no run, or its recipe cannot be read.
+        RunError: the folder holds no run, or its recipe cannot be read.
     """
     path = run / "recipe.json"
     try:
@@ -109,40 +111,44 @@ def read_run(run: Path) -> tuple[Recipe, Task]:
         recipe, task = content["recipe"], content["task"]
     except FileNotFoundError as error:
         folds = [folder for folder in runs_in(run) if folder != run]
-        advice = f"; it has folds, so name one of them, such as {folds[0]}" if folds else ""
-        raise RunError(f"{run}: no run here, since there is no recipe.json{advice}.") from error
+        advice = f"; it holds folds, so name one of them, such as {folds[0]}" if folds else ""
+        raise RunError(
+            f"{run}: there is no run here, since there is no recipe.json{advice}."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path}: not a run's recipe ({type(error).__name__}: {error}); name the folder that "
-            "training wrote."
+            f"{path}: this file is not the recipe of a run ({type(error).__name__}: {error}); name "
+            "the folder that the training wrote."
         ) from error
     return from_json(Recipe, recipe, f"{path}: recipe"), from_json(Task, task, f"{path}: task")
 
 
 def require_new_run(run: Path) -> None:
-    """Raises unless a folder is free for a new run.
+    """Raises unless a new run can use the folder.
 
     Raises:
-        RunError: it holds a run, or is no folder.
+        RunError: the folder holds a run, or is a file.
     """
     if run.exists() and not run.is_dir():
-        raise RunError(f"{run}: is a file, expected a folder for the run; choose another --out.")
+        raise RunError(
+            f"{run}: this is a file, expected a folder for the run; choose another --out."
+        )
     if taken := [name for name in ("recipe.json", "history.csv") if (run / name).exists()]:
         raise RunError(
-            f"{run}: holds a run already ({taken[0]}); go on with it by --resume, or choose "
-            "another --out."
+            f"{run}: this folder holds a run already ({taken[0]}); go on with it by --resume, or "
+            "choose another --out."
         )
 
 
 def lock_run(run: Path) -> AbstractContextManager[object]:
-    """Keeps every other training out of a run's folder from now on, until the `with` block ends.
+    """Locks a run's folder against other trainings until the `with` block ends.
 
-    Two trainings in one folder would clear away each other's checkpoints. The system lets go of
-    the lock when the process ends, however it does. Workers that outlive a killed training do not
-    keep it: filelock closes what a fork has inherited of it.
+    Two trainings in one folder would remove each other's checkpoints. The system releases the lock
+    when the process ends, in whichever way. Workers that outlive a killed training do not hold the
+    lock, since filelock closes it in forked processes.
 
     Raises:
-        RunError: another training holds it, or the folder cannot be written to.
+        RunError: another training holds the lock, or the folder cannot be written to.
     """
     path = run / ".lock"
     try:
@@ -151,11 +157,11 @@ def lock_run(run: Path) -> AbstractContextManager[object]:
     except OSError as error:
         raise _unwritable(run, error) from error
     try:
-        # A soft lock is a file, which would stay after a kill.
+        # A soft lock is a file, which would remain after a kill.
         return FileLock(path, fallback_to_soft=False).acquire(blocking=False)
     except Timeout as error:
         raise RunError(
-            f"{run}: another process is training in it; wait for its end, or stop it first."
+            f"{run}: another process is training in this folder; wait until it ends, or stop it."
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
@@ -164,7 +170,7 @@ def lock_run(run: Path) -> AbstractContextManager[object]:
 
 
 def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
-    """Makes a folder a run; last of all its recipe is there.
+    """Writes the files that make a folder a run; the recipe is written last.
 
     Raises:
         RunError: the folder cannot be made or written to.
@@ -184,18 +190,18 @@ def write_run(run: Path, recipe: Recipe, task: Task, splits: Splits) -> None:
 
 def _unwritable(run: Path, error: OSError) -> RunError:
     why = error.strerror or error
-    return RunError(f"{run}: cannot be written to ({why}); choose another --out.")
+    return RunError(f"{run}: this folder cannot be written to ({why}); choose another --out.")
 
 
 def require_same_run(run: Path, recipe: Recipe, task: Task) -> None:
-    """Raises unless a run can go on by this recipe and these data.
+    """Raises unless a run can be resumed with this recipe and these data.
 
     Raises:
-        RunError: naming the settings that differ.
+        RunError: some settings differ; the text names them.
     """
     before, before_task = read_run(run)
     now = flat(to_json(recipe))
-    # Another preset's network has other settings.
+    # The network of another preset has other settings.
     differing = [
         f"{name}: the run has {old!r}, now {now.get(name, 'no such setting')!r}"
         for name, old in flat(to_json(before)).items()
@@ -205,6 +211,6 @@ def require_same_run(run: Path, recipe: Recipe, task: Task) -> None:
         differing += before_task.differences(task)
     if differing:
         raise RunError(
-            f"{run}: cannot be resumed with other settings; leave them as they were, or choose "
-            "another --out. " + "; ".join(differing)
+            f"{run}: this run cannot be resumed with other settings; give the same settings as "
+            "before, or choose another --out. " + "; ".join(differing)
         )

@@ -1,4 +1,4 @@
-"""Where a run is: its weights, optimizer and position, to the disk and back on every strategy."""
+"""The state of a run: its weights, optimizer and position, saved and restored on any strategy."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from . import checkpoints
 from .parallel import on_rank_0
 from .runs import read_run
 
-# By parameters' names and in full, also where ranks hold a part each; on rank 0's CPU.
+# States are complete and by parameters' names, also if each rank holds a part; on rank 0's CPU.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
 class Position:
-    """How far a run has come; with weights, optimizer and groups' weights, all of its state.
+    """How far a run has come.
 
     Args:
-        epoch: epochs finished.
-        batch: batches of the epoch now begun that were trained on.
-        step: of all.
-        best, best_score, best_epoch: the best checkpoint's name ("" before the first), its
-            validation score and after how many epochs it came.
-        sums: of the losses over the epoch's batches so far.
-        history: the finished epochs' rows.
+        epoch: number of finished epochs.
+        batch: number of batches done in the current epoch.
+        step: number of steps done in all epochs.
+        best, best_score, best_epoch: the best checkpoint's name ("" before the first one), its
+            validation score, and the number of epochs before it.
+        sums: sums of the losses over the batches of the current epoch.
+        history: a row for each finished epoch.
     """
 
     epoch: int = 0
@@ -61,7 +61,7 @@ class Position:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run's training has come to its end.
+    """Finds whether the training of a run is finished.
 
     Raises:
         RunError: there is no run, or its last checkpoint is damaged.
@@ -73,14 +73,14 @@ def is_finished(run: Path) -> bool:
 
 @dataclass
 class State:
-    """All that a run has at a step; random numbers are none of it, see `training`.
+    """The whole state of a run at a step. It has no random state; see `training.loop`.
 
     Args:
-        folder: the run's.
-        fabric: whose ranks hold it.
-        network: not wrapped.
-        optimizer: not wrapped.
-        objective: has the groups' weights.
+        folder: the run's folder.
+        fabric: the Fabric of the run's processes.
+        network: the network without wrappers.
+        optimizer: the optimizer without wrappers.
+        objective: the loss, which holds the groups' weights.
         position: how far the run has come.
     """
 
@@ -92,7 +92,7 @@ class State:
     position: Position = field(default_factory=Position)
 
     def save(self, *, best: bool = False) -> None:
-        """Makes this the last checkpoint, and the best one first if it is; all ranks call it."""
+        """Writes the last checkpoint and, before it, the best one if `best`; all ranks call it."""
         weights: dict[str, Any] = get_model_state_dict(self.network, options=_WHOLE)
         optimizer = get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE)
         if best:
@@ -115,20 +115,20 @@ class State:
                 DataError,
                 RuntimeError,
                 SafetensorError,
-            ) as error:  # each for a full disk
+            ) as error:  # a full disk can raise any of these
                 raise RunError(
                     f"{self.folder}: the checkpoint of step {self.position.step} cannot be written "
-                    f"({error}). The one before is still there; make room, or close what has a "
-                    "file open, and go on by --resume."
+                    f"({error}). The previous checkpoint still exists; make room, or close "
+                    "programs that have its files open, and go on by --resume."
                 ) from error
 
         on_rank_0(self.fabric, write)
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Goes back to what `save` wrote; all ranks call it.
+        """Restores what `save` wrote; all ranks call it.
 
         Raises:
-            RunError: weights or state are another network's, or no run's.
+            RunError: weights or state are of another network.
         """
         named: dict[str, Any] = dict(weights)
         try:
@@ -141,14 +141,16 @@ class State:
             self.position = Position(**state["position"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(
-                f"{self.folder}: its last checkpoint is not this run's ({type(error).__name__}: "
-                f"{error}); put back what was there, or remove its folder to start over."
+                f"{self.folder}: the last checkpoint does not belong to this run "
+                f"({type(error).__name__}: {error}); restore the checkpoint, or remove its folder "
+                "to start over."
             ) from error
         if self.fabric.is_global_zero:
             self._tidy()
 
     def _tidy(self) -> None:
-        """Leaves in the folder what belongs to this position, nothing older or later."""
+        """Removes checkpoints and rows of the history that are older or later than this "
+        "position."""
         checkpoints.tidy(self.folder, self.position.step, self.position.best)
         rows = self.position.history
 

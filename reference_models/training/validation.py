@@ -1,4 +1,4 @@
-"""How well a network does on the validation split, by group; what chooses the best checkpoint.
+"""Scores a network on the validation split by group, to choose the best checkpoint.
 
 Shapes: B samples, C channels, S spatial axes, N attributes.
 """
@@ -29,15 +29,16 @@ _CaseScore: TypeAlias = tuple[tuple[int, ...], float]
 
 @dataclass(frozen=True)
 class Validation:
-    """Scores at the network's resolution; the report's are at native resolution.
+    """Scores at the network's resolution; the report has scores at native resolution.
 
     Args:
-        score: the mean over the first attribute's groups of their mean Dice, so that a minority
-            counts as much as a majority. Cases whose value is not known are a group of their own.
-        dice: by attribute and value ("race=Black"), the mean over cases of their mean Dice over
-            the data set's regions; values without a case are left out.
-        load: by attribute, a row a value of its tokens' shares by expert; empty without experts.
-        examples: one case of each group of the first attribute that this rank came across.
+        score: the mean Dice of each group of the first attribute, averaged over the groups, so that
+            a minority counts as much as a majority. Cases with an unknown value are a group.
+        dice: the mean Dice of each group by attribute and value, such as "race=Black". The Dice of
+            a case is the mean over the data set's regions. Values without a case are left out.
+        load: by attribute, the share of tokens that each value (row) sends to each expert (column);
+            empty if there are no experts.
+        examples: one case of each group of the first attribute, of those that this rank scored.
     """
 
     score: float
@@ -47,9 +48,9 @@ class Validation:
 
 
 def share_of(case_ids: tuple[str, ...], rank: int, world_size: int) -> tuple[str, ...]:
-    """A rank's validation cases, as many as every other's: the first fill up what is missing.
+    """Gives a rank's validation cases; every rank has as many, and the first cases fill the gaps.
 
-    Under FSDP every forward pass is a collective one, so no rank may have one more.
+    With FSDP all ranks take part in every forward pass, so no rank may have one more.
 
     Example:
         >>> [share_of(("a", "b", "c"), rank, 2) for rank in (0, 1)]
@@ -70,17 +71,17 @@ def validate(
     windows: Windows | None = None,
     affine: np.ndarray | None = None,
 ) -> Validation:
-    """Runs the network in eval mode over a rank's share, and gathers all ranks' scores.
+    """Runs the network in eval mode over a rank's share of the cases, and gathers all scores.
 
-    A case that two ranks have seen counts once in the scores, twice in the load.
+    A case that two ranks have counts once in the scores and twice in the load.
 
     Args:
-        model: on `device`.
-        batches: a rank's share; every rank has as many.
-        dataset: whose cases they are.
-        device: where the network computes.
-        windows: as of `infer`.
-        affine: of the frames, as of `Framing.affine`.
+        model: the network, on `device`.
+        batches: this rank's share; every rank has as many batches.
+        dataset: the data set of the cases.
+        device: the device that computes.
+        windows: as for `infer`.
+        affine: the affine of the frames, as in `Framing.affine`.
     """
     was_training = model.training
     model.eval()
@@ -88,7 +89,7 @@ def validate(
     examples: dict[int, Picture] = {}
     loads = ExpertLoads(dataset)
     for batch in batches:
-        # Volumes stay on the CPU, where their logits are put together.
+        # Volumes stay on the CPU, where their logits are assembled.
         moved = batch.to(device if windows is None else torch.device("cpu"))
         predicted_BS = infer(
             model,
@@ -122,7 +123,7 @@ def validate(
 def _gathered(
     scored: dict[str, _CaseScore], loads: ExpertLoads, dataset: Dataset
 ) -> tuple[dict[str, _CaseScore], ExpertLoads]:
-    """The scores by case and the loads of all ranks."""
+    """Gathers the scores by case, and the loads, of all ranks."""
     if not dist.is_initialized():
         return scored, loads
     shares: list[tuple[dict[str, _CaseScore], ExpertLoads]] = [
@@ -134,8 +135,8 @@ def _gathered(
 
 
 def _by_group(scored: dict[str, _CaseScore], dataset: Dataset) -> tuple[float, dict[str, float]]:
-    """The score, and the groups' mean Dice by attribute and value, as of `Validation`."""
-    # In one order, whatever the number of ranks, so that sums agree to the last bit.
+    """Computes the score, and the groups' mean Dice, as in `Validation`."""
+    # Cases are sorted, so that sums agree to the last bit whatever the number of ranks.
     results = [scored[case] for case in sorted(scored)]
     dice: dict[str, float] = {}
     score = 0.0
@@ -148,7 +149,7 @@ def _by_group(scored: dict[str, _CaseScore], dataset: Dataset) -> tuple[float, d
 
 
 def case_dice(predicted_BS: Tensor, truth_BS: Tensor, dataset: Dataset) -> list[float]:
-    """Each case's mean Dice over the data set's regions, of pixels that are not `IGNORED`."""
+    """Computes each case's Dice, averaged over the regions, over pixels that are not `IGNORED`."""
     kept_BS = truth_BS != IGNORED
     by_region = []
     for labels in dataset.regions.values():

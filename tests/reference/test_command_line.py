@@ -212,4 +212,7 @@ def test_a_stopped_command_says_so_without_a_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr("reference_models.__main__.train", stopped)
     assert main(["train", "small"]) == 130
-    assert "Stopped. A training goes on by --resume" in capsys.readouterr().err
+    assert (
+        "Stopped. To go on, give the same command again; add --resume to train."
+        in capsys.readouterr().err
+    )

@@ -123,7 +123,7 @@ def test_its_folder_answers_test_cases_by_all_folds_and_held_out_ones_by_their_o
     again = predict(PredictSettings(named, "last", out=tmp_path / "named"))
     for path in (together / "masks").iterdir():
         assert path.read_bytes() == (again / "masks" / path.name).read_bytes()
-    with pytest.raises(RunError, match=r"it has folds, so name one of them, such as .*fold_0"):
+    with pytest.raises(RunError, match=r"it holds folds, so name one of them, such as .*fold_0"):
         read_run(recipe.out)
     with pytest.raises(DataError, match="has other train cases than"):
         predict(PredictSettings(recipe.out, split="train", out=tmp_path / "no"))
@@ -162,19 +162,27 @@ def test_other_settings_or_cases_are_refused_before_anything_is_trained(crossed,
     recipe, *_ = crossed
     monkeypatch.setattr(cross_validation, "train", lambda *_, **__: pytest.fail("trained"))
     for change, words in (
-        ({"learning_rate": 0.1}, r"fold_0: cannot be resumed .*learning_rate: the run has 0\.004"),
+        (
+            {"learning_rate": 0.1},
+            r"fold_0: this run cannot be resumed .*learning_rate: the run has 0\.004",
+        ),
         ({"data": dataclasses.replace(recipe.data, folds=3)}, r"data\.folds: the run has 2, now 3"),
-        ({"data": dataclasses.replace(recipe.data, fold=1)}, "fold: got 1, but all of them"),
-        ({"out": recipe.out / "fold_0"}, "holds a run, expected a folder for folds"),
+        (
+            {"data": dataclasses.replace(recipe.data, fold=1)},
+            "fold: got 1, but cross-validate trains all folds",
+        ),
+        ({"out": recipe.out / "fold_0"}, "holds a single run, expected a folder for folds"),
     ):
         with pytest.raises(RunError, match=words):
             cross_validate(dataclasses.replace(recipe, **change))
     made = choose_folds(open_dataset(recipe.data), None, 0, 2)
     monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: made[::-1])
-    with pytest.raises(RunError, match="fold_0: was trained on other cases than this fold has"):
+    with pytest.raises(
+        RunError, match="fold_0: this run was trained on other cases than the fold has"
+    ):
         cross_validate(recipe)
     monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: (made[0], made[0]))
-    with pytest.raises(DataError, match="held out by several folds"):
+    with pytest.raises(DataError, match="several folds hold out the same case"):
         cross_validate(recipe)
 
 
@@ -208,7 +216,7 @@ def test_volumes_without_test_cases_are_trained_fold_by_fold_and_gone_on_with(
     (settings.root / "splits_final.json").write_text(
         json.dumps([{"train": ["p0", "p1"], "val": ["p2"]}] * 5), encoding="utf-8"
     )
-    with pytest.raises(DataError, match="p2: held out by several folds"):
+    with pytest.raises(DataError, match=r"several folds hold out the same case \(p2\)"):
         cross_validate(recipe)
     assert trained == []
 
@@ -220,6 +228,6 @@ def test_a_later_fold_that_cannot_be_trained_is_found_before_the_first_is(tmp_pa
     monkeypatch.setattr(cross_validation, "choose_folds", lambda *_: made[::-1])
     monkeypatch.setattr(cohort, "choose_splits", lambda *given: made[::-1][given[3]])
     recipe = dataclasses.replace(TINY, batch_size=14, out=tmp_path / "cv")
-    with pytest.raises(RunError, match="batch_size: got 14, but there are 13 training cases"):
+    with pytest.raises(RunError, match="batch_size: got 14, but there are only 13 training cases"):
         cross_validate(recipe)
     assert not (tmp_path / "cv").exists()

@@ -1,1 +1,1 @@
-"""What `nnUNet_extTrainer` names."""
+"""The folder that `nnUNet_extTrainer` names."""

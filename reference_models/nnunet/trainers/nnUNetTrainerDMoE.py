@@ -1,9 +1,9 @@
-"""Where nnU-Net finds the trainers: it imports the files of this folder by themselves."""
+"""Lets nnU-Net find the trainers: it imports the files of this folder by themselves."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[3]))  # where reference_models lies
+sys.path.append(str(Path(__file__).resolve().parents[3]))  # the folder of reference_models
 
 from reference_models.nnunet import trainer
 

@@ -59,7 +59,7 @@ def test_a_readme_without_marks_is_a_sentence_and_the_figures_are_kept(
     monkeypatch.setattr(command, "PROVIDERS", {"mask-loop": command.PROVIDERS["mask-loop"]})
     words = ["--device", "cpu", "--shapes", "1x32x16x1", "--rounds", "1"]
     assert command.main(words) == 2
-    assert "README.md: got none of <!-- cpu-avx2: begin -->" in capsys.readouterr().err
+    assert "README.md: expected the marks <!-- cpu-avx2: begin -->" in capsys.readouterr().err
     assert readme.read_text(encoding="utf-8") == "no marks"
     assert (tmp_path / "cpu-avx2-float32.csv").exists()
 

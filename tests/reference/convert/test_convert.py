@@ -60,7 +60,7 @@ def test_files_are_linked_and_masks_that_hold_labels_are_too(tmp_path):
     said, content, *_ = converted(settings)
     for kind, name in (("imagesTr", "us_001_0000.png"), ("labelsTr", "us_001.png")):
         assert (settings.to / kind / name).is_symlink()
-    assert "Files are links to yours" in " ".join(said)
+    assert "The files are links to your files" in " ".join(said)
     assert content["labels"] == {"background": 0, "foreground": 1}
     # They lead there from wherever the folder is moved to.
     moved = settings.to.rename(tmp_path / "elsewhere")
@@ -78,14 +78,14 @@ def test_where_links_are_refused_files_are_copied(tmp_path, monkeypatch):
     image = settings.to / "imagesTr/us_001_0000.png"
     assert not image.is_symlink()
     assert image.read_bytes() == (tmp_path / "a/us_001.png").read_bytes()
-    assert "3 files are copied, since the system allows no links here." in said
+    assert "3 files were copied, since the system allows no links here." in said
 
 
 def test_a_folder_that_is_there_is_never_written_to_and_none_is_left_after_an_error(tmp_path):
     settings = loose(tmp_path)
     settings.to.mkdir()
     (settings.to / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match=r"this folder \(--to\) exists already"):
         convert(settings)
     assert (settings.to / "mine.txt").read_text(encoding="utf-8") == "mine"
     shutil.rmtree(settings.to)
@@ -138,12 +138,15 @@ BAD_ROWS = {
         r"no column names the images.*name \('x'\)",
     ),
     "two rows of one": (["f,sex", "us_000,M", "us_000.png,F"], r"c\.csv:3: us_000 has another row"),
-    "no attribute": (["file", "us_000"], "no column besides file"),
+    "no attribute": (
+        ["file", "us_000"],
+        "expected a column for each attribute; there is only file",
+    ),
     "two columns of images": (
         ["nr,file,sex", "us_001,us_000.png,M", "us_000,us_001.png,F"],
         r"c\.csv:2: the columns nr and file both name images.*by --case",
     ),
-    "case is another thing": (["case,file,sex", "control,us_000,M"], "there is a column case too"),
+    "case is another thing": (["case,file,sex", "control,us_000,M"], "there is also a column case"),
 }
 
 
@@ -153,9 +156,11 @@ def test_a_csv_that_cannot_be_used_is_refused(tmp_path, fault):
     settings = loose(tmp_path, n=2, rows=rows)
     with pytest.raises(DataError, match=words):
         convert(settings)
-    with pytest.raises(DataError, match="has no column nobody"):
+    with pytest.raises(DataError, match="there is no column nobody"):
         convert(dataclasses.replace(settings, subject="nobody"))
-    with pytest.raises(DataError, match=r"no cell of sex names|has no column sex|is a column case"):
+    with pytest.raises(
+        DataError, match=r"no cell of the column sex names|no column sex|also a column case"
+    ):
         convert(dataclasses.replace(settings, case="sex"))
     assert not settings.to.exists()
 
@@ -174,7 +179,7 @@ def test_photographs_get_masks_of_png_and_three_channels(tmp_path):
     _, content, *_ = converted(settings, channels=("rgb_to_0_1",) * 3)
     assert content["channel_names"]["2"] == "rgb_to_0_1"
     shutil.rmtree(settings.to)
-    with pytest.raises(DataError, match="images have 3 of them"):
+    with pytest.raises(DataError, match="the images have 3 channels; give one name for each"):
         convert(dataclasses.replace(settings, channels=("a", "b")))
     Image.fromarray(mask_of()).save(tmp_path / "a/P1.JPEG")  # in grey
     _, content, *_ = converted(settings)
@@ -208,7 +213,7 @@ def test_volumes_are_laid_out_with_their_place(tmp_path, value):
     assert written.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(written.affine, AFFINE)
     assert np.asarray(written.dataobj).sum() == 2 * 2 * SHAPE[2]
-    assert not any("Channels are called" in line for line in said)
+    assert not any("The channels are named" in line for line in said)
     sample = read(DataSettings("folder", settings.to), 1)
     assert sample.image_CS.shape == (2, *SHAPE)
     assert sample.truth_S.sum() == 2 * 2 * SHAPE[2]

@@ -78,28 +78,32 @@ def test_numbered_masks_of_one_image_go_together_and_others_do_not(tmp_path):
     found, pairing = paired(tmp_path, ["p1.png", "p2.png"], masks)
     assert found == {"p1": ([0], *masks[:3]), "p2": ([0], masks[3])}
     (said,) = pairing.remarks()
-    assert said.startswith("1 of 2 cases have several masks, which are put together;")
+    assert said.startswith("1 of 2 cases have several masks, which are joined into one;")
 
 
 def test_names_that_differ_in_capitals_or_zeros_are_asked_about(tmp_path):
     _, pairing = paired(tmp_path, ["P1.png", "P01.png", "P3.png"], ["p1_seg.png", "P3.png"])
     said = pairing.remarks()
-    assert said[-1].startswith("Names count letter by letter")
+    assert said[-1].startswith("These names differ slightly")
     assert "P1.png and p1_seg.png" in said[-1]
 
 
 REFUSED = {
-    "nothing alike": (["a1.png"], ["b1.png"], "images are a1.png, masks b1.png; a mask has"),
-    "two images": (["p1.png", "p1.jpg"], ["p1.png"], r"p1\.jpg and .*p1\.png are called alike"),
-    "two masks": (["p1.png"], ["p1_mask.png", "p1_seg.png"], "are called alike; keep one"),
-    "two endings": (["p1.png", "p2.bmp"], ["p1.png", "p2.png"], "images end in .bmp and .png"),
+    "nothing alike": (["a1.png"], ["b1.png"], "images are a1.png, masks are b1.png; a mask must"),
+    "two images": (["p1.png", "p1.jpg"], ["p1.png"], r"p1\.jpg and .*p1\.png have the same name"),
+    "two masks": (["p1.png"], ["p1_mask.png", "p1_seg.png"], "have the same name; remove one"),
+    "two endings": (["p1.png", "p2.bmp"], ["p1.png", "p2.png"], "they end in .bmp and .png"),
     "a volume and an image": (["p1.nii.gz"], ["p1.png"], "save masks as .nii.gz or .nii"),
     "a lacking channel": (
         ["p1_0000.png", "p1_0001.png", "p2_0000.png"], ["p1.png", "p2.png"], "cases lack one .*: p2"
     ),
-    "channels from 1": (["p1_0001.png"], ["p1.png"], "channels are _0001, expected all from _0000"),
-    "no mask": (["p1.png"], ["notes.txt"], r"b: has no file that ends in \.nii.*it has notes.txt"),
-    "folders": (["p1.png"], [], "b: has no file.*it has nothing"),
+    "channels from 1": (["p1_0001.png"], ["p1.png"], "names are _0001, expected all from _0000"),
+    "no mask": (
+        ["p1.png"],
+        ["notes.txt"],
+        r"b: this folder \(--masks\) has no file that ends in \.nii.*it has notes.txt",
+    ),
+    "folders": (["p1.png"], [], r"b: this folder \(--masks\) has no file.*it has nothing"),
 }  # fmt: skip
 
 
@@ -111,8 +115,8 @@ def test_what_cannot_be_paired_is_refused(tmp_path, fault):
 
 
 def test_a_folder_that_is_none_or_has_none_called_like_masks_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"x: no such folder \(--images\)"):
+    with pytest.raises(DataError, match="x: there is no such folder; correct --images"):
         list_files([tmp_path / "x"], [tmp_path])
     (tmp_path / "p1.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no file is called like a mask, such as p1_mask\.png"):
+    with pytest.raises(DataError, match=r"no file in it has a name of a mask: p1_mask\.png"):
         list_files([tmp_path], [Path(f"{tmp_path}/.")])

@@ -88,42 +88,45 @@ def test_columns_that_are_no_groups_are_refused_where_they_are_asked_for(tmp_pat
     )
     code, text = checked(settings)
     assert code == 0
-    assert "weight: 22 values, which is no group; left out" in text
-    assert "nothing: 0 values" in text
+    assert "weight: this column has 22 values, too many for groups, and is left out" in text
+    assert "nothing: this column has 0 values" in text
     assert "cases by site" in text
     for name, words in (
         ("weight", "22 values"),
         ("nothing", "no values"),
-        ("age", "no column age"),
+        ("age", "expected a column age; the attributes in it are "),
     ):
         with pytest.raises(DataError, match=re.escape(f"{table}: ") + ".*" + words):
             open_dataset(dataclasses.replace(settings, attributes=(name,)))
         assert checked(dataclasses.replace(settings, attributes=(name,)))[0] == 1
-    with pytest.raises(DataError, match="name each once"):
+    with pytest.raises(DataError, match="name each attribute once"):
         open_dataset(dataclasses.replace(settings, attributes=("site", "site")))
     table.write_text(
         "\n".join(["case,weight,site", *(f"p{i},{i},a" for i in range(22))]), encoding="utf-8"
     )
-    assert "make groups of them" in checked(settings)[1]  # since it is the default now
+    assert "divide them into 1 to 20 groups" in checked(settings)[1]  # since it is the default now
     dataset = open_dataset(dataclasses.replace(settings, attributes=("site",)))
     assert {case.stratum for case in dataset.cases} == {UNKNOWN}
 
 
 BAD_TABLES = {
-    "none": (None, "{table}: no such file; write one"),
-    "empty": ("", "{table}: has no row"),
-    "columns alone": ("case,T-stage\n", "{table}: has no row"),
-    "no case": ("id,T-stage\np0,T1", "{table}: must have a column case"),
-    "no attribute": ("case,split\np0,", "{table}: must have a column case and one for"),
-    "one column twice": ("case,T-stage,T-stage\np0,1,2", "{table}: two columns are called T-stage"),
+    "none": (None, "{table}: there is no such file; write one"),
+    "empty": ("", "{table}: this csv has no row"),
+    "columns alone": ("case,T-stage\n", "{table}: this csv has no row"),
+    "no case": ("id,T-stage\np0,T1", "{table}: expected a column case"),
+    "no attribute": ("case,split\np0,", "{table}: expected a column case and a column for"),
+    "one column twice": (
+        "case,T-stage,T-stage\np0,1,2",
+        "{table}: two columns have the name T-stage",
+    ),
     "in another code": ("case,T-stage\np0,größer".encode("latin-1"), "{table}: not a readable csv"),
     "in 16 bits": ("case,T-stage\np0,T1".encode("utf-16"), "{table}: not a readable csv"),
     "a quote that stays open": ('case,T-stage\np0,"T1', "{table}: not a readable csv"),
-    "a cell too few": ("{rows}\np3", "{table}:5: 1 cells, expected 2 (case, T-stage)"),
-    "a cell too many": ("{rows}\np3,T1,x", "{table}:5: 3 cells, expected 2"),
-    "no row": ("{rows}", "{table}: no row for case p3"),
-    "no such case": ("{rows}\np3,T1\np4,T1", "{table}:6: 'p4' is no case of the folder"),
-    "a case twice": ("{rows}\np3,T1\np0,T1", "{table}:6: p0 has a row already, line 2"),
+    "a cell too few": ("{rows}\np3", "{table}:5: this row has 1 cells, expected 2 (case, T-stage)"),
+    "a cell too many": ("{rows}\np3,T1,x", "{table}:5: this row has 3 cells, expected 2"),
+    "no row": ("{rows}", "{table}: there is no row for case p3"),
+    "no such case": ("{rows}\np3,T1\np4,T1", "{table}:6: 'p4' is not a case of the folder"),
+    "a case twice": ("{rows}\np3,T1\np0,T1", "{table}:6: the case p0 has a row already, in line 2"),
     "upper case": ("{rows}\np3,t1", "{table}: T-stage: 'T1' (line 2) and 't1' (line 5) differ"),
 }
 
@@ -168,8 +171,8 @@ def test_splits_that_contradict_the_folders_are_refused(tmp_path):
     )
     lines = errors(checked(settings)[1])
     for words in (
-        f"{table}:2: p0: split must be train, validation, test or nothing, got 'tset'",
-        f"{table}:4: p2: split is train, but its image is in {tmp_path / 'imagesTs'}",
-        f"{table}:5: p3: split is test, but it has no label",
+        f"{table}:2: p0: split is 'tset', expected train, validation, test, or an empty cell",
+        f"{table}:4: p2: its split is train, but its image is in {tmp_path / 'imagesTs'}",
+        f"{table}:5: p3: its split is test, but it has no mask",
     ):
         assert any(line.startswith(f"error: {words}") for line in lines)

@@ -56,7 +56,7 @@ def test_rows_of_other_cases_are_passed_over_with_whatever_they_say(csv):
     path = csv([*ROWS, "p5,Z,old", "p5,,"])
     attributes = CaseAttributes.read(path, ["p1", "p2"], known={"site": ["A", "B"]})
     assert attributes.of(["p1", "p2"]).tolist() == [[1], [0]]
-    with refused("1 of 2 cases (p5)"):
+    with refused("1 of 2 cases have an unknown attribute (p5)"):
         attributes.of(["p1", "p5"])
 
 
@@ -68,16 +68,16 @@ def test_a_case_without_a_row_or_with_two_is_refused(csv):
 
 
 def test_a_value_or_column_that_the_model_does_not_know_is_refused(csv):
-    with refused("p1: site must be one of A, or nothing; got 'B'"):
+    with refused("p1: site is 'B', expected one of A, or an empty cell"):
         CaseAttributes.read(csv(), CASES, known={"site": ["A"]})
-    with refused("has no column scanner; it has site, age"):
+    with refused("expected a column scanner; the attributes in it are site, age"):
         CaseAttributes.read(csv(), CASES, known={"scanner": ["1"]})
 
 
 def test_an_unknown_attribute_is_refused_where_its_case_is_asked_for(csv):
     attributes = CaseAttributes.read(csv(), CASES, ("age",))
     assert attributes.of(["p1", "p4"]).tolist() == [[0], [0]]
-    with refused("an attribute is not known of 1 of 2 cases (p3)"):
+    with refused("1 of 2 cases have an unknown attribute (p3)"):
         attributes.of(["p1", "p3"])
 
 

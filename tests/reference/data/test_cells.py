@@ -40,15 +40,18 @@ def test_subjects_that_a_person_may_take_for_one_are_kept_apart_and_told(tmp_pat
     rows = [f"p{i},A,{subject}" for i, subject in enumerate(subjects)]
     code, text = checked(table(tmp_path, "case,site,subject", *rows))
     assert code == 0
-    assert "warning: subject: kept apart, as texts differ: '01' and '1', 'P7' and 'p7'\n" in text
-    assert "warning: subject: 1.2E+17: as a spreadsheet rounds long numbers" in text
+    assert (
+        "warning: subject: these count as different, since their texts differ: '01' and '1', "
+        "'P7' and 'p7'\n" in text
+    )
+    assert "warning: subject: 1.2E+17: a spreadsheet may have rounded long numbers" in text
 
 
 def test_lesions_are_compared_as_text_too(tmp_path):
     lesions = [f"0{i // 6}" if i % 2 else f"{i // 6}" for i in range(12)]
     settings, _ = ham_folder(tmp_path, lesion_id=lesions)
     assert {case.subject for case in open_dataset(settings).cases} == {"0", "00", "1", "01"}
-    assert "lesion_id: kept apart" in checked(settings)[1]
+    assert "lesion_id: these count as different" in checked(settings)[1]
 
 
 def test_whole_numbers_are_one_value_however_written_and_fractions_are_text(tmp_path):
@@ -57,7 +60,7 @@ def test_whole_numbers_are_one_value_however_written_and_fractions_are_text(tmp_
     dataset = open_dataset(settings)
     assert dataset.attributes[0].values == ("1.1", "1.10", "3", "x")
     assert [case.attributes[0] for case in dataset.cases] == [2, 2, 2, 0, 1, 3]
-    said = "grade: '03' and '3' and '3.0' are taken for one value, 3\n"
+    said = "grade: '03' and '3' and '3.0' count as one value, 3\n"
     assert said in checked(settings)[1]
 
 
@@ -67,12 +70,14 @@ def test_check_quotes_what_it_took_for_unknown_and_the_flag_says_otherwise(tmp_p
     code, text = checked(settings)
     assert code == 0
     assert (
-        "phase: taken for unknown: nothing in 1 cell, 'None' in 1 cell, 'none' in 1 cell, "
-        "'unknown' in 1 cell; if 'None' or 'none' is a value of yours, name the other texts by "
+        "phase: these count as unknown: 1 empty cell, 'None' in 1 cell, 'none' in 1 cell, "
+        "'unknown' in 1 cell; if 'None' or 'none' is a value in your data, give the other texts by "
         "--unknown-texts"
     ) in text
     own = dataclasses.replace(settings, unknown_texts=("nan",))
-    with pytest.raises(DataError, match=r"'none' .* and 'None' .* differ in upper and lower case"):
+    with pytest.raises(
+        DataError, match=r"'none' .* and 'None' .* differ only in upper and lower case"
+    ):
         open_dataset(own)
     path = tmp_path / "attributes.csv"
     path.write_text(path.read_text(encoding="utf-8").replace("None", "none"), encoding="utf-8")
@@ -88,9 +93,10 @@ def test_photographs_take_the_same_list_and_quote_rare_sites(tmp_path):
     settings, _ = ham_folder(tmp_path, localization=sites, Sex=["NULL", *"MF" * 5, "F"])
     text = checked(settings)[1]
     assert (
-        "localization: taken for unknown: 'N/A' in 1 cell, 'ear' in 2 cells; if 'N/A' is a value "
+        "localization: these count as unknown: 'N/A' in 1 cell, 'ear' in 2 cells; if 'N/A' is a "
+        "value "
     ) in text
-    assert "sex: taken for unknown: 'NULL' in 1 cell" in text
+    assert "sex: these count as unknown: 'NULL' in 1 cell" in text
     strict = dataclasses.replace(settings, unknown_texts=())
     text = checked(strict)[1]
     assert len(errors(text)) == 2  # N/A is no site and NULL no sex
@@ -127,7 +133,7 @@ NO_TABLES = {
     "packed by gzip": b"\x1f\x8b\x08" + bytes(40),
     "text in UTF-16, expected text in UTF-8": "case,site\np0,A\n".encode("utf-16"),
     "text in UTF-16": b"\xfe\xff" + "case,site\np0,A\n".encode("utf-16-be"),
-    "zero bytes, as UTF-16": "case,site\np0,A\n".encode("utf-16-le"),
+    "zero bytes, as text in UTF-16": "case,site\np0,A\n".encode("utf-16-le"),
 }
 
 
@@ -141,12 +147,21 @@ def test_what_is_no_text_is_called_what_it_is(tmp_path, words):
 
 
 ONE_ERROR = {
-    "columns behind a #": (["#case,site", "p0,A", "p1,B", "p2,B"], "'#case,site' is left out, as"),
-    "a row cut short": (["case,site", "p0,A", "p1", "p2,B"], ":3: 1 cells, expected 2"),
-    "every row cut short": (["case,site,age", "p0,A", "p1,B", "p2,B"], ":2: 2 cells, expected 3"),
-    "another cohort": (["case,site", "x0,A", "x1,B", "x2,B"], "none of its 3 rows is a case"),
-    "no column of cases": (["id,site", "p0", "p1", "p2"], "must have a column case"),
-    "a zero lost": (["case,site", "00,A", "p1,B", "p2,B"], "write 0 if that is meant"),
+    "columns behind a #": (
+        ["#case,site", "p0,A", "p1,B", "p2,B"],
+        "'#case,site' is ignored, since",
+    ),
+    "a row cut short": (
+        ["case,site", "p0,A", "p1", "p2,B"],
+        ":3: this row has 1 cells, expected 2",
+    ),
+    "every row cut short": (
+        ["case,site,age", "p0,A", "p1,B", "p2,B"],
+        ":2: this row has 2 cells, expected 3",
+    ),
+    "another cohort": (["case,site", "x0,A", "x1,B", "x2,B"], "none of its 3 rows names a case"),
+    "no column of cases": (["id,site", "p0", "p1", "p2"], "expected a column case"),
+    "a zero lost": (["case,site", "00,A", "p1,B", "p2,B"], "write 0 if you mean that case"),
     "rows missing": (["case,site", "p1,A"], "no row for 2 cases: p0, p2"),
 }
 
@@ -173,7 +188,7 @@ def test_a_row_cut_short_of_a_photograph_is_no_case_of_unknown_age(tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([*lines[:-1], lines[-1].rsplit(",", 3)[0]]), encoding="utf-8")
     (line,) = errors(checked(settings)[1])
-    assert f"{path}:9: 5 cells, expected 8" in line
+    assert f"{path}:9: this row has 5 cells, expected 8" in line
     ids = [f"ISIC_{i:07}" for i in range(12)]
     content = {"dataset": "ham10000", "seed": 0}
     content |= {"train": ids[:8], "validation": ids[8:10], "test": ids[10:]}
@@ -202,4 +217,7 @@ def test_accents_may_be_written_in_two_ways_in_photographs_and_values(tmp_path, 
 def test_a_column_that_names_patients_is_pointed_out(tmp_path):
     rows = [f"p{i},A,n{i}" for i in range(22)]
     text = checked(table(tmp_path, "case,site,patient", *rows, n=22))[1]
-    assert "patient: 22 values, which is no group; left out. A column that names patients" in text
+    assert (
+        "patient: this column has 22 values, too many for groups, and is left out. If it names "
+        "patients" in text
+    )

@@ -26,7 +26,7 @@ def test_subjects_that_are_not_known_are_counted_and_told(tmp_path):
     code, text = checked(settings)
     assert code == 0
     assert (
-        "subject: taken for unknown: nothing in 1 cell, '-1' in 1 cell, 'NA' in 2 cells; "
+        "subject: these count as unknown: 1 empty cell, '-1' in 1 cell, 'NA' in 2 cells; "
         f"{ALONE}; if" in text
     )
     own = dataclasses.replace(settings, unknown_texts=("-1",))
@@ -45,7 +45,7 @@ def test_patients_that_are_not_known_are_counted_and_told(tmp_path):
         write_npz(tmp_path, number, pid=patient)
     code, text = checked(settings)
     assert code == 0
-    assert f"pid: taken for unknown: 'NA' in 2 cells; {ALONE}; if" in text
+    assert f"pid: these count as unknown: 'NA' in 2 cells; {ALONE}; if" in text
 
 
 def test_a_row_with_the_exact_name_wins_over_one_with_a_channels(tmp_path):
@@ -53,7 +53,7 @@ def test_a_row_with_the_exact_name_wins_over_one_with_a_channels(tmp_path):
     code, text = checked(settings)
     assert code == 1
     (line,) = errors(text)
-    assert f"{tmp_path / 'attributes.csv'}:2: p0 has a row already, line 3" in line
+    assert f"{tmp_path / 'attributes.csv'}:2: the case p0 has a row already, in line 3" in line
 
 
 def test_cells_that_look_like_markup_are_printed_as_they_are(tmp_path):

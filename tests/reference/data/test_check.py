@@ -23,19 +23,19 @@ def test_an_empty_list_or_table_is_an_error_and_a_missing_one_is_said(tmp_path):
     (tmp_path / "test.txt").write_text("\n", encoding="utf-8")
     code, text = checked(settings)
     assert code == 1
-    assert f"error: {tmp_path / 'test.txt'}: names no file" in text
+    assert f"error: {tmp_path / 'test.txt'}: this list names no file" in text
     (tmp_path / "test.txt").unlink()
     code, text = checked(settings)
     assert code == 0
-    assert "split: validation and test drawn by seed 0 from the rest" in text
-    assert f"split: by {tmp_path / 'train.txt'}\n" in text
+    assert "split: validation and test cases were drawn from the rest with --split-seed 0\n" in text
+    assert f"split: by the lists {tmp_path / 'train.txt'}\n" in text
     settings, _ = ham_folder(tmp_path)
     assert "drawn" not in checked(settings)[1]
     table = settings.root / "split" / "new_test.csv"
     table.write_text(table.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
     code, text = checked(settings)
     assert code == 1
-    assert f"error: {table}: has no row" in text
+    assert f"error: {table}: this csv has no row" in text
 
 
 def test_check_warns_of_images_and_masks_of_one_value(tmp_path):
@@ -44,8 +44,8 @@ def test_check_warns_of_images_and_masks_of_one_value(tmp_path):
     write_npz(tmp_path, 5, disc_cup_mask=np.minimum(disc(), -1))
     code, text = checked(settings)
     assert code == 0
-    assert "warning: image of one intensity: 1 cases: data_00004" in text
-    assert "warning: mask without background: 1 cases: data_00005" in text
+    assert "warning: the image has a single intensity: 1 cases: data_00004" in text
+    assert "warning: the mask has no background: 1 cases: data_00005" in text
 
 
 def test_check_names_every_bad_file_of_many(tmp_path):
@@ -58,7 +58,10 @@ def test_check_names_every_bad_file_of_many(tmp_path):
     code, text = checked(settings)
     assert code == 1
     assert all(f"error: {path}" in text for path in [*bad, torn, tmp_path / "data_00018.npz"])
-    assert "error: data_00017.npz: in" in text
+    assert (
+        f"error: data_00017.npz: {tmp_path / 'train.txt'} lists this file, but there is none"
+        in text
+    )
     assert "17 errors" in text
     with pytest.raises(DataError, match="data_00016") as raised:
         open_dataset(settings)
@@ -74,10 +77,11 @@ def test_check_finds_leaks_repeated_names_unknowns_and_missing_classes(tmp_path)
     code, text = checked(settings)
     assert code == 1
     assert "subject 77 lies in several splits: data_00002 in train, data_00012 in test" in text
-    assert "warning: language unknown: 1 cases: data_00003" in text
-    assert "warning: mask without cup: 1 cases: data_00003" in text
+    assert "warning: language is unknown: 1 cases: data_00003" in text
+    assert "warning: the mask has no cup: 1 cases: data_00003" in text
     (tmp_path / "test.txt").write_text("data_00001.npz\ndata_00011.npz\n", encoding="utf-8")
-    assert "data_00001.npz: in" in checked(settings)[1]
+    lists = " and ".join(str(tmp_path / name) for name in ("test.txt", "train.txt"))
+    assert f"data_00001.npz: {lists} both list this file" in checked(settings)[1]
 
 
 def test_check_counts_each_value_by_split_as_training_would_use_it(tmp_path):

@@ -73,7 +73,7 @@ def test_whatever_a_foreign_reader_raises_becomes_an_error_that_names_the_file()
     for raised, words in (
         (RecursionError("deep"), r"a\.x: no file of ours \(RecursionError: deep\); mend it"),
         (ValueError("one\ntwo"), r"a\.x: no file of ours \(one two\); mend it"),
-        (MemoryError("9 TiB"), r"needs more memory than there is: 9 TiB\).* else mend it"),
+        (MemoryError("9 TiB"), r"needs more memory than this machine has: 9 TiB\).* else mend it"),
     ):
         with pytest.raises(DataError, match=words), reading("a.x", "no file of ours", "mend it"):
             raise raised

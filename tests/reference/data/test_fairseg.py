@@ -59,23 +59,23 @@ def test_fairseg_ages_may_stand_in_years_or_in_days(tmp_path, factor, unit):
     write_npz(tmp_path, 2, age=-1)
     dataset = open_dataset(DataSettings("fairseg", tmp_path, ("age",)))
     assert [case.attributes[0] for case in dataset.cases[:4]] == [0, UNKNOWN, 1, 1]
-    assert f"age: in {unit}" in checked(DataSettings("fairseg", tmp_path))[1]
+    assert f"age: the files have it in {unit}" in checked(DataSettings("fairseg", tmp_path))[1]
 
 
 BAD_NPZ = {
     "object mask": ({"disc_cup_mask": np.array([None, 1], object)}, "Python objects"),
     "object attribute": ({"race": np.array("White", object)}, "numpy.savez_compressed"),
     "label out of range": ({"disc_cup_mask": disc() * 2}, r"got also \[-4\]"),
-    "empty mask": ({"disc_cup_mask": disc() * 0}, "all background"),
+    "empty mask": ({"disc_cup_mask": disc() * 0}, "only background"),
     "sizes differ": ({"disc_cup_mask": disc()[:-1]}, r"\(23, 31\)"),
-    "no mask": ({"disc_cup_mask": None}, "no disc_cup_mask or disc_cup"),
-    "no image": ({"slo_fundus": None}, "no slo_fundus"),
+    "no mask": ({"disc_cup_mask": None}, "expected disc_cup_mask or disc_cup in this file"),
+    "no image": ({"slo_fundus": None}, "expected slo_fundus"),
     "nan": ({"slo_fundus": np.full((24, 31), np.nan)}, "intensities"),
     "already scaled": ({"slo_fundus": fundus() / 255.0}, "intensities"),
-    "race 7": ({"race": 7}, "race must be 0..2"),
-    "text": ({"gender": "F"}, "gender must be one number"),
-    "age in days": ({"age": 20000}, "would be in days"),
-    "two patients": ({"pid": [1, 2]}, r"pid must be one value, got int64 \(2,\)"),
+    "race 7": ({"race": 7}, "race is 7, expected 0..2"),
+    "text": ({"gender": "F"}, "expected one number as gender"),
+    "age in days": ({"age": 20000}, "is in days"),
+    "two patients": ({"pid": [1, 2]}, r"expected one value as pid, got int64 \(2,\)"),
     "no array": ({"race": b"2"}, r"race cannot be read \(no array\)"),
     "torn header": ({"race": header("(1")}, "race cannot be read"),
     "claims terabytes": (

@@ -39,8 +39,8 @@ def test_a_folder_of_images_is_read_by_its_ending(tmp_path, ending):
     assert (sample.spacing, sample.header, sample.affine) == ((1.0, 1.0), None, None)
     code, text = checked(settings)
     assert code == 0
-    assert "images: in the median 20 rows and 30 columns" in text
-    assert "channel 0000 (noNorm): left as it is" in text
+    assert "images: the median image has 20 rows and 30 columns" in text
+    assert "channel 0000 (noNorm): not changed" in text
 
 
 def test_jpegs_have_masks_of_a_kind_that_keeps_labels(tmp_path):
@@ -54,8 +54,10 @@ def test_jpegs_have_masks_of_a_kind_that_keeps_labels(tmp_path):
             image.save(path.with_suffix(".jpg"))
         path.unlink()
     (line,) = errors(checked(settings)[1])
-    assert "u0.jpg: a mask as JPEG, which changes labels; write it as .png or .tif" in line
-    assert "(so are 5 more: " in line
+    assert (
+        "u0.jpg: this mask is a JPEG, which changes labels; export it again as .png or .tif" in line
+    )
+    assert "(the same holds for 5 more: " in line
 
 
 @pytest.mark.parametrize("how", ["named .png", "packed in a .tif"])
@@ -69,7 +71,9 @@ def test_a_mask_that_is_a_jpeg_inside_is_refused(tmp_path, how):
         path = path.with_suffix(".tif")
         Image.fromarray(nodule(2)).save(path, compression="jpeg")
     (line,) = errors(checked(settings)[1])
-    assert line.startswith(f"error: {path}: cannot be read (it is packed as JPEG, which changes")
+    assert line.startswith(
+        f"error: {path}: cannot be read (it is compressed as JPEG, which changes"
+    )
 
 
 def test_colours_are_in_one_file_or_a_channel_a_file(tmp_path):
@@ -90,10 +94,10 @@ def test_colours_are_in_one_file_or_a_channel_a_file(tmp_path):
         np.testing.assert_array_equal(together.image_CS, apart.image_CS)
     (three.root / "imagesTr/u2_0001.png").unlink()
     (line,) = errors(checked(three)[1])
-    assert "u2_0001.png: no such file (channel G)" in line
+    assert "u2_0001.png: there is no such file (channel G)" in line
     (three.root / "imagesTr/u2_0002.png").unlink()  # what is left is no file of all colours
     (line,) = errors(checked(three)[1])
-    assert "u2_0001.png: no such file (channel G)" in line
+    assert "u2_0001.png: there is no such file (channel G)" in line
 
 
 def test_channels_are_scaled_by_their_names(tmp_path):
@@ -146,9 +150,9 @@ def _sixteen_bit_colours(path):
 BAD_IMAGES = {
     "16 bits": (
         _save(Image.fromarray(echoes().astype(np.uint16) * 9)),
-        "mode I;16, expected 8 bits a channel; bring its intensities to 0..255",
+        "mode I;16, expected 8 bits for each channel; bring its intensities to 0..255",
     ),
-    "16 bits a colour": (_sixteen_bit_colours, "16 bits a channel, expected 8"),
+    "16 bits a colour": (_sixteen_bit_colours, "16 bits for each channel, expected 8"),
     "see-through": (
         _save(Image.fromarray(np.stack([echoes()] * 4, -1))), "parts of it are transparent"
     ),
@@ -159,16 +163,17 @@ BAD_IMAGES = {
     "another size": (
         _save(Image.fromarray(echoes(0, (20, 31)))), "has 20 rows and 30 columns, but .* has 20 and"
     ),
-    "on its side": (_save(Image.fromarray(echoes().T)), "has 30 and 20; turn one of them, as EXIF"),
+    "on its side": (_save(Image.fromarray(echoes().T)), "has 30 and 20; turn one of them"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:200]), "cannot be read as an"),
     "empty": (lambda path: path.write_bytes(b""), "cannot identify image"),
     "text": (lambda path: path.write_text("sorry", encoding="utf-8"), "cannot identify image"),
 }  # fmt: skip
 BAD_MASKS = {
     "white": (
-        _save(Image.fromarray(nodule() // 2 * 255)), "must be 0 to 2 .*got also 255; .*write 1"
+        _save(Image.fromarray(nodule() // 2 * 255)),
+        "expected the labels 0 to 2 .*got also 255; .*write 1",
     ),
-    "a label too many": (_save(Image.fromarray(nodule() + 1)), "got also 3; correct the one or"),
+    "a label too many": (_save(Image.fromarray(nodule() + 1)), "got also 3; correct the mask or"),
     "colours": (_save(Image.fromarray(np.stack([nodule()] * 3, -1))), "mode RGB, expected one lab"),
     "16 bits": (_save(Image.fromarray(nodule().astype(np.uint16))), "mode I;16, expected one lab"),
     "another size": (
@@ -176,7 +181,7 @@ BAD_MASKS = {
         "has 20 rows and 29 columns, but .*u1_0000.png has 20 and 30; save it at that size",
     ),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:80]), "cannot be read"),
-    "missing": (lambda path: path.unlink(), "no such file; an image without a mask"),
+    "missing": (lambda path: path.unlink(), "there is no such mask; move images without a mask"),
 }  # fmt: skip
 
 
@@ -197,6 +202,25 @@ def test_check_names_a_bad_image_or_mask_and_says_what_is_wrong(tmp_path, folder
     if "size" in fault or fault == "missing":  # of which training hears before it starts
         with pytest.raises(DataError, match=words):
             open_dataset(settings)
+
+
+def test_masks_of_black_and_white_are_one_error_that_names_the_first_and_the_count(tmp_path):
+    settings = nnunet_images(tmp_path, n=8)
+    for number in range(7):
+        white = Image.fromarray((nodule(number) > 0).astype(np.uint8) * 255)
+        white.save(tmp_path / f"labelsTr/u{number}.png")
+    code, text = checked(settings)
+    assert code == 1
+    (line,) = errors(text)
+    path = str(tmp_path / "labelsTr/u0.png")
+    assert line.startswith(f"error: {path}: expected the labels 0 to 2 (")
+    assert "as dataset.json says; got also 255; a mask must hold labels and not grey levels" in line
+    names = ", ".join(str(tmp_path / f"labelsTr/u{number}.png") for number in (1, 2, 3))
+    assert line.endswith(
+        f"convert, which does that (the same holds for 6 more: {names} and 3 more)"
+    )
+    with pytest.raises(DataError, match=r"got also 255; .*write 1 for white"):
+        load(settings, "u3")
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
@@ -228,7 +252,7 @@ def test_a_tiff_on_its_side_is_refused(tmp_path, packed):
         Image.fromarray(echoes(1)).save(path, tiffinfo=tags, compression=packed)
         found = errors(checked(settings)[1])
         assert len(found) == refused
-        assert all(f"{path}: " in line and "a TIFF of orientation 6" in line for line in found)
+        assert all(f"{path}: " in line and "this TIFF has orientation 6" in line for line in found)
 
 
 def test_a_file_of_several_images_is_refused(tmp_path):
@@ -243,17 +267,19 @@ def test_a_file_of_several_images_is_refused(tmp_path):
 def test_images_of_another_ending_are_named_once_and_previews_are_left_out(tmp_path):
     settings = nnunet_images(tmp_path, n=6)
     (tmp_path / "imagesTr/notes.txt").write_text("", encoding="utf-8")
-    assert "imagesTr: not .png and left out: notes.txt" in checked(settings)[1].replace("\\", "/")
+    assert "imagesTr: files that do not end in .png are left out: notes.txt" in checked(settings)[
+        1
+    ].replace("\\", "/")
     for i in (1, 2):
         path = tmp_path / f"imagesTr/u{i}_0000.png"
         with Image.open(path) as image:
             image.save(path.with_suffix(".jpg"))
         path.unlink()
     (line,) = errors(checked(settings)[1])
-    assert "u1_0000.jpg: ends in .jpg, but the file_ending of" in line
-    assert "(so are 1 more: u2_0000.jpg)" in line
+    assert "u1_0000.jpg: this file ends in .jpg, but the file_ending of" in line
+    assert "(the same holds for 1 more: u2_0000.jpg)" in line
     (tmp_path / "labelsTr/u3.tif").write_bytes((tmp_path / "labelsTr/u3.png").read_bytes())
-    assert any("u3.tif: the same name as" in line for line in errors(checked(settings)[1]))
+    assert any("u3.tif: it has the same name as" in line for line in errors(checked(settings)[1]))
 
 
 def test_rows_may_name_files_and_images_to_be_predicted_need_none(tmp_path):
@@ -267,7 +293,7 @@ def test_rows_may_name_files_and_images_to_be_predicted_need_none(tmp_path):
     Image.fromarray(echoes(9)).save(tmp_path / "imagesTs/new_0000.jpg")
     code, text = checked(settings)
     assert code == 0
-    assert "no row for 1 cases without a mask, whose attributes are unknown: new" in text
+    assert "1 cases without a mask have no row, so that their attributes are unknown: new" in text
     cases = {case.case_id: case for case in open_dataset(settings).cases}
     assert (cases["u1"].attributes, cases["new"].attributes) == ((1,), (UNKNOWN,))
     assert load(settings, "new").mask_S is None
@@ -276,7 +302,7 @@ def test_rows_may_name_files_and_images_to_be_predicted_need_none(tmp_path):
 def test_nifti_is_the_former_name_of_a_folder(tmp_path):
     settings = nnunet_images(tmp_path, n=20)
     assert DataSettings("nifti", tmp_path) == settings
-    with pytest.raises(DataError, match="folder needs the folder of its files"):
+    with pytest.raises(DataError, match="expected the folder that holds the files of folder"):
         open_dataset(DataSettings("nifti"))
     dataset = open_dataset(settings)
     now = make_splits(dataset, 0)

@@ -47,7 +47,10 @@ def test_a_folds_cases_are_trained_and_validated_on(settings, fold):
     code, text = checked(dataclasses.replace(settings, fold=fold))
     assert code == 0
     path = settings.root / "splits_final.json"
-    assert f"split: fold {fold or 0} of 0 to 4 (--fold) of {path}; its val is" in text
+    assert (
+        f"split: fold {fold or 0} of the folds 0 to 4 (--fold), of {path}; the cases that it"
+        in text
+    )
     assert "drawn" not in text
 
 
@@ -66,7 +69,7 @@ def test_a_file_that_is_named_wins_and_may_lie_anywhere(settings, tmp_path):
     path.write_text(json.dumps(FOLDS[1:]), encoding="utf-8")
     named = dataclasses.replace(settings, splits=path, fold=3)
     assert chosen(named).validation == ("p4", "p9")
-    assert f"fold 3 of 0 to 3 (--fold) of {path}" in checked(named)[1]
+    assert f"fold 3 of the folds 0 to 3 (--fold), of {path}" in checked(named)[1]
     (settings.root / "splits_final.json").unlink()
     ours = make_splits(open_dataset(settings), 5)
     write_splits(path, ours)
@@ -78,9 +81,9 @@ def test_a_fold_that_cannot_be_is_refused(settings, tmp_path):
     ours = tmp_path / "splits.json"
     write_splits(ours, make_splits(open_dataset(settings), 0))
     for change, content, words in (
-        ({"fold": 5}, FOLDS, "fold: got 5, but .* has 0 to 4"),
+        ({"fold": 5}, FOLDS, "fold: got 5, but .* has the folds 0 to 4"),
         ({"fold": -1}, FOLDS, "fold: got -1"),
-        ({"splits": ours, "fold": 0}, FOLDS, "is one split and not a list of folds"),
+        ({"splits": ours, "fold": 0}, FOLDS, "holds one split and no folds"),
         ({}, [{"train": ["p0", "p1"], "val": ["p99"]}], "p99: not in the data set"),
         ({}, [{"train": ["p0", "p1"], "val": ["p1"]}], "p1: named more than once"),
         ({}, [{"train": ["p0", "p1"], "val": []}], "validation: without a case"),
@@ -94,7 +97,7 @@ def test_a_fold_that_cannot_be_is_refused(settings, tmp_path):
         (line,) = errors(checked(asked)[1])
         assert "TypeError" not in line
     path.unlink()  # then folds are made
-    with pytest.raises(DataError, match="fold: got 5, but 5 folds are made"):
+    with pytest.raises(DataError, match="fold: got 5, but there are 5 folds"):
         chosen(dataclasses.replace(settings, fold=5))
 
 
@@ -104,11 +107,13 @@ def test_a_fold_must_not_contradict_the_csvs_split_nor_spread_a_patient(settings
     splits = ["test", *[""] * 9]
     lines = [f"{row},{split}" for row, split in zip(rows, splits, strict=True)]
     table.write_text("\n".join(["case,T-stage,split", *lines]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"has p0 in validation, but .* p0 is in test"):
+    with pytest.raises(
+        DataError, match=r"has p0 in validation, but .* p0 is in test; .*--fold then makes"
+    ):
         chosen(settings)
     lines = [f"{row},{'one' if i < 2 else ''}" for i, row in enumerate(rows)]
     table.write_text("\n".join(["case,T-stage,subject", *lines]), encoding="utf-8")
-    with pytest.raises(DataError, match="subject one lies in several splits"):
+    with pytest.raises(DataError, match="the subject one lies in several splits"):
         chosen(settings)
 
 
@@ -138,9 +143,32 @@ def test_training_takes_the_fold(settings):
     assert cohort.validation == tuple(FOLDS[3]["val"])
 
 
+def test_cases_that_no_split_names_are_counted_and_named(settings):
+    assert "in no split" not in checked(settings)[1]
+    few = [{"train": ["p1", "p2", "p4"], "val": ["p6"]}]
+    path = settings.root / "splits_final.json"
+    path.write_text(json.dumps(few), encoding="utf-8")
+    said = (
+        "6 of 10 cases with a mask are in no split and are not used: p0, p3, p5, p7, p8 and 1 more"
+    )
+    code, text = checked(settings)
+    assert code == 0
+    assert f"; {said}\n" in text
+    recipe = Recipe(
+        settings,
+        ResUNet3DSettings(features=2),
+        VolumeFramingSettings(spacing=(1.0, 1.0, 1.0), patch=(64, 32, 32)),
+        batch_size=1,
+    )
+    cohort = Cohort.of(recipe, open_dataset(settings), resume=False)
+    assert said in cohort.remarks()
+
+
 def test_too_few_cases_to_draw_from_are_an_error_of_check_too(tmp_path):
     (line,) = errors(checked(nnunet_folder(tmp_path, n=2))[1])
-    assert "2 cases with a mask of 2 subjects leave nothing for" in line
+    assert (
+        "there are 2 cases with a mask, of 2 subjects, which are too few: none is left for" in line
+    )
 
 
 def test_a_damaged_case_of_a_fold_is_one_error(settings):

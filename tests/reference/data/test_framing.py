@@ -66,7 +66,7 @@ def test_frames_keep_the_aspect_ratio_and_crop_the_middle():
     cropped = ImageFraming(20, crop=20).apply(given)
     assert cropped.image_CS.min() == 1
     assert cropped.mask_S.min() == 1
-    with pytest.raises(ValueError, match=r"\(3, 30, 30\)|must be"):
+    with pytest.raises(ValueError, match=r"got shape \(3, 20, 30\), expected \(K, 30, 30\)"):
         ImageFraming(30).restore(torch.zeros(3, 20, 30), given)
     with pytest.raises(ValueError, match="size"):
         ImageFraming(0)

@@ -71,7 +71,9 @@ def test_a_bad_row_is_named_by_its_line_and_paths_may_be_of_windows(tmp_path):
     table.write_text(
         table.read_text(encoding="utf-8").replace("lesion_id", "lesion"), encoding="utf-8"
     )
-    with pytest.raises(DataError, match="lack lesion_id; the first has , lesion, image_id"):
+    with pytest.raises(
+        DataError, match="lack the columns lesion_id; the first file has , lesion, image_id"
+    ):
         open_dataset(settings)
 
 

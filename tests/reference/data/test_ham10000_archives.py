@@ -81,19 +81,20 @@ def test_kaggles_second_copy_in_lower_case_is_passed_over_and_said(tmp_path):
     dataset = open_dataset(settings)
     assert all("/HAM10000_images" in case.files[0] for case in dataset.cases)
     (note,) = [note for note in dataset.notes if "twice" in note]
-    assert note.startswith("6 photographs are there twice, such as ")
+    assert note.startswith("6 photographs exist twice, such as ")
 
 
 def test_what_is_not_there_is_one_error_that_names_what_was_looked_for(tmp_path):
     settings, _ = archives(tmp_path, images=PARTS, masks=(TSCHANDL,))
     (settings.root / PARTS[0] / "ISIC_0000004.jpg").unlink()
     assert errors(checked(settings)[1]) == [
-        f"error: {settings.root / 'HAM10000_metadata'}:6: ISIC_0000004: no such file: "
+        f"error: {settings.root / 'HAM10000_metadata'}:6: ISIC_0000004: there is no such file: "
         "ISIC_0000004.jpg (photographs)"
     ]
     shutil.rmtree(settings.root / TSCHANDL)
     (error,) = errors(checked(settings)[1])
-    assert "no outlines: there is no *_segmentation.png in it" in error
+    assert "there are no outlines: neither this folder nor" in error
+    assert "has a *_segmentation.png;" in error
     assert "HAM10000_segmentations or masks" in error
     for part in PARTS:
         shutil.rmtree(settings.root / part)
@@ -109,7 +110,7 @@ def test_of_two_tables_the_csv_is_read_and_the_other_named(tmp_path):
     (settings.root / "HAM10000_metadata.tab").write_text("lesion_id\timage_id\n", encoding="utf-8")
     dataset = open_dataset(settings)
     assert len(dataset.cases) == 12
-    assert f"{settings.root / 'HAM10000_metadata'} is read, and not HAM10000_metadata.tab" in (
+    assert f"{settings.root / 'HAM10000_metadata'} is read; HAM10000_metadata.tab is not" in (
         dataset.notes
     )
 

@@ -33,7 +33,7 @@ def test_it_is_no_class_and_no_region_and_what_has_it_is_ignored(tmp_path):
     )
     code, text = checked(settings)
     assert code == 0
-    assert "label 2 (ignore): what has it counts in no loss and no score" in text
+    assert "label 2 (ignore): its pixels count in no loss and no score" in text
     # A network that was trained so predicts on data that are outlined in full.
     plain = nnunet_folder(tmp_path / "plain", labels={"background": 0, "tumour": 1})
     assert not Task.of(dataset).differences(Task.of(open_dataset(plain)))
@@ -53,11 +53,20 @@ def test_regions_stay_as_they_are_beside_it(tmp_path):
     ("labels", "words"),
     [
         ({"background": 0, "ignore": 1, "a": 2}, r"without a gap.*got \[0, 2\]"),
-        ({"background": 0, "a": 1, "ignore": 3}, "the next after the other labels: 2; got 3"),
-        ({"background": 0, "a": 1, "ignore": 0}, "the next after the other labels: 2; got 0"),
-        ({"background": 0, "a": 1, "ignore": [2]}, r"must be one whole number.*got \[2\]"),
-        ({"background": 0, "a": [1, 2], "ignore": 2}, "the next after the other labels: 3; got 2"),
-        ({"background": 0, "a": 1, "Ignore": 2}, "'Ignore', which nnU-Net takes for a class"),
+        (
+            {"background": 0, "a": 1, "ignore": 3},
+            "is 3, expected the next number after the other labels, 2;",
+        ),
+        (
+            {"background": 0, "a": 1, "ignore": 0},
+            "is 0, expected the next number after the other labels, 2;",
+        ),
+        ({"background": 0, "a": 1, "ignore": [2]}, r"is \[2\], expected the next number"),
+        (
+            {"background": 0, "a": [1, 2], "ignore": 2},
+            "is 2, expected the next number after the other labels, 3;",
+        ),
+        ({"background": 0, "a": 1, "Ignore": 2}, "'Ignore', which nnU-Net treats as a class"),
     ],
 )
 def test_it_has_to_be_the_highest_label_and_one(tmp_path, labels, words):
@@ -72,8 +81,8 @@ def test_a_mask_of_nothing_else_or_of_more_labels_is_an_error_of_its_own(tmp_pat
     save(tmp_path / "labelsTr/p4.nii.gz", mask(4) + 1)
     found = errors(checked(settings)[1])
     assert len(found) == 2
-    assert "p3.nii.gz: all of it has the label ignore" in found[0]
-    assert "labels must be 0 to 2 (background, tumour, ignore), as dataset.json" in found[1]
+    assert "p3.nii.gz: all of this mask has the label ignore" in found[0]
+    assert "expected the labels 0 to 2 (background, tumour, ignore), as dataset.json" in found[1]
 
 
 def test_images_have_it_too(tmp_path):

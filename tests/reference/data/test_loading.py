@@ -116,7 +116,7 @@ def test_splits_keep_the_data_sets_own_and_carve_validation_from_train():
         DataError, match="lesion40 lies in several splits: case080 in test, case081"
     ):
         make_splits(Lesions(100, lambda i: "test" if i == 80 else "train"), 0)
-    with pytest.raises(DataError, match="1 subjects leave nothing for train"):
+    with pytest.raises(DataError, match="1 subjects, which are too few: none is left for train"):
         make_splits(Lesions(2), 0)
 
 
@@ -268,11 +268,11 @@ def test_augmentation_is_the_papers_and_moves_image_and_mask_together():
 def test_wrong_numbers_are_refused_before_anything_is_read():
     frames = phantom_frames()
     for options, words in (
-        ({"batch_size": 23}, r"1\.\.22"),
-        ({"batch_size": 0}, r"1\.\.22"),
+        ({"batch_size": 23}, "got 23, expected 1 to 22"),
+        ({"batch_size": 0}, "got 0, expected 1 to 22"),
         ({"batch_size": 5, "world_size": 2}, "divide"),
-        ({"batch_size": 4, "rank": 2, "world_size": 2}, "rank=2"),
-        ({"batch_size": 4, "first_batch": 6}, r"0\.\.5"),
+        ({"batch_size": 4, "rank": 2, "world_size": 2}, "got 4, 2 and 2, expected"),
+        ({"batch_size": 4, "first_batch": 6}, "got 6, expected 0 to 5"),
     ):
         with pytest.raises(ValueError, match=words):
             train_batches(frames, epoch=0, **options)
@@ -339,7 +339,9 @@ def test_a_full_cache_is_an_error_that_says_so(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(DataError, match=r"cache: .*too large.*; make room or choose another"):
+        with pytest.raises(
+            DataError, match=r"cache: a frame cannot .*too large.*; make room, or choose another"
+        ):
             next(eval_batches(frames, batch_size=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

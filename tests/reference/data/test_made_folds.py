@@ -96,21 +96,23 @@ def test_all_trains_on_every_case_but_the_test_cases_and_holds_none_out(tmp_path
     folds.write_text('[{"train": ["p1-0"], "val": ["p2-0"]}]', encoding="utf-8")
     dataset.folds = folds
     assert choose_splits(dataset, None, 0, "all") == splits
-    with pytest.raises(DataError, match=r"all trains on every case, so that .*splits_final\.json"):
+    with pytest.raises(
+        DataError, match=r"all, which trains on every case, so that .*splits_final\.json"
+    ):
         choose_splits(dataset, folds, 0, "all")
-    with pytest.raises(DataError, match="no case with a mask is left to train on"):
+    with pytest.raises(DataError, match="no case can be trained on"):
         choose_splits(Patients(2, lambda i: "test"), None, 0, "all")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((0, 5), "fold: got 5, but 5 folds are made .*, 0 to 4"),
+        ((0, 5), "fold: got 5, but there are 5 folds .*, 0 to 4"),
         ((0, -1), "fold: got -1"),
         ((0, 0, 1), "folds: got 1, expected 2 or more"),
-        ((0, 0, 41), "41 folds hold out a subject each, but patients has 40"),
-        ((-1, 0), "seed must be 0 or more, got -1"),
-        ((0, None, 4), "folds: got 4, but the cases are split once"),
+        ((0, 0, 41), "folds: got 41, but patients has only 40 subjects"),
+        ((-1, 0), "split_seed: got -1, expected 0 or more"),
+        ((0, None, 4), "folds: got 4, but no fold was chosen"),
     ],
 )
 def test_a_fold_that_cannot_be_made_is_refused(arguments, words):
@@ -121,7 +123,7 @@ def test_a_fold_that_cannot_be_made_is_refused(arguments, words):
 def test_slices_of_one_head_are_no_folds():
     dataset = Patients()
     dataset.foldable = False
-    with pytest.raises(DataError, match="neighbours within one subject"):
+    with pytest.raises(DataError, match="neighbouring slices of one head"):
         choose_splits(dataset, None, 0, 0)
     assert not Mni152.foldable
 
@@ -145,15 +147,16 @@ def test_check_shows_a_made_fold_and_says_how_it_is_made(settings):
     code, text = checked(asked)
     assert code == 0
     assert (
-        "split: fold 1 of 0 to 2 (--fold) made by subject, stratified by the default attribute, by "
-        "--split-seed 4 the same on every machine; its val is the validation split" in text
+        "split: fold 1 of the folds 0 to 2 (--fold), made by subject and stratified by the default "
+        "attribute, with --split-seed 4; they are the same on every machine; the cases that it "
+        "holds out are the validation split" in text
     )
     splits = choose_splits(open_dataset(asked), None, 4, 1, 3)
     assert len(splits.validation) == 3
     assert (len(splits.train), splits.test) == (7, ("new",))
     code, text = checked(dataclasses.replace(settings, fold="all"))
     assert code == 0
-    assert "every case with a mask but the test cases is trained on (--fold all)" in text
+    assert "--fold all: every case with a mask is a training case, except the test cases" in text
 
 
 @pytest.mark.parametrize("change", [{"fold": 5}, {"folds": 3}, {"fold": 0, "folds": 12}])
@@ -177,9 +180,9 @@ def test_folds_are_written_as_nnunet_does_and_read_back(settings, tmp_path):
     assert [sorted(fold) for fold in content] == [["train", "val"]] * 3
     again = choose_folds(open_dataset(settings), None, 0)
     assert again == folds
-    with pytest.raises(DataError, match=r"folds: got 3, but the folds are those of .*final\.json"):
+    with pytest.raises(DataError, match=r"folds: got 3, but the folds of .*final\.json are used"):
         choose_splits(open_dataset(settings), None, 0, 0, 3)
     ours = tmp_path / "ours.json"
     write_splits(ours, make_splits(dataset, 0))
-    with pytest.raises(DataError, match="is one split and not a list of folds"):
+    with pytest.raises(DataError, match="holds one split and no folds"):
         choose_folds(dataset, ours, 0)

@@ -94,7 +94,7 @@ def test_intensities_are_scaled_by_the_channels_name(tmp_path, name, expected):
     assert other.made_with != dataset.made_with  # so that no cached frame of the one is the other's
     save(tmp_path / "imagesTr/p0_0000.nii.gz", array * 0 + 7)
     assert np.isfinite(dataset.load(dataset.cases[0]).image_CS).all()
-    assert "warning: image of one intensity: 1 cases: p0" in checked(settings)[1]
+    assert "warning: the image has a single intensity: 1 cases: p0" in checked(settings)[1]
 
 
 def test_older_folders_are_read_too(tmp_path):
@@ -186,9 +186,9 @@ NIBABELS_OWN = {
     "reoriented_anat_moved.nii": None,  # big-endian floats
     "standard.nii.gz": None,
     "resampled_anat_moved.nii": "153 voxels are NaN",
-    "functional.nii": "has 4 dimensions",
-    "example4d.nii.gz": "has 4 dimensions",
-    "example_nifti2.nii.gz": "has 4 dimensions",
+    "functional.nii": "this file has 4 dimensions",
+    "example4d.nii.gz": "this file has 4 dimensions",
+    "example_nifti2.nii.gz": "this file has 4 dimensions",
     "row_major.dconn.nii": "not a readable NIfTI file .*Cifti2Image",
 }
 
@@ -229,13 +229,16 @@ def test_other_data_are_read_by_the_values_that_a_run_was_trained_with(tmp_path)
     assert [case.attributes for case in dataset.cases] == [(3,), (UNKNOWN,), (1,)]
     table.write_text(table.read_text(encoding="utf-8").replace("T2", "T4"), encoding="utf-8")
     with pytest.raises(
-        DataError, match=re.escape(f"{table}:4: ") + "p2: T-stage must be one of T1, T2, T3, T10"
+        DataError,
+        match=re.escape(f"{table}:4: ") + "p2: T-stage is 'T4', expected one of T1, T2, T3, T10",
     ):
         open_dataset(settings, known=trained)
     table.write_text(
         table.read_text(encoding="utf-8").replace("T-stage", "stage"), encoding="utf-8"
     )
-    with pytest.raises(DataError, match="has no column T-stage; it has site, stage"):
+    with pytest.raises(
+        DataError, match="expected a column T-stage; the attributes in it are site, stage"
+    ):
         open_dataset(settings, known=trained)
 
 
@@ -282,4 +285,7 @@ def test_the_grid_is_the_median_of_all_but_the_test_cases(tmp_path):
             save(path, mask(), np.diag([size, 1, 10 - size, 1]))
     dataset = open_dataset(settings)
     assert dataset.spacing == (2, 1, 8)
-    assert "volumes: in the median 6 x 5 x 4 voxels of 2 x 1 x 8 mm, from left" in dataset.notes[-1]
+    assert (
+        "volumes: the median volume has 6 x 5 x 4 voxels of 2 x 1 x 8 mm, from left"
+        in dataset.notes[-1]
+    )

@@ -35,19 +35,22 @@ def _copy(old, new):
 
 
 BAD_FOLDERS = {
-    "no label": (_remove("labelsTr/p3.nii.gz"), "{root}/labelsTr/p3.nii.gz: no such file"),
-    "no image": (_remove("imagesTr/p3_0000.nii.gz"), "{root}/labelsTr/p3.nii.gz: no image for it"),
+    "no label": (_remove("labelsTr/p3.nii.gz"), "{root}/labelsTr/p3.nii.gz: there is no such mask"),
+    "no image": (
+        _remove("imagesTr/p3_0000.nii.gz"),
+        "{root}/labelsTr/p3.nii.gz: this mask has no image",
+    ),
     "no first channel": (
         _rename("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0001.nii.gz"),
-        "{root}/imagesTr/p3_0001.nii.gz: channel 0001, but",
+        "{root}/imagesTr/p3_0001.nii.gz: its name says channel 0001, but",
     ),
     "one channel too many": (
         _copy("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0001.nii.gz"),
-        "{root}/imagesTr/p3_0001.nii.gz: channel 0001, but {root}/dataset.json names 1",
+        "p3_0001.nii.gz: its name says channel 0001, but {root}/dataset.json names 1 channels",
     ),
     "also not deflated": (
         _copy("imagesTr/p3_0000.nii.gz", "imagesTr/p3_0000.nii"),
-        "{root}/imagesTr/p3_0000.nii: ends in .nii, but the file_ending of",
+        "{root}/imagesTr/p3_0000.nii: this file ends in .nii, but the file_ending of",
     ),
     "two spellings": (
         _copy("labelsTr/p3.nii.gz", "labelsTr/p3.NII.GZ"), "the same name as"
@@ -57,7 +60,7 @@ BAD_FOLDERS = {
     ),
     "trained and tested on": (
         _copy("imagesTr/p3_0000.nii.gz", "imagesTs/p3_0000.nii.gz"),
-        "{root}/imagesTs/p3_0000.nii.gz: its case is in {root}/imagesTr already",
+        "{root}/imagesTs/p3_0000.nii.gz: its case has images in {root}/imagesTr already",
     ),
 }  # fmt: skip
 
@@ -82,7 +85,7 @@ def test_a_channel_that_is_missing_is_named_and_so_is_a_4d_image_without_channel
     with pytest.raises(DataError) as raised:
         open_dataset(settings)
     images, said = tmp_path / "imagesTr", str(raised.value)
-    assert f"{images / 'p1_0001.nii.gz'}: no such file (channel T2)" in said
+    assert f"{images / 'p1_0001.nii.gz'}: there is no such file (channel T2)" in said
     assert f"{images / 'p2.nii.gz'}: expected a file for each of the 2" in said
 
 
@@ -91,30 +94,39 @@ def test_hidden_files_and_other_peoples_files_are_no_cases(tmp_path):
     for name in ("._p0_0000.nii.gz", ".DS_Store", "notes.txt"):
         (tmp_path / "imagesTr" / name).write_bytes(b"of macOS")
     assert len(open_dataset(settings).cases) == 10
-    assert "not .nii.gz and left out: notes.txt\n" in checked(settings)[1]
+    assert "files that do not end in .nii.gz are left out: notes.txt\n" in checked(settings)[1]
 
 
 BAD_LAYOUTS = {
     "none": (None, "no such file; write one"),
     "trailing comma": ('{"labels": {"background": 0,},}', "not readable json .*line 1"),
     "a list": ("[]", "expected an object"),
-    "a dataset key": ({"dataset": {}}, "by the key 'dataset'"),
+    "a dataset key": ({"dataset": {}}, "the key 'dataset' lists files"),
     "other ending": (
         {"file_ending": ".dcm"},
         "is '.dcm', expected one of .nii.gz, .nii, .mha",
     ),
-    "no channels": ({"channel_names": None}, "channel_names must name"),
-    "empty channels": ({"channel_names": {}}, "names no channel"),
-    "channels from 1": ({"channel_names": {"1": "CT"}}, "channel_names must name"),
-    "no labels": ({"labels": None}, "labels must be an object"),
+    "no channels": ({"channel_names": None}, "expected channel_names that name"),
+    "empty channels": ({"channel_names": {}}, "channel_names is empty"),
+    "channels from 1": ({"channel_names": {"1": "CT"}}, "expected channel_names that name"),
+    "no labels": ({"labels": None}, "expected labels such as"),
     "a gap": ({"labels": {"background": 0, "tumour": 2}}, r"without a gap.*got \[0, 2\]"),
     "background alone": ({"labels": {"background": 0}}, "at least 0 and 1"),
     "ignore": ({"labels": {"background": 0, "a": 1, "ignore": 3}}, "ignore label"),
-    "fraction": ({"labels": {"background": 0, "tumour": 1.5}}, "'tumour' must be a whole number"),
-    "text": ({"labels": {"background": 0, "tumour": "one"}}, "'tumour' must be a whole number"),
-    "two names": ({"labels": {"background": 0, "a": 1, "b": 1}}, "two names for one"),
-    "no background": ({"labels": {"all": [0, 1], "a": 1}}, "must name 0 alone"),
-    "one name twice": ({"labels": {"0": "background", "1": "a", "2": "a"}}, "one thing twice"),
+    "fraction": (
+        {"labels": {"background": 0, "tumour": 1.5}},
+        "'tumour' is 1.5, expected a whole number",
+    ),
+    "text": (
+        {"labels": {"background": 0, "tumour": "one"}},
+        "'tumour' is 'one', expected a whole number",
+    ),
+    "two names": ({"labels": {"background": 0, "a": 1, "b": 1}}, "two names have the same labels"),
+    "no background": ({"labels": {"all": [0, 1], "a": 1}}, "expected a name for 0 alone"),
+    "one name twice": (
+        {"labels": {"0": "background", "1": "a", "2": "a"}},
+        "two labels have the same name",
+    ),
     "257 labels": ({"labels": {str(i): f"l{i}" for i in range(257)}}, "at most 255"),
 }
 
@@ -142,7 +154,8 @@ def test_a_folder_without_images_is_refused_and_a_byte_order_mark_is_not(tmp_pat
     assert len(open_dataset(settings).cases) == 3
     (tmp_path / "imagesTr").rename(tmp_path / "images")
     with pytest.raises(
-        DataError, match=re.escape(f"{tmp_path}: ") + r"no \.nii\.gz file in its folder imagesTr"
+        DataError,
+        match=re.escape(f"{tmp_path}: ") + r"there is no \.nii\.gz file in its folder imagesTr",
     ):
         open_dataset(settings)
     for low, high in ((250, -175), (0, 0), (np.nan, 1), (-np.inf, 1)):
@@ -164,6 +177,6 @@ def test_without_simpleitk_its_files_are_refused_in_one_sentence(tmp_path, monke
     monkeypatch.setattr(builtins, "__import__", without)
     (line,) = errors(checked(settings)[1])
     assert line == (
-        "error: .mha files are read by SimpleITK, which cannot be imported here (No module named "
+        "error: .mha files need SimpleITK, which cannot be imported here (No module named "
         "'SimpleITK'); install it by `pip install SimpleITK`, or convert the files to .nii.gz"
     )

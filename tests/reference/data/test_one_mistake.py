@@ -49,29 +49,31 @@ def _four_dimensions(root):
 MISTAKES = {
     "labels of another name": (
         _rename("labelsTr/*", lambda name: name.replace(".nii", "_seg.nii")),
-        "labelsTr/p0_seg.nii.gz: no case is called so; a label has its case's name",
+        "labelsTr/p0_seg.nii.gz: no case has this name; a mask must have the name of its case",
     ),
     "labels with a channel": (
         _rename("labelsTr/*", lambda name: name.replace(".nii", "_0000.nii")),
-        "labelsTr/p0_0000.nii.gz: no case is called so",
+        "labelsTr/p0_0000.nii.gz: no case has this name",
     ),
     "one label missing": (
         lambda root: (root / "labelsTr/p2.nii.gz").unlink(),
-        "labelsTr/p2.nii.gz: no such file; an image without a mask",
+        "labelsTr/p2.nii.gz: there is no such mask; move images without a mask",
     ),
     "all labels missing": (
         lambda root: [path.unlink() for path in (root / "labelsTr").iterdir()],
-        "labelsTr/p0.nii.gz: no such file; an image without a mask",
+        "labelsTr/p0.nii.gz: there is no such mask; move images without a mask",
     ),
     "one channel too many in dataset.json": (
-        _channels(2), "imagesTr/p0_0001.nii.gz: no such file (channel PET)"
+        _channels(2), "imagesTr/p0_0001.nii.gz: there is no such file (channel PET)"
     ),
     "4D images": (_four_dimensions, "imagesTr/p0.nii.gz: expected a file for each of the 3"),
     "gzip called .nii": (
-        _packed(lambda content: content, ".nii"), "imagesTr/p0_0000.nii: is packed by gzip"
+        _packed(lambda content: content, ".nii"),
+        "imagesTr/p0_0000.nii: this file is packed by gzip",
     ),
     "not gzip and called so": (
-        _packed(gzip.decompress, ".nii.gz"), "imagesTr/p0_0000.nii.gz: is not packed by gzip"
+        _packed(gzip.decompress, ".nii.gz"),
+        "imagesTr/p0_0000.nii.gz: this file is not packed by gzip",
     ),
     "another file_ending": (
         lambda root: write_layout(root, file_ending=".nii"), "ends in .nii.gz, but the file_ending"
@@ -92,7 +94,7 @@ def test_one_mistake_in_a_folder_is_one_error(tmp_path, mistake):
     (line,) = errors(text)
     assert words in line.replace("\\", "/")
     if mistake not in ("one label missing", "images elsewhere"):
-        assert "(so are 5 more: " in line or "(so are 11 more: " in line
+        assert "(the same holds for 5 more: " in line or "(the same holds for 11 more: " in line
 
 
 def test_labels_are_not_taken_for_those_of_a_case_with_a_longer_number(tmp_path):
@@ -101,7 +103,9 @@ def test_labels_are_not_taken_for_those_of_a_case_with_a_longer_number(tmp_path)
     (tmp_path / "imagesTr/p10_0000.nii.gz").unlink()
     lines = errors(checked(settings)[1])
     assert len(lines) == 2  # a label and an image; p10's row is a consequence
-    assert any("labelsTr/p10.nii.gz: no image for it" in line.replace("\\", "/") for line in lines)
+    assert any(
+        "labelsTr/p10.nii.gz: this mask has no image" in line.replace("\\", "/") for line in lines
+    )
 
 
 def test_an_image_that_is_missing_is_one_error_whatever_else_names_its_case(tmp_path):
@@ -112,7 +116,7 @@ def test_an_image_that_is_missing_is_one_error_whatever_else_names_its_case(tmp_
         json.dumps([{"train": names[2:], "val": names[:2]}]), encoding="utf-8"
     )
     (line,) = errors(checked(settings)[1])
-    assert "labelsTr/p3.nii.gz: no image for it" in line.replace("\\", "/")
+    assert "labelsTr/p3.nii.gz: this mask has no image" in line.replace("\\", "/")
 
 
 def test_cases_to_be_predicted_need_no_row(tmp_path):
@@ -122,7 +126,10 @@ def test_cases_to_be_predicted_need_no_row(tmp_path):
         save(tmp_path / f"imagesTs/{name}_0000.nii.gz", voxels())
     code, text = checked(settings)
     assert code == 0
-    assert "no row for 2 cases without a mask, whose attributes are unknown: new, next" in text
+    assert (
+        "2 cases without a mask have no row, so that their attributes are unknown: new, next"
+        in text
+    )
     cases = {case.case_id: case for case in open_dataset(settings).cases}
     assert cases["new"].attributes == (-1,)
     assert not cases["new"].labelled
@@ -134,7 +141,7 @@ def test_cases_to_be_predicted_need_no_row(tmp_path):
 
 def test_the_folder_above_names_those_in_it(tmp_path):
     nnunet_folder(tmp_path / "Dataset007_Pancreas", n=2)
-    with pytest.raises(DataError, match=r"but its folders have one.*Dataset007_Pancreas"):
+    with pytest.raises(DataError, match=r"but these folders have one.*Dataset007_Pancreas"):
         open_dataset(DataSettings("folder", tmp_path))
 
 
@@ -155,7 +162,7 @@ def test_check_says_how_each_channel_is_scaled(tmp_path):
     np.testing.assert_allclose(image_CS[0], expected, atol=1e-6)
     path = save(tmp_path / "imagesTr/p2_0000.nii.gz", voxels())
     (line,) = errors(checked(settings)[1])
-    assert f"{path}: channel rgb_to_0_1 must be 0 to 255, got -" in line
+    assert f"{path}: expected intensities of 0 to 255 in channel rgb_to_0_1, got -" in line
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
@@ -183,7 +190,7 @@ def test_a_spacing_that_is_not_known_is_an_error_unless_an_sform_has_it(tmp_path
         if refused:
             (line,) = found
             assert str(path) in line
-            assert "size is not known" in line or "singular or not finite" in line
+            assert "size of its voxels is not known" in line or "singular or not finite" in line
         else:
             assert found == []
 

@@ -182,15 +182,21 @@ def test_without_validation_cases_of_its_own_they_are_carved_from_training():
 
 def test_a_phantom_that_cannot_be_made_says_why():
     for change, words in (
-        ({"effect": "three"}, "effect must be one of rule, appearance, none, two, got three"),
-        ({"rule": "size"}, "rule must be one of margin, direction, got size"),
-        ({"effect": "two", "shares": (1.0,)}, r"two sites or more.*got shares \(1.0,\)"),
+        (
+            {"effect": "three"},
+            "phantom.effect: got three, expected one of rule, appearance, none, two",
+        ),
+        ({"rule": "size"}, "phantom.rule: got size, expected one of margin, direction"),
+        (
+            {"effect": "two", "shares": (1.0,)},
+            r"phantom.shares: got \(1.0,\), expected two sites or more",
+        ),
         ({"effect": "two", "cases": 4}, r"got \[2, 1, 1, 0\] training cases"),
         ({"validation_cases_per_group": -1}, "-1 validation"),
         ({"test_cases_per_group": 0}, "0 test cases"),
         ({"cases": 4}, r"got \[3, 1, 0\] training cases"),
         ({"image_size": 31}, "31 pixels"),
-        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"seed": -1}, "phantom.seed: got -1, expected 0 or more"),
         ({"shares": ()}, "add up to 1"),
     ):
         with pytest.raises(DataError, match=words):

@@ -91,6 +91,7 @@ def _shortened(path):
     path.write_bytes(path.read_bytes()[:-9])
 
 
+_NO_SIZE = "size of its voxels is not known"
 _SPACE = b"space directions: (1,0,0) (0,1,0) (0,0,1)"
 BAD = {
     "2D": (".mha", _written(sitk.Image(4, 5, sitk.sitkInt16)), r"has 2 dimensions \(4, 5\)"),
@@ -99,8 +100,8 @@ BAD = {
         ".mha", _written(sitk.Image([6, 5, 4], sitk.sitkVectorUInt8, 3)), "vector of 8-bit"
     ),
     "complex": (".nrrd", _written(sitk.Image([6, 5, 4], sitk.sitkComplexFloat32)), "are complex"),
-    "no spacing, mha": (".mha", _text(b"ElementSpacing = 1 1 1\n", b""), "size is not known"),
-    "no spacing, nrrd": (".nrrd", _text(_SPACE + b"\n", b""), "size is not known, since"),
+    "no spacing, mha": (".mha", _text(b"ElementSpacing = 1 1 1\n", b""), _NO_SIZE),
+    "no spacing, nrrd": (".nrrd", _text(_SPACE + b"\n", b""), f"{_NO_SIZE}, since"),
     "spacing of 0": (".mha", _text(b"ElementSpacing = 1", b"ElementSpacing = 0"), "is singular"),
     "spacing of 0, nrrd": (".nrrd", _text(b"(1,0,0)", b"(0,0,0)"), "singular or not finite"),
     "tilted": (".nrrd", _text(b"(0,1,0)", b"(0,1,1)"), "45.0° off right angles"),
@@ -172,4 +173,6 @@ def test_a_cut_volume_of_a_folder_is_one_error(tmp_path):
     path = tmp_path / "imagesTr/p2_0000.nrrd"
     path.write_bytes(path.read_bytes()[:-30])
     (line,) = errors(checked(settings)[1])
-    assert line.startswith(f"error: {path}: cut off: its header claims 240 bytes of voxels, and")
+    assert line.startswith(
+        f"error: {path}: this file is cut off: its header claims 240 bytes of voxels, but"
+    )

@@ -102,10 +102,10 @@ BAD_FILES = {
 
 
 BAD_LABELS = {
-    "label out of range": (set_voxel((0, 0, 0), 3), "labels must be 0 to 2 .*; got also 3;"),
+    "label out of range": (set_voxel((0, 0, 0), 3), "expected the labels 0 to 2 .*; got also 3;"),
     "negative label": (set_voxel((0, 0, 0), -1), "got also -1;"),
     "label of 256": (set_voxel((0, 0, 0), 256), "got also 256;"),
-    "smoothed label": (set_voxel((0, 0, 0), 0.5), "whole numbers, .* got 0.5;"),
+    "smoothed label": (set_voxel((0, 0, 0), 0.5), "whole numbers as labels, .* got 0.5;"),
     "scaled label": (_bad_header(scl_slope=0.25, scl_inter=0), "whole numbers"),
 }
 
@@ -175,18 +175,19 @@ def test_check_warns_of_what_is_odd_but_can_be_read(tmp_path, caplog):
     assert code == 0
     for warning in (
         "sform and qform disagree; the sform is used: 1 cases: p0",
-        "neither sform nor qform, so which side is left is not known; taken from right to left: "
-        "1 cases: p1",
-        "pixdim and sform disagree on the voxels' size; the sform's is used: 1 cases: p2",
+        "the header has neither sform nor qform, so that it is not known which side is left; the "
+        "first axis is assumed to run from right to left: 1 cases: p1",
+        "pixdim and sform disagree on the voxels' size; the sform is used: 1 cases: p2",
         "header: pixdim[1,2,3] should be positive: 1 cases: p5",
-        "CT without a voxel below 0 HU, as if offset or scaled already: 2 cases: p1, p3",
-        "mask without tumour: 1 cases: p4",
-        "mask without node: 1 cases: p4",
-        f"{tmp_path / 'imagesTr'}: not .nii.gz and left out: p5.dcm",
+        "no voxel of the CT is below 0 HU, as if it were shifted or scaled already: 2 cases: "
+        "p1, p3",
+        "the mask has no tumour: 1 cases: p4",
+        "the mask has no node: 1 cases: p4",
+        f"{tmp_path / 'imagesTr'}: files that do not end in .nii.gz are left out: p5.dcm",
     ):
         assert f"warning: {warning}\n" in text
-    assert "of one intensity" not in text
-    assert "as if not in mm" not in text
+    assert "a single intensity" not in text
+    assert "as if their affines were not in mm" not in text
     assert not caplog.records  # nibabel's own remarks name no file
     assert read(settings, 0).spacing == (1, 2, 3)  # of the sform
 
@@ -199,8 +200,11 @@ def test_check_warns_of_an_empty_channel_and_of_a_volume_in_cm(tmp_path):
         save(path, np.asarray(nib.load(path).dataobj), AFFINE * [0.1, 0.1, 0.1, 1])
     code, text = checked(settings)
     assert code == 0
-    assert "warning: channel 0001 of one intensity: 1 cases: p3\n" in text
-    assert "as if not in mm: 1 cases: p2\n" in text
+    assert "warning: channel 0001 has a single intensity: 1 cases: p3\n" in text
+    assert (
+        "warning: the voxels of 1 cases are 500 times larger or smaller than the median voxel, as "
+        "if their affines were not in mm: p2\n"
+    ) in text
 
 
 def test_check_names_all_that_is_wrong_in_one_run(tmp_path):
@@ -218,8 +222,13 @@ def test_check_names_all_that_is_wrong_in_one_run(tmp_path):
     assert code == 1
     lines = errors(text)
     assert len(lines) == 19
-    for name in (*bad, tmp_path / "labelsTr/p20.nii.gz", f"{table}:24: 'p99'", f"{table}: no row"):
+    for name in (
+        *bad,
+        tmp_path / "labelsTr/p20.nii.gz",
+        f"{table}:24: 'p99'",
+        f"{table}: there is no row",
+    ):
         assert sum(str(name) in line for line in lines) == 1
-    assert "warning: T-stage unknown: 1 cases: p21" in text
-    with pytest.raises(DataError, match="more; `check` names them all"):
+    assert "warning: T-stage is unknown: 1 cases: p21" in text
+    with pytest.raises(DataError, match="more; the command `check` names them all"):
         open_dataset(settings)

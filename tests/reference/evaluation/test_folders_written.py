@@ -41,11 +41,11 @@ def test_masks_of_the_users_own_are_never_replaced(other_tool, tmp_path):
     out.mkdir()
     masks = folder.rename(out / "masks")
     before = {path: path.read_bytes() for path in masks.iterdir()}
-    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+    with pytest.raises(DataError, match=r"tool: this folder holds masks, which would be lost"):
         evaluate_predictions(dataclasses.replace(settings, folder=masks, out=out))
-    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+    with pytest.raises(DataError, match=r"tool: this folder holds masks, which would be lost"):
         predict(PredictSettings(tmp_path / "run", out=out))
-    with pytest.raises(DataError, match=r"tool: holds masks, which would be lost"):
+    with pytest.raises(DataError, match=r"tool: this folder holds masks, which would be lost"):
         evaluate_run(EvaluateRun(tmp_path / "run", scoring=FEW, out=out))
     assert before == {path: path.read_bytes() for path in masks.iterdir()}
 
@@ -53,7 +53,7 @@ def test_masks_of_the_users_own_are_never_replaced(other_tool, tmp_path):
 def test_where_nothing_can_be_written_a_sentence_says_so(other_tool, tmp_path, monkeypatch):
     _, _, settings = other_tool
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file/out: cannot be written"):
+    with pytest.raises(DataError, match="file/out: this folder cannot be written"):
         evaluate_predictions(dataclasses.replace(settings, out=tmp_path / "file" / "out"))
 
     def full(path, *rest):
@@ -61,7 +61,7 @@ def test_where_nothing_can_be_written_a_sentence_says_so(other_tool, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "write_report", full)
-        with pytest.raises(DataError, match=r"out: cannot be written .*No space left"):
+        with pytest.raises(DataError, match=r"out: this folder cannot be written .*No space left"):
             evaluate_predictions(settings)
     assert not settings.out.exists()
     assert not [*tmp_path.glob(".out*")]

@@ -49,7 +49,7 @@ def test_a_run_is_trained_scored_and_resumed_by_the_former_name_too(tmp_path, se
         recipe, data=dataclasses.replace(recipe.data, cache=tmp_path / "cache")
     )
     run = train(recipe)
-    assert "2 steps in all, which is few to learn by" in capsys.readouterr().out
+    assert "this training has 2 steps, which are few to learn from" in capsys.readouterr().out
     assert read_run(run)[0].framing.crop == "whole"
     weights = weights_of(run)
     content = json.loads((run / "recipe.json").read_text(encoding="utf-8"))

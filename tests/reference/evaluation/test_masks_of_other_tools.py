@@ -179,7 +179,7 @@ def test_a_palette_whose_places_may_not_be_the_labels_is_refused(tmp_path):
         image = Image.fromarray(2 - labels, mode="P")
         image.putpalette(np.repeat([2, 1, 0], 3).tolist())
         image.save(path)
-        with pytest.raises(DataError, match=r"mask\.png: .*greys are 2, 1, 0"):
+        with pytest.raises(DataError, match=r"mask\.png: .*greys in its palette are 2, 1, 0"):
             read_mask(path, unknown(size), classes)
 
 

@@ -36,7 +36,7 @@ def test_a_target_that_cannot_be_written_is_refused_first(tmp_path):
     run, to = tmp_path / "no-run", tmp_path / "model.onnx"
     refused(ExportSettings(run, tmp_path / "model.bin"), "model.bin", ".onnx or .pt2")
     to.write_bytes(b"mine")
-    refused(ExportSettings(run, to), "model.onnx: is there already", "remove it")
+    refused(ExportSettings(run, to), "model.onnx: this file exists already", "remove it")
     assert to.read_bytes() == b"mine"
     refused(ExportSettings(run, tmp_path / "no" / "model.pt2"), "cannot be written", "another --to")
     refused(ExportSettings(run, to / "model.pt2"), "cannot be written")
@@ -46,12 +46,12 @@ def test_what_is_no_run_or_has_no_checkpoint_is_refused(tmp_path):
     to = tmp_path / "model.pt2"
     refused(ExportSettings(tmp_path / "nothing", to), "no run here")
     run = write_untrained(tmp_path / "run", small_recipe())
-    refused(ExportSettings(run, to, which="last"), "no last checkpoint yet", "there is a best one")
+    refused(ExportSettings(run, to, which="last"), "no last checkpoint yet", "use --which best")
     (run / "recipe.json").write_text('{"of": "another tool"}', encoding="utf-8")
-    refused(ExportSettings(run, to), "recipe.json: not a run's recipe")
+    refused(ExportSettings(run, to), "recipe.json: this file is not the recipe of a run")
 
 
-NOT_TOLD = "has no experts that are told attributes"
+NOT_TOLD = "has no experts that receive attributes"
 
 
 @pytest.mark.parametrize(

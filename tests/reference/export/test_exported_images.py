@@ -63,7 +63,10 @@ def test_the_command_says_how_far_file_and_network_are_apart(exported):
             lambda run, image, told: run(image, told) * (1 + (told == 2).any()),
             r"attributes \[2\] \d+ of 768 logits differ .*more than 0\.001.*at most 50\.0%",
         ),
-        (lambda run, image, told: run(image, told.clamp(0, 2)), r"takes the attributes \[-1, 0\]"),
+        (
+            lambda run, image, told: run(image, told.clamp(0, 2)),
+            r"accepts the attributes \[-1, 0\]",
+        ),
     ],
 )
 def test_a_program_of_other_answers_is_not_written(
@@ -121,7 +124,7 @@ def test_an_evaluation_by_the_file_has_the_same_scores_and_loads(exported, tmp_p
         assert by_file.scores == by_torch.scores
         assert by_file.load == by_torch.load
         assert by_torch.load["site"]
-    assert "masks by onnxruntime from site.onnx: 0 of" in found.conditions[0].note
+    assert "onnxruntime computed the masks from site.onnx: 0 of" in found.conditions[0].note
     # The file refuses what PyTorch's network, for an evaluation, takes the average for.
     assert own.conditions[3].scores
     assert not found.conditions[3].scores
@@ -148,19 +151,23 @@ def test_files_of_anything_else_are_refused(exported, tmp_path):
         assert not out.exists()
 
     other = write_untrained(tmp_path / "other", small_recipe(), seed=2)
-    refused(RunError, other, file, "site.onnx: holds other weights", str(other), "--which")
+    refused(
+        RunError, other, file, "site.onnx: this file holds other weights", str(other), "--which"
+    )
     learned = write_untrained(tmp_path / "learned", small_recipe(unknown="learned"))
     refused(RunError, learned, file, "another run or network", '"unknown": "learned"')
     dense = write_untrained(tmp_path / "dense", small_recipe(block="mlp"))
-    refused(RunError, dense, file, str(dense), "no experts that are told attributes")
-    refused(RunError, run, tmp_path / "no.onnx", "no.onnx: no such file", "export --run")
+    refused(RunError, dense, file, str(dense), "no experts that receive attributes")
+    refused(RunError, run, tmp_path / "no.onnx", "no.onnx: there is no such file", "export --run")
     refused(DataError, run, file, "device: got meta", device="meta")
     (tmp_path / "text.onnx").write_text("no network", encoding="utf-8")
-    refused(RunError, run, tmp_path / "text.onnx", "cannot read it as a network")
+    refused(RunError, run, tmp_path / "text.onnx", "cannot read this file as a network")
     model = onnx.load(file)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "silent.onnx")
-    refused(RunError, run, tmp_path / "silent.onnx", "does not say of which run", "export --run")
+    refused(
+        RunError, run, tmp_path / "silent.onnx", "does not say which run it is of", "export --run"
+    )
 
 
 def blocks():

@@ -128,15 +128,17 @@ def test_entries_that_are_missing_left_over_or_wrong_are_listed_and_nothing_is_l
 
 def test_a_file_of_another_kind_of_network_is_said_to_be_that(tmp_path):
     np.savez(tmp_path / "ViT-B_16.npz", cls=np.zeros(3))
-    with pytest.raises(WeightsError, match=r"a ResUNet3D takes a file that ends in \.pth"):
+    with pytest.raises(
+        WeightsError, match=r"the network ResUNet3D can load only files that end in \.pth"
+    ):
         load_pretrained(make(), tmp_path / "ViT-B_16.npz")
-    with pytest.raises(WeightsError, match="a Linear takes no files of weights"):
+    with pytest.raises(WeightsError, match="the network Linear can load no files of weights"):
         load_pretrained(torch.nn.Linear(1, 1), tmp_path / "best.pth")
     flat = save(tmp_path / "2d.pth", {"transformer.embeddings.position_embeddings": torch.ones(1)})
-    with pytest.raises(WeightsError, match="nothing of the paper's released 3D network"):
+    with pytest.raises(WeightsError, match="is not of the paper's released 3D network"):
         load_pretrained(make(), flat)
     solid = save(tmp_path / "3d.pth", released_entries())
-    with pytest.raises(WeightsError, match="nothing of the paper's released 2D network"):
+    with pytest.raises(WeightsError, match="is not of the paper's released 2D network"):
         load_released_2d(make_2d(), solid)
 
 
@@ -146,7 +148,7 @@ def test_a_file_of_another_kind_of_network_is_said_to_be_that(tmp_path):
         (lambda t: t.int(), r"encoder1.layer.conv1.conv.weight holds torch.int32"),
         (lambda t: t + 1j, "holds torch.complex64, expected floating-point numbers"),
         (lambda t: t.to_sparse(), "encoder1.layer.conv1.conv.weight is sparse"),
-        (lambda t: t.to("meta"), "without its numbers"),
+        (lambda t: t.to("meta"), "has no numbers"),
     ],
 )
 def test_entries_that_are_no_plain_numbers_are_an_error(spoil, said, tmp_path):

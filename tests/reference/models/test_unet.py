@@ -125,13 +125,16 @@ def test_the_open_scope_is_how_a_network_is_told(block):
     [
         ({"block": "moes"}, "block: got 'moes', expected one of mlp, channels"),
         ({"hidden": 0}, "hidden: got 0"),
-        ({"hidden": 4, "k": 3}, "hidden: got 4, .* by 3"),
+        ({"hidden": 4, "k": 3}, "hidden: got 4, .* such that 3, the number of experts"),
         ({"k": 0}, "k: got 0"),
         ({"k": 5, "hidden": 5}, "k: got 5"),
         ({"unknown": "guess"}, "unknown: got 'guess'"),
         ({"block": "film", "unknown": "guess"}, "unknown: got 'guess'"),
-        *(({"block": b, "attribute_sizes": None}, f"block: {b} has to be told") for b in TOLD),
-        ({"block": "film", "attribute_sizes": ()}, "block: film has to be told"),
+        *(
+            ({"block": b, "attribute_sizes": None}, f"block: got {b}, which needs attributes")
+            for b in TOLD
+        ),
+        ({"block": "film", "attribute_sizes": ()}, "block: got film, which needs attributes"),
     ],
 )
 def test_options_that_are_not_there_or_do_not_divide_are_errors(wrong, words):
@@ -175,15 +178,15 @@ def test_experts_that_start_as_a_dense_network_compute_what_it_does(tmp_path, op
 @pytest.mark.parametrize(
     ("model", "file", "words"),
     [
-        ({}, {"hidden": 8}, "Its first MLP has 32 hidden units, an expert has 8.*hidden=2"),
+        ({}, {"hidden": 8}, "Its first MLP has 32 hidden units, but an expert has 8.*hidden=2"),
         ({}, {"n_classes": 2}, r"not as expected: head.weight has shape \(4, 2, 2, 2\), expected"),
         ({}, {"block": "film"}, r"left over: stages.0.film.scale_shift.weight"),
-        ({}, {"block": "moe"}, "holds no MLP for experts to start as"),
-        ({}, {"block": "per_value"}, "holds no MLP for experts to start as"),
-        ({"block": "mlp"}, {}, "no experts in place of its MLPs"),
+        ({}, {"block": "moe"}, "holds no MLP from which experts can start"),
+        ({}, {"block": "per_value"}, "holds no MLP from which experts can start"),
+        ({"block": "mlp"}, {}, "that has experts in place of its MLPs; make the network with"),
         ({}, "nan", "NaN or infinity"),
-        ({}, "cut", "no safetensors file, or damaged"),
-        ({}, "missing", "no safetensors file, or damaged"),
+        ({}, "cut", "damaged or is not a safetensors file"),
+        ({}, "missing", "damaged or is not a safetensors file"),
     ],
 )
 def test_a_file_that_is_no_dense_one_of_its_sizes_leaves_the_network_as_it_was(
@@ -205,7 +208,9 @@ def test_a_file_that_is_no_dense_one_of_its_sizes_leaves_the_network_as_it_was(
 
 
 def test_other_files_of_weights_are_not_for_it(tmp_path):
-    with pytest.raises(WeightsError, match=r"a UNet takes a file that ends in .safetensors"):
+    with pytest.raises(
+        WeightsError, match=r"the network UNet can load only files that end in .safetensors"
+    ):
         load_pretrained(make(), tmp_path / "ViT-B_16.npz")
 
 

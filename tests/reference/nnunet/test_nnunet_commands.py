@@ -117,9 +117,9 @@ def test_another_attribute_gives_another_answer(home, predict, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"p11": "C"}, "p11: site must be one of A, B, or nothing; got 'C'"),
-        ({"p10": ""}, "an attribute is not known of 1 of 2 cases (p10)"),
-        ({"p11": "b"}, "p11: site must be one of A, B, or nothing; got 'b'"),
+        ({"p11": "C"}, "p11: site is 'C', expected one of A, B, or an empty cell"),
+        ({"p10": ""}, "1 of 2 cases have an unknown attribute (p10)"),
+        ({"p11": "b"}, "p11: site is 'b', expected one of A, B, or an empty cell"),
     ],
 )
 def test_a_case_whose_value_was_not_trained_is_refused_before_any_work(
@@ -137,13 +137,13 @@ def test_a_case_without_a_row_is_refused_before_any_work(home, predict, tmp_path
     assert predict("--attributes", csv) == 1
     assert "no row for case p11" in capsys.readouterr().err
     assert predict("--attributes", tmp_path / "none.csv") == 1
-    assert "none.csv: no such file" in capsys.readouterr().err
+    assert "none.csv: there is no such file" in capsys.readouterr().err
     assert not [*(tmp_path / "masks").iterdir()]
 
 
 def test_prediction_without_further_processes_is_refused(predict, capsys):
     assert predict("-npp", 0, "-nps", 0) == 1
-    assert "take -npp 1 -nps 1" in capsys.readouterr().err
+    assert "add -npp 1 -nps 1" in capsys.readouterr().err
 
 
 def test_a_control_is_trained_and_predicted_by_nnunets_own_commands(home, tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_a_control_is_trained_and_predicted_by_nnunets_own_commands(home, tmp_pa
     home.run("nnUNetv2_predict", *arguments)
     assert len([*(tmp_path / "masks").glob("*.nii.gz")]) == 2
     assert main([str(argument) for argument in arguments]) == 1
-    assert "predict with nnUNetv2_predict" in capsys.readouterr().err
+    assert "predict by nnUNetv2_predict" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def copied(home, tmp_path, monkeypatch):
 def test_training_refuses_a_fold_with_an_unknown_attribute(home, copied):
     copied(p03="")
     trainer = home.trainer()
-    with pytest.raises(DataError, match=re.escape("not known of 1 of 10 cases (p03)")):
+    with pytest.raises(DataError, match=re.escape("1 of 10 cases have an unknown attribute (p03)")):
         trainer.run_training()
     assert trainer.dataloader_train is None
 

@@ -8,7 +8,10 @@ from reference_models.nnunet.__main__ import main
 def test_the_command_says_how_to_install_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "nnunetv2", None)
     assert main(["-i", "images", "-o", "masks", "-d", "1", "-c", "3d_fullres"]) == 1
-    assert capsys.readouterr() == ("", "nnU-Net is not installed here: pip install '.[nnunet]'\n")
+    assert capsys.readouterr() == (
+        "",
+        "nnU-Net is not installed here; run pip install '.[nnunet]'\n",
+    )
 
 
 def test_its_help_tells_of_attributes_all_the_same(capsys, monkeypatch):

@@ -50,7 +50,7 @@ def test_a_recipe_becomes_flags():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"epochs": "paper"}, "epochs: got 'paper', which says nothing about phantom"),
+        ({"epochs": "paper"}, "epochs: got 'paper', but the paper does not train on phantom"),
         ({"framing": ImageFramingSettings(32)}, "crop: got 'paper'.*whole"),
         ({"batch_size": 5, "devices": 2}, "batch_size: got 5, expected a multiple of 2"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected more than 0"),
@@ -61,22 +61,34 @@ def test_a_recipe_becomes_flags():
         ({"seed": 2**64}, "seed: got 18446744073709551616, expected .* less than"),
         ({"warmup": 1.0}, "warmup: got 1.0"),
         ({"patience": 0}, "patience: got 0"),
-        ({"lambda_dice": 0.0, "lambda_ce": 0.0}, "nothing to train by"),
+        ({"lambda_dice": 0.0, "lambda_ce": 0.0}, "both are 0, so that there is no loss"),
         ({"lambda_dice": 0.0, "fairness": "febs"}, "febs scales the Dice loss"),
-        ({"strategy": "fsdp", "precision": "16-mixed"}, "fsdp does not go with 16-mixed"),
+        (
+            {"strategy": "fsdp", "precision": "16-mixed"},
+            "16-mixed, which the strategy fsdp does not support",
+        ),
         ({"framing": ImageFramingSettings(40, "whole")}, "multiples of 16"),
-        ({"batch_size": 30}, "but there are 18 training cases; choose --batch-size 18 or less"),
+        (
+            {"batch_size": 30},
+            "but there are only 18 training cases; choose --batch-size 18 or less",
+        ),
         ({"attribute_dropout": 1.0}, "attribute_dropout: got 1.0"),
-        ({"attribute_dropout": 0.5}, "unknown attributes are an error; choose --unknown learned"),
+        (
+            {"attribute_dropout": 0.5},
+            r"refuses unknown attributes \(--unknown error\); choose --unknown learned",
+        ),
         (
             {"attribute_dropout": 0.5, "model": UNetSettings(block="mlp", unknown="average")},
-            "attribute_dropout: got 0.5, but this network is told no attributes",
+            "attribute_dropout: got 0.5, but this network receives no attributes",
         ),
         (
             {"model": UNetSettings(), "framing": ImageFramingSettings(36, "whole")},
             "size: got 36, expected a multiple of 8",
         ),
-        ({"model": UNetSettings(block="film", aware=False)}, "block: film has"),
+        (
+            {"model": UNetSettings(block="film", aware=False)},
+            "block: got film, which needs attributes",
+        ),
         ({"model": UNetSettings(gradient_checkpointing=True)}, "gradient_checkpointing"),
         ({"model": UNetSettings(k=5, hidden=2)}, "hidden: got 2"),
     ],

@@ -197,7 +197,9 @@ def test_a_page_is_renewed_between_its_marks_and_made_where_there_is_none(made, 
     assert CAUTION in whole
 
     old.write_text(BEGIN, encoding="utf-8")
-    with pytest.raises(DataError, match=r"README.md: got none of .*, expected both; add them"):
+    with pytest.raises(
+        DataError, match=r"README.md: expected the marks .*, one is missing; add both"
+    ):
         page.write_page(made, old)
     assert old.read_text(encoding="utf-8") == BEGIN
     with pytest.raises(DataError, match=r"machine.json: cannot be read .*run it, or name another"):

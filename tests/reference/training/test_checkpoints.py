@@ -40,7 +40,7 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, which):
     (folder,) = run.glob(f"{which}-*")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunError, match=rf"{folder.name}.model.safetensors: damaged"):
+    with pytest.raises(RunError, match=rf"{folder.name}.model.safetensors: this file is damaged"):
         checkpoints.load_model(run, which)
 
 
@@ -48,26 +48,30 @@ def test_foreign_files_are_refused(finished, tmp_path):
     run = copied(finished, tmp_path)
     (folder,) = run.glob("best-*")
     save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
-    with pytest.raises(RunError, match="weights of another network"):
+    with pytest.raises(RunError, match="weights are of another network"):
         checkpoints.load_model(run)
     checkpoints.shutil.rmtree(folder)
-    with pytest.raises(RunError, match="has no best checkpoint yet; there is a last one"):
+    with pytest.raises(RunError, match="this run has no best checkpoint yet; use --which last"):
         checkpoints.load_model(run)
     content = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     content["recipe"]["model"]["experts"] = 8
     (run / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(RunError, match=r"recipe\.model: got \['experts'\] besides"):
+    with pytest.raises(
+        RunError,
+        match=r"recipe\.model: it has settings \(experts\) that this version does not know",
+    ):
         checkpoints.load_model(run)
     # As an earlier version wrote it, which knew fewer settings.
     del content["recipe"]["model"]["experts"], content["recipe"]["attribute_dropout"]
     (run / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
-        RunError, match=r"recipe: .*lacks \['attribute_dropout'\].*written by another version"
+        RunError,
+        match=r"recipe: .*lacks settings \(attribute_dropout\).*another version of this project",
     ) as caught:
         checkpoints.load_model(run)
     assert str(run / "recipe.json") in str(caught.value)
     (run / "recipe.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(RunError, match="not a run's recipe"):
+    with pytest.raises(RunError, match="is not the recipe of a run"):
         checkpoints.load_model(run)
     with pytest.raises(RunError, match="no run here"):
         checkpoints.load_model(tmp_path)
@@ -89,7 +93,9 @@ def test_a_state_that_is_no_state_is_refused_and_not_run(finished, tmp_path, mon
         torch.save(Spell(), folder / "state.pt")
     else:
         (folder / "state.pt").write_bytes(content)
-    with pytest.raises(RunError, match=r"state.pt: damaged or not a run's state"):
+    with pytest.raises(
+        RunError, match=r"state.pt: this file is damaged or is not the state of a run"
+    ):
         train(dataclasses.replace(TINY, out=run), resume=True)
     assert not Path("spelled").exists()
 
@@ -108,5 +114,5 @@ def test_a_last_checkpoint_of_something_else_is_refused(finished, tmp_path, part
     else:
         del state["optimizer"]
     torch.save(state, folder / "state.pt")
-    with pytest.raises(RunError, match=r"copy: its last checkpoint is not this run's"):
+    with pytest.raises(RunError, match=r"copy: the last checkpoint does not belong to this run"):
         train(dataclasses.replace(TINY, out=run), resume=True)

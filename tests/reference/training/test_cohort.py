@@ -30,7 +30,9 @@ def test_cases_without_an_attribute_need_a_router_that_takes_them(tmp_path, monk
         for c in dataset.cases
     ]
     monkeypatch.setattr(training, "open_dataset", lambda settings: dataset)
-    with pytest.raises(RunError, match=rf"1 cases lack an attribute \({unknown} is one\)"):
+    with pytest.raises(
+        RunError, match=f"1 cases have an unknown attribute, such as {unknown}, and"
+    ):
         train(recipe)
     assert not recipe.out.exists()
     learned = dataclasses.replace(recipe.model, unknown="learned")
@@ -55,8 +57,11 @@ def test_cases_without_an_attribute_can_be_left_out_and_are_named(tmp_path, monk
     monkeypatch.setattr(Phantom, "load", lambda *a: seen.append(a[1].case_id) or load(*a))
     train(recipe)
     printed = capsys.readouterr().out
-    assert f"left out, an attribute not known: {', '.join(sorted(left_out))}" in printed
-    assert "without a training case" not in printed
+    assert (
+        f"these cases are left out, since an attribute is unknown: {', '.join(sorted(left_out))}"
+        in printed
+    )
+    assert "no training case has" not in printed
     assert not set(left_out) & set(seen)
     assert set(splits.validation[1:]) <= set(seen)
 
@@ -73,7 +78,10 @@ def test_leaving_out_the_unknown_must_leave_a_validation_case(tmp_path, monkeypa
         for c in dataset.cases
     ]
     monkeypatch.setattr(training, "open_dataset", lambda settings: dataset)
-    with pytest.raises(RunError, match=r"leave_out_unknown: leaves no validation case \(of 2\)"):
+    with pytest.raises(
+        RunError,
+        match="no validation case is left, since all 2 have an unknown attribute; name other",
+    ):
         train(recipe)
     assert not recipe.out.exists()
 

@@ -45,7 +45,7 @@ def test_it_trains_on_all_to_the_end_and_its_last_checkpoint_is_the_best(
     assert {*seen[0]} < trained
     assert len(seen[0]) == 2  # a tenth
     said = " ".join(capsys.readouterr().out.split())
-    assert "no case is held out (--fold all): what is called validation here is of 2" in said
+    assert "no case is held out (--fold all): the validation scores below are those of 2" in said
     with pytest.raises(DataError, match="no validation case is left to predict"):
         evaluate_run(EvaluateRun(run, split="validation"))
 

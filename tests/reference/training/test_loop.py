@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_names_step_and_case(tmp_path, mo
 
     monkeypatch.setattr(Phantom, "load", damaged)
     with pytest.raises(
-        NonFiniteLossError, match=rf"^step 3 \(epoch 1\).*cases: {bad}\. "
+        NonFiniteLossError, match=rf"^step 3 \(epoch 1\).*These cases have such a loss: {bad}\. "
     ) as caught:
         train(recipe)
     (kept,) = recipe.out.glob("last-*")

@@ -66,7 +66,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, resume)
     monkeypatch.setattr(training, "validate", meanwhile)
     train(recipe)
     assert codes == [1]
-    assert "another process is training in it" in says.read_text(encoding="utf-8")
+    assert "another process is training in this folder" in says.read_text(encoding="utf-8")
     assert len(history_of(recipe.out)) == 2
 
 
@@ -88,7 +88,10 @@ def test_a_training_lets_go_of_its_folder_however_it_ends(tmp_path, monkeypatch)
         patched.setattr(training, "validate", fails)
         with pytest.raises(RunError, match="no room") as ended:  # holds the traceback's frames
             train(recipe)
-    with lock_run(recipe.out), pytest.raises(RunError, match="another process is training in it"):
+    with (
+        lock_run(recipe.out),
+        pytest.raises(RunError, match="another process is training in this folder"),
+    ):
         train(recipe, resume=True)
     train(recipe, resume=True)
     with lock_run(recipe.out):
@@ -123,7 +126,8 @@ def test_an_out_folder_that_cannot_be_is_refused(tmp_path, where):
     with pytest.raises(RunError) as raised:
         train(dataclasses.replace(TINY, out=tmp_path / where))
     named = f"{tmp_path / where}: "
-    assert str(raised.value).startswith((f"{named}is a file", f"{named}cannot be written to"))
+    said = (f"{named}this is a file, expected", f"{named}this folder cannot be written to")
+    assert str(raised.value).startswith(said)
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 

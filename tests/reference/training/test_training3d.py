@@ -164,9 +164,9 @@ def test_the_median_spacing_becomes_numbers_of_the_run(recipe):
         ({"framing": VolumeFramingSettings(patches=0)}, "patches: got 0"),
         (
             {"framing": ImageFramingSettings(64, "whole")},
-            "one is for 2D images and the other for volumes",
+            "one of them is for 2D images and the other for volumes",
         ),
-        ({"strategy": "fsdp"}, "fsdp is not for volumes"),
+        ({"strategy": "fsdp"}, "got fsdp, which is for images only"),
         ({"model": ResUNet3DSettings(stages=(6,))}, "stages"),
     ],
 )
@@ -240,5 +240,5 @@ def test_the_papers_patch_is_no_larger_than_holds_the_median_volume(median_size,
 
 def test_a_recipe_edited_into_two_kinds_is_refused_when_its_run_is_read(recipe):
     edited = dataclasses.replace(recipe, framing=ImageFramingSettings(64, "whole"))
-    with pytest.raises(RunError, match="one is for 2D images and the other for volumes"):
+    with pytest.raises(RunError, match="one of them is for 2D images and the other for volumes"):
         build_model(edited, Task(1, ("background", "tumour"), (), ("CT",)))
