@@ -1,7 +1,7 @@
-"""Counts how often the intervals of a report hold the truth, in made scores whose truth is known.
+"""Counts how often the intervals of a report contain the truth, in made scores of known truth.
 
-`python -m reference_models.metrics.simulation reference_models/README.md` simulates all `SCENES`
-and renews the table of that page.
+`python -m reference_models.metrics.simulation docs/explanation/gaps.md` simulates all `SCENES` and
+renews the table of that page.
 
 Scores are drawn, and then treated as a report treats the scores of cases: by `fairness.draws`,
 `comparisons.compare` and the rest.
