@@ -1,4 +1,4 @@
-"""Runs a command line, and checks what it is given: a device, names from a list, numbers."""
+"""Runs a command line, and checks its arguments: a device, names from a list, numbers."""
 
 from __future__ import annotations
 

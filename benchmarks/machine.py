@@ -65,7 +65,7 @@ class RunFacts:
         return (
             self.machine
             + (f" ({details})" if details else "")
-            + (f"; our products by {self.road}" if self.road else "")
+            + (f"; matrix products of this layer by {self.road}" if self.road else "")
         )
 
     def software(self) -> str:

@@ -1,9 +1,9 @@
-"""What the counts foretell of the goals' times on an H200, before anything has run on one.
+"""Predicts the goals' times on an H200 from counts, before anything has run on one.
 
-A model, not a measurement. Of a launch: the longest of its instructions over the rate at which they
-issue, of what a program waits for over how many programs wait together, of its traffic and of its
-matrix products. Of other providers: the traffic and the products of each of PyTorch's operations,
-counted in a step of fewer tokens on a CPU, with no wait between two of them.
+This is a model, not a measurement. A launch takes the longest of four times: its instructions at
+the rate at which they issue, its waits shared by the programs that wait together, its memory
+traffic, and its matrix products. For other providers the model adds up the traffic and the products
+of each PyTorch operation, counted in a step of fewer tokens on a CPU, without a wait between them.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def section(predictions: list[Prediction]) -> str:
         times = [row.median_ms for row in prediction.rows if row.which == "forward+backward"]
         cells = [f"{ms:.2f}" for ms in (1e3 * floor, *times) if ms is not None]
         lines.append([prediction.shape.name, *cells])
-    names = ["floor", "ours", *(provider.name for provider in _OTHERS)]
+    names = ["least traffic alone", "this layer", *(provider.name for provider in _OTHERS)]
     steps = markdown_table(["forward+backward, predicted ms", *names], lines)
     rows = [row for prediction in predictions for row in prediction.rows]
     return f"{steps}\n\n{goals_table(rows, 'predicted')}"
