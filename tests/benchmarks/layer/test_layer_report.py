@@ -145,10 +145,8 @@ def test_the_readme_is_renewed_between_the_marks_of_its_instruction_set(tmp_path
     assert text.startswith("a\n<!-- cpu-avx2: begin -->\n**CPU only")
     assert text.endswith("<!-- cpu-avx2: end -->\nz\n")
     assert "old" not in text
-    assert (
-        "CPU, 2 cores (AuthenticAMD family 25; AVX2); matrix products of this layer by oneDNN; float32"
-        in text
-    )
+    assert "CPU, 2 cores (AuthenticAMD family 25; AVX2); matrix products of this" in text
+    assert "layer by oneDNN; float32" in text
     assert "7 rounds" in text
     assert "| s: 2×100×48 | 1 / 3 / 0.5 ms, 1 MiB |" in text
     with pytest.raises(DataError, match="cuda: begin"):
