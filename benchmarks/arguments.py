@@ -36,7 +36,7 @@ def run_command(
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """That of this name; without one a GPU if there is one, else the CPU.
+    """The device of this name; without a name a GPU if there is one, else the CPU.
 
     Raises:
         ArgumentError: a GPU was asked for and there is none.

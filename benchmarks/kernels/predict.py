@@ -68,7 +68,7 @@ class Seconds(NamedTuple):
 
 
 def launch_seconds(launch: Launch, binary: Binary, step: LayerStep) -> Seconds:
-    """What the model makes of a launch."""
+    """The times of a launch by the model."""
     resident = H200.resident_blocks(binary.warps, binary.registers, binary.shared_bytes)
     resident = min(resident, math.ceil(launch.programs / H200.multiprocessors))
     rounds = launch.programs / H200.multiprocessors / resident
@@ -97,7 +97,7 @@ def launch_seconds(launch: Launch, binary: Binary, step: LayerStep) -> Seconds:
 
 
 class Prediction(NamedTuple):
-    """Of one shape: a line for each launch, and rows as if the step had been timed."""
+    """The prediction for a shape: a line for each launch, and rows as of a timed step."""
 
     shape: Shape
     launches: list[list[str]]
@@ -110,7 +110,7 @@ class Prediction(NamedTuple):
 
 
 def predict(shape: Shape) -> Prediction:
-    """What the model makes of a training step at a shape, beside other providers'."""
+    """The prediction of a training step at a shape, beside those of other providers."""
     step, lines = LayerStep.of(shape, DTYPE, balanced=False), []
     seconds, router = {"triton": _gradient_sum(shape)}, 0.0
     for launch in step.launches():
@@ -166,7 +166,7 @@ def section(predictions: list[Prediction]) -> str:
 
 
 def _memory(shape: Shape) -> StepMemory:
-    """That of the kernels' step, which allocates the same without running."""
+    """The memory of the kernels' step, which allocates the same without running."""
     problem = Problem.random(shape, "cpu", DTYPE)
     with intercepted(lambda launch: None):
         return step_memory(_OnGpu(shape), problem)
@@ -187,13 +187,13 @@ class _OnGpu(Layer):
 
 
 def _gradient_sum(shape: Shape) -> float:
-    """Of x's two gradients, the router's and the experts', which autograd adds."""
+    """The time in which autograd adds the two gradients of x, the router's and the experts'."""
     moved = 3 * shape.total_tokens * shape.dim * DTYPE.itemsize
     return moved / H200.bandwidth / OF_BANDWIDTH
 
 
 def provider_seconds(provider: Provider, shape: Shape) -> float:
-    """What the model makes of a training step of plain PyTorch.
+    """The predicted time of a training step of plain PyTorch.
 
     Traffic and products grow with the tokens; the number of operations does not.
     """
@@ -226,7 +226,7 @@ class _Counted(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in what an operation takes or gives."""
+    """The tensors among the inputs or outputs of an operation."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -49,7 +49,7 @@ _NOT_PEERS = (*OUR_BACKENDS, "mask-loop", "dense", "st-moe")
 
 
 class _GpuBounds(NamedTuple):
-    """Of forward+backward: times faster than others, and memory in T·d.
+    """Goals of forward+backward: times faster than others, and memory in T·d.
 
     ``loop``, ``peer``, ``dense``: the boolean-mask loop, the best peer, and the dense MLP of equal
     active FLOPs. ``held``: what is kept for backward beside x. ``excess``: the peak above x, y and
@@ -89,7 +89,7 @@ class Goal:
 
 
 def goals(rows: list[LayerRow]) -> list[Goal]:
-    """Those of the run's device whose shapes it measured."""
+    """The goals for the run's device at the shapes that it measured."""
     if not rows:
         return []
     found = _Measured(rows)

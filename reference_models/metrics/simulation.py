@@ -248,7 +248,9 @@ def renew(page: Path, /, repetitions: int = 400, resamples: int = 400) -> None:
     for scene in SCENES:
         found.append((scene, coverage(scene, repetitions, resamples)))
         print(table(found).splitlines()[-1], flush=True)
-    content = f"{repetitions} samples a row, {resamples} resamples each.\n\n{table(found)}"
+    content = (
+        f"Each row is from {repetitions} samples with {resamples} resamples each.\n\n{table(found)}"
+    )
     replace_section(page, MARK, content)
 
 

@@ -27,7 +27,7 @@ def test_goals_compare_ours_with_the_loop():
     assert (both.measured, both.bound, both.met) == (2.3, 2.4, False)
     assert (memory.measured, memory.bound, memory.met) == (pytest.approx(0.3), 0.35, True)
     assert (others.measured, others.bound, others.met) == (pytest.approx(10 / 23), 1.05, True)
-    assert others.what.endswith("at worst: forward+backward beside mask-loop")
+    assert others.what.endswith("worst case: forward+backward beside mask-loop")
     assert "**missed**" in goals_table(rows)
     assert "The goals are set for" not in goals_table(rows)
     other = [dataclasses.replace(r, threads="8") for r in rows]
@@ -76,7 +76,7 @@ def test_no_other_may_be_faster_at_any_shape_and_in_any_pass():
     ]
     for shape, goal in zip(("small-49", "spelled out"), goals(rows), strict=True):
         assert (goal.shape, goal.measured, goal.met) == (shape, pytest.approx(10 / 9), False)
-        assert goal.what.endswith("at worst: eval beside st-moe")
+        assert goal.what.endswith("worst case: eval beside st-moe")
     only_ours = [row for row in rows if row.provider in ("eager", "dense")]
     assert goals(only_ours) == []
 
