@@ -256,6 +256,6 @@ def renew(page: Path, /, repetitions: int = 400, resamples: int = 400) -> None:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(renew)
+        tyro.cli(renew, prog="python -m reference_models.metrics.simulation")
     except DataError as error:
         sys.exit(str(error))

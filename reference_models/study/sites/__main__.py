@@ -43,7 +43,7 @@ def sites(settings: SitesSettings) -> None:
 
 if __name__ == "__main__":
     try:
-        sites(tyro.cli(SitesSettings))
+        sites(tyro.cli(SitesSettings, prog="python -m reference_models.study.sites"))
     except (DataError, RunError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

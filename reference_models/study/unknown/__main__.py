@@ -67,7 +67,7 @@ def _write(path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        unknown(tyro.cli(UnknownSettings))
+        unknown(tyro.cli(UnknownSettings, prog="python -m reference_models.study.unknown"))
     except (DataError, RunError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
