@@ -331,8 +331,8 @@ def test_the_page_and_the_report_say_at_which_sizes_the_intervals_hold():
             kind = "wider" if scene.wider != 1 else "others"
             unlikely[kind] = max(unlikely[kind], int(row[7]))
     said = re.search(
-        r"(\d+) of 100 samples; .* in at least (\d+); .* in at least (\d+); .* in at least (\d+)\. "
-        r".* up to (\d+) of 100 samples, .* up to (\d+)\.",
+        r"(\d+) of 100 samples\. .* in at least (\d+)\. .* in at least (\d+)\. .* in at least "
+        r"(\d+)\. .* up to (\d+) of 100 samples, .* up to (\d+)\.",
         COVERAGE,
     )
     assert [*map(int, said.groups())] == [*held.values(), *unlikely.values()]
