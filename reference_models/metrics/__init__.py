@@ -1,1 +1,1 @@
-"""Scores of a region, of groups and of the experts' loads: masks and numbers in, numbers out."""
+"""Computes scores of regions, of groups and of the experts' loads, from masks and numbers."""

@@ -98,8 +98,9 @@ def gap(means: Mapping[int, np.ndarray]) -> np.ndarray:
 def es_dice(means: Mapping[int, Score], shares: Mapping[int, float]) -> Score:
     """Equity-scaled Dice: Dice / (1 + Σ_g |Dice_g − Dice|)  (Tian et al., FairSeg, ICLR 2024).
 
-    It equals the overall Dice when all groups are alike, and falls with every group's distance
-    from it. Of means of IoU it is ES-IoU. Arguments and errors are those of `overall`.
+    It equals the overall Dice when all groups have the same mean. The further a group's mean is
+    from the overall Dice, the lower ES-Dice is. From means of IoU it gives ES-IoU. Arguments and
+    errors are those of `overall`.
 
     Example:
         >>> round(es_dice({0: 0.9, 1: 0.5}, {0: 0.75, 1: 0.25}), 4)  # 0.8 / (1 + 0.1 + 0.3)

@@ -42,7 +42,7 @@ class ExpertLoads:
             tokens_V = torch.bincount(values_TA[:, place] + 1, minlength=size + 1)[1:].cpu().numpy()
             if not tokens_V.any():
                 continue
-            # A layer that is not told the attributes has a row up to the highest it has seen.
+            # A layer that does not use attributes has rows up to the highest value it has seen.
             table_VE = scope.load_table(attribute=place).double().cpu().numpy()
             sums_VE = self._sums.setdefault(name, np.zeros((size, table_VE.shape[1])))
             sums_VE[: len(table_VE)] += table_VE * tokens_V[: len(table_VE), None]

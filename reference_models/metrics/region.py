@@ -22,13 +22,14 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 POLICY = (
-    "Truth and prediction both empty: Dice, IoU and surface Dice 1, HD95 0. One of them empty: "
-    "Dice, IoU and surface Dice 0, HD95 not defined; such a case is missing in the mean HD95, and "
-    "the cases that define it are counted beside it."
+    "Where truth and prediction are both empty, Dice, IoU and surface Dice are 1, and HD95 is 0. "
+    "Where only one of them is empty, Dice, IoU and surface Dice are 0, and HD95 is not defined. "
+    "The mean HD95 leaves such a case out, and the number of cases that define it stands beside it."
 )
 IGNORING = (
-    "What is ignored counts in no score, and where a region ends there it has no outline; a region "
-    "that has none at all is taken for empty in HD95 and surface Dice."
+    "Pixels that the truth marks as ignored count in no score. Where a region ends at ignored "
+    "pixels, it has no outline. A region without any outline counts as empty in HD95 and surface "
+    "Dice."
 )
 
 

@@ -1,4 +1,4 @@
-"""Holds what an evaluation found: plain dataclasses for `summary.json` and the report.
+"""Holds the results of an evaluation: plain dataclasses for `summary.json` and the report.
 
 Every number that rests on a sample of cases is an `Estimate`, a value with its interval.
 """
@@ -13,7 +13,11 @@ METRICS = ("dice", "iou", "hd95", "surface_dice")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval, of a bootstrap; None where no case defines it."""
+    """A value and its 95 % interval; None where no case defines it.
+
+    Unless another source is named, the interval is that of a bootstrap: the cases are drawn anew
+    with replacement many times, and the interval has 95 % of the values that result.
+    """
 
     value: float | None
     low: float | None = None
@@ -22,7 +26,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A number that spans groups, held against what groups served alike would show by chance.
+    """Compares a number that spans groups with what groups served alike would show by chance.
 
     Args:
         corrected: estimate and 95 % interval that allow for chance (`comparisons.compare`); None
@@ -42,14 +46,15 @@ class GroupScores:
     """The cases of one attribute value.
 
     Args:
-        value: its name; "unknown" for cases whose attribute is not known.
-        n: cases.
-        judged: False where there are too few subjects to judge by; shown all the same.
-        metrics: mean of each of `METRICS` over the cases that define it.
-        n_defined: how many cases those are, by metric.
-        empty_truth, missed, false_alarm: cases whose truth is empty; whose truth is not and the
-            prediction is; whose truth is empty and the prediction is not.
-        n_subjects: patients or lesions that the cases are of; these are what the bootstrap draws.
+        value: the name of the attribute value; "unknown" for cases whose attribute is not known.
+        n: number of cases.
+        judged: False where the group has too few subjects to judge by. It is shown all the same.
+        metrics: the mean of each of `METRICS` over the cases that define it.
+        n_defined: for each metric, the number of cases that define it.
+        empty_truth: number of cases whose truth is empty.
+        missed: number of cases whose truth is not empty and whose prediction is.
+        false_alarm: number of cases whose truth is empty and whose prediction is not.
+        n_subjects: number of patients or lesions that the cases are of. The bootstrap draws these.
     """
 
     value: str
@@ -65,7 +70,7 @@ class GroupScores:
 
 @dataclass(frozen=True)
 class RegionScores:
-    """One region by one attribute: the groups, and what they come to together.
+    """Holds one region by one attribute: the scores of each group, and those of all together.
 
     `overall`, `worst`, `gap`, `percentile_10`, `es_dice` and `es_iou` are over the cases whose
     value is known, the same cases for all of them; the unknown ones are a group of their own. Where
@@ -90,13 +95,14 @@ class RegionScores:
 
 @dataclass(frozen=True)
 class Condition:
-    """The test set under one way of telling the model its attributes.
+    """Holds the scores of the cases with the attributes that the network received.
 
     Args:
         name: "as given", "shuffled", "wrong" or "unknown".
-        note: how many samples were told something else than the truth, or why it was not run.
-        scores: by attribute name, the regions' scores; empty where it was not run.
-        load: by attribute name, the (values x experts) shares of tokens, mean over the calls.
+        note: how many cases got their true values, or why this condition was not run.
+        scores: for each attribute name, the regions' scores; empty where it was not run.
+        load: for each attribute name, the (values x experts) shares of tokens, as the mean over the
+            calls.
     """
 
     name: str
@@ -107,27 +113,27 @@ class Condition:
 
 @dataclass(frozen=True)
 class Summary:
-    """All of `summary.json`.
+    """Holds all of `summary.json`.
 
     Args:
-        dataset, split: whose cases were scored.
-        source: the run folder or the folder of predictions.
+        dataset, split: the data set and the split whose cases were scored.
+        source: the run's folder, or the folder of the masks.
         n_cases: number of cases that were scored.
         n_subjects: number of patients or lesions that these cases are of.
-        unit: of hd95 ("mm" or "px").
-        tolerance: of the surface Dice, in `unit`.
-        small_group: groups with fewer subjects are marked as too small to judge.
-        resamples: of the bootstrap.
-        attributes: names, each with the names of its values.
-        population: by attribute, each value's share in "overall"; 0 for a value without cases,
-            whose share the others take over in proportion to theirs.
+        unit: the unit of hd95, "mm" or "px".
+        tolerance: the tolerance of the surface Dice, in `unit`.
+        small_group: groups with fewer subjects than this are marked as too small to judge.
+        resamples: number of resamples of the bootstrap.
+        attributes: for each attribute name, the names of its values.
+        population: for each attribute, the share of each value in "overall". A value without cases
+            has 0, and the others take over its share in proportion to theirs.
         policy: how empty masks are scored, in a sentence.
-        conditions: "as given" comes first.
-        comparisons: by attribute, how many group means are compared: groups that have a case, times
-            regions.
-        about: what the data say of themselves, empty if they say nothing.
-        networks: who predicted the cases, and what the cases had to do with how the networks were
-            chosen, in sentences; empty where that goes without saying.
+        conditions: the conditions, "as given" first.
+        comparisons: for each attribute, the number of group means that are compared: the number of
+            groups that have a case, times the number of regions.
+        about: what the data set says of itself; empty if it says nothing.
+        networks: which networks predicted, and what these cases had to do with choosing them, in
+            sentences; empty where nothing needs to be said.
     """
 
     dataset: str
@@ -150,14 +156,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class CaseScore:
-    """One region of one case, under the attributes as given: a row of `cases.csv`.
+    """Holds one region of one case, with the attributes as given: a row of `cases.csv`.
 
     Args:
-        case_id: the case's.
-        attributes: by attribute name, the value's name.
-        region: what was scored.
-        truth_size, predicted_size: pixels or voxels.
-        dice, iou, hd95, surface_dice: None where not defined.
+        case_id: the id of the case.
+        attributes: for each attribute name, the name of the value.
+        region: the region that was scored.
+        truth_size, predicted_size: number of pixels or voxels.
+        dice, iou, hd95, surface_dice: the scores; None where one is not defined.
     """
 
     case_id: str

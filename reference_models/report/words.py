@@ -117,8 +117,8 @@ def findings(summary: Summary) -> Iterator[str]:
         for scores in regions:
             if said := gap_by_chance(scores, summary):
                 yield (
-                    f"{scores.region} by {attribute}: the gap between the highest and the lowest "
-                    f"mean Dice of a group is {scores.gap.value:.3f}. {said}"
+                    f"For {scores.region} by {attribute}, the gap between the highest and the "
+                    f"lowest mean Dice of a group is {scores.gap.value:.3f}. {said}"
                 )
     if said := comparisons_made(summary):
         yield said

@@ -150,7 +150,7 @@ def test_several_runs_are_scored_together_and_the_report_says_so(three, tmp_path
     assert summary.source == ", ".join(map(str, runs))
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert summary.networks in page
-    assert "several networks, whose experts have nothing in common" in page
+    assert "several networks predicted together, whose experts have only" in page
     assert read_json(tmp_path / "out")["networks"] == summary.networks
     header = (tmp_path / "out/cases.csv").read_text(encoding="utf-8").split("\n")[0]
     assert "fold" not in header.split(",")

@@ -152,7 +152,7 @@ def test_a_mask_that_is_none_of_this_image_is_refused_by_name(tmp_path):
         "time.nii.gz": "has 4 dimensions",
         "grey.nii.gz": (
             "got label 80, 160, expected labels and not grey levels. The labels are "
-            r"0 air, 1 organ\."
+            r"0 air, 1 organ, 2 tumour\."
         ),
         "negative.nii.gz": "got label -1",
         "scores.nii.gz": "got fractions, expected labels: the argmax",

@@ -167,7 +167,7 @@ def test_what_other_data_cannot_be_is_said_in_one_line(run_of, folder):
 
 def test_a_case_without_a_label_is_never_scored(run_of, folder, tmp_path):
     run, _ = run_of(test=("a.1", "new"))
-    words = r"test: 1 cases have no mask to be scored by \(new\); take them out of the splits file"
+    words = r"test: 1 cases have no true mask to be scored by \(new\)\. Take them out of the splits"
     with pytest.raises(DataError, match=words):
         evaluate_run(EvaluateRun(run, scoring=FEW))
     settings = EvaluatePredictions(
