@@ -1,4 +1,4 @@
-"""Runs a command line, and checks what it is given: a device, names from a list, numbers."""
+"""Runs a command line, and checks its arguments: a device, names from a list, numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_command(
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """That of this name; without one a GPU if there is one, else the CPU.
+    """The device of this name; without a name a GPU if there is one, else the CPU.
 
     Raises:
         ArgumentError: a GPU was asked for and there is none.

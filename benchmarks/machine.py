@@ -56,16 +56,16 @@ class RunFacts:
     dtype: str
 
     def one_line(self) -> str:
-        """All of them, as a command prints them before it measures."""
+        """All facts in one line, as a command prints them before it measures."""
         return ", ".join(f"{name} {value or 'none'}" for name, value in asdict(self).items())
 
     def hardware(self) -> str:
-        """Machine, vendor, instruction set and road, as the README shows them."""
+        """Machine, vendor, instruction set and library, as the README shows them."""
         details = "; ".join(text for text in (self.vendor, self.capability) if text)
         return (
             self.machine
             + (f" ({details})" if details else "")
-            + (f"; our products by {self.road}" if self.road else "")
+            + (f"; matrix products of this layer by {self.road}" if self.road else "")
         )
 
     def software(self) -> str:
@@ -76,12 +76,12 @@ class RunFacts:
         )
 
     def cpu_warning(self) -> str:
-        """What stands in the README before figures that say nothing about a GPU; else empty."""
+        """A warning in the README before numbers that say nothing about a GPU; else empty."""
         return "**CPU only: nothing here was measured on a GPU.** " if self.device == "cpu" else ""
 
 
 def run_facts(device: torch.device, dtype: torch.dtype) -> RunFacts:
-    """Those of this machine, now."""
+    """The facts of this machine at this moment."""
     on_cpu = device.type == "cpu"
     return RunFacts(
         date=datetime.date.today().isoformat(),
@@ -89,7 +89,7 @@ def run_facts(device: torch.device, dtype: torch.dtype) -> RunFacts:
         machine=machine_name(device) + (held_to(os.environ) if on_cpu else ""),
         vendor=vendor() if on_cpu else "",
         capability=capability(device),
-        # Products of other dtypes have one road each, PyTorch's own.
+        # Other dtypes have one library each, which PyTorch chooses.
         road=("" if not on_cpu else road() if dtype == torch.float32 else "plain PyTorch"),
         threads=str(torch.get_num_threads()),
         python=platform.python_version(),
@@ -135,7 +135,7 @@ def capability(device: torch.device) -> str:
 
 
 def device_kind(device: torch.device) -> str:
-    """What figures depend on and files are named by: "cuda", "cpu-avx2", "cpu-avx512", ..."""
+    """The kind of device, by which files are named: "cuda", "cpu-avx2", "cpu-avx512", ..."""
     if device.type == "cuda":
         return "cuda"
     return f"cpu-{re.sub('[^a-z0-9]+', '-', capability(device).lower())}"

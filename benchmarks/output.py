@@ -1,4 +1,4 @@
-"""Where results are written, CSV files of rows, and how numbers are shown in tables."""
+"""Writes results into CSV files and pages, and formats numbers for tables."""
 
 from __future__ import annotations
 

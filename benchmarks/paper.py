@@ -68,7 +68,7 @@ def mlp(w1_HD: Tensor, b1_H: Tensor, w2_DH: Tensor, b2_D: Tensor) -> nn.Sequenti
 
 
 def linear(w_OI: Tensor, b_O: Tensor) -> nn.Linear:
-    """With copies of these parameters, and none drawn before: that would cost random numbers."""
+    """A layer with copies of these parameters; drawing others first would cost random numbers."""
     layer = nn.Linear(w_OI.shape[1], w_OI.shape[0], device="meta")
     layer.weight, layer.bias = nn.Parameter(w_OI.clone()), nn.Parameter(b_O.clone())
     return layer

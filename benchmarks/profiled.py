@@ -31,7 +31,7 @@ class Meter:
         self.cuda = device.type == "cuda"
 
     def mark(self) -> None:
-        """One more pair in ``marks``."""
+        """Adds a pair to ``marks``."""
         if self.cuda:
             torch.cuda.synchronize()
             now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()

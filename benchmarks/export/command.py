@@ -1,7 +1,7 @@
-"""Exported programs beside the models they were made of, in eval mode, on the CPU.
+"""Times exported programs beside the models they were made of, in eval mode, on the CPU.
 
-A run renews its rows of the CSV file and leaves the others, so that a machine can be measured piece
-by piece; a run that writes to benchmarks/results renews the page from all of them. Files and
+A run replaces its own rows of the CSV file and leaves the others, so that a machine can be measured
+piece by piece. A run that writes to benchmarks/results renews the page from all rows. Files and
 compiled code are made before anything is timed.
 """
 
@@ -88,22 +88,26 @@ def measure(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.export", description=__doc__)
-    parser.add_argument("--subjects", default="all", help=f"all, or some of {', '.join(SUBJECTS)}")
-    parser.add_argument("--ways", default="all", help=f"all, or some of {', '.join(WAYS)}")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's own number")
     parser.add_argument(
-        "--seconds", type=float, default=15.0, help="to time each subject for; 0: one round"
+        "--subjects", default="all", help=f"networks: all, or some of {', '.join(SUBJECTS)}"
+    )
+    parser.add_argument(
+        "--ways", default="all", help=f"kinds of program: all, or some of {', '.join(WAYS)}"
+    )
+    parser.add_argument("--threads", type=int, help="number of threads (default: PyTorch's)")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="time for each network; 0 means one round"
     )
     parser.add_argument(
         "--files",
         type=Path,
         default=Path("bench_output/export-files"),
-        help="folder for the ONNX files; those that it has are not written again",
+        help="folder for the ONNX files; files that exist there are not written again",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the CSV (default: benchmarks/results, for which benchmarks/README.md is "
-        "renewed too, for a run of everything; else bench_output)",
+        help="folder for the CSV file. By default a run of everything writes to "
+        "benchmarks/results and renews benchmarks/README.md; other runs write to bench_output",
     )
     return parser

@@ -1,4 +1,4 @@
-"""A row for each subject, number of threads and way; the file they stand in, and the table."""
+"""A row for each network, number of threads and kind of program; their file and table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_rows(file: Path) -> list[ExportRow]:
 
 
 def table(rows: list[ExportRow]) -> str:
-    """Milliseconds; each way beside the eager model, and beside the dense twin in onnxruntime."""
+    """Milliseconds of each program, beside the eager model and the dense twin in onnxruntime."""
     ms = {row.key: row.ms for row in rows}
     lines = []
     for row in rows:
@@ -74,14 +74,16 @@ def table(rows: list[ExportRow]) -> str:
                 f"{row.difference:.0e}" if row.difference else "—",
             ]
         )
-    heads = ["subject", "threads", "way", "ms (quartiles)", "× eager", f"× {DENSE_ONNX}", "differs"]
+    heads = ["network", "threads", "program", "ms (quartiles)"]
+    heads += ["× eager", f"× {DENSE_ONNX}", "difference"]
     return markdown_table(heads, lines)
 
 
 _UNHELD = (
-    "onnxruntime chooses its instructions by the processor and has no switch: its rows use all "
-    "that there are, and are faster beside the eager and compiled ones than on a processor that "
-    "has no more. The goals beside eager are judged where nothing is held back.\n\n"
+    "ONNX Runtime chooses its instructions by the processor and cannot be limited. So its rows use "
+    "all instructions that the processor has, and look better beside the other rows than on a "
+    "processor that has no more than those. The goals beside eager are judged only where nothing "
+    "is limited.\n\n"
 )
 
 
@@ -100,7 +102,7 @@ def section(rows: list[ExportRow]) -> str:
         dense = ms.get((subject, threads, DENSE_ONNX))
         if dense and subject.startswith("vit"):
             goals.append((subject, threads, DENSE_ONNX, sparse / dense, 1.25))
-    told = [
+    judged = [
         [subject, threads, to, f"{ratio:.2f}", f"≤ {brief(goal)}", verdict(ratio, goal)]
         for subject, threads, to, ratio, goal in goals
     ]
@@ -108,7 +110,9 @@ def section(rows: list[ExportRow]) -> str:
         f"{first.cpu_warning()}{first.hardware()}; float32, PyTorch {first.torch}, onnxruntime "
         f"{first.onnxruntime}, Python {first.python}, {first.date}, commit {commits}.\n\n"
         f"{_UNHELD if held else ''}{table(rows)}\n\n"
-        + markdown_table(["subject", "threads", "sparse beside", "measured", "goal", ""], told)
+        + markdown_table(
+            ["network", "threads", "onnx-sparse beside", "measured", "goal", ""], judged
+        )
     )
 
 

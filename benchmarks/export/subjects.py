@@ -1,4 +1,4 @@
-"""What is measured: the layer alone and whole networks, each with a dense twin of its active FLOPs.
+"""The networks that are measured, and the layer alone, with dense twins of equal active FLOPs.
 
 Shapes: B samples, T tokens, D features.
 """

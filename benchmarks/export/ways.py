@@ -1,4 +1,4 @@
-"""The ways to run a network, each as a function of nothing that gives its first output."""
+"""The kinds of program that run a network: functions without arguments that return its output."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Axis:
     values: tuple[int, ...]
 
     def shapes(self) -> list[tuple[int, Shape]]:
-        """With the value of each.
+        """The shapes, each with its value.
 
         >>> axis = Axis("k", "k", Shape("", 2, 8, 16, 4), (1, 4))
         >>> [(value, shape.k, shape.experts) for value, shape in axis.shapes()]
@@ -39,7 +39,7 @@ class Axis:
 
 
 def axes(quick: bool = False) -> list[Axis]:
-    """All of them; ``quick``: two points of each, with few tokens."""
+    """All numbers that grow; ``quick``: two points of each, with few tokens."""
     tokens = 256 if quick else 8192
     base = Shape("base", 2, tokens, 48, 4)
     # Of sixteen samples, so that sixteen values are in use wherever there are so many.

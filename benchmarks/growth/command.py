@@ -1,4 +1,4 @@
-"""``python -m benchmarks.growth``: how time and memory grow with each number of a layer.
+"""Measures how time and memory grow with each number of a layer.
 
 Tokens, experts, k, attribute values and width grow one at a time, for this layer, the paper's
 boolean-mask loop and a dense MLP of equal active FLOPs, on the CPU in float32.
@@ -66,15 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds",
         type=int,
-        help=f"timed rounds (default: what takes a point {SECONDS:g} s, {LEAST_ROUNDS} to "
-        f"{MOST_ROUNDS}; of large ones {LEAST_ROUNDS})",
+        help=f"number of timed rounds (default: as many as fit into {SECONDS:g} seconds for each "
+        f"point, but {LEAST_ROUNDS} to {MOST_ROUNDS}; {LEAST_ROUNDS} for large points)",
     )
-    parser.add_argument("--quick", action="store_true", help="two small points an axis, two rounds")
-    parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument("--quick", action="store_true", help="two small points of each, two rounds")
+    parser.add_argument("--threads", type=int, help="number of PyTorch's threads")
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for CSV and plot (default: benchmarks/results for a whole run, which also "
-        "renews benchmarks/README.md; else bench_output)",
+        help="folder for CSV and plot. By default a whole run writes to benchmarks/results and "
+        "renews benchmarks/README.md; other runs write to bench_output",
     )
     return parser

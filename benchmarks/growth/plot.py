@@ -81,7 +81,7 @@ def _draw(panel: Any, provider: str, which: str, values: list[int], heights: lis
 
 
 def _draw_guide(panel: Any, points: list[GrowthRow]) -> None:
-    """Where our time would be if it grew as the arithmetic does, from the last point back."""
+    """The layer's time if it grew as the arithmetic does, from the last point back."""
     last = points[-1]
     scale = (last.median_ms or 0.0) / (last.flops or 1)
     heights = [scale * (row.flops or 0) for row in points]

@@ -16,11 +16,11 @@ def section(rows: list[GrowthRow], stem: str) -> str:
     """Machine, growth along every axis, where time outgrows the arithmetic, and all points."""
     row = rows[0]
     conditions = (
-        f"{row.cpu_warning()}{row.hardware()}; {row.dtype}, {row.software()}, load before the run "
-        f"{row.load}."
+        f"{row.cpu_warning()}{row.hardware()}; {row.dtype}, {row.software()}, load of the machine "
+        f"before the run {row.load}."
     )
     points = "\n\n".join([conditions, growth_table(rows), outgrown(rows), points_table(rows)])
-    files = f"All figures: [`results/{stem}.csv`](results/{stem}.csv)."
+    files = f"All numbers: [`results/{stem}.csv`](results/{stem}.csv)."
     return f"{points}\n\n{files}\n\n![how cost grows](results/{stem}.png)"
 
 
@@ -44,7 +44,7 @@ def growth_table(rows: list[GrowthRow]) -> str:
             end = "" if points and points[-1].value == ours[-1].value else f" to {_last(points)}"
             cells.append(f"× {brief(_time(points))}, × {brief(_peak(points))}{end}")
         lines.append(cells)
-    header = ["axis", "pass", "it grew", "arithmetic", *(f"{p}: time, memory" for p in providers)]
+    header = ["number", "pass", "grows", "arithmetic", *(f"{p}: time, memory" for p in providers)]
     return markdown_table(header, lines)
 
 
@@ -66,8 +66,8 @@ def outgrown(rows: list[GrowthRow]) -> str:
                 + (f" ({', '.join(others)})" if others else "")
             )
     if not lines:
-        return "Our time grows faster than the arithmetic along no axis."
-    return "\n".join(["Where our time grows faster than the arithmetic:", "", *lines])
+        return "The time of this layer grows faster than the arithmetic nowhere."
+    return "\n".join(["Where the time of this layer grows faster than the arithmetic:", "", *lines])
 
 
 def points_table(rows: list[GrowthRow]) -> str:

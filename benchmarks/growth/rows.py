@@ -84,7 +84,7 @@ Curves = dict[tuple[str, str, str], list[GrowthRow]]
 
 
 def curves(rows: Iterable[GrowthRow]) -> Curves:
-    """Those with figures."""
+    """The rows that have numbers."""
     found: Curves = {}
     for row in sorted(rows, key=lambda row: row.value):
         if row.median_ms is not None and row.peak_bytes is not None:

@@ -1,10 +1,10 @@
-"""``python -m benchmarks.kernels``: compiles every Triton kernel for GPUs that need not be there.
+"""Compiles every Triton kernel for GPUs that this machine need not have.
 
-Without a word: the layer's own launches, recorded at the shapes of the layer benchmark's goals, are
-compiled for each compute capability. Registers, stack and shared memory come from the binary's
-resource table, instructions from its disassembly. ``matrix``: the worst of all widths, dtypes and
-activations. ``predict``: what a model makes of the counts. On a GPU ``prewarm`` compiles all that
-the goals and the sweep launch, and ``sweep`` times a goal's launches with other blocks.
+Without a command it compiles the launches of the layer at the shapes of the benchmark's goals, for
+each compute capability. Registers, stack and shared memory come from the binary's resource table,
+and instructions from its disassembly. ``matrix`` does so for all widths, dtypes and activations.
+``predict`` estimates times from the counts. On a GPU, ``prewarm`` compiles all that the goals and
+the sweep launch, and ``sweep`` times the launches of a goal with other block sizes.
 """
 
 from __future__ import annotations
@@ -120,18 +120,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__)
     parser.set_defaults(run=_report)
     commands = parser.add_subparsers(metavar="command")
-    matrix = commands.add_parser("matrix", help="the worst of all widths, dtypes and activations")
+    matrix = commands.add_parser("matrix", help="compile all widths, dtypes and activations")
     for name, known in (("capabilities", GPUS), ("dtypes", DTYPES), ("widths", WIDTHS)):
         some = ",".join(map(str, known))
         matrix.add_argument(f"--{name}", default="all", help=f"all, or some of {some}")
     matrix.set_defaults(run=_matrix)
-    predict = commands.add_parser("predict", help="the goals' times by a model, beside the floor")
+    predict = commands.add_parser("predict", help="estimate the goals' times by a model")
     predict.set_defaults(run=_predict)
-    warm = commands.add_parser("prewarm", help="compiles all that is timed; needs a GPU")
-    warm.add_argument("--own", action="store_true", help="without the sweep's other blocks")
-    warm.add_argument("--processes", type=int, help="default: one a core")
+    warm = commands.add_parser("prewarm", help="compile all that is timed; needs a GPU")
+    warm.add_argument("--own", action="store_true", help="leave out the sweep's other block sizes")
+    warm.add_argument(
+        "--processes", type=int, help="number of processes (default: one for each core)"
+    )
     warm.set_defaults(run=_prewarm)
-    sweep = commands.add_parser("sweep", help="times other blocks; needs a GPU")
+    sweep = commands.add_parser("sweep", help="time other block sizes; needs a GPU")
     sweep.add_argument("shape", choices=tuple(GOALS))
     sweep.add_argument("--rounds", type=int, default=5)
     sweep.add_argument("--out", type=Path, help="folder for the CSV (default: bench_output)")

@@ -29,7 +29,7 @@ _MATRIX = r"\b(?:H?G?MMA\.|UTC\w*MMA\b)[\w.]*"
 
 
 class Binary(NamedTuple):
-    """What a program of a compiled kernel takes; registers are a thread's.
+    """The resources of a program of a compiled kernel; registers are those of a thread.
 
     Attributes:
         instructions: a warp's, outside of loops, in loops, in loops inside of loops.
@@ -94,7 +94,7 @@ def compile_for(launch: Launch, capability: int) -> Any:
 
 
 def dump(flag: str, compiled: Any) -> str:
-    """What the disassembler that Triton brings says of a kernel: ``flag`` is one of its options."""
+    """The output of the disassembler that Triton brings; ``flag`` is one of its options."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

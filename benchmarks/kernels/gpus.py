@@ -27,7 +27,7 @@ class GPU(NamedTuple):
 
     @property
     def block_shared(self) -> int:
-        """What a block can have of the shared memory, of which the system takes 1 KiB."""
+        """The shared memory that a block can have; the system takes 1 KiB."""
         return self.shared - 1024
 
     def resident_blocks(self, warps: int, registers: int, shared_bytes: int) -> int:

@@ -32,7 +32,7 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        """What the kernel does here of all that it can."""
+        """The options that this launch of the kernel uses."""
         flags = ("GATHER", "SPLIT", "NOISY")
         words = [flag.lower() for flag in flags if self.options.get(flag)]
         if self._has("kept_ptr"):
@@ -40,7 +40,7 @@ class Launch(NamedTuple):
         return " ".join(words)
 
     def value(self, name: str) -> Any:
-        """What the kernel's parameter of this name was given."""
+        """The value of the kernel's parameter of this name."""
         names = [parameter.name for parameter in self.kernel.params[: len(self.arguments)]]
         return self.arguments[names.index(name)] if name in names else self.options[name]
 
@@ -51,7 +51,7 @@ class Launch(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """How many there are."""
+        """The number of programs."""
         return math.prod(self.grid)
 
     @property
@@ -104,7 +104,7 @@ class LayerStep:
         )  # fmt: skip
 
     def launches(self) -> list[Launch]:
-        """Those of the step, in their order."""
+        """The launches of the step, in their order."""
         launches: list[Launch] = []
         with intercepted(launches.append, self.capability), other_blocks(self.blocks):
             self._run()
@@ -156,7 +156,7 @@ def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Itera
 
 
 def fused_activations() -> list[str]:
-    """Those that the kernels have."""
+    """The block sizes that the kernels have."""
     return [name for name, activation in ACTIVATIONS.items() if activation.fused]
 
 

@@ -63,7 +63,7 @@ def instructions_by_depth(code: str) -> tuple[int, ...]:
 
 
 def _loop(first: int, last: int, follows: list[list[int]]) -> set[int]:
-    """What lies on a way from ``first`` to ``last`` that does not go back before ``first``.
+    """The blocks on paths from ``first`` to ``last`` that do not go back before ``first``.
 
     Empty if there is none: then the branch back is that of a block that was moved behind.
     """

@@ -43,7 +43,7 @@ class MatrixRow:
 
     @property
     def what(self) -> tuple[str, int, str, int]:
-        """What it is of; a later row of the same takes its place."""
+        """The key of a row; a later row with the same key replaces it."""
         return self.triton, self.capability, self.dtype, self.dim
 
 

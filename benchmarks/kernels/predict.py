@@ -1,9 +1,9 @@
-"""What the counts foretell of the goals' times on an H200, before anything has run on one.
+"""Predicts the goals' times on an H200 from counts, before anything has run on one.
 
-A model, not a measurement. Of a launch: the longest of its instructions over the rate at which they
-issue, of what a program waits for over how many programs wait together, of its traffic and of its
-matrix products. Of other providers: the traffic and the products of each of PyTorch's operations,
-counted in a step of fewer tokens on a CPU, with no wait between two of them.
+This is a model, not a measurement. A launch takes the longest of four times: its instructions at
+the rate at which they issue, its waits shared by the programs that wait together, its memory
+traffic, and its matrix products. For other providers the model adds up the traffic and the products
+of each PyTorch operation, counted in a step of fewer tokens on a CPU, without a wait between them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Seconds(NamedTuple):
 
 
 def launch_seconds(launch: Launch, binary: Binary, step: LayerStep) -> Seconds:
-    """What the model makes of a launch."""
+    """The times of a launch by the model."""
     resident = H200.resident_blocks(binary.warps, binary.registers, binary.shared_bytes)
     resident = min(resident, math.ceil(launch.programs / H200.multiprocessors))
     rounds = launch.programs / H200.multiprocessors / resident
@@ -97,7 +97,7 @@ def launch_seconds(launch: Launch, binary: Binary, step: LayerStep) -> Seconds:
 
 
 class Prediction(NamedTuple):
-    """Of one shape: a line for each launch, and rows as if the step had been timed."""
+    """The prediction for a shape: a line for each launch, and rows as of a timed step."""
 
     shape: Shape
     launches: list[list[str]]
@@ -110,7 +110,7 @@ class Prediction(NamedTuple):
 
 
 def predict(shape: Shape) -> Prediction:
-    """What the model makes of a training step at a shape, beside other providers'."""
+    """The prediction of a training step at a shape, beside those of other providers."""
     step, lines = LayerStep.of(shape, DTYPE, balanced=False), []
     seconds, router = {"triton": _gradient_sum(shape)}, 0.0
     for launch in step.launches():
@@ -159,14 +159,14 @@ def section(predictions: list[Prediction]) -> str:
         times = [row.median_ms for row in prediction.rows if row.which == "forward+backward"]
         cells = [f"{ms:.2f}" for ms in (1e3 * floor, *times) if ms is not None]
         lines.append([prediction.shape.name, *cells])
-    names = ["floor", "ours", *(provider.name for provider in _OTHERS)]
+    names = ["least traffic alone", "this layer", *(provider.name for provider in _OTHERS)]
     steps = markdown_table(["forward+backward, predicted ms", *names], lines)
     rows = [row for prediction in predictions for row in prediction.rows]
     return f"{steps}\n\n{goals_table(rows, 'predicted')}"
 
 
 def _memory(shape: Shape) -> StepMemory:
-    """That of the kernels' step, which allocates the same without running."""
+    """The memory of the kernels' step, which allocates the same without running."""
     problem = Problem.random(shape, "cpu", DTYPE)
     with intercepted(lambda launch: None):
         return step_memory(_OnGpu(shape), problem)
@@ -187,13 +187,13 @@ class _OnGpu(Layer):
 
 
 def _gradient_sum(shape: Shape) -> float:
-    """Of x's two gradients, the router's and the experts', which autograd adds."""
+    """The time in which autograd adds the two gradients of x, the router's and the experts'."""
     moved = 3 * shape.total_tokens * shape.dim * DTYPE.itemsize
     return moved / H200.bandwidth / OF_BANDWIDTH
 
 
 def provider_seconds(provider: Provider, shape: Shape) -> float:
-    """What the model makes of a training step of plain PyTorch.
+    """The predicted time of a training step of plain PyTorch.
 
     Traffic and products grow with the tokens; the number of operations does not.
     """
@@ -226,7 +226,7 @@ class _Counted(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in what an operation takes or gives."""
+    """The tensors among the inputs or outputs of an operation."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -29,7 +29,7 @@ class Compilation(NamedTuple):
 
 
 def compilations(steps: Sequence[LayerStep]) -> list[Compilation]:
-    """Those of all steps, what is compiled alike only once."""
+    """The launches of all steps; those that are compiled alike appear once."""
     found: dict[tuple[Any, ...], Compilation] = {}
     for step in steps:
         for place, launch in enumerate(_launches(step)):
@@ -38,7 +38,7 @@ def compilations(steps: Sequence[LayerStep]) -> list[Compilation]:
 
 
 def prewarm(todo: Sequence[Compilation], processes: int | None) -> Iterator[tuple[str, str]]:
-    """What could not be compiled or loaded: which kernel, and why.
+    """The kernels that could not be compiled or loaded, with the reason.
 
     Args:
         processes: None for one a core.

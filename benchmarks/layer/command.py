@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measures, prints tables, writes a CSV and a plot."""
+"""Measures the layer beside other implementations, prints tables, and writes a CSV and a plot."""
 
 from __future__ import annotations
 
@@ -91,30 +91,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--shapes",
-        help="groups (goals, stages, sweep; small on a CPU), names, or batch x tokens x dim x "
-        "values: 2x1024x48x4 (default: all)",
+        help="comma-separated groups (goals, stages, sweep, and small on a CPU), names of shapes, "
+        "or batch x tokens x width x attribute values, such as 2x1024x48x4 (default: all)",
     )
-    parser.add_argument("--providers", default="all", help=f"all, or some of {','.join(PROVIDERS)}")
+    parser.add_argument(
+        "--providers",
+        default="all",
+        help=f"implementations: all, or some of {','.join(PROVIDERS)}",
+    )
     parser.add_argument(
         "--rounds",
         type=int,
-        help="timed rounds (default: 20 on a GPU; on a CPU what takes a shape "
-        f"{SECONDS:g} s, {LEAST_ROUNDS} to {MOST_ROUNDS})",
+        help="number of timed rounds (default: 20 on a GPU; on a CPU as many as fit into "
+        f"{SECONDS:g} seconds for each shape, but {LEAST_ROUNDS} to {MOST_ROUNDS})",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two rounds, and unless --shapes says which, two small shapes",
+        help="a short run: two rounds, and two small shapes unless --shapes names others",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: a GPU if there is one, else the CPU"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU"
     )
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--threads", type=int, help="number of PyTorch's threads on the CPU")
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for CSV and plot (default: benchmarks/results for a run of all shapes and "
-        "providers, which also renews benchmarks/README.md; else bench_output)",
+        help="folder for CSV and plot. By default a run of all shapes and providers writes to "
+        "benchmarks/results and renews benchmarks/README.md; other runs write to bench_output",
     )
     return parser

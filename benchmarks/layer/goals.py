@@ -49,7 +49,7 @@ _NOT_PEERS = (*OUR_BACKENDS, "mask-loop", "dense", "st-moe")
 
 
 class _GpuBounds(NamedTuple):
-    """Of forward+backward: times faster than others, and memory in T·d.
+    """Goals of forward+backward: times faster than others, and memory in T·d.
 
     ``loop``, ``peer``, ``dense``: the boolean-mask loop, the best peer, and the dense MLP of equal
     active FLOPs. ``held``: what is kept for backward beside x. ``excess``: the peak above x, y and
@@ -89,7 +89,7 @@ class Goal:
 
 
 def goals(rows: list[LayerRow]) -> list[Goal]:
-    """Those of the run's device whose shapes it measured."""
+    """The goals for the run's device at the shapes that it measured."""
     if not rows:
         return []
     found = _Measured(rows)
@@ -182,17 +182,17 @@ def _cpu_goals(found: _Measured) -> list[Goal]:
         if shape in _CPU_MEMORY:
             inverse = found.ratio(shape, "mask-loop", "forward+backward", _peak)
             share = None if inverse is None else 1 / inverse
-            what = "peak memory of forward+backward, share of mask-loop's"
+            what = "peak memory of forward+backward, as a share of mask-loop's"
             result.append(Goal(shape, what, share, _CPU_MEMORY[shape], at_most=True))
         for (at, which), bound in _CPU_DENSE.items():
             if at == shape:
                 ratio = found.ratio(shape, "dense", which, _time)
                 times = None if ratio is None else 1 / ratio
-                what = f"{which}, × the time of a dense MLP of equal active FLOPs"
+                what = f"{which}, time, × that of a dense MLP of equal active FLOPs"
                 result.append(Goal(shape, what, times, bound, at_most=True))
         if worst := found.behind(shape):
             times, where = worst
-            what = f"× the time of the fastest other, at worst: {where}"
+            what = f"time, × that of the fastest other, worst case: {where}"
             result.append(Goal(shape, what, times, _CPU_BEHIND, at_most=True))
     return result
 
@@ -204,19 +204,19 @@ def _gpu_goals(found: _Measured) -> list[Goal]:
             continue
         rivals = [("mask-loop", "mask-loop", bounds.loop)]
         if best := found.best_peer(shape, which):
-            rivals.append((best, f"the best other, {best}", bounds.peer))
-        rivals.append(("dense", "dense MLP of equal active FLOPs", bounds.dense))
+            rivals.append((best, f"the fastest other, {best}", bounds.peer))
+        rivals.append(("dense", "a dense MLP of equal active FLOPs", bounds.dense))
         for rival, words, bound in rivals:
             ratio = found.ratio(shape, rival, which, _time)
             result.append(Goal(shape, f"{which}, times faster than {words}", ratio, bound))
         ours, router = found.ours(shape, which), found.ours(shape, "router kernel")
         held, excess = (ours.held_td, ours.excess_td) if ours else (None, None)
-        what = "kept for backward beside x, in T·d"
+        what = "memory between forward and backward beside x, in T·d"
         result.append(Goal(shape, what, held, bounds.held, at_most=True))
-        what = "peak above x, y and all gradients, in T·d"
+        what = "peak memory above x, y and all gradients, in T·d"
         result.append(Goal(shape, what, excess, bounds.excess, at_most=True))
         share = router.roofline_share if router else None
-        what = "router kernel, share of the measured copy bandwidth"
+        what = "router kernel, as a share of the measured copy bandwidth"
         result.append(Goal(shape, what, share, _ROUTER_SHARE))
     return result
 

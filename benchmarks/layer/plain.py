@@ -1,4 +1,4 @@
-"""What anybody would write without the layer, in plain PyTorch, and the paper's own way."""
+"""Implementations in plain PyTorch, as one would write them, and the paper's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .provider import Layer, Provider, Routed, Unavailable, gradient
 
 
 class PaperLayer(MaskLoop, Layer):
-    """The paper's way, as a provider."""
+    """The paper's implementation, as a provider."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.weights, problem.shape.k)
@@ -59,7 +59,7 @@ class GroupedMm(Routed):
 
 
 def bias_rows(table_EN: Tensor, row_R: Tensor) -> Tensor:
-    """``table_EN[row_R]``, by the faster road of the device.
+    """``table_EN[row_R]``, by the method that is faster on the device.
 
     On a GPU the gradient of an index adds the rows that have the same index one after the other,
     millions of them for each expert. That of a product with ones is a product.

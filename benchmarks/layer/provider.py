@@ -1,4 +1,4 @@
-"""What a provider is: a way to compute the layer that is measured beside others.
+"""A provider is an implementation of the layer that is measured beside others.
 
 Every provider is built from the parameters of one DMoE. In training mode all of them add the
 router's noise and drop a tenth of the experts' outputs.
@@ -25,7 +25,7 @@ class Unavailable(Exception):
 
 
 class Layer(nn.Module):
-    """What a provider builds: calls of (x_BTD, attributes_B), and the gradient of w1 by expert."""
+    """A provider's layer: it is called with (x_BTD, attributes_B), and has w1's gradient."""
 
     def w1_grad(self) -> Tensor:
         """(E, H, D). Layers of other maths have none: they are not checked."""

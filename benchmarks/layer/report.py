@@ -1,4 +1,4 @@
-"""A run in Markdown: the tables that it prints, and its section of the benchmarks' README."""
+"""A run in Markdown: the tables that it prints, and the section of the benchmarks' README."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EQUAL = 1.02
 
 
 def shape_table(rows: list[LayerRow]) -> str:
-    """Every provider of one shape with all figures; those that were not timed say why."""
+    """Every provider of one shape with all numbers; those that were not timed say why."""
     header = [
         "provider", "pass", "ms (quartiles)", "× loop", "TFLOP/s", "GB/s", "of roofline",
         "peak MiB", "kept, T·d", "note",
@@ -51,21 +51,21 @@ def section(rows: list[LayerRow], stem: str) -> str:
     measured = (
         ""
         if timed.roofline_tflops is None
-        else f"; measured limits: {1e3 * timed.roofline_tflops:.0f} GFLOP/s, "
+        else f"; limits of the machine: {1e3 * timed.roofline_tflops:.0f} GFLOP/s, "
         f"{timed.roofline_gbytes_per_s:.0f} GB/s"
     )
     conditions = (
         f"{row.cpu_warning()}{row.hardware()}; {row.dtype}, {row.software()}, "
-        f"{_rounds(rows)} rounds, load before the run {row.load}{measured}."
+        f"{_rounds(rows)} rounds, load of the machine before the run {row.load}{measured}."
     )
     parts = [conditions, results_table(rows), goals_table(rows), losses(rows)]
-    parts.append(f"All figures: [`results/{stem}.csv`](results/{stem}.csv).")
+    parts.append(f"All numbers: [`results/{stem}.csv`](results/{stem}.csv).")
     parts.append(f"![time and memory against tokens](results/{stem}.png)")
     return "\n\n".join(part for part in parts if part)
 
 
 def results_table(rows: list[LayerRow]) -> str:
-    """A line a shape, a column a provider: ms of all ``PASSES``, peak MiB of forward+backward."""
+    """A line for each shape, a column for each provider: ms of all ``PASSES``, peak MiB."""
     timed = timed_rows(rows)
     providers = list(dict.fromkeys(provider for _, provider, _ in timed))
     shapes = {row.shape: f"{row.shape}: {row.batch}×{row.tokens}×{row.dim}" for row in rows}
@@ -93,19 +93,22 @@ def losses(rows: list[LayerRow]) -> str:
             words = ", ".join(f"{name} {factors[name]:.2f}×" for name in names)
             lines.append(f"- {shape}, {which}: {words}")
     if not lines:
-        return "Where we lose: nowhere in this run."
-    title = "Where we lose (so many times faster than ours; within 2 % is a draw):"
+        return "Where this layer is slower: nowhere in this run."
+    title = (
+        "Where this layer is slower. A factor says how many times faster the other one is; "
+        "differences within 2 % are not listed:"
+    )
     return "\n".join([title, "", *lines])
 
 
 def _rounds(rows: list[LayerRow]) -> str:
-    """Of the shape with the fewest to that with the most."""
+    """The fewest and the most rounds of any shape."""
     found = sorted({row.rounds for row in rows if row.rounds is not None})
     return " to ".join(map(str, dict.fromkeys([*found[:1], *found[-1:]])))
 
 
 def _cell(passes: list[LayerRow | None]) -> str:
-    """Of one provider and shape; a file of an older run may lack a pass."""
+    """The cell of one provider and shape; a file of an older run may lack a pass."""
     times = ["—" if row is None else brief(row.median_ms or 0.0) for row in passes]
     both = passes[PASSES.index("forward+backward")]
     if both is None or both.peak_bytes is None:

@@ -59,7 +59,7 @@ class LayerRow(RunFacts):
 
 @dataclass(frozen=True)
 class LayerRun:
-    """What all shapes of a run share. ``rounds`` None: as the runner finds them for each shape."""
+    """What all shapes of a run share. If ``rounds`` is None, the runner chooses them by shape."""
 
     facts: RunFacts
     device: torch.device
@@ -143,5 +143,5 @@ def timed_row(
 
 
 def timed_rows(rows: Iterable[LayerRow]) -> dict[tuple[str, str, str], LayerRow]:
-    """Those with a time, by shape, provider and pass."""
+    """The rows that have a time, by shape, provider and pass."""
     return {(r.shape, r.provider, r.which): r for r in rows if r.median_ms is not None}

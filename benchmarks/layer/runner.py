@@ -85,7 +85,7 @@ def reason(error: Exception) -> str:
 
 
 def step_tasks(layers: dict[str, Layer], problem: Problem, watch: Stopwatch) -> Tasks:
-    """What takes turns: each layer's training step, and each layer's call in eval mode."""
+    """The tasks that take turns: each layer's training step, and its call in eval mode."""
     tasks: Tasks = {}
     for name, layer in layers.items():
         tasks[name, TRAINING[-1]] = partial(step_laps, watch, layer, problem)
@@ -94,7 +94,7 @@ def step_tasks(layers: dict[str, Layer], problem: Problem, watch: Stopwatch) -> 
 
 
 def step_spreads(tasks: Tasks, rounds: int) -> dict[str, dict[str, Spread]]:
-    """By layer, of each of ``PASSES``."""
+    """By layer, the times of each of ``PASSES``."""
     spreads: dict[str, dict[str, Spread]] = {}
     for (name, which), laps in interleaved(tasks, rounds).items():
         passes = (EVAL,) if which == EVAL else TRAINING

@@ -88,7 +88,7 @@ SHAPES = {"cpu": CPU_SHAPES, "cuda": GPU_SHAPES}
 
 
 def all_shapes(device: str) -> list[Shape]:
-    """Those of all groups: what the README's section of the device shows."""
+    """The shapes of all groups, which the README's section of the device shows."""
     return [shape for group in SHAPES[device].values() for shape in group]
 
 
@@ -143,7 +143,7 @@ def flops(shape: Shape, which: str, *, routes: bool = True) -> int:
 
 
 def min_bytes(shape: Shape, which: str, element_size: int, *, routes: bool = True) -> int:
-    """What must cross the memory bus if everything in between stayed on the chip.
+    """The bytes that must cross the memory bus if all else stays on the chip.
 
     Forward: x read, y written, every parameter read. Backward: x and y's gradient read, x's
     gradient written, every parameter read and its gradient written. Router alone: x and the

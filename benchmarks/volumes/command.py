@@ -101,16 +101,20 @@ def parse_patches(text: str) -> list[Patch]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.volumes", description=__doc__)
-    parser.add_argument("--patches", help="batch x sides, comma-separated: 1x96x96x64,2x64x64x64")
+    parser.add_argument("--patches", help="batch x sides, separated by commas, such as 1x96x96x64")
     parser.add_argument("--networks", default="all", help=f"all, or some of {','.join(NETWORKS)}")
-    parser.add_argument("--rounds", type=int, help="timed ones (default: 3 on a CPU, 10 on a GPU)")
-    parser.add_argument("--quick", action="store_true", help="two small patches")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32, and both on a GPU")
+    parser.add_argument(
+        "--rounds", type=int, help="timed rounds (default: 3 on a CPU, 10 on a GPU)"
+    )
+    parser.add_argument("--quick", action="store_true", help="measure two small patches")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: a GPU if there is one, else the CPU"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, both on a GPU")
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the CSV (default: benchmarks/results for a run of everything, which also "
-        "renews benchmarks/README.md; else bench_output)",
+        help="folder for the CSV. By default a run of everything writes to benchmarks/results and "
+        "renews benchmarks/README.md; other runs write to bench_output",
     )
     return parser

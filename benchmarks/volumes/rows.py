@@ -83,20 +83,21 @@ def table(rows: list[VolumeRow]) -> str:
         if row.median_ms is not None:
             time = median_and_quartiles(row.median_ms, row.low_ms, row.high_ms)
         lines.append([*cells, peak, _show(row.peak_ratio), held, time, _show(row.time_ratio)])
-    header = ["patch", "network", "peak", "× dense", "kept for backward", "ms (quartiles)"]
-    return markdown_table([*header, "× dense"], lines)
+    header = ["patch", "network", "peak", "× dense", "between forward and backward"]
+    return markdown_table([*header, "ms (quartiles)", "× dense"], lines)
 
 
 def section(rows: list[VolumeRow]) -> str:
-    """What the README shows of a run: where, and the tables of its dtypes."""
+    """What the README shows of a run: the machine, and a table for each dtype."""
     row = rows[0]
     parts = [
-        f"{row.cpu_warning()}{row.hardware()}; {row.software()}, load before the run {row.load}."
+        f"{row.cpu_warning()}{row.hardware()}; {row.software()}, load of the machine before the "
+        f"run {row.load}."
     ]
     for dtype in dict.fromkeys(row.dtype for row in rows):
         parts += [f"{dtype}:", table([row for row in rows if row.dtype == dtype])]
     name = f"results/volumes-{row.device}.csv"
-    return "\n\n".join([*parts, f"All figures: [`{name}`]({name})."])
+    return "\n\n".join([*parts, f"All numbers: [`{name}`]({name})."])
 
 
 def _ratio(of: float | None, to: float | None) -> float | None:

@@ -1,7 +1,7 @@
-"""Counts how often the intervals of a report hold the truth, in made scores whose truth is known.
+"""Counts how often the intervals of a report contain the truth, in made scores of known truth.
 
-`python -m reference_models.metrics.simulation reference_models/README.md` simulates all `SCENES`
-and renews the table of that page.
+`python -m reference_models.metrics.simulation docs/explanation/gaps.md` simulates all `SCENES` and
+renews the table of that page.
 
 Scores are drawn, and then treated as a report treats the scores of cases: by `fairness.draws`,
 `comparisons.compare` and the rest.
@@ -248,12 +248,14 @@ def renew(page: Path, /, repetitions: int = 400, resamples: int = 400) -> None:
     for scene in SCENES:
         found.append((scene, coverage(scene, repetitions, resamples)))
         print(table(found).splitlines()[-1], flush=True)
-    content = f"{repetitions} samples a row, {resamples} resamples each.\n\n{table(found)}"
+    content = (
+        f"Each row is from {repetitions} samples with {resamples} resamples each.\n\n{table(found)}"
+    )
     replace_section(page, MARK, content)
 
 
 if __name__ == "__main__":
     try:
-        tyro.cli(renew)
+        tyro.cli(renew, prog="python -m reference_models.metrics.simulation")
     except DataError as error:
         sys.exit(str(error))

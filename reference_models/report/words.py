@@ -9,7 +9,7 @@ from ..metrics.scores import Comparison, RegionScores, Summary
 
 LIKELY = 0.05  # a p-value above it is what chance shows often enough
 LEAST_SHOWN = 0.0005  # less is printed as 0.000
-# What `metrics.simulation` has found; its table is in reference_models/README.md.
+# What `metrics.simulation` has found; its table is in docs/explanation/gaps.md.
 COVERAGE = (
     "In simulations of two to ten groups of 10 to 1,500 cases whose scores vary alike, with means "
     "alike or one of them lower by up to 0.08, they held the truth in at least 93 of 100 samples. "

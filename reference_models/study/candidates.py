@@ -1,4 +1,4 @@
-"""Changes of the U-Net's experts that the study tried and that are in no other recipe.
+"""Changes of the U-Net's experts that only the study tries; no other recipe has them.
 
 Shapes: B samples, C channels of an image, D of a stage, H and W rows and columns, T tokens, E
 experts, A all attribute values together.
@@ -77,7 +77,7 @@ class Sharp(nn.Module):
 
 
 class Sum(nn.ModuleList):
-    """Adds up what its modules make of the same input."""
+    """Adds the outputs of its modules for the same input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([module(x) for module in self]).sum(0)
@@ -126,9 +126,11 @@ class CandidateUNet(UNet):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}.")
         if modulate and not options.get("attribute_sizes"):
-            raise ValueError("modulate: the network has to be told attributes to modulate by.")
+            raise ValueError(
+                "modulate: the network needs attribute_sizes, by whose attributes it modulates."
+            )
         if merge and placement != "mlp":
-            raise ValueError(f"placement: got {placement!r}, expected mlp for merged experts.")
+            raise ValueError(f"placement: got {placement!r}, expected mlp with merge=True.")
         # Before the network, which makes its stages by them.
         self.placement, self.router, self.merge = placement, router, merge
         self.modulate, self.film_identity = modulate, film_identity
@@ -171,25 +173,27 @@ class CandidateUNet(UNet):
 
 @dataclass(frozen=True)
 class CandidateSettings(UNetSettings):
-    """The U-Net with a change that the study tried; all but `film_identity` are of experts."""
+    """The U-Net with a change that the study tried; all but `film_identity` change the experts."""
 
     network: ClassVar[type[UNet]] = CandidateUNet
 
     placement: Literal["mlp", "after", "beside"] = "mlp"
-    """Where experts are. mlp: in place of the MLP; after: half of the hidden units stay in the MLP,
-    and a residual layer of experts follows it, the paper's placement; beside: half of them stay in
-    the MLP, whose output is added to the experts', an expert that is always on."""
+    """The place of the experts. mlp: they replace the MLP. after: half of the hidden units stay in
+    the MLP and a residual layer of experts follows, which is the paper's placement. beside: half of
+    the hidden units stay in the MLP, whose output is added to that of the experts, as an expert
+    that is always on would do."""
     modulate: bool = False
-    """Scale and shift what router and experts see by the attribute, as film does."""
+    """Scale and shift the input of router and experts by the attribute, as film does."""
     film_identity: bool = False
-    """Start scales and shifts as 1 and 0, instead of as PyTorch's linear layers do."""
+    """Start with scales of 1 and shifts of 0, instead of PyTorch's initial weights."""
     router: Literal["own", "shared", "sharp", "blind"] = "own"
-    """The router. own: each attribute value's; sharp: the same, with scores four times as large at
-    first, a lower temperature; shared: one for all, but for a bias by attribute value; blind: one
-    that is told none, where `modulate` tells the experts."""
+    """The router. own: one router for each attribute value. sharp: the same, with scores that start
+    four times as large, which is a lower temperature. shared: one router for all values, with a
+    bias for each value. blind: one router that receives no attribute; `modulate` then hands the
+    attribute to the experts."""
     merge: bool = False
-    """Merge a sample's k experts into one MLP of all the hidden units before they are applied; they
-    are chosen by the sample's mean token."""
+    """Merge the k experts of a sample into one MLP before they are applied. The sample's mean token
+    chooses them, and the MLP has the hidden units of all of them."""
 
     def make(self, shape: tuple[int, ...], options: dict[str, Any]) -> nn.Module:
         return super().make(

@@ -18,7 +18,7 @@ from ..recipes.serial import to_json
 from .cost import step_milliseconds
 from .figures import FOLDER, write_figures
 from .methods import METHODS
-from .page import write_page
+from .page import PAGE, write_page
 from .plan import GRID, Plan
 from .results import write_tables
 from .runner import run_plan
@@ -26,40 +26,42 @@ from .scenes import FULL, QUICK, SCENES, SHARES, Design
 from .tables import CONTENTS as OF_TABLES
 from .trial import seconds_of
 
-# What lies in a results folder: tables, figures, and a page of both.
-PAGE = "README.md"
+# A results folder holds tables, figures, and a page of both.
 CONTENTS = (*OF_TABLES, FOLDER, PAGE)
 
-# None that anything was tried on before: merged experts were found, and all settled, on 0 to 3.
+# Nothing was tried on these before: merged experts were found, and all else chosen, on 0 to 3.
 _SEEDS = (10, 11, 12, 13, 14)
 _QUICK_SEEDS = _SEEDS[:2]
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """When an attribute-aware router helps and when not: every method in every scene."""
+    """Finds out when an attribute-aware router helps: trains every method in every scene."""
 
     quick: bool = False
-    """A smoke run of minutes: the same jobs, hardly trained and of two seeds. It means nothing."""
+    """Make a smoke run of some minutes: the same jobs with very little training and two seeds. Its
+    numbers mean nothing."""
     out: Path | None = None
-    """Folder of the jobs; what is done there is not run again. By default study_output, or
-    study_output/quick."""
+    """Folder of the jobs. Jobs that are done there are not run again. By default study_output, or
+    study_output/quick with --quick."""
     results: Path | None = None
-    """Folder of tables and figures; by default `results` in the folder of the jobs."""
+    """Folder of tables and figures. By default `results` in the folder of the jobs."""
     seeds: tuple[int, ...] | None = None
-    """Seeds of the data and, apart from them, of initial weights; learning rates are chosen on the
-    first. By default 10 to 14, or 10 and 11 if quick."""
+    """Seeds, which the data and the initial weights each use in another way. Learning rates are
+    chosen on the first seed. By default 10 to 14, or 10 and 11 with --quick."""
     scenes: tuple[str, ...] = tuple(SCENES)
-    """The scenes to train in; all by default."""
+    """Names of the scenes to train in. By default all of them."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """The methods to train; all by default. A method that takes its learning rate from another one
-    brings that along."""
+    """Names of the methods to train. By default all of them. Some methods take the learning rate of
+    another method, which is then trained as well."""
     shares: tuple[float, ...] = SHARES
-    """The phantom's attribute values' shares of its training cases; as many values as shares."""
+    """Share of the phantom's training cases that each attribute value has. There are as many
+    values as shares."""
     rule: Rule = "margin"
-    """What the phantom's attribute means for the outline: how far out it runs, or on which side."""
+    """How the phantom's attribute changes the outline: by how far out it runs (margin), or by
+    which half of the lesion it covers (direction)."""
     processes: int = 2
-    """Number of jobs at a time, each on a core of its own."""
+    """Number of jobs that run at the same time, each of them on one core."""
 
     @property
     def folder(self) -> Path:
@@ -67,7 +69,7 @@ class StudySettings:
 
 
 def study(settings: StudySettings) -> Path:
-    """Runs what is not done yet, and writes tables and figures of everything; returns their folder.
+    """Runs the jobs that are not done yet, writes all tables and figures, and returns their folder.
 
     Raises:
         RunError, DataError: what is asked for does not hold together, before anything is run; or as
@@ -104,12 +106,12 @@ def study(settings: StudySettings) -> Path:
             seconds=seconds_of({trial.job for trial in trials}, folder),
         )
         write_figures(target)
-        write_page(target, target / PAGE)
+        write_page(target)
 
     write_results(results, write, CONTENTS)
     console = Console(highlight=False, soft_wrap=True)
     if settings.quick:
-        console.print("A smoke run: its numbers mean nothing.")
+        console.print("This was a smoke run: its numbers mean nothing.")
     console.print(f"results: {results / PAGE}", markup=False)
     return results
 
@@ -143,7 +145,10 @@ def _plan(settings: StudySettings) -> Plan:
         tuple(seeds),
     )
     if bare := [s for s in plan.scenes if not {*plan.methods_of(s)} & {*settings.methods}]:
-        raise RunError(f"methods: none of {', '.join(settings.methods)} is for {bare[0]}.")
+        raise RunError(
+            f"methods: got {', '.join(settings.methods)}, none of which is trained on the scene "
+            f"{bare[0]}; name one that is, or leave that scene out."
+        )
     return plan
 
 
@@ -151,7 +156,7 @@ def _design(settings: StudySettings) -> Design:
     if settings.processes < 1:
         raise RunError(f"processes: got {settings.processes}, expected 1 or more.")
     if len(settings.shares) < 2:
-        raise RunError(f"shares: got {settings.shares}, expected two or more.")
+        raise RunError(f"shares: got {settings.shares}, expected two shares or more.")
     return Design(QUICK if settings.quick else FULL, settings.shares, settings.rule)
 
 

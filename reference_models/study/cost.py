@@ -1,4 +1,4 @@
-"""What the study's methods cost: multiply-adds of a forward pass, and milliseconds of a step."""
+"""The costs of the study's methods: multiply-adds of a forward pass, milliseconds of a step."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ Record = TypeVar("Record")
 class Table(Generic[Record]):
     """A csv file with a row for each record and a column for each of its fields, in their order.
 
-    A cell is a text or a whole number as it is, "yes" or "no" for a bool, a number with four
-    decimals (or as the field's type says: ``Annotated[float, "g"]``), such cells with ";" between
-    them for a tuple, and empty for None. A last field that is a mapping of names to numbers has a
-    column for every name; a name that a record does not have is an empty cell.
+    A text or a whole number is written as it is, and a bool as "yes" or "no". Other numbers have
+    four decimals, or the format that the field's type names: ``Annotated[float, "g"]``. The cells
+    of a tuple stand in one cell with ";" between them, and None is an empty cell. If the last field
+    maps names to numbers, every name has a column, which is empty where a record lacks the name.
 
     Args:
         name: of the file.
@@ -85,8 +85,8 @@ class Table(Generic[Record]):
         if fixed != [*self.columns] or (names and self._mapping is None):
             raise DataError(
                 f"{path}: got the columns {', '.join(header) or 'none'}, expected "
-                f"{', '.join(self.columns)}; the command `study` of another version wrote it, "
-                "which can read it: run it again, or name another folder."
+                f"{', '.join(self.columns)}. Another version of the study wrote this file; run the "
+                "study again, or name another folder."
             )
         records = []
         for number, line in enumerate(lines, start=2):
@@ -99,8 +99,8 @@ class Table(Generic[Record]):
                     }
             except ValueError as error:
                 raise DataError(
-                    f"{path}: line {number} is no row of this table ({error}); it was changed by "
-                    "hand or cut off: run the command `study` again, or name another folder."
+                    f"{path}: line {number} is no row of this table ({error}). The file was "
+                    "changed by hand or cut off; run the study again, or name another folder."
                 ) from error
             records.append(self._kind(**values))
         return records
@@ -116,8 +116,8 @@ def read_result(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected a file that the command `study` "
-            f"writes into its results: run it, or name another folder."
+            f"{path}: cannot be read ({error.strerror}); expected a file that the study writes "
+            "into its folder of results. Run the study, or name another folder."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The study's figures: one a scene, one of the ablations, one of the experts' loads."""
+"""The study's figures: one for each scene, one of the ablations, one of the experts' loads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _ES_DICE = ("es_dice", "ES-Dice", _BLUE)
 _WORST = ("worst", "Dice of the worst group", _ORANGE)
 _CONDITIONS = (
-    (TOLD_RIGHT, "the right value (or a blind network)", _BLUE),
-    (TOLD_SHUFFLED, "shuffled", _GREEN),
+    (TOLD_RIGHT, "the right one (or a blind network)", _BLUE),
+    (TOLD_SHUFFLED, "another case's (shuffled)", _GREEN),
     (TOLD_WRONG, "always a wrong one", _ORANGE),
     (TOLD_UNKNOWN, "unknown", _PURPLE),
 )
@@ -32,10 +32,10 @@ _LOADED = ("none", "rule")  # scenes: the control, and the one where the attribu
 
 
 def write_figures(results: Path) -> None:
-    """Draws what the csv of a results folder say, as png in its folder `figures`.
+    """Draws the csv of a results folder, as png files in its folder `figures`.
 
-    A figure of which there is nothing to draw, as of a scene that was left out, is not there
-    afterwards, an older one of that name neither.
+    A figure that has nothing to draw, such as that of a scene that was left out, is not written,
+    and an older one of that name is removed.
 
     Raises:
         DataError: a file of the results is missing.
@@ -58,13 +58,16 @@ def write_figures(results: Path) -> None:
 
 
 def _scene(name: str, results: Results) -> Figure | None:
-    """Scores, what the attribute told does to them, and combinations that training had none of."""
+    """Scores, scores with other attributes, and those of combinations that training lacked."""
     if name not in results.scenes:
         return None
     methods = [m for m in results.methods[name] if METHODS[m].kind != "ablation"]
     panels: list[tuple[str, list[tuple[str, str, str, str]]]] = [
-        ("Told the right value", [(*_ES_DICE, TOLD_RIGHT), (*_WORST, TOLD_RIGHT)]),
-        ("ES-Dice, told", [("es_dice", label, colour, c) for c, label, colour in _CONDITIONS]),
+        ("With the right attribute", [(*_ES_DICE, TOLD_RIGHT), (*_WORST, TOLD_RIGHT)]),
+        (
+            "ES-Dice, by the attribute received",
+            [("es_dice", label, colour, c) for c, label, colour in _CONDITIONS],
+        ),
     ]
     if any(results.seeds(name, method, "unseen") for method in methods):
         panels.append(
@@ -92,7 +95,7 @@ def _scene(name: str, results: Results) -> Figure | None:
 
 
 def _ablations(results: Results) -> Figure | None:
-    """Differences to dMoE on the scene "rule"."""
+    """Differences from dMoE on the scene "rule"."""
     methods = [
         m for m in results.methods.get("rule", []) if results.difference("rule", m, "dmoe")
         and METHODS[m].kind in ("dmoe", "ablation")
@@ -106,7 +109,7 @@ def _ablations(results: Results) -> Figure | None:
             row = results.difference("rule", method, "dmoe", metric)
             if row is not None:
                 _draw_mean(axes, place, row.by_seed, row.difference, row.low, row.high, colour)
-        _finish(axes, f"{label}: difference to dMoE", [])
+        _finish(axes, f"{label}: difference from dMoE", [])
     _title(figure, "The layer with one setting changed, scene (a)")
     return figure
 
@@ -143,7 +146,7 @@ def _loads(results: Results) -> Figure | None:
         image, ax=grid[:, :-1], label="share of tokens", location="bottom", fraction=0.04, aspect=50
     )
     titles = "; ".join(SCENES[scene].title for scene in scenes)
-    figure.suptitle(f"dMoE's loads: {titles}", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(f"Loads of dMoE's experts: {titles}", fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -157,12 +160,12 @@ def _draw_table(axes: Any, table_VE: Sequence[Sequence[float]], most: float) -> 
 
 
 def _draw_distances(axes: Any, distances: Sequence[float]) -> None:
-    """How far the loads of the attribute's values lie apart, a dot a seed."""
+    """How far the loads of the attribute's values lie apart, a dot for each seed."""
     axes.plot(distances, [0] * len(distances), "o", color=_BLUE, alpha=0.5)
     axes.set(xlim=(0, 1), yticks=[])
     axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=8)
-    axes.set_title("distance of values", fontsize=9)
-    axes.set_xlabel("0 same, 1 apart", fontsize=9)
+    axes.set_title("distance between values", fontsize=9)
+    axes.set_xlabel("0: equal, 1: apart", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
@@ -216,9 +219,9 @@ def _draw_mean(
     high: float | None,
     colour: str,
 ) -> None:
-    """The interval as a line, the mean as a bar on it, and a dot a seed.
+    """The interval as a line, the mean as a bar on it, and a dot for each seed.
 
-    Of a single seed there is no interval.
+    A single seed has no interval.
     """
     if low is not None:
         axes.plot([low, high], [y, y], color=colour, linewidth=1.6, alpha=0.8)
@@ -236,5 +239,5 @@ def _finish(axes: Any, title: str, legend: Sequence[tuple[str, str]]) -> None:
 
 
 def _title(figure: Figure, title: str) -> None:
-    marks = "(dots: seeds; bar and line: mean, 95 % interval)"
+    marks = "(a dot is a seed; bar and line are the mean and its 95 % interval)"
     figure.suptitle(f"{title}    {marks}", fontsize=11, x=0.01, ha="left")

@@ -1,4 +1,4 @@
-"""What the study is made of: jobs, one training each, and what a job leaves, a trial."""
+"""The parts of the study: a job is one training, and a trial is the result of a job."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..metrics.loads import LoadTables
 
-# The conditions under which a trained network is tested: told each case's own attributes, those of
-# another case, always wrong ones, or that they are unknown.
+# The conditions under which a trained network is tested. It receives each case's own attributes,
+# those of another case, always wrong ones, or the value that means unknown.
 TOLD_RIGHT, TOLD_SHUFFLED, TOLD_WRONG, TOLD_UNKNOWN = "right", "shuffled", "wrong", "unknown"
 
 
@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a job leaves, kept as json in the study's folder.
+    """The result of a job, which is stored as json in the study's folder.
 
     Args:
         job: the job.
@@ -53,9 +53,9 @@ class Trial:
         attributes: the attribute values of each test case; its group is the first of them.
         seen: whether each test case's combination of values occurs in training; with one attribute
             all do.
-        dice: by condition, each test case's Dice of the scene's region. A network that is told no
-            attribute has TOLD_RIGHT alone.
-        told_right: by condition, the share of the cases that were told the truth all the same.
+        dice: by condition, each test case's Dice of the scene's region. A blind
+            network has TOLD_RIGHT alone.
+        told_right: by condition, the share of the cases that received the right attributes anyway.
         loads: by condition, the experts' loads; empty without experts.
     """
 

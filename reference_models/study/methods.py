@@ -1,4 +1,4 @@
-"""What the study compares: every method is a change of one recipe, and nothing else."""
+"""The methods that the study compares: each of them is a change of one recipe, nothing else."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Kind = Literal["baseline", "robust", "dmoe", "candidate", "ablation"]
 
 @dataclass(frozen=True)
 class Method:
-    """A network and a way to train it.
+    """A network and how it is trained.
 
     Args:
         title: in words, for figures and tables.
-        kind: "baseline": another way to spend the same multiply-adds (dense: half in the MLPs);
+        kind: "baseline": another network of the same multiply-adds (dense: half in the MLPs);
             "robust": the blind wide MLP, trained for its worst groups; "dmoe": the layer;
-            "candidate": what might be a better layer; "ablation": the layer with one setting
-            changed.
-        settings: those of the network.
-        recipe: what else is changed of the study's recipe, by name.
-        scenes: the scenes that it is trained on; empty: all.
-        rate_of: the method whose learning rate it takes; "": its own is chosen.
+            "candidate": a change that might make a better layer; "ablation": the layer with one
+            setting changed.
+        settings: the settings of the network.
+        recipe: further changes of the study's recipe, by name.
+        scenes: the scenes on which it is trained; empty: all.
+        rate_of: the method whose learning rate it takes; "": a rate is chosen for it alone.
         upcycled: whether the first half of the epochs trains a dense network, with the hidden units
             of one expert, as which all experts start the second half.
     """
@@ -67,40 +67,42 @@ METHODS: dict[str, Method] = {
     "dense": Method(
         "dense, half the hidden units", "baseline", UNetSettings(block="mlp", hidden=4)
     ),
-    "wide": Method("wider MLP", "baseline", _BLIND),
+    "wide": Method("blind wider MLP", "baseline", _BLIND),
     "channels": Method("attribute as input channels", "baseline", UNetSettings(block="channels")),
     "film": Method("FiLM + MLP", "baseline", UNetSettings(block="film")),
     "film-identity": Method(
-        "FiLM + MLP, scales from 1, shifts from 0",
+        "FiLM + MLP, started as the identity",
         "baseline",
         CandidateSettings(block="film", film_identity=True),
         scenes=("rule", "mri"),
     ),
     "per_value": Method("one MLP per attribute value", "baseline", UNetSettings(block="per_value")),
     "plain": Method("plain MoE", "baseline", UNetSettings(aware=False)),
-    "reweight": Method("wider MLP, reweighted", "robust", _BLIND, {"fairness": "reweight"}),
+    "reweight": Method(
+        "blind wider MLP, groups reweighted", "robust", _BLIND, {"fairness": "reweight"}
+    ),
     "group-dro": Method(
-        "wider MLP, GroupDRO",
+        "blind wider MLP, GroupDRO",
         "robust",
         _BLIND,
         {"fairness": "group-dro", "group_dro_rate": GROUP_DRO_RATE},
     ),
     # By the aim of FairDRO, not by its equations; see `objectives`.
     "fair-dro": Method(
-        "wider MLP, FairDRO's aim: tilted within groups",
+        "blind wider MLP, FairDRO's aim: tilted within groups",
         "robust",
         _BLIND,
         {"fairness": "fair-dro"},
     ),
     "dmoe": Method("dMoE", "dmoe", _DMOE),
     "dmoe-within": Method(
-        "dMoE, balance loss within attributes",
+        "dMoE, balance loss within attribute values",
         "dmoe",
         _DMOE,
         {"balance": "within", "balance_weight": BALANCE},
     ),
     "dmoe-learned": Method(
-        "dMoE, learned unknown",
+        "dMoE, a learned router for unknown values",
         "dmoe",
         UNetSettings(unknown="learned"),
         {"attribute_dropout": ATTRIBUTE_DROPOUT},
@@ -109,24 +111,32 @@ METHODS: dict[str, Method] = {
     "merged": Method(
         "dMoE, experts merged for each sample", "dmoe", CandidateSettings(merge=True, k=8)
     ),
-    "merged-k2": _candidate("two experts merged for each sample", merge=True),
-    "modulated": _candidate("experts' input scaled and shifted by the attribute", modulate=True),
-    "film-plain": _candidate("so modulated, with a blind router", modulate=True, router="blind"),
-    "beside": _candidate("a shared expert that is always on", placement="beside"),
-    "sharp": _candidate("a router of a quarter of the temperature", router="sharp"),
+    "merged-k2": _candidate("dMoE, two experts merged for each sample", merge=True),
+    "modulated": _candidate("dMoE, input scaled and shifted by the attribute", modulate=True),
+    "film-plain": _candidate(
+        "plain MoE, input scaled and shifted by the attribute", modulate=True, router="blind"
+    ),
+    "beside": _candidate("dMoE and a shared expert that is always on", placement="beside"),
+    "sharp": _candidate("dMoE, a quarter of the router's temperature", router="sharp"),
     "noise-never": _ablation("no routing noise", UNetSettings(noise="never")),
-    "noise-always": _ablation("routing noise in testing too", UNetSettings(noise="always")),
-    "k1": _ablation("1 expert a token, twice as wide", UNetSettings(k=1)),
-    "k8": _ablation("all 8 experts a token, a quarter as wide", UNetSettings(k=8)),
+    "noise-always": _ablation("routing noise in testing as well", UNetSettings(noise="always")),
+    "k1": _ablation("1 expert for each token, twice as wide", UNetSettings(k=1)),
+    "k8": _ablation("all 8 experts for each token, a quarter as wide", UNetSettings(k=8)),
     "experts2": _ablation("2 experts", UNetSettings(n_experts=2)),
     "experts4": _ablation("4 experts", UNetSettings(n_experts=4)),
     "experts16": _ablation("16 experts", UNetSettings(n_experts=16)),
     "shared-router": _ablation(
-        "one router, a bias by attribute", CandidateSettings(router="shared")
+        "one router for all values, with a bias for each", CandidateSettings(router="shared")
     ),
-    "after": _ablation("experts after half of the MLP", CandidateSettings(placement="after")),
-    "balance": _ablation("load-balancing loss", _DMOE, balance_weight=BALANCE),
-    "importance": _ablation("importance loss", _DMOE, balance="importance", balance_weight=BALANCE),
-    "z-loss": _ablation("router z-loss", _DMOE, z_weight=Z),
-    "upcycled": _ablation("upcycled from a dense model at half time", _DMOE, upcycled=True),
+    "after": _ablation(
+        "half of the MLP, followed by experts", CandidateSettings(placement="after")
+    ),
+    "balance": _ablation("with the load-balancing loss", _DMOE, balance_weight=BALANCE),
+    "importance": _ablation(
+        "with the importance loss", _DMOE, balance="importance", balance_weight=BALANCE
+    ),
+    "z-loss": _ablation("with the router z-loss", _DMOE, z_weight=Z),
+    "upcycled": _ablation(
+        "upcycled from a dense network after half the epochs", _DMOE, upcycled=True
+    ),
 }

@@ -1,83 +1,37 @@
-"""Writes the study's tables into a Markdown page.
-
-`python -m reference_models.study.page reference_models/study/results reference_models/README.md`
-draws the figures again and renews this project's page.
-"""
+"""Writes the page of the study's tables beside the csv that they are made of."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
-import tyro
-
-from ..errors import DataError
-from ..markdown import replace_section, section
+from ..files import write_whole
 from . import sections
-from .figures import FOLDER, write_figures
 from .results import Results
 
-MARK = "study"  # the name of the part of a page that is this file's
+PAGE = "README.md"
 
 
-def write_page(results: Path, page: Path) -> None:
-    """Puts the tables between the marks of a page; a page that is not there is made of them.
-
-    The page beside the results has all of them, another page the scores alone.
-
-    Args:
-        results: folder of the csv and figures.
-        page: the markdown file; what lies outside the marks stays as it is.
+def write_page(results: Path) -> None:
+    """Writes the page into a folder of results; the figures have been drawn before.
 
     Raises:
-        DataError: a file of the results is missing, or the page has no marks.
+        DataError: a file of the results is missing.
     """
-    figures = Path(os.path.relpath((results / FOLDER).resolve(), page.resolve().parent))
-    whole = page.resolve().parent == results.resolve()
-    content = block(results, figures.as_posix(), whole=whole)
-    if page.exists():
-        replace_section(page, MARK, content)
-    else:
-        page.write_text(f"# The study\n\n{section(MARK, content)}\n", encoding="utf-8")
+    page = text_of(Results(results))
+    write_whole(results / PAGE, lambda target: target.write_bytes(page.encode()))
 
 
-def block(results: Path, figures: str, *, whole: bool) -> str:
-    """What stands between the marks.
-
-    Args:
-        results: folder of the csv.
-        figures: that of the figures, as the page's links name it.
-        whole: all tables, or the scores alone.
-    """
-    read = Results(results)
-    parts = [sections.made_with(read), sections.scores(read)]
-    if whole:
-        parts += [
-            sections.against(read),
-            sections.told(read),
-            sections.ablations(read),
-            sections.strict(read),
-            sections.rates(read),
-            sections.spread(read),
-        ]
-    parts.append(sections.links(read, figures))
-    return "\n\n".join(part for part in parts if part)
-
-
-def renew(results: Path, page: Path, /) -> None:
-    """Draws the figures of a results folder again, and renews a page's tables.
-
-    Args:
-        results: folder with the csv.
-        page: markdown file with the marks.
-    """
-    write_figures(results)
-    write_page(results, page)
-
-
-if __name__ == "__main__":
-    try:
-        tyro.cli(renew)
-    except DataError as error:
-        sys.exit(str(error))
+def text_of(results: Results) -> str:
+    """The page, with a heading for each part of the study that the results have."""
+    parts = [
+        ("Scores", sections.scores(results)),
+        ("Differences between methods", sections.against(results)),
+        ("With another attribute than the right one", sections.told(results)),
+        ("The layer with one setting changed", sections.ablations(results)),
+        ("Stricter intervals", sections.strict(results)),
+        ("Learning rates", sections.rates(results)),
+        ("Initial weights alone", sections.spread(results)),
+        ("Figures", sections.links(results)),
+    ]
+    text = [f"## {title}\n\n{part}" for title, part in parts if part]
+    return "\n\n".join(["# Tables of the study", sections.made_with(results), *text]) + "\n"

@@ -122,8 +122,8 @@ class StudyRows:
     def _pairs(self, scene: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
         """What is compared in a scene: two pairs of a method and a condition.
 
-        All methods with each other, but for the ablations, which are compared with dMoE alone; and
-        every method that is told something wrong with itself.
+        All methods are compared with each other, except the ablations, which are compared with dMoE
+        alone. Every method with wrong attributes is compared with itself with right ones.
         """
         methods = [*self._main[scene]][::-1]
         whole = [m for m in methods if METHODS[m].kind != "ablation"]

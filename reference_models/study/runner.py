@@ -1,6 +1,6 @@
-"""Runs the study's jobs on several processes: learning rates first, then all that depends on them.
+"""Runs the study's jobs in several processes: learning rates first, then all jobs that need them.
 
-A job that is done stays done: whatever ends a study before its time, the same command goes on.
+A job that is done is not run again: after an interruption the same command continues the study.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .trial import run, stored
 
 @dataclass(frozen=True)
 class Outcome:
-    """All trials of a study; one that chose a learning rate and has it is in two places.
+    """All trials of a study. A trial whose learning rate was chosen is in `tuning` and in `main`.
 
     Args:
-        tuning: one a learning rate of the grid, for every scene and method that has its own.
-        main: one a seed, for every scene and method.
+        tuning: one for each learning rate of the grid, scene and method that has a rate of its own.
+        main: one for each seed, scene and method.
         spread: of `plan.SPREAD_METHODS`, on the first seed's data from the other seeds' initial
             weights.
     """
@@ -43,7 +43,7 @@ def chosen_rate(trials: Sequence[Trial]) -> float:
 
 
 def run_plan(plan: Plan, design: Design, folder: Path, *, processes: int) -> Outcome:
-    """Runs what is not there yet, and tells how far it is.
+    """Runs the jobs that are not done yet, and shows the progress.
 
     Args:
         plan: which jobs.
@@ -93,8 +93,9 @@ def run_plan(plan: Plan, design: Design, folder: Path, *, processes: int) -> Out
     of = {purpose: tuple(done[job] for job in jobs) for purpose, jobs in asked.items()}
     if lost := [trial.job for trial in (*of["main"], *of["spread"]) if not trial.dice]:
         raise RunError(
-            "The loss did not stay finite in: " + ", ".join(job.name for job in lost) + ". All "
-            "other jobs are done; leave such a method out by --methods, or such a seed by --seeds."
+            "The loss became infinite or NaN in: " + ", ".join(job.name for job in lost) + ". All "
+            "other jobs are done. Leave such a method out with --methods, or such a seed with "
+            "--seeds."
         )
     return Outcome(**of)
 

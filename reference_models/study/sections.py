@@ -5,6 +5,8 @@ A part about something that the results do not have is an empty text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..markdown import markdown_table
 from ..recipes.serial import flat
 from .figures import FIGURES, FOLDER
@@ -17,15 +19,15 @@ from .statistics import BLOCKS
 from .strict import StrictDifference, StrictTerms
 from .tables import Difference, TriedRate
 
-# What `statistics.Resampled` has found by simulation.
+# What simulations of `statistics.Resampled` have found.
 CAUTION = (
-    "The intervals are of a bootstrap over seeds and test cases and are not corrected for their "
-    "number. Where seeds differ more than cases do, those over five seeds hold the truth in about "
-    "83 of 100 studies, not in 95: read them together with the count of seeds, and with the "
-    "stricter terms below."
+    "The intervals come from a bootstrap, which draws seeds and test cases again with replacement. "
+    "They are not corrected for how many there are. Where seeds differ more than cases do, an "
+    "interval over five seeds contains the true value in about 83 of 100 studies instead of 95. "
+    "Read an interval together with the count of seeds, and with the stricter intervals below."
 )
 _NONE = "—"
-_COSTS = ("parameters", "multiply-adds", "time a step")
+_COSTS = ("parameters", "multiply-adds", "time of a step")
 
 
 def made_with(results: Results) -> str:
@@ -40,8 +42,16 @@ def made_with(results: Results) -> str:
     minutes = f"{made['seconds'] / 60:.0f} minutes of one core's work"
     versions = f"Python {made['python']}, PyTorch {made['torch']}, dmoe_layer {made['dmoe_layer']}"
     text = "; ".join([*settings, made["machine"], minutes, versions])
-    smoke = "**A smoke run: too little training, too few cases. It means nothing.** "
-    return f"{smoke if results.smoke else ''}Made with {text}."
+    smoke = "**A smoke run: too little training and too few cases. Its numbers mean nothing.** "
+    return (
+        f"{smoke if results.smoke else ''}The command `study` wrote these tables from the csv "
+        "files beside this page. The repository's page docs/explanation/study.md explains the "
+        "scenes, the methods and the findings.\n\n"
+        "**ES-Dice** is Dice / (1 + Σ_g |Dice − Dice_g|), summed over the groups g, which are the "
+        "values of the first attribute. It falls when the mean Dice falls and when groups differ. "
+        "A *blind* network does not receive the attribute.\n\n"
+        f"Made with {text}."
+    )
 
 
 def scores(results: Results) -> str:
@@ -58,17 +68,18 @@ def scores(results: Results) -> str:
     titles = [title for title, _, _ in columns]
     table = markdown_table(["", *titles, *_COSTS], lines)
     return (
-        "ES-Dice by scene: **mean over seeds**, its 95 % interval, the lowest and the highest seed,"
-        " and the Dice of the worst group and of all, weighted by the shares. Time: of a training "
-        f"step, as a multiple of the dense network's.\n\n{table}"
+        "A cell has four lines: the **mean ES-Dice over seeds**, its 95 % interval, the lowest and "
+        "the highest seed, and two Dice scores, of the worst group and of all cases weighted by "
+        "the groups' shares. Multiply-adds are those of a forward pass over one image. The time is "
+        f"that of a training step, as a multiple of the dense network's.\n\n{table}"
     )
 
 
 def against(results: Results) -> str:
     """How methods differ.
 
-    dMoE is compared with what is no dMoE; its variants with dMoE and with all that are told the
-    attribute; the candidates with dMoE and FiLM.
+    dMoE is compared with all methods that are no dMoE, its variants with dMoE and with all methods
+    that receive the attribute, and the candidates with dMoE and FiLM.
     """
     methods = _methods(results)
     pairs = [("dmoe", b) for b in methods if METHODS[b].kind in ("baseline", "robust")]
@@ -86,13 +97,15 @@ def against(results: Results) -> str:
         return ""
     table = markdown_table(["", *map(_letter, results.scenes)], lines)
     return (
-        "Differences in ES-Dice on the same seeds and cases (95 % interval; seeds on which the "
-        f"first is ahead). {CAUTION} Of other scores they stand in differences.csv.\n\n{table}"
+        "A cell has the mean difference in ES-Dice, first method minus second, on the same seeds "
+        "and test cases. In parentheses stand its 95 % interval and the number of seeds on which "
+        f"the first method is ahead. {CAUTION} The file differences.csv has the differences in "
+        f"other scores.\n\n{table}"
     )
 
 
 def told(results: Results) -> str:
-    """What another attribute than the right one does."""
+    """How scores change when networks receive another attribute than the right one."""
     conditions = (TOLD_SHUFFLED, TOLD_WRONG, TOLD_UNKNOWN)
     lines = []
     for method in _methods(results):
@@ -106,8 +119,10 @@ def told(results: Results) -> str:
         return ""
     table = markdown_table([" / ".join(conditions), *map(_letter, results.scenes)], lines)
     return (
-        "What telling a trained network a shuffled, a wrong or no attribute does to its ES-Dice "
-        f"(bold: the interval does not hold 0 and all seeds agree):\n\n{table}"
+        "How the ES-Dice of a trained network changes in testing, when it receives the attributes "
+        "of other cases (shuffled), always a wrong value (wrong), or the value that means "
+        "unknown (unknown). A number is bold where its interval excludes 0 and all seeds agree.\n\n"
+        f"{table}"
     )
 
 
@@ -126,11 +141,24 @@ def ablations(results: Results) -> str:
     if not lines:
         return ""
     table = markdown_table(["", "ES-Dice", "Dice of the worst group", *_COSTS], lines)
-    return f"dMoE with one setting changed, minus dMoE, on scene (a):\n\n{table}"
+    return (
+        "The differences are of dMoE with one setting changed, minus dMoE as it is, on scene (a)."
+        f"\n\n{table}"
+    )
+
+
+def costs(results: Results, methods: Sequence[str]) -> str:
+    """What some methods cost on scene (a), and what a wrong attribute costs them."""
+    lines = []
+    for method in methods:
+        wrong = results.difference("rule", f"{method}@{TOLD_WRONG}", method)
+        lost = "receives none" if wrong is None else quotation(wrong)
+        lines.append([METHODS[method].title, *_cost(results, method), lost])
+    return markdown_table(["", *_COSTS, "ES-Dice with wrong attributes, on (a)"], lines)
 
 
 def strict(results: Results) -> str:
-    """dMoE against what is no dMoE by stricter terms, and what is left of all differences."""
+    """dMoE against other methods by stricter intervals, and how many differences stay clear."""
     lines, terms = [], StrictTerms(results)
     for method in (m for m in _methods(results) if METHODS[m].kind in ("baseline", "robust")):
         cells = []
@@ -155,16 +183,18 @@ def strict(results: Results) -> str:
     }
     table = markdown_table(["dMoE against", *map(_letter, results.scenes)], lines)
     return (
-        "The same differences by stricter terms: Student's interval, which knows that there are "
-        f"{len(told_right[0].by_seed)} seeds and, of real MRI, takes {BLOCKS} blocks of "
-        "neighbouring slices for as many independent cases; below, without the first seed, by "
-        "whose validation split the learning rates were chosen. Of all differences in ES-Dice "
-        f"between two methods told right, {len(told_right)}, the bootstrap's interval leaves out 0 "
-        f"in {len(clear)}, Student's in {left[False]} of these, and in {left[True]} without that "
-        "seed. Four blocks of one head are little: such intervals hold the truth in 84 to 92 of "
-        "100 simulations, and speak of no other head. What a wrong attribute does to single slices "
-        "is in no table, so that those "
-        f"differences stay as they are.\n\n{table}"
+        "These are the same differences with Student's t interval, which takes into account that "
+        f"there are only {len(told_right[0].by_seed)} seeds. On real MRI it treats {BLOCKS} blocks "
+        f"of neighbouring slices as {BLOCKS} independent cases. The second line of a cell leaves "
+        "out the first seed, because the learning rates were chosen by that seed's validation "
+        "split.\n\n"
+        f"There are {len(told_right)} differences in ES-Dice between two methods that receive the "
+        f"right attribute. The bootstrap interval excludes 0 in {len(clear)} of them. Student's "
+        f"interval excludes 0 in {left[False]} of these, and in {left[True]} without the first "
+        "seed. Four blocks of one head are few: in simulations such intervals contain the true "
+        "value in 84 to 92 of 100 cases, and they say nothing about another head. No table has "
+        "what a wrong attribute does to single slices, so those differences have no stricter "
+        f"interval.\n\n{table}"
     )
 
 
@@ -187,13 +217,14 @@ def rates(results: Results) -> str:
     grid = sorted({row.learning_rate for row in results.rates})
     table = markdown_table(["", *map(_letter, results.scenes)], lines)
     return (
-        f"The learning rates chosen, of {', '.join(f'{rate:g}' for rate in grid)} by the first "
-        f"seed's validation score (*: an end of the grid):\n\n{table}"
+        f"Each learning rate was chosen from {', '.join(f'{rate:g}' for rate in grid)} by the "
+        "validation score of the first seed. A star marks a rate at an end of the grid, beyond "
+        f"which nothing was tried.\n\n{table}"
     )
 
 
 def spread(results: Results) -> str:
-    """How much of the difference between seeds is the initialisation's."""
+    """How much of the difference between seeds comes from the initial weights."""
     lines = [
         [
             f"{METHODS[row.method].title}, {_letter(row.scene)}",
@@ -206,23 +237,22 @@ def spread(results: Results) -> str:
     if not lines:
         return ""
     table = markdown_table(["", "initialisations of one data seed", "seeds"], lines)
-    return f"Standard deviation of ES-Dice over initialisations and over seeds:\n\n{table}"
+    return (
+        "How much ES-Dice varies when only the initial weights change, and when the whole seed "
+        "changes, which also changes the data: standard deviations, with the number of trainings "
+        f"in parentheses.\n\n{table}"
+    )
 
 
-def links(results: Results, figures: str) -> str:
-    """Links to the figures that are there.
-
-    Args:
-        results: beside whose csv the figures lie.
-        figures: their folder, as the page's links name it.
-    """
+def links(results: Results) -> str:
+    """Links to the figures that have been drawn beside the csv."""
     drawn = [name for name in FIGURES if (results.folder / FOLDER / f"{name}.png").exists()]
-    named = [f"[{name}]({figures}/{name}.png)" for name in drawn]
-    return f"Every seed is drawn in the figures: {', '.join(named)}." if named else ""
+    named = [f"[{name}]({FOLDER}/{name}.png)" for name in drawn]
+    return f"These figures show every seed: {', '.join(named)}." if named else ""
 
 
 def _methods(results: Results) -> list[str]:
-    """Those of any scene, without the ablations."""
+    """The methods of all scenes, without the ablations."""
     there = {method for methods in results.methods.values() for method in methods}
     return [name for name in METHODS if name in there and METHODS[name].kind != "ablation"]
 

@@ -64,8 +64,8 @@ def scores(
     counts = {group: int(size_K[group_K == group].sum()) for group in range(len(population))}
     if stray := sorted(means.keys() - counts.keys()):
         raise ValueError(
-            f"population: got {len(population)} shares, expected one a group; {trial.job.name} has "
-            f"cases of {stray}."
+            f"population: got {len(population)} shares, expected one for each group; "
+            f"{trial.job.name} has cases of {stray}."
         )
     shares = fairness.shares_of(counts, population)
     found = {
@@ -131,7 +131,7 @@ class Resampled:
     five seeds held the truth in 83 % of the simulations, of three in 71 %, of ten in 89 %; where
     both matter alike, that of five in 96 %, and where only the cases do, in 98 %, since what a
     score owes to its cases is drawn with them and with the seeds. With one test set of eight
-    subjects a group it was 92 %. So five seeds and an interval that just leaves out 0 settle
+    subjects a group it was 92 %. So five seeds and an interval that just excludes 0 decide
     nothing: look whether every seed agrees, and at `student_interval`. Neighbouring slices of the
     one head are alike, and are drawn here as if they were not. No interval is corrected for how
     many there are, and none speaks of images of another kind than those tested.

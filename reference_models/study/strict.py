@@ -1,8 +1,8 @@
-"""Differences of the study's methods by stricter terms, as far as its tables give them.
+"""Stricter intervals of the differences between methods, as far as the tables allow them.
 
-The bootstrap of `statistics.Resampled` makes too little of three things: that there are five seeds,
-that neighbouring slices of real MRI are alike, and that learning rates were chosen on the first
-seed. Student's t and blocks of slices allow for the first two, leaving out that seed for the third.
+The bootstrap of `statistics.Resampled` underestimates three things: there are only five seeds,
+neighbouring slices of real MRI are alike, and learning rates were chosen on the first seed.
+Student's t and blocks of slices allow for the first two, leaving out that seed for the third.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class StrictDifference(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 class StrictTerms:
-    """Differences in ES-Dice between two methods of a study that are told right.
+    """Differences in ES-Dice between two methods of a study that receive the right attribute.
 
     Args:
         results: the study's.

@@ -1,7 +1,7 @@
-"""The tables that the study leaves, and what a row of each holds.
+"""The tables of the study, and the rows of each.
 
 Every number of the study's pages and figures is in one of them. Numbers are written with four
-decimals; what is not defined is empty, such as an interval over a single seed.
+decimals. A cell is empty where nothing is defined, such as an interval over a single seed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class TrialScores(_OfJob):
 
     Args:
         learning_rate: that it was trained with.
-        condition: what the network was told, a condition of `jobs`.
-        told_right: share of the test cases that were told the truth all the same; None for a
-            network that is told nothing.
+        condition: which attributes the network received, a condition of `jobs`.
+        told_right: share of the test cases that received the right attributes anyway; None for a
+            blind network.
         overall, es_dice, worst, gap, seen, unseen: its scores, `statistics.METRICS`.
         worst_group: the group with the lowest mean Dice.
         validation: the validation score that learning rates are chosen by.
@@ -64,11 +64,11 @@ class TrialScores(_OfJob):
 
 @dataclass(frozen=True)
 class Difference:
-    """How two methods differ, or a method that is told something wrong and itself told right.
+    """How two methods differ, or one method with wrong attributes and with right ones.
 
     Args:
         scene: where.
-        a, b: the methods; "film@wrong" is film, told wrong values.
+        a, b: the methods; "film@wrong" is film with wrong values.
         metric: of `statistics.METRICS`.
         difference: the mean over seeds of a's score minus b's.
         low, high: its 95 % interval.
@@ -138,7 +138,7 @@ class ValueLoads(_OfJob):
     """Which experts the tokens of one attribute value went to.
 
     Args:
-        condition: what the network was told.
+        condition: which attributes the network received.
         attribute, value: the attribute's name and the number of its value.
         shares: of the tokens, one for each expert.
     """

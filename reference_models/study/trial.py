@@ -1,9 +1,9 @@
-"""One job of the study: trained, tested under all that its network can be told, and kept as json.
+"""One job of the study: trains a network, tests it with every attribute, and writes it as json.
 
-What a study's folder holds:
+A study's folder holds:
 
     trials/<job>.json   a finished job: how it was made, and its `Trial`
-    runs/<job>/         a job under way, as any training leaves it; it goes when the job is done
+    runs/<job>/         a job under way, as any training leaves it; removed when the job is done
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _BATCH = 50
 
 
 def run(job: Job, design: Design, folder: Path) -> Trial:
-    """Trains and tests; says nothing, and leaves `trials/<job>.json` alone.
+    """Trains and tests without a word, and leaves nothing but `trials/<job>.json`.
 
-    A loss or an output that is not finite makes a trial without test cases, whose validation score
-    is -inf.
+    If a loss or an output is not finite, the trial has no test cases and a validation score of
+    -inf.
 
     Raises:
         RunError, DataError: as of `train` and `open_run`.
@@ -91,8 +91,8 @@ def stored(job: Job, design: Design, folder: Path) -> Trial | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{path}: not a trial ({type(error).__name__}: {error}); remove it, and the study runs "
-            "that job again."
+            f"{path}: not a trial ({type(error).__name__}: {error}). Remove the file, and the "
+            "study runs that job again."
         ) from error
     now = flat(_made_by(job, design.recipe(job, folder)))
     differing = [
@@ -102,8 +102,8 @@ def stored(job: Job, design: Design, folder: Path) -> Trial | None:
     ]
     if differing:
         raise RunError(
-            f"{path}: was made by other settings; leave them as they were, choose another --out, "
-            "or remove what is not to be used again. " + "; ".join(differing)
+            f"{path}: was made with other settings. Use the former settings, choose another --out, "
+            "or remove the trials that should be run again. " + "; ".join(differing)
         )
     found: Trial = from_json(Trial, trial, f"{path}: trial")
     return found

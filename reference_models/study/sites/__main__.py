@@ -1,4 +1,4 @@
-"""The command `python -m reference_models.study.sites`: goes on with the study of many sites."""
+"""The command `python -m reference_models.study.sites`: continues the study of many sites."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from ...errors import DataError, RunError
+from ..documents import renew_documents
 from .page import write_page
 from .runner import run_sites
 
@@ -18,28 +19,32 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class SitesSettings:
-    """Where many sites share a few protocols, and where a new site comes: what has not been run."""
+    """Continues the study of many sites that share a few rules, and of new sites."""
 
     results: Path = RESULTS
-    """Folder of the csv, which say what is done, and of the page. By default this project's own."""
+    """Folder of the page and of the csv, which record what has been run. By default the folder in
+    this repository."""
     out: Path = Path("study_output/sites")
-    """Folder of trained networks; what is missing in it is trained again."""
+    """Folder of trained networks. A network that is missing there is trained again when needed."""
     processes: int = 2
-    """Number of jobs at a time, each on a core of its own; 0: write the page of what is done."""
+    """Number of jobs that run at the same time, each of them on one core. 0: run nothing, and write
+    the page from the csv."""
 
 
 def sites(settings: SitesSettings) -> None:
-    """Runs what is not done yet, and writes the page."""
+    """Runs the jobs that are not done yet, and writes the page."""
     torch.set_num_threads(1)
     if settings.processes:
         run_sites(settings.results, settings.out, processes=settings.processes)
     write_page(settings.results)
+    if settings.results == RESULTS:
+        renew_documents()
 
 
 if __name__ == "__main__":
     try:
-        sites(tyro.cli(SitesSettings))
+        sites(tyro.cli(SitesSettings, prog="python -m reference_models.study.sites"))
     except (DataError, RunError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("Stopped. The study goes on by the same command.")
+        sys.exit("Stopped. The same command continues the study.")

@@ -70,7 +70,7 @@ class Way(NamedTuple):
 
 
 class _World(NamedTuple):
-    """What a seed is of a scene: rules, those of the new sites behind the others', and cases."""
+    """A scene with one seed: rules, those of the new sites behind the others', and cases."""
 
     rules_SZ: Tensor
     trained: Cases
@@ -226,7 +226,7 @@ def _by_site(dice: list[float], sites: int) -> tuple[float, ...]:
 
 
 def _unknown(network: nn.Module, world: _World, sites: int) -> tuple[float, float, float]:
-    """The mean Dice by the network's policy, by the average of its outputs, and told the site."""
+    """The mean Dice by the network's policy, by averaged outputs, and with the site known."""
     chosen_N = torch.arange(len(world.tested)) % TEST_CASES < UNKNOWN_CASES
     cases = world.tested.of(chosen_N)
     truth_NHW = cases.middle.outlined(world.rules_SZ)

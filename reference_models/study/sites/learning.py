@@ -1,4 +1,4 @@
-"""Trains a network until its validation score stops rising, and tells what it scores.
+"""Trains a network until its validation score stops rising, and computes its scores.
 
 Shapes: N cases, S sites, Z zones, B samples of a step, K classes, H rows, W columns.
 """
@@ -30,15 +30,16 @@ AT_ONCE = 200  # images of a forward pass in testing
 class Schedule:
     """For how long a network is trained.
 
-    The learning rate rises over `warmup` steps and stays. What is validated, and kept, are the
-    weights averaged over the steps before, with a weight that falls by 1 - `decay` a step. Every
-    `every` steps they are validated; after `patience` validations in a row none of which is higher
-    by `rise` than the best before, training ends, and the best are taken.
+    The learning rate rises over `warmup` steps and then stays constant. The weights that are
+    validated and retained are averages over the steps before, in which the weight of a step falls
+    by 1 - `decay` with each further step. They are validated every `every` steps. After `patience`
+    validations in a row, none of which exceeds the best before by `rise`, training ends, and the
+    best weights are taken.
 
     Args:
         batch_size: images of a step.
         warmup, decay, every, patience, rise: as above.
-        most: steps after which training ends in any case; a table says how often it did.
+        most: steps after which training ends in any case; the page says how often that happened.
     """
 
     batch_size: int = 8
@@ -58,7 +59,7 @@ class Learned:
     """How a training went.
 
     Args:
-        steps: until the weights that were kept.
+        steps: until the weights that were retained.
         validation: their score.
         stopped: whether the score had stopped rising, rather than the steps run out.
     """
@@ -69,7 +70,7 @@ class Learned:
 
 
 def build(method: Method, sites: int, seed: int) -> nn.Module:
-    """A method's network, newly initialised. It takes an unknown site, if it is told of sites."""
+    """A method's network, newly initialised. It accepts an unknown site, if it receives sites."""
     torch.manual_seed(seed)
     settings = dataclasses.replace(method.settings, unknown="average")
     return settings.build(in_channels=1, n_classes=2, attribute_sizes=(sites,), shape=(SEEN, SEEN))
@@ -154,7 +155,7 @@ def case_dice(
         network: of `build`.
         cases: that are predicted.
         rules_SZ: which zones each site outlines.
-        told_N: the sites that the network is told; None: each case's own.
+        told_N: the sites that the network receives; None: each case's own.
     """
     cases = cases.middle
     told_N = cases.site_N if told_N is None else told_N

@@ -111,7 +111,7 @@ def adapt(
     decay = 0.01  # AdamW's own
     if part == "own":
         if not start.own:
-            raise ValueError("part: got 'own', but the network is told no site; expected 'all'.")
+            raise ValueError("part: got 'own', but the network receives no site; expected 'all'.")
         decay = 0.0  # which would move the other sites'
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in start.own)

@@ -1,4 +1,4 @@
-"""The page of the study of many sites: what has been run, and what it says."""
+"""The page of the study of many sites: what has been run, and the results."""
 
 from __future__ import annotations
 
@@ -46,19 +46,21 @@ def text_of(rows: SiteRows, machines: Sequence[dict[str, Any]]) -> str:
     """
     parts = [
         "# Many sites, few protocols",
-        "Written by `python -m reference_models.study.sites`, which goes on with what is not run.",
-        "## How it was designed, before the first run",
+        "The command `python -m reference_models.study.sites` writes this page and continues the "
+        "study. The repository's page docs/explanation/study.md says what the results mean. Dice "
+        "is the mean Dice of the test cases. A *blind* network does not receive the site.",
+        "## The design, fixed before the first run",
         (design.__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(),
         "## What has been run",
         progress(rows),
         *(f"- {_machine(machine)}" for machine in machines),
         "## Where dMoE is ahead",
         compared(rows),
-        "## Site unknown",
+        "## When the site is unknown",
         unknown(rows),
         "## A new site",
         newcomers(rows),
-        "## Variants",
+        "## Variants of the layer",
         variants(rows),
         "## Learning rates",
         rates(rows),
@@ -67,7 +69,7 @@ def text_of(rows: SiteRows, machines: Sequence[dict[str, Any]]) -> str:
 
 
 def progress(rows: SiteRows) -> str:
-    """How far every part of the plan is."""
+    """How much of every part of the plan has been run."""
     lines = []
     for name, scene in SCENES.items():
         tuned = sum(rows.plan.rate(name, method) is not None for method in COMPARED)
@@ -85,7 +87,7 @@ def progress(rows: SiteRows) -> str:
                 f"`{name}`: {scene.title}",
                 f"{tuned} of {len(COMPARED)}",
                 f"{len(seeds)} of {wanted}{more}",
-                f"{len(adapted)} of {FIRST_SEEDS} begun" if name in MAIN else _NONE,
+                f"{len(adapted)} of {FIRST_SEEDS} started" if name in MAIN else _NONE,
                 f"{len(tried)} of {FIRST_SEEDS}" if name in MAIN else _NONE,
             ]
         )
@@ -98,11 +100,13 @@ def progress(rows: SiteRows) -> str:
     ]
     seconds = sum(run.seconds for run in rows.runs)
     count = len(rows.runs)
-    text = f"{count} trainings, {seconds / 60:.0f} minutes of one core's work."
+    text = f"{count} trainings took {seconds / 60:.0f} minutes of one core."
     trained = [run for run in rows.runs if run.task == "train"]
     cut_off = sum(not run.stopped for run in trained)
-    text += f" Of {len(trained)} that were to go on until validation stops rising, {cut_off} ran "
-    text += "out of steps."
+    text += (
+        f" {len(trained)} of them were to end when validation stopped rising; {cut_off} of these "
+    )
+    text += "reached the largest number of steps before that."
     return f"{text}\n\n{markdown_table(header, lines)}"
 
 
@@ -133,30 +137,80 @@ def compared(rows: SiteRows) -> str:
         )
         parts.append(f"{title}\n\n{verdict(rows, name)}\n\n{table}")
     legend = (
-        "Dice: of the test cases, its mean over seeds (lowest … highest; number of seeds). "
-        "Difference: paired by seed, Student's 95 % interval, and on how many seeds dMoE is ahead. "
-        "Steps: the median of those to the weights that were kept."
+        "Dice is the **mean over seeds** (lowest … highest seed; number of seeds). The third "
+        "column has the mean difference, paired by seed, with Student's 95 % interval and the "
+        "number of seeds on which dMoE is ahead. Multiply-adds are those of a forward pass over "
+        "one image. Steps are those until the retained weights, as a median over seeds."
     )
     return "\n\n".join([legend, *parts])
 
 
 def verdict(rows: SiteRows, scene: str) -> str:
-    """What can be said of a scene."""
+    """What the results of a scene show."""
     wanted = rows.plan.seeds(scene)
     done = _complete(rows, scene, COMPARED)
     if len(done) < len(wanted):
-        return f"**{len(done)} of {len(wanted)} seeds have all methods: nothing is settled.**"
-    words = []
+        return f"**{len(done)} of {len(wanted)} seeds have all methods: nothing is decided yet.**"
+    words: dict[str, list[str]] = {}
     for rival in RIVALS:
         limits = student_interval(rows.plan.differences(scene, "dmoe", rival, wanted))
         low, high = limits or (0.0, 0.0)
-        state = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
-        words.append(f"{state} {METHODS[rival].title}")
-    return f"**dMoE is {', '.join(words)}, on all {len(wanted)} seeds of the plan.**"
+        state = "ahead of" if low > 0 else "behind" if high < 0 else "not distinguishable from"
+        words.setdefault(state, []).append(METHODS[rival].title)
+    states = "; ".join(f"{state} {', '.join(names)}" for state, names in words.items())
+    return f"**On all {len(wanted)} seeds of the plan dMoE is {states}.**"
+
+
+def decided(rows: SiteRows) -> str:
+    """How many scenes have all seeds of the plan, and what each of these shows."""
+    whole = [
+        f"- {scene.title}. {verdict(rows, name)}"
+        for name, scene in SCENES.items()
+        if len(_complete(rows, name, COMPARED)) == len(rows.plan.seeds(name))
+    ]
+    count = f"{len(whole)} of the {len(SCENES)} scenes have all seeds of the plan."
+    return "\n".join([f"{count}\n", *whole]) if whole else f"{count} So nothing is decided yet."
+
+
+def overview(rows: SiteRows) -> str:
+    """How dMoE differs from the other methods, a line for each scene that has been begun."""
+    lines = []
+    for name, scene in SCENES.items():
+        seeds = sorted(_complete(rows, name, COMPARED))
+        if seeds:
+            scores = [run.dice for run in _runs(rows, name, "dmoe") if run.seed in seeds]
+            cells = [scene.title, f"{len(seeds)} of {len(rows.plan.seeds(name))}", of_seeds(scores)]
+            cells += [difference(rows.plan.differences(name, "dmoe", r, seeds)) for r in RIVALS]
+            lines.append(cells)
+    if not lines:
+        return decided(rows)
+    header = ["scene", "seeds", "dMoE, Dice", *(f"dMoE minus {METHODS[r].title}" for r in RIVALS)]
+    return f"{decided(rows)}\n\n{markdown_table(header, lines)}"
+
+
+def newcomers_overview(rows: SiteRows) -> str:
+    """What few and many labelled cases of a new site do for each network."""
+    tested = [row for row in rows.adaptations if row.seed in SEEDS]
+    ends = LABELLED[0], LABELLED[-1]
+    ways = [("none", 0), *((part, cases) for cases in ends for part in ("own", "all"))]
+    lines = []
+    for scene in MAIN:
+        for method in COMPARED:
+            own = [row for row in tested if (row.scene, row.method) == (scene, method)]
+            if own:
+                found = [[r.dice for r in own if (r.part, r.cases) == way] for way in ways]
+                cells = [SCENES[scene].title, METHODS[method].title, *map(of_seeds, found)]
+                lines.append(cells)
+    if not lines:
+        return "No network has met a new site yet."
+    titles = {"own": "only what the site has for itself", "all": "all weights"}
+    header = ["scene", "network", "no labelled case, site unknown"]
+    header += [f"{cases} labelled: {titles[part]}" for part, cases in ways[1:]]
+    return markdown_table(header, lines)
 
 
 def unknown(rows: SiteRows) -> str:
-    """What is lost where the site is not known, by two ways to predict."""
+    """What is lost when the site is not known, with two methods of prediction."""
     lines = []
     for scene in SCENES:
         for method in COMPARED:
@@ -180,19 +234,20 @@ def unknown(rows: SiteRows) -> str:
     if not lines:
         return f"{_NOT_RUN}."
     header = [
-        "scene", "", "site known", "unknown: the network's average",
-        "unknown: outputs averaged over all sites", "outputs minus network's", "blind network",
+        "scene", "", "site known", "site unknown: routers or embeddings averaged",
+        "site unknown: outputs averaged", "outputs minus routers", "blind network",
     ]  # fmt: skip
     return (
-        "The same networks, told that the site is not known: the routers or embeddings of all "
-        "sites averaged, in one forward pass; and the probabilities averaged, in one pass for each "
-        "site. The blind network has all test cases, the others two of each site.\n\n"
-        + markdown_table(header, lines)
+        "These are the same networks, which now receive the value that means unknown. In the "
+        "fourth column they average the routers or embeddings of all sites, in one forward pass. "
+        "In the fifth column their output probabilities for all sites are averaged, in one forward "
+        "pass for each site. The blind network is scored on all test cases, the others on two of "
+        "each site.\n\n" + markdown_table(header, lines)
     )
 
 
 def newcomers(rows: SiteRows) -> str:
-    """What a few labelled cases of a new site are good for."""
+    """How much a few labelled cases of a new site help."""
     tested = [row for row in rows.adaptations if row.seed in SEEDS]
     parts = []
     for scene in MAIN:
@@ -216,15 +271,16 @@ def newcomers(rows: SiteRows) -> str:
         table = markdown_table(header, lines) if lines else f"{_NOT_RUN}."
         parts.append(f"{title}\n\n{table}")
     legend = (
-        "Dice of the new sites' test cases. Adapted: none (told that the site is unknown), what "
-        "the network has of the new site alone (own: a router, a row of FiLM's, an MLP, an input "
-        "channel's weights), or all weights."
+        "The scores are the Dice of the new sites' test cases. The second column says which "
+        "weights were adapted: none, and the network receives the value that means unknown; own, "
+        "those that only the new site uses (a router, a row of FiLM's table, an MLP, or the "
+        "weights of an input channel); or all. The third column counts the adapted numbers."
     )
     return "\n\n".join([legend, *parts])
 
 
 def variants(rows: SiteRows) -> str:
-    """The layer with one setting changed, where there is more than one scene to tell by."""
+    """The layer with one setting changed, in the two main scenes."""
     lines = []
     for method, base in VARIANTS.items():
         cells = [difference(rows.plan.differences(scene, method, base)) for scene in MAIN]

@@ -1,26 +1,30 @@
-"""What is trained and tested, in which order, and on what learning rates are chosen.
+"""The plan: what is trained and tested, in which order, and where learning rates are chosen.
 
-The design, fixed before the first run:
+The design was fixed before the first run:
 
-- A seed is a world of its own: its rules, its cases of all splits, the networks' initial weights,
-  batches and noise. Of real MRI the head is one, and the slices of the splits are the same for all.
-- Every site has 4 validation cases, by which training is stopped, and 10 test cases, which nothing
-  is chosen by and every network predicts once. All networks of a seed are tested on the same cases.
-- Learning rates, and those and the steps of an adaptation, are chosen on seed `TUNING_SEED`, which
-  no table of results counts: for every method the same grid and the same steps.
-  (The grid was 0.003, 0.01 and 0.03 at first. All five methods chose the lowest in the first scene,
-  so that 0.001 took the place of 0.03 there, when FiLM and dMoE had been tested on one seed.)
-- A scene is tested on five seeds, and on ten if that leaves any interval of dMoE's difference from
-  a rival across zero; the first two scenes on ten in any case. Every run that ends is in the csv.
-- "Ahead" is said where Student's 95 % interval of the difference in the mean test Dice, paired by
-  seed, leaves out zero on all the seeds of the plan. Intervals are not corrected for their number.
-- All methods have the same multiply-adds for an image but for the router's, FiLM's, those of the
-  first convolution's further channels and of picking one MLP of many; the table has the counts.
-- Size of images and network, and for how long is trained, were settled by eight trial runs on seed
-  100, which is none of the plan's.
-- A new site is one that training had no case of. Where sites share rules it goes by one of these,
-  elsewhere by one of its own. Each network of the first five seeds meets 2 of them, each with 40
-  test cases and 30 labelled ones, of which it is given the first 1, 3, 10 or all.
+- A seed decides everything that is random: the rules, the cases of all splits, the initial weights,
+  the batches and the noise. Real MRI has only one head, and its splits are the same for all seeds.
+- Every site has 4 validation cases, which decide when training stops, and 10 test cases. Nothing is
+  chosen by the test cases, and every network predicts each of them once. All networks of a seed are
+  tested on the same cases.
+- Learning rates are chosen on seed 0, and so are the learning rate and the steps of an adaptation
+  to a new site. No table of results counts that seed. All methods have the same grid and the same
+  steps. (At first the grid was 0.003, 0.01 and 0.03. In the first scene all five methods chose the
+  lowest rate, and 0.001 replaced 0.03. At that time FiLM and dMoE had been tested on one seed.)
+- A scene is tested on five seeds. If the interval of any difference between dMoE and a rival then
+  includes zero, it is tested on ten. The first two scenes are tested on ten in any case. Every run
+  that ends is in the csv.
+- dMoE is called ahead of a rival if Student's 95 % interval of the difference in mean test Dice,
+  paired by seed, excludes zero on all seeds of the plan. Intervals are not corrected for their
+  number.
+- All methods have the same multiply-adds for an image, except for the router, for FiLM, for further
+  channels of the first convolution, and for selecting one MLP of many. The table has the counts.
+- The size of images and network and the length of training were chosen in eight trial runs on seed
+  100, which is no seed of the plan.
+- A new site is a site without any training case. Where sites share rules it follows one of them,
+  elsewhere it has a rule that no other site has. Each network of the first five seeds meets 2 new
+  sites. Each has 40 test cases and 30 labelled cases, of which the network gets the first 1, 3, 10,
+  or all.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from .cases import Kind
 GRID = (0.001, 0.003, 0.01)
 TUNING_SEED = 0
 SEEDS = (10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
-FIRST_SEEDS = 5  # after which it is decided whether a scene needs the others
+FIRST_SEEDS = 5  # then it is decided whether a scene needs the others
 RIVALS = ("film", "per_value", "channels", "wide")
 COMPARED = ("dmoe", *RIVALS)
 # dMoE with one setting changed, at dMoE's learning rate; FiLM that starts as the identity, at its.
@@ -60,13 +64,13 @@ Task = Literal["tune", "train", "adapt"]
 
 @dataclass(frozen=True)
 class Scene:
-    """A kind of images and who outlines them.
+    """A kind of images, and the sites that outline them.
 
     Args:
         kind: of the images.
         sites: how many.
-        cases: of each site, in training.
-        rules: how many rules the sites share; None: each has its own.
+        cases: how many training cases each site has.
+        rules: how many rules the sites share; None: each site has another rule.
     """
 
     kind: Kind
@@ -77,7 +81,7 @@ class Scene:
     @property
     def title(self) -> str:
         images = "phantom" if self.kind == "phantom" else "real MRI"
-        rules = "each its own rule" if self.rules is None else f"{self.rules} rules"
+        rules = "a rule for each site" if self.rules is None else f"{self.rules} rules"
         return f"{images}, {self.sites} sites of {self.cases} cases, {rules}"
 
 

@@ -1,7 +1,7 @@
-"""Runs what the plan has ahead, and writes a row of the results as soon as there is one.
+"""Runs the jobs that the plan still has, and writes each row of the results at once.
 
-The csv are what is known to be done: with them the same command goes on wherever it is given. What
-the folder of the work holds beside them, trained networks, is trained again where it is missing.
+The csv files record what is done, so that the same command can continue on another machine. Trained
+networks lie in another folder. A network that is missing there is trained again when it is needed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SiteRows:
 def run_sites(
     results: Path, folder: Path, *, processes: int, effort: Effort | None = None
 ) -> SiteRows:
-    """Runs all that is ahead.
+    """Runs all jobs that are left.
 
     Args:
         results: folder of the csv, which is made if it is not there.
@@ -176,8 +176,8 @@ def _require_design(results: Path, effort: Effort) -> None:
     differing = [name for name in own if before["design"].get(name) != now["design"][name]]
     if differing:
         raise RunError(
-            f"{results}: its runs were made by another design ({', '.join(differing)}); name "
-            "another --results, or remove what is there."
+            f"{results}: its runs were made with another design ({', '.join(differing)}). Name "
+            "another folder with --results, or remove this one."
         )
     if now["machines"][0] not in before["machines"]:
         before["machines"] += now["machines"]

@@ -1,4 +1,4 @@
-"""What the study of many sites leaves: a row for each training, and one for each adaptation."""
+"""The tables of the study of many sites: a row for each training and for each adaptation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .plan import Job, Task
 
 @dataclass(frozen=True)
 class SiteRun:
-    """What a training came to.
+    """The result of a training.
 
     Args:
         task, scene, method, seed, learning_rate: those of its `plan.Job`.
         validation: the highest validation score, the mean Dice over cases.
-        steps: until the weights that were kept.
+        steps: until the weights that were retained.
         stopped: whether the score had stopped rising, rather than the steps run out.
         parameters: of the network.
         multiply_adds: of a forward pass over one image, of all that is active for it.
@@ -24,11 +24,11 @@ class SiteRun:
         dice: the mean Dice of the test cases; this and all below are None of "tune", whose network
             is not tested.
         worst_tenth: the mean Dice of the tenth of the sites that has the lowest.
-        policy: the mean Dice of `UNKNOWN_CASES` test cases of each site, told that the site is not
-            known, by the network's own policy, the average of routers or embeddings; this and the
-            two below are None of a blind network.
+        policy: the mean Dice of `UNKNOWN_CASES` test cases of each site, when the network receives
+            "unknown" and averages its routers or embeddings; None of a blind network, as are the
+            next two.
         outputs: the same, by the average of the outputs over all sites.
-        known: the same cases', told their sites.
+        known: the same cases', when the network receives their sites.
         by_site: each site's mean Dice.
     """
 
@@ -57,7 +57,7 @@ class SiteRun:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a trained network came to at new sites.
+    """The result of adapting a trained network to new sites.
 
     Args:
         scene, method, seed, learning_rate: those of the network's `plan.Job`.

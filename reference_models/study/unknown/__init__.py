@@ -1,1 +1,1 @@
-"""Prediction where the attribute is not known: ways to average what a network says."""
+"""Prediction where the attribute is not known: methods of averaging a network's outputs."""

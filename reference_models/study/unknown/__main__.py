@@ -1,4 +1,4 @@
-"""The command `python -m reference_models.study.unknown`: goes on with what has not been run."""
+"""The command `python -m reference_models.study.unknown`: continues the study of unknown values."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from ...errors import DataError, RunError
 from ...files import write_whole
 from ...training.runs import lock_run
 from .. import tables
+from ..documents import renew_documents
 from ..scenes import Design
-from .page import text_of
+from .page import write_page
 from .plan import jobs
 from .trials import UNKNOWN_SCORES, run_unknown
 
 RESULTS = Path(__file__).parent / "results"
 STUDY = Path(__file__).parents[1] / "results"  # whose learning rates are taken
-PAGE = "README.md"
 
 
 @dataclass(frozen=True)
 class UnknownSettings:
-    """Where the attribute of no test case is known: what has not been run."""
+    """Continues the study of prediction without knowing the attribute of any test case."""
 
     results: Path = RESULTS
-    """Folder of the csv, which says what is done, and of the page. By default this project's."""
+    """Folder of the page and of the csv, which records what has been run. By default the folder in
+    this repository."""
     out: Path = Path("study_output/unknown")
-    """Folder of the run under way."""
+    """Folder of the training under way."""
     most: int | None = None
-    """Number of trainings after which to stop; by default all that are left. 0: the page alone."""
+    """Number of trainings after which to stop. By default all that are left. 0: run nothing, and
+    write the page from the csv."""
 
 
 def unknown(settings: UnknownSettings) -> None:
-    """Runs what is not done yet, and writes the page."""
+    """Runs the jobs that are not done yet, and writes the page."""
     torch.set_num_threads(1)
     results = settings.results
     results.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,9 @@ def unknown(settings: UnknownSettings) -> None:
             rows += run_unknown(job, Design(), settings.out)
             _write(results / UNKNOWN_SCORES.name, UNKNOWN_SCORES.text(rows))
             Console(highlight=False, soft_wrap=True).print(f"{job.name}: done", markup=False)
-    _write(results / PAGE, text_of(rows))
+    write_page(results)
+    if results == RESULTS:
+        renew_documents()
 
 
 def _write(path: Path, text: str) -> None:
@@ -63,8 +67,8 @@ def _write(path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        unknown(tyro.cli(UnknownSettings))
+        unknown(tyro.cli(UnknownSettings, prog="python -m reference_models.study.unknown"))
     except (DataError, RunError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("Stopped. It goes on by the same command.")
+        sys.exit("Stopped. The same command continues the study.")

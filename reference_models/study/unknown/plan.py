@@ -1,4 +1,4 @@
-"""Which networks are trained for the question of unknown attributes, and in which order."""
+"""Which networks are trained for the study of unknown attributes, and in which order."""
 
 from __future__ import annotations
 

@@ -31,9 +31,10 @@ from ..csv_table import Table
 from ..jobs import Job
 from ..scenes import SCENES, Design
 
-# The ways, in the order of the page: told the truth; told "unknown", which is the network's policy;
-# the probabilities of all values averaged, by the training shares and by what a classifier makes of
-# the image; told the classifier's best guess; and a network that is told nothing anyway.
+# The methods of prediction, in the order of the page. The network receives the true value; it
+# receives "unknown" and follows its policy; its probabilities for all values are averaged, by the
+# training shares or by a classifier's probabilities; it receives the classifier's best guess; or it
+# is a blind network.
 RIGHT, POLICY, SHARES, WEIGHED, GUESS, BLIND = (
     "right", "policy", "shares", "weighed", "guess", "blind",
 )  # fmt: skip
@@ -43,12 +44,12 @@ _CLASSIFIER_STEPS, _CLASSIFIER_BATCH, _CLASSIFIER_RATE = 300, 16, 3e-3
 
 @dataclass(frozen=True)
 class UnknownScore:
-    """What a network scores by one way to predict.
+    """The scores of a network with one method of prediction.
 
     Args:
         scene, method, seed, learning_rate: of its training.
-        way: one of the ways above.
-        passes: forward passes for an image; of a classifier's ways, its own is not counted.
+        way: one of the methods above.
+        passes: forward passes for an image, without that of a classifier.
         es_dice, worst, overall: of the test cases, as the study's.
         guessed: share of the test cases whose value the classifier guesses.
     """
@@ -69,7 +70,7 @@ UNKNOWN_SCORES = Table("unknown.csv", UnknownScore)
 
 
 def run_unknown(job: Job, design: Design, folder: Path) -> list[UnknownScore]:
-    """Trains, and scores by every way that there is for the network."""
+    """Trains a network, and scores it with every method of prediction that it allows."""
     recipe = design.recipe(job, folder)
     shutil.rmtree(recipe.out, ignore_errors=True)  # of a job that was stopped
     silence = io.StringIO()
@@ -139,7 +140,7 @@ def averaged(probabilities: Sequence[Tensor], weight_BV: Tensor) -> Tensor:
 
 
 def train_classifier(image_NCHW: Tensor, value_N: Tensor, values: int, seed: int) -> nn.Module:
-    """A small network that tells an attribute's value from the image, at the training shares."""
+    """A small network that predicts the attribute from the image, trained without reweighting."""
     torch.manual_seed(seed)
     widths = (image_NCHW.shape[1], 8, 16, 32)
     layers: list[nn.Module] = []
@@ -173,7 +174,7 @@ def _answers(
     weight_BV: Tensor,
     counts_V: Tensor,
 ) -> Iterator[tuple[str, Tensor]]:
-    """By every way, the probabilities (B, K, H, W)."""
+    """The probabilities (B, K, H, W) by every method."""
 
     (network,) = run.members
 

@@ -118,8 +118,8 @@ def test_where_pytorch_is_held_back_onnxruntime_is_not_judged_beside_it():
     (file,) = RESULTS.glob("export-cpu-avx512.csv")
     held = [replace(row, machine=f"{row.machine}, held to AVX2 by IT") for row in read_rows(file)]
     assert "| eager |" not in section(held).split("| goal |")[1]
-    assert "onnxruntime chooses its instructions by the processor" in section(held)
-    assert "onnxruntime chooses" not in section(read_rows(file))
+    assert "ONNX Runtime chooses its instructions by the processor" in section(held)
+    assert "ONNX Runtime chooses" not in section(read_rows(file))
 
 
 def test_the_committed_rows_are_of_subjects_and_ways_that_there_are():

@@ -148,14 +148,14 @@ def test_growth_is_the_last_point_over_the_first_beside_the_arithmetic():
     assert "- experts 2 → 64, eval: time × 3, arithmetic × 1.2 (mask-loop × 5)" in outgrown(rows)
     assert "left out: too long" in points_table(rows)
     nearly = [row_of(2, median_ms=1.0, flops=100), row_of(64, median_ms=2.4, flops=200)]
-    assert outgrown(nearly).endswith("no axis.")  # within a quarter
+    assert outgrown(nearly).endswith("nowhere.")  # within a quarter
 
 
 def test_the_section_says_what_it_was_measured_with():
     rows = [row_of(value, which=w) for value in (2, 4) for w in ("forward+backward", "eval")]
     text = section(rows, "growth-cpu-avx2")
     assert text.startswith("**CPU only")
-    assert "AVX2); our products by oneDNN; float32" in text
+    assert "AVX2); matrix products of this layer by oneDNN; float32" in text
     assert "(results/growth-cpu-avx2.csv)" in text
     assert "(results/growth-cpu-avx2.png)" in text
     assert "| experts 2 | 1 / 1 ms, 1 / 1 MiB |" in text

@@ -27,7 +27,7 @@ def test_goals_compare_ours_with_the_loop():
     assert (both.measured, both.bound, both.met) == (2.3, 2.4, False)
     assert (memory.measured, memory.bound, memory.met) == (pytest.approx(0.3), 0.35, True)
     assert (others.measured, others.bound, others.met) == (pytest.approx(10 / 23), 1.05, True)
-    assert others.what.endswith("at worst: forward+backward beside mask-loop")
+    assert others.what.endswith("worst case: forward+backward beside mask-loop")
     assert "**missed**" in goals_table(rows)
     assert "The goals are set for" not in goals_table(rows)
     other = [dataclasses.replace(r, threads="8") for r in rows]
@@ -76,7 +76,7 @@ def test_no_other_may_be_faster_at_any_shape_and_in_any_pass():
     ]
     for shape, goal in zip(("small-49", "spelled out"), goals(rows), strict=True):
         assert (goal.shape, goal.measured, goal.met) == (shape, pytest.approx(10 / 9), False)
-        assert goal.what.endswith("at worst: eval beside st-moe")
+        assert goal.what.endswith("worst case: eval beside st-moe")
     only_ours = [row for row in rows if row.provider in ("eager", "dense")]
     assert goals(only_ours) == []
 
@@ -113,9 +113,9 @@ def test_gpu_goals_take_the_best_peer_of_the_same_maths():
     found = {goal.what: goal for goal in goals(rows)}
     by_words = {what.split("faster than ")[-1]: goal.measured for what, goal in found.items()}
     assert by_words["mask-loop"] == 4.0
-    assert by_words["the best other, scattermoe"] == 2.5
-    assert by_words["dense MLP of equal active FLOPs"] == 0.5
-    router = found["router kernel, share of the measured copy bandwidth"]
+    assert by_words["the fastest other, scattermoe"] == 2.5
+    assert by_words["a dense MLP of equal active FLOPs"] == 0.5
+    router = found["router kernel, as a share of the measured copy bandwidth"]
     assert (router.measured, router.bound, router.met) == (0.65, 0.7, False)
 
 
@@ -145,7 +145,8 @@ def test_the_readme_is_renewed_between_the_marks_of_its_instruction_set(tmp_path
     assert text.startswith("a\n<!-- cpu-avx2: begin -->\n**CPU only")
     assert text.endswith("<!-- cpu-avx2: end -->\nz\n")
     assert "old" not in text
-    assert "CPU, 2 cores (AuthenticAMD family 25; AVX2); our products by oneDNN; float32" in text
+    assert "CPU, 2 cores (AuthenticAMD family 25; AVX2); matrix products of this" in text
+    assert "layer by oneDNN; float32" in text
     assert "7 rounds" in text
     assert "| s: 2×100×48 | 1 / 3 / 0.5 ms, 1 MiB |" in text
     with pytest.raises(DataError, match="cuda: begin"):

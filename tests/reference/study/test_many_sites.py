@@ -161,7 +161,7 @@ def test_what_is_adapted_of_the_new_site_alone_changes_nothing_else(method):
 def test_a_blind_network_has_nothing_of_a_site_s_own_to_adapt():
     start = extended(METHODS["wide"], build(METHODS["wide"], 3, seed=0), 3)
     cases, rules_SZ = make_cases("phantom", "train", 1, 2, seed=0), make_rules("phantom", 4, 4, 0)
-    with pytest.raises(ValueError, match="the network is told no site"):
+    with pytest.raises(ValueError, match="the network receives no site"):
         next(adapt(METHODS["wide"], start, "own", cases, rules_SZ, rate=1, steps=(1,), seed=0))
 
 
@@ -275,7 +275,7 @@ def test_the_committed_page_is_what_the_committed_tables_give():
     written = (RESULTS / page.PAGE).read_text(encoding="utf-8")
     assert written == page.text_of(rows, machines)
     # A part of the plan that has not been run is called so.
-    assert {job.scene for job in rows.plan.ahead()} == set() or "nothing is settled" in written
+    assert {job.scene for job in rows.plan.ahead()} == set() or "nothing is decided yet" in written
 
 
 def test_a_verdict_is_given_on_all_seeds_of_the_plan_alone():
@@ -291,15 +291,19 @@ def test_a_verdict_is_given_on_all_seeds_of_the_plan_alone():
             blank.runs.append(dataclasses.replace(run, learning_rate=job.rate, dice=score, **where))
         return blank
 
-    assert "4 of 5 seeds have all methods: nothing is settled" in page.verdict(
+    assert "4 of 5 seeds have all methods: nothing is decided yet" in page.verdict(
         runs(plan.SEEDS[:4], 0.01), "mri-own"
     )
     ahead = page.verdict(runs(plan.SEEDS[:5], 0.01), "mri-own")
-    assert ahead.count("ahead of") == 4
-    assert "on all 5 seeds" in ahead
+    names = ", ".join(METHODS[rival].title for rival in plan.RIVALS)
+    assert ahead == f"**On all 5 seeds of the plan dMoE is ahead of {names}.**"
     level = page.verdict(runs(plan.SEEDS, -0.0005), "mri-own")
-    assert level.count("not told apart from") == 4
-    assert "on all 10 seeds" in level
+    assert level == f"**On all 10 seeds of the plan dMoE is not distinguishable from {names}.**"
+    (_, *lines) = page.overview(runs(plan.SEEDS[:5], 0.01)).splitlines()
+    assert page.decided(runs(plan.SEEDS[:4], 0.01)).endswith("So nothing is decided yet.")
+    assert f"- {SCENES['mri-own'].title}. {ahead}" in lines
+    (line,) = (line for line in lines if line.startswith(f"| {SCENES['mri-own'].title}"))
+    assert line.count("; 5 of 5)") == 4
 
 
 def test_no_scene_is_there_that_cannot_be_made():

@@ -1,4 +1,4 @@
-"""The study's page and figures say what its csv say, and the READMEs quote nothing else."""
+"""The studies' pages and figures show what their csv have, and the prose quotes nothing else."""
 
 import csv
 import dataclasses
@@ -9,19 +9,26 @@ from pathlib import Path
 import pytest
 from harness.study_trials import SEEDS, write_made_tables
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from reference_models.errors import DataError
-from reference_models.study import figures, page
+from reference_models.markdown import section
+from reference_models.study import documents, figures, page, when_it_helps
 from reference_models.study.methods import METHODS
 from reference_models.study.quote import quotation, short
 from reference_models.study.results import Results
 from reference_models.study.sections import CAUTION
+from reference_models.study.sites.plan import SCENES as SITE_SCENES
+from reference_models.study.sites.runner import SiteRows
 from reference_models.study.tables import Difference
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "reference_models" / "study" / "results"
-READMES = (ROOT / "README.md", ROOT / "reference_models" / "README.md")
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+PROSE = [
+    ROOT / name
+    for name in ("README.md", "docs/explanation/study.md", "docs/start/should-i-use-this.md")
+]
+GENERATED = re.compile(r"<!-- ([\w-]+): begin -->.*?<!-- \1: end -->", re.DOTALL)
 WHOLE = [name for name, method in METHODS.items() if method.kind != "ablation"]
 QUOTATION = re.compile(r"[+-]\.\d{3}\s\((?:-?\.\d{3}\sto\s-?\.\d{3}|no\sinterval);\s\d+\sof\s\d+\)")
 
@@ -55,25 +62,42 @@ def numbers(cell):
     return [float(number) for number in re.findall(r"-?\d*\.\d+", cell)]
 
 
-def test_a_committed_page_is_what_the_committed_csv_give():
-    text = READMES[1].read_text(encoding="utf-8")
-    shown = text.partition(BEGIN)[2].partition(END)[0].strip("\n")
-    assert BEGIN in text
-    assert END in text
-    expected = page.block(COMMITTED, "study/results/figures", whole=False)
-    assert shown == expected
+RENEW = "python -m reference_models.study.documents renews it"
 
 
-@pytest.mark.parametrize("readme", READMES, ids=["top", "recipes"])
-def test_every_difference_that_a_page_quotes_is_a_row_of_the_committed_csv(readme):
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    prose = before + rest.partition(END)[2]
-    there = Results(COMMITTED).differences
+def test_the_committed_page_is_what_the_committed_csv_give():
+    written = (COMMITTED / page.PAGE).read_text(encoding="utf-8")
+    assert written == page.text_of(Results(COMMITTED)), RENEW
+
+
+@pytest.mark.parametrize(
+    ("path", "mark", "text"),
+    [pytest.param(*part, id=f"{part[0].stem}-{part[1]}") for part in documents.sections()],
+)
+def test_what_the_documents_show_is_what_the_committed_csv_give(path, mark, text):
+    assert section(mark, text) in path.read_text(encoding="utf-8"), RENEW
+
+
+def test_the_committed_figure_is_drawn_from_the_committed_csv():
+    scenes = when_it_helps.scenes_drawn(Results(COMMITTED), SiteRows.read(documents.SITES))
+    with Image.open(documents.DOCS / when_it_helps.FIGURE) as image:
+        assert image.text["Source"] == when_it_helps.digest(scenes), RENEW
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.stem)
+def test_every_number_that_a_page_quotes_is_a_row_of_the_committed_csv(path):
+    prose = GENERATED.sub("", path.read_text(encoding="utf-8"))
+    results = Results(COMMITTED)
     quoted = {" ".join(found.split()) for found in QUOTATION.findall(prose)}
-    assert quoted <= {quotation(row) for row in there}
+    assert quoted <= {quotation(row) for row in results.differences}
+    # The page that explains how to read a number takes one apart.
+    prose = re.sub(r"\*\*\+?\.\d{3}( to \.\d{3})?\*\*", "", QUOTATION.sub("", prose))
     # Nothing that looks like a difference goes without its interval.
-    assert not re.findall(r"(?<![\w.])[+−-]\d?\.\d+", QUOTATION.sub("", prose))
+    assert not re.findall(r"(?<![\w.])[+−-]\d?\.\d+", prose)
+    if path != PROSE[0]:  # which has the demo's numbers, too
+        assert quoted
+        scores = {*re.findall(r"(?<![\w.])\.\d{3}\b", prose)}
+        assert scores <= {short(row.mean) for row in results.summary}
 
 
 def test_a_quotation_is_found_across_a_line_and_as_the_page_writes_it():
@@ -88,7 +112,7 @@ def test_a_quotation_is_found_across_a_line_and_as_the_page_writes_it():
 
 
 def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
-    first, *_ = tables(page.block(made, "figures", whole=True))
+    first, *_ = tables(page.text_of(Results(made)))
     titles = {
         "rule": "(a) rule",
         "appearance": "(b) appearance",
@@ -122,13 +146,13 @@ def test_every_score_of_the_page_is_that_of_its_scene_and_method(made):
         if METHODS[row["method"]].kind != "ablation":
             name = METHODS[row["method"]].title
             assert int(first[name, "parameters"].replace(",", "")) == int(row["parameters"])
-            assert numbers(first[name, "time a step"]) == pytest.approx(
+            assert numbers(first[name, "time of a step"]) == pytest.approx(
                 [float(row["milliseconds_of_dense"])], abs=0.0051
             )
 
 
 def test_every_difference_of_the_page_is_that_of_its_pair(made):
-    _, against, told, ablations, *_ = tables(page.block(made, "figures", whole=True))
+    _, against, told, ablations, *_ = tables(page.text_of(Results(made)))
     found = {(row.scene, row.a, row.b, row.metric): row for row in Results(made).differences}
 
     def quoted(*key):
@@ -166,12 +190,12 @@ def test_every_difference_of_the_page_is_that_of_its_pair(made):
 
 
 def test_the_page_shows_the_rates_chosen_and_which_lie_at_the_grids_end(made):
-    *_, rates, spread = tables(page.block(made, "figures", whole=True))
+    *_, rates, spread = tables(page.text_of(Results(made)))
     chosen = [row for row in rows(made, "rates.csv") if row["chosen"] == "yes"]
     assert {cell for (name, _), cell in rates.items() if name.startswith("dense")} == {"0.012*"}
     assert {cell for (name, _), cell in rates.items() if name == "dMoE"} == {"0.006"}
     assert len([cell for cell in rates.values() if cell[0].isdigit()]) == len(chosen)
-    assert rates["dMoE, learned unknown", "(a) rule"] == "as dMoE"
+    assert rates[METHODS["dmoe-learned"].title, "(a) rule"] == "as dMoE"
     assert [*spread.values()] == [
         f"{short(float(row[key]))} ({row[count]})"
         for row in rows(made, "spread.csv")
@@ -179,32 +203,59 @@ def test_the_page_shows_the_rates_chosen_and_which_lie_at_the_grids_end(made):
     ]
 
 
-def test_a_page_is_renewed_between_its_marks_and_made_where_there_is_none(made, tmp_path):
-    old = tmp_path / "README.md"
-    old.write_text(f"before\n{BEGIN}\nlast run's\n{END}\nafter\n", encoding="utf-8")
-    page.write_page(made, old)
-    page.write_page(made, old)
-    text = old.read_text(encoding="utf-8")
-    assert "dMoE against FiLM + MLP" not in text
-    assert text.startswith(f"before\n{BEGIN}\nMade with seeds 10, 11, 12, 13, 14;")
-    assert text.endswith(f"{END}\nafter\n")
-    assert "last run" not in text
-    page.write_page(made, tmp_path / "new.md")
-    assert END in (tmp_path / "new.md").read_text(encoding="utf-8")
-    page.write_page(made, made / "README.md")
-    whole = (made / "README.md").read_text(encoding="utf-8")
+def test_a_page_is_written_whole_or_not_at_all(made, tmp_path):
+    (made / page.PAGE).write_text("last run's", encoding="utf-8")
+    page.write_page(made)
+    whole = (made / page.PAGE).read_text(encoding="utf-8")
+    assert "last run" not in whole
+    assert "Made with seeds 10, 11, 12, 13, 14;" in whole
     assert whole.count("| dMoE against FiLM + MLP |") == 1
     assert CAUTION in whole
+    with pytest.raises(DataError, match=r"machine.json: cannot be read .*Run the study, or name"):
+        page.write_page(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
-    old.write_text(BEGIN, encoding="utf-8")
-    with pytest.raises(
-        DataError, match=r"README.md: expected the marks .*, one is missing; add both"
-    ):
-        page.write_page(made, old)
-    assert old.read_text(encoding="utf-8") == BEGIN
-    with pytest.raises(DataError, match=r"machine.json: cannot be read .*run it, or name another"):
-        page.write_page(tmp_path, tmp_path / "none.md")
-    assert not (tmp_path / "none.md").exists()
+
+def test_every_document_that_shows_numbers_is_renewed_between_its_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "DOCS", tmp_path)
+    for path, mark, _ in documents.sections():
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"before\n{section(mark, 'old')}\nafter\n")
+    documents.renew_documents()
+    for path, mark, text in documents.sections():
+        written = path.read_text(encoding="utf-8")
+        assert f"before\n{section(mark, text)}\nafter\n" in written
+        assert "old" not in written.split()
+    assert (tmp_path / when_it_helps.FIGURE).exists()
+    path.write_text("no mark", encoding="utf-8")
+    with pytest.raises(DataError, match=r"expected the marks .*, one is missing; add both"):
+        documents.renew_documents()
+
+
+def test_the_figure_shows_means_and_seeds_of_scenes_that_all_four_networks_have(made):
+    committed = SiteRows.read(documents.SITES)
+    scenes = when_it_helps.scenes_drawn(Results(made), committed)
+    one = next(scene for scene in scenes if "two attributes" in scene.title)
+    trials = [row for row in rows(made, "trials.csv") if row["scene"] == "two"]
+    for method, scores in one.scores.items():
+        found = [r for r in trials if (r["method"], r["condition"]) == (method, "right")]
+        groups = [[float(r[key]) for key in r if key.startswith("dice_") and r[key]] for r in found]
+        assert scores == pytest.approx([sum(of) / len(of) for of in groups])
+        assert len(scores) == len(SEEDS)
+    axes = when_it_helps.draw(scenes).axes[0]
+    means, seeds = ([line.get_xdata() for line in axes.lines if line.get_marker() in marks]
+                    for marks in ("XosD", "o"))  # fmt: skip
+    expected = [[*scores] for scene in scenes for scores in scene.scores.values()]
+    assert all(any([*x] == scores for x in seeds) for scores in expected)
+    assert all(any([*x] == [sum(of) / len(of)] for x in means) for of in expected)
+    # Without dMoE's runs no scene of many sites is drawn.
+    lacking = SiteRows([run for run in committed.runs if run.method != "dmoe"], [])
+    titles = {scene.title for scene in SITE_SCENES.values()}
+    assert titles & {scene.title for scene in scenes}
+    of_study = when_it_helps.scenes_drawn(Results(made), lacking)
+    assert not titles & {scene.title for scene in of_study}
+    assert when_it_helps.digest(of_study) != when_it_helps.digest(scenes)
 
 
 def test_part_of_a_study_and_a_single_seed_have_a_page_and_figures(tmp_path):
@@ -214,7 +265,8 @@ def test_part_of_a_study_and_a_single_seed_have_a_page_and_figures(tmp_path):
     (tmp_path / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "mri.png").write_text("of an earlier run", encoding="utf-8")
-    page.renew(tmp_path, tmp_path / "README.md")
+    figures.write_figures(tmp_path)
+    page.write_page(tmp_path)
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {"rule.png", "two.png", "ablations.png", "loads.png"}
     text = (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from reference_models.study import tables
+from reference_models.study.documents import STUDY, UNKNOWN
 from reference_models.study.jobs import Job
 from reference_models.study.scenes import Design, Sizes
 from reference_models.study.unknown import page, plan, trials
-from reference_models.study.unknown.__main__ import PAGE, RESULTS, STUDY
 from reference_models.study.unknown.trials import (
     averaged,
     classified,
@@ -66,8 +66,8 @@ def test_no_seed_is_tested_on_which_a_learning_rate_was_chosen():
 
 
 def test_the_committed_page_is_what_the_committed_table_gives():
-    rows = trials.UNKNOWN_SCORES.read(RESULTS)
-    assert (RESULTS / PAGE).read_text(encoding="utf-8") == page.text_of(rows)
+    rows = trials.UNKNOWN_SCORES.read(UNKNOWN)
+    assert (UNKNOWN / page.PAGE).read_text(encoding="utf-8") == page.text_of(rows)
 
 
 def test_the_page_says_how_many_seeds_of_the_plan_have_all_methods():
@@ -77,7 +77,7 @@ def test_the_page_says_how_many_seeds_of_the_plan_have_all_methods():
         for seed in plan.SEEDS
     ]
     assert "**5 of 5 seeds have all methods.**" in page.text_of(rows)
-    assert "**4 of 5 seeds have all methods: nothing is settled.**" in page.text_of(rows[:-1])
+    assert "**4 of 5 seeds have all methods: nothing is decided yet.**" in page.text_of(rows[:-1])
 
 
 def test_the_page_compares_a_way_with_todays_policy_on_the_seeds_that_both_have():
@@ -88,7 +88,7 @@ def test_the_page_compares_a_way_with_todays_policy_on_the_seeds_that_both_have(
     shares = [row(trials.SHARES, seed, 0.6 + seed / 1000) for seed in (20, 21, 22)]
     blind = [row(trials.BLIND, 20, 0.7, "wide")]
     text = page.text_of([*policy, *shares, *blind])
-    assert text.count("**0 of 5 seeds have all methods: nothing is settled.**") == 3
+    assert text.count("**0 of 5 seeds have all methods: nothing is decided yet.**") == 3
     lines = text.splitlines()
     (line,) = (line for line in lines if page.WORDS[trials.SHARES] in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
