@@ -180,7 +180,9 @@ def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
         return f"k is {layer.k}, but the kernels take at most {MAX_K}"
     samples, tokens = x_BTD.shape[:2]
     if samples * tokens * layer.k > MAX_PAIRS:
-        return f"{samples * tokens} tokens times k = {layer.k} is more than the kernels take, 2³¹ - 1"
+        return (
+            f"{samples * tokens} tokens times k = {layer.k} is more than the kernels take, 2³¹ - 1"
+        )
     if layer.attribute_sizes is None:
         return ""
     if samples > MAX_SAMPLES:

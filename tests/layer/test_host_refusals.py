@@ -93,7 +93,7 @@ REFUSED = {
     ),
     "what cannot be copied": (Locked, "Locked: could not copy it to try its MLP .*lock"),
     "two MLPs": (
-        two, r"ModuleDict: holds 2 MLPs \('tokens.1', 'tokens.2', 'tokens.3'; .*Match what holds"
+        two, r"ModuleDict contains 2 MLPs \('tokens.1', 'tokens.2', 'tokens.3'; .*Match a module"
     ),
 }  # fmt: skip
 
@@ -143,7 +143,7 @@ def test_computed_weights_upcycle_no_better_than_elsewhere():
 def test_a_host_that_holds_a_layer_already_says_so(pattern):
     model = nn.Sequential(Host(), Host())
     swap_mlps(model, "0")
-    with pytest.raises(ValueError, match=r"^0: Host: holds a DMoE already; match the blocks"):
+    with pytest.raises(ValueError, match=r"^0: Host contains a DMoE already. Match only modules"):
         swap_mlps(model, pattern)
     assert swap_mlps(model, "1") == ["1.linear1"]
 

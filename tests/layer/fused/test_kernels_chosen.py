@@ -68,7 +68,10 @@ def test_explain_says_which_backend_and_why():
 
 @pytest.mark.parametrize(
     ("machine", "words"),
-    [("triton", "Triton is not installed"), ("interpreter", "x is on cpu, but the kernels need a GPU")],
+    [
+        ("triton", "Triton is not installed"),
+        ("interpreter", "x is on cpu, but the kernels need a GPU"),
+    ],
 )
 def test_a_machine_without_triton_or_gpu_is_told_so(machine, words, monkeypatch):
     if machine == "triton":
