@@ -203,8 +203,9 @@ def _dense(
 ) -> Tensor:
     if options.seed is not None:
         raise RuntimeError(
-            "experts='dense': the model is in training mode, and its dropout acts on each expert's "
-            "output, which this form does not have. Call model.eval(), or choose experts='sparse'."
+            "experts='dense': the model is in training mode, in which dropout acts on the output "
+            "of each expert, but this form never computes the output of one expert. Call "
+            "model.eval(), or choose experts='sparse'."
         )
     w1_EHD, b1_EH, w2_EDH, b2_ED = weights
     n_experts, _, hidden = w2_EDH.shape

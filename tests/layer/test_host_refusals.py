@@ -84,9 +84,10 @@ REFUSED = {
     # One hidden unit too many for two halves.
     "another activation, odd": (lambda: Host(nn.Mish(), 13), f"{BETWEEN}.*ion' Mish"),
     "an activation that works elsewhere too": (
-        ActsTwice, "ActsTwice: .*the host puts out something else, as if it used one of the parts"
+        ActsTwice,
+        "ActsTwice: .*the output of the host is different, as if it used one of the parts",
     ),
-    "a weight that is read": (ReadsWeight, "ReadsWeight: .*something else: .* attribute 'weight'"),
+    "a weight that is read": (ReadsWeight, "ReadsWeight: .*is different: .* attribute 'weight'"),
     "further arguments": (
         Demands,
         r"Demands: could not try .*\(batch, tokens, 8\).*no attribute 'scale'.*module of its own",

@@ -125,7 +125,7 @@ def test_a_block_that_is_no_two_layer_mlp_is_named_and_nothing_changes(model, up
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        (nn.Sequential(nn.LayerNorm(D), *mlp()), "'1' is not given the block's input .*'0' Layer"),
+        (nn.Sequential(nn.LayerNorm(D), *mlp()), "'1' does not get the block's input .*'0' Layer"),
         (nn.Sequential(*mlp(), nn.LayerNorm(D)), "output is not that of '2' .*'3' LayerNorm"),
     ],
 )
@@ -154,7 +154,9 @@ def test_what_mixes_tokens_is_found_in_every_mode_of_autograd(mixes, mode, upcyc
 def test_an_unknown_activation_does_not_upcycle_but_gives_way_to_new_experts(act):
     build, name = UNKNOWN_ACTIVATIONS[act]
     model = Block(mlp(build()))
-    with refused(model, rf"mlp: Seq.*between its linear layers stands none of relu, .*{name}"):
+    with refused(
+        model, rf"mlp: Seq.*the activation between its linear layers is none of relu, .*{name}"
+    ):
         swap_mlps(model, "mlp", upcycle=True)
     assert swap_mlps(model, "mlp", activation="silu", dropout=0.0) == ["mlp"]
     assert (model.mlp.dim, model.mlp.hidden_dim) == (D, H)

@@ -80,7 +80,7 @@ def test_names_of_a_similar_spelling_that_would_not_be_taken_are_not_named():
 )
 def test_layers_on_which_an_mlp_stands_are_named_themselves(build, names):
     model = build()
-    words = "no module that is a two-layer MLP by itself, .*TransformerEncoderLayer does. Match those layers: "
+    words = "no module that is a two-layer MLP by itself, .*EncoderLayer does. Match those layers: "
     with refused(model, f"matches no module. The model has {words}{names}"):
         swap_mlps(model, "*.mlp")
     glob = names.replace("\\", "").strip("'.$")
