@@ -30,6 +30,8 @@ from .eager import experts as eager_experts
 from .eager import router as eager_router
 from .tensors import Routing
 
+__all__ = ["explain"]
+
 BACKENDS = ("auto", "eager", "triton")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

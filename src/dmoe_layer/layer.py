@@ -96,6 +96,7 @@ class DMoE(LazyDim):
         dtype: The floating-point dtype of the parameters.
 
     Attributes:
+        dim: The width D of a token, or None as long as the layer does not know it.
         w1_EHD: The first weights of all experts, (E, H, D). Gated experts have (E, 2H, D): first
             the H rows of the gate, then the H rows of the linear half.
         w1_bias: The first biases of all experts, (E, H), or (E, 2H) if gated. None without biases.

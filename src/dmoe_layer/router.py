@@ -88,6 +88,7 @@ class AttributeRouter(LazyDim):
         dtype: The floating-point dtype of the parameters.
 
     Attributes:
+        dim: The width D of a token, or None as long as the router does not know it.
         w_A2ED: The weights of all A routers, (A, 2, E, D). Index 0 of the axis of length 2 holds
             W, and index 1 holds W'.
         bias: The biases of all routers, (A, 2, E). Index 0 holds b, and index 1 holds b'.

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from .layer import DMoE
 from .router import AttributeRouter
 
+__all__ = ["add_attribute_value", "remove_attribute_value"]
+
 
 def add_attribute_value(
     model: nn.Module,
