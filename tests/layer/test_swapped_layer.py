@@ -107,7 +107,7 @@ def test_a_second_tensor_is_refused_by_its_name_and_tells_no_attribute(call, nam
 def test_without_tokens_their_name_is_said():
     for call in (lambda mlp, x: mlp(), lambda mlp, x: mlp(y=x)):
         with pytest.raises(
-            TypeError, match="got no tokens. Pass them as the first argument or as hidden_s"
+            TypeError, match=r"got no tokens\. Pass them as the first argument or as hidden_s"
         ):
             swapped(call)(tokens())
 
