@@ -18,8 +18,9 @@ from mkdocs.structure.pages import Page
 from reference_models.__main__ import COMMANDS, CONFIG
 
 PAGE = "reference/command-line.md"
-# What a table of `train` is about, by where its settings are in the recipe.
+# What a table is about, by where the settings are that its flags change.
 CAPTIONS = {
+    "settings.phantom": "The phantom, a made-up data set",
     "recipe": "The training",
     "recipe.model": "The network",
     "recipe.framing": "What the network sees of a case",
@@ -69,7 +70,8 @@ def _tables(found: re.Match[str]) -> str:
         tables.append(
             f"{head}| Flag | Takes | Default | Meaning |\n|---|---|---|---|\n" + "\n".join(lines)
         )
-    return "\n\n".join(tables)
+    together = "\n\n".join(tables)
+    return f'<div class="flags" markdown>\n\n{together}\n\n</div>'
 
 
 def about(command: str) -> str:

@@ -61,10 +61,10 @@ def route(
     k: int,
     seed: Tensor | None,
 ) -> tuple[Routing, Tensor]:
-    """As ``eager.router.route``; a seed says that there is noise, which the program draws itself.
+    """Computes what ``eager.router.route`` does. With a seed the program draws the noise itself.
 
-    A row that the table does not have is an index out of range. A runtime that does not look at
-    indices makes that sample's scores, and so its output, NaN.
+    A row that the table does not have is an index out of range. In a runtime that does not check
+    indices, the scores of that sample, and so its output, become NaN.
     """
     is_double = torch.float64 in (x.dtype, weights.w_A2ED.dtype)
     dtype = torch.float64 if is_double else torch.float32
@@ -93,7 +93,7 @@ def _scores(x: Tensor, rows_BN: Tensor | None, w_AED: Tensor, b_AE: Tensor) -> T
 def _ragged_scores(
     x_TD: Tensor, rows_BN: Tensor | None, counts_B: Tensor, w_AED: Tensor, b_AE: Tensor
 ) -> Tensor:
-    """Of tokens inside of a mask: by all routers, of which each token then picks its sample's."""
+    """The scores of masked tokens: all routers compute them, and each token picks its sample's."""
     if rows_BN is None:
         return _scores(x_TD, None, w_AED, b_AE)
     positions_T1 = torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]

@@ -164,7 +164,7 @@ def test_a_predicate_sees_name_and_module_or_the_module(pattern):
 
 def test_arguments_of_another_kind_are_refused():
     for pattern in (None, 3, b"*.mlp", ["*.mlp"], MLPBlock, nn.GELU(), {"*.mlp"}):
-        with pytest.raises(TypeError, match=r"pattern: got .*expected a glob .*or a predicate"):
+        with pytest.raises(TypeError, match=r"pattern: got .*expected a glob .*or a function"):
             swap_mlps(Block(mlp()), pattern)
     with pytest.raises(TypeError, match=r"model: got str, expected a torch.nn.Module"):
         swap_mlps("model", "*.mlp")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 Told = TypeVar("Told")
-# Values that are equal if their repr is, which distinguishes -0.0 from 0.0, and True and "1" from 1.
+# Values that are equal if their repr is. It distinguishes -0.0 from 0.0, and True and "1" from 1.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
