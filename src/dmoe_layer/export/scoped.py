@@ -19,7 +19,8 @@ def with_attributes(model: nn.Module, *, experts: str = "auto") -> nn.Module:
     export.
 
     A wrong attribute value is an error in the exported program too. A program of PyTorch raises it
-    when it runs. A program that was exported to ONNX uses an index that is out of range.
+    when it runs. A program that was exported to ONNX reads at an index out of range, which ONNX
+    Runtime reports as an error.
 
     Args:
         model: A model that is called with x alone, and whose layers read the attributes from a
@@ -44,7 +45,8 @@ def with_attributes(model: nn.Module, *, experts: str = "auto") -> nn.Module:
         >>> import torch
         >>> from dmoe_layer import DMoE
         >>> from dmoe_layer.export import with_attributes
-        >>> model = with_attributes(torch.nn.Sequential(DMoE(16, attribute_sizes=3)).eval())
+        >>> model = torch.nn.Sequential(DMoE(16, attribute_sizes=3)).eval()
+        >>> model = with_attributes(model)
         >>> x, attributes = torch.randn(2, 10, 16), torch.tensor([0, 2])
         >>> program = torch.export.export(model, (x, attributes)).module()
         >>> torch.allclose(program(x, attributes), model(x, attributes), atol=1e-5)
