@@ -115,7 +115,7 @@ def flags(command: str) -> Mapping[Flag, Mapping[str, str]]:
                     default = f"`{default}`"
                 group = action.dest.rpartition(".")[0]
                 takes = "nothing" if switch else _takes(action)
-                flag = Flag((*action.option_strings,), takes, _escaped(text), group)
+                flag = Flag((*action.option_strings,), takes, text, group)
                 found.setdefault(flag, {})[preset] = default
     return found
 
@@ -138,13 +138,14 @@ def _choices(parser: Any) -> dict[str, Any]:
 
 
 def _meaning_and_default(text: str) -> tuple[str, str]:
-    """The two parts of a flag's help; what is None by default has no default to show."""
-    text = " ".join(text.split())
-    found = re.fullmatch(r"(.*?) ?\((?:default: (.*)|(required))\)", text)
+    """The two parts of a flag's help, for a cell of a table. None is no default to show."""
+    found = re.fullmatch(r"(.*?)\s*\((?:default: ([^()]*)|(required))\)", text.strip(), re.DOTALL)
     if found is None:
-        return text, ""
-    default = found[2] if found[3] is None else found[3]
-    return found[1], "" if default in ("None", "") else default
+        raise ValueError(f"help of a flag: got {text!r}, expected its default at the end.")
+    items = re.split(r"\n\s*(?=- )", found[1])
+    meaning = "<br>".join(_escaped(" ".join(item.split())) for item in items)
+    default = found[3] or " ".join(found[2].split())
+    return meaning, "" if default == "None" else default
 
 
 def _takes(action: Any) -> str:

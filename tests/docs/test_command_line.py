@@ -96,3 +96,14 @@ def test_what_a_flag_takes_is_said_in_words(metavar, words):
 
 def test_characters_of_markdown_are_shown_as_they_are():
     assert command_line._escaped("a_b <c> | `d_e`") == r"a\_b &lt;c&gt; \| `d_e`"
+
+
+def test_a_list_in_a_flags_help_stays_a_list():
+    text = "When\nnoise is added.\n- train: in\n  training.\n- never: not. (default: train)"
+    meaning, default = command_line._meaning_and_default(text)
+    assert meaning == "When noise is added.<br>- train: in training.<br>- never: not."
+    assert default == "train"
+    assert command_line._meaning_and_default("Folder. (default: None)") == ("Folder.", "")
+    assert command_line._meaning_and_default("Folder. (required)") == ("Folder.", "required")
+    with pytest.raises(ValueError, match="expected its default"):
+        command_line._meaning_and_default("Folder.")

@@ -302,7 +302,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, package):
     found = writing.find_spec
     monkeypatch.setattr(writing, "find_spec", lambda n: None if n == package else found(n))
     with pytest.raises(
-        ImportError, match=rf"needs {package}, .*pip install 'dmoe-layer\[export\]'"
+        ImportError, match=rf"not installed: {package}\. .*pip install '\.\[export\]'"
     ):
         export_onnx(make_quiet().eval(), tmp_path / "m.onnx", make_x(), GOOD)
 

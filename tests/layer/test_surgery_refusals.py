@@ -160,10 +160,12 @@ def test_sharded_models_are_refused():
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
         sharded = fully_shard(nn.Sequential(make()), mesh=mesh)
-        with pytest.raises(ValueError, match=r"0\.router\.w_A2ED: got a DTensor .* before it is"):
+        with pytest.raises(
+            ValueError, match=r"0\.router\.w_A2ED: got a DTensor .* before you shard it"
+        ):
             add_attribute_value(sharded)
         flat = FullyShardedDataParallel(nn.Sequential(make()), device_id=torch.device("cpu"))
-        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*before it is wrapped"):
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*before you wrap it"):
             add_attribute_value(nn.ModuleList([flat]))
     finally:
         dist.destroy_process_group()

@@ -232,9 +232,9 @@ def _metadata(
     lengths = [len(values) for _, values in given]
     if attribute_values is not None and lengths != example.sizes:
         raise ValueError(
-            f"attribute_values: got these names and numbers of values: "
-            f"{dict(zip(attribute_values, lengths, strict=True))}. Expected {len(example.sizes)} "
-            f"attributes with {example.sizes} values."
+            f"attribute_values: got {dict(zip(attribute_values, lengths, strict=True))}, which are "
+            f"names and numbers of values, expected {len(example.sizes)} attributes with "
+            f"{example.sizes} values."
         )
     attributes = [
         {
