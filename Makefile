@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 endif
 
-.PHONY: demo demo3d bench docs gpu test slow lint resolve versions nnunet clean
+.PHONY: demo demo3d bench docs gpu test slow lint resolve versions wheel nnunet clean
 
 demo: .venv/demo
 	$(BIN)/python -m reference_models demo
@@ -35,7 +35,7 @@ gpu:
 # One thread a process: the tests are small, and as many of them run at once as there are cores. Who
 # is done takes over tests that wait for another process: those of the kernels are long.
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --numprocesses auto --dist worksteal
 
 # What takes minutes: kernels of every dtype, compiled for five GPUs; ONNX files of larger networks.
 slow: .venv/test
@@ -67,6 +67,17 @@ versions:
 	$(BIN)/python -m pip install --no-compile --constraint $(VENV)/constraints.txt torch==$(strip $(TORCH)) 'numpy<2.4' --editable '.[reference,test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto src tests/layer
 
+# What a release publishes, in dist/, and the tests of the layer with the wheel, in an environment of
+# their own that holds no link to these sources.
+wheel: VENV := .venv-wheel
+wheel:
+	rm -rf dist
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt build
+	$(BIN)/python -m build
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt "$$(echo dist/*.whl)[reference,test]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/layer
+
 # The tests of nnU-Net's trainers, in an environment of their own: nnU-Net brings fifty packages more.
 nnunet: VENV := .venv-nnunet
 nnunet:
@@ -85,4 +96,4 @@ nnunet:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch* .venv-nnunet build dist demo_output demo3d_output bench_output gpu_output study_output site .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch* .venv-wheel .venv-nnunet build dist demo_output demo3d_output bench_output gpu_output study_output site .pytest_cache .import_linter_cache .mypy_cache .ruff_cache .hypothesis

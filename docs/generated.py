@@ -1,15 +1,15 @@
 """A hook of MkDocs: pages that commands write into the repository are shown where they lie."""
 
+import posixpath
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-# A folder of the repository whose README.md and pictures become a folder of the site.
+# A folder of the repository whose README.md, pictures and csv become a folder of the site.
 SHOWN = {
     "benchmarks": "results/benchmarks",
     "reference_models/demo/results": "results/demo",
@@ -17,32 +17,41 @@ SHOWN = {
     "reference_models/study/sites/results": "results/sites",
     "reference_models/study/unknown/results": "results/unknown",
 }
+_LINK = re.compile(r"(?<=\]\()[^)#\s:]+(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds them; the pages are not in the navigation, and others link to them."""
-    for folder, place in SHOWN.items():
+    for folder in SHOWN:
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in {".md", ".png"}:
-                name = path.relative_to(ROOT / folder).as_posix()
-                files.append(File.generated(config, f"{place}/{name}", abs_src_path=str(path)))
+            if path.suffix in {".md", ".png", ".csv"}:
+                files.append(File.generated(config, _place(path), abs_src_path=str(path)))
     return files
 
 
-def on_page_markdown(
-    markdown: str, page: Page, config: MkDocsConfig, files: Files, **_: Any
-) -> str:
-    """Lets their links to files that the site does not show lead to the repository."""
-    shown = {str(file.abs_src_path) for file in files}
-    source = Path(str(page.file.abs_src_path))
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turns links between files of the repository, as GitHub reads them, into links of the site.
 
-    def link(found: re.Match[str]) -> str:
-        target = (source.parent / found[1]).resolve()
-        if str(target) in shown or not target.is_relative_to(ROOT):
-            return found[0]
-        kind = "tree" if target.is_dir() else "blob"
-        return f"]({config.repo_url}/{kind}/main/{target.relative_to(ROOT).as_posix()}"
+    What the site does not have, such as code, is linked to where it lies in the repository.
+    """
+    folder = Path(page.file.abs_src_path or "").parent
 
-    if not page.file.src_uri.startswith("results/"):
-        return markdown
-    return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", link, markdown)
+    def target(link: re.Match[str]) -> str:
+        path = (folder / link[0]).resolve()
+        if not path.exists() or ROOT not in path.parents:
+            return link[0]
+        place = _place(path)
+        if files.get_file_from_path(place) is None:
+            return f"{config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
+        return posixpath.relpath(place, posixpath.dirname(page.file.src_uri))
+
+    return _LINK.sub(target, markdown)
+
+
+def _place(path: Path) -> str:
+    """Where a file of the repository lies in the site, if it is there at all."""
+    name = path.relative_to(ROOT).as_posix()
+    for folder, place in {**SHOWN, "docs": "."}.items():
+        if name.startswith(f"{folder}/"):
+            return posixpath.normpath(f"{place}/{name.removeprefix(f'{folder}/')}")
+    return name

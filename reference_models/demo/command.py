@@ -1,8 +1,9 @@
-"""Trains a small U-Net on real MRI in four ways, and shows what each outlines for every group.
+"""Trains four small U-Nets on real MRI, and shows what each of them outlines for every group.
 
-All four are the `demo` preset with another MLP in the network's stages: the same batches in the
-same order, optimizer, learning rate, number of steps and, but for what chooses experts and reads
-the attribute, the same multiply-adds.
+All four are the `demo` preset with another MLP in the network's stages. They see the same batches
+in the same order, with the same optimizer, learning rate and number of steps. They also have the
+same multiply-adds (the arithmetic of one image), except for what reads the attribute and chooses
+experts.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from .scores import Row, dice_of, region_of, write_rows
 from .verdict import judge
 
 DEMO = PRESETS["demo"]
-# By the name that is shown, what is changed of the preset's network: those that are told the
-# attribute last.
+# For each name that is shown, what changes in the preset's network. The networks that receive the
+# attribute come last.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "dense": {"block": "mlp"},
     "plain MoE": {"aware": False},
@@ -46,44 +47,52 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "dMoE": {},
 }
 
+TERMS = (
+    "Dice is the mean over a group's slices of how well a prediction agrees with the site's "
+    "outline, from 0 (they share nothing) to 1 (they are the same). The overall Dice weights the "
+    "groups by their shares of the training slices. The worst group is the group with the lowest "
+    "Dice. ES-Dice, equity-scaled Dice, is Dice / (1 + Σ_g |Dice − Dice_g|), where Dice is the "
+    "overall Dice and Dice_g that of group g. It equals the overall Dice where all groups have the "
+    "same, and is lower otherwise."
+)
 LIMITS = (
-    "This is one averaged, left-right symmetric head, an attribute made up for the purpose, "
-    "settings chosen with these slices in sight, and intervals over neighbouring slices of that "
-    "head: nothing here speaks of fairness in a clinic. And different loads of the experts prove "
-    "no specialisation, since loads differ even where an attribute means nothing; the shuffled "
-    "attributes are the test of that."
+    "Nothing here says anything about fairness in a clinic. The data are one averaged, left-right "
+    "symmetric head, and the attribute was made up for this demo. The settings were chosen with "
+    "these slices in sight, and the intervals are over neighbouring slices of that head. Different "
+    "loads of the experts do not prove that experts specialise, because loads differ even where an "
+    "attribute means nothing. The shuffled attributes test that."
 )
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Dense, plain MoE, FiLM and dMoE on the MNI152 brain."""
+    """Trains a dense network, a plain MoE, FiLM and dMoE on the MNI152 brain, and compares them."""
 
     out: Path = Path("demo_output")
-    """Folder of the runs, the picture and the report; runs that are there already are not trained
+    """Folder for the runs, the picture and the report. Runs that are there already are not trained
     again."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of initial weights, order, augmentation and routing noise. Picture and report show the
-    first; scores.csv has all of them."""
+    """Seeds of the initial weights, the order of the cases, the augmentation and the routing noise.
+    The picture and the report show the first seed, and scores.csv has all of them."""
     epochs: int | None = None
-    """Number of epochs; by default the preset's."""
+    """Number of epochs. The default is that of the preset."""
     processes: int = min(len(METHODS), os.cpu_count() or 1)
-    """Number of trainings at a time, each on a core of its own."""
+    """Number of trainings that run at the same time, each on one core."""
 
 
 @dataclass(frozen=True)
 class _Done:
-    """A training that was scored: its summary, and the last line that it printed."""
+    """Holds a training that was scored: its summary, and the last line that it printed."""
 
     summary: Summary
     line: str
 
 
 def demo(settings: DemoSettings) -> dict[str, Summary]:
-    """Trains and evaluates all, and says what the scores say, whichever way they fell.
+    """Trains and evaluates all methods, and says what the scores show, whoever is ahead.
 
     Returns:
-        By method, the scores of the first seed.
+        For each method, the scores of the first seed.
 
     Raises:
         RunError: there is no seed or process, or the folder has runs of other settings.
@@ -125,11 +134,13 @@ def demo(settings: DemoSettings) -> dict[str, Summary]:
     write_picture(picture, DEMO.data, summaries, folders, verdict)
     chance = " ".join(findings(summaries["dMoE"]))
     table = _cells(summaries)
-    write_page(report, picture, table, verdict, chance, LIMITS, folders)
+    write_page(report, picture, table, TERMS, verdict, chance, LIMITS, folders)
     console.print(_table(table))
+    console.print(f"\n{TERMS}", markup=False)
     console.print(f"\n[bold]What this shows.[/] {verdict.sentences}")
     console.print(
-        f"\n[bold]Chance.[/] dMoE: {chance}\n\n[bold]What it does not show.[/] {LIMITS}\n"
+        f"\n[bold]How much of it is chance.[/] These sentences are about dMoE. {chance}"
+        f"\n\n[bold]What it does not show.[/] {LIMITS}\n"
     )
     for name, path in {"report": report, "picture": picture}.items():
         console.print(f"{name + ':':<8} {path.resolve()}", soft_wrap=True, markup=False)
@@ -137,7 +148,7 @@ def demo(settings: DemoSettings) -> dict[str, Summary]:
 
 
 def _train_and_score(run: Recipe) -> _Done:
-    """In a process of its own, silently. A training that was stopped goes on where it was."""
+    """Trains and scores without printing. A training that was stopped goes on where it was."""
     print_anything()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -147,7 +158,7 @@ def _train_and_score(run: Recipe) -> _Done:
 
 
 def _rows(done: Mapping[tuple[int, str], _Done]) -> list[Row]:
-    """A row a training, and one more for dMoE told shuffled attributes."""
+    """Makes a row for each training, and one more for dMoE with shuffled attributes."""
     rows = []
     for (seed, method), result in done.items():
         for told in (AS_GIVEN, "shuffled") if method == "dMoE" else (AS_GIVEN,):
@@ -158,12 +169,12 @@ def _rows(done: Mapping[tuple[int, str], _Done]) -> list[Row]:
 
 
 def _cells(summaries: Mapping[str, Summary]) -> list[list[str]]:
-    """The table that terminal and page show, its header first: a row a method."""
+    """Makes the table that terminal and page show: the header, then a row for each method."""
     groups = region_of(summaries["dMoE"]).groups
-    header = ["", *(f"{group.value} (n={group.n})" for group in groups)]
+    header = ["", *(f"{group.value} ({group.n} slices)" for group in groups)]
     lines = [[*header, "overall", "worst group", "ES-Dice"]]
     regions = {name: region_of(summary) for name, summary in summaries.items()}
-    regions["dMoE, shuffled"] = region_of(summaries["dMoE"], "shuffled")
+    regions["dMoE, shuffled attributes"] = region_of(summaries["dMoE"], "shuffled")
     for name, region in regions.items():
         dice = [group.metrics["dice"] for group in region.groups]
         estimates = [*dice, region.overall["dice"], region.worst, region.es_dice]

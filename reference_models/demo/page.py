@@ -1,4 +1,4 @@
-"""Writes the demo's report: one HTML page with its picture, its scores and what they mean."""
+"""Writes the demo's report: one HTML page with a picture, the scores and what they mean."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def write_page(
     path: Path,
     picture: Path,
     table: Sequence[Sequence[str]],
+    terms: str,
     verdict: Verdict,
     chance: str,
     limits: str,
@@ -24,10 +25,10 @@ def write_page(
 
     Args:
         path: the HTML file.
-        picture: a PNG, which the page takes in.
+        picture: a PNG file, which becomes part of the page.
         table: rows of cells, the header first.
-        verdict, chance, limits: what to say.
-        runs: folder of each method's run; those of one seed lie beside each other.
+        terms, verdict, chance, limits: the page's sentences.
+        runs: the folder of each method's run, within the page's folder.
     """
     links = {
         name: (run / "evaluation-test" / "report.html").relative_to(path.parent).as_posix()
@@ -36,6 +37,7 @@ def write_page(
     page = page_template(Path(__file__).parent).render(
         picture=base64.b64encode(picture.read_bytes()).decode(),
         table=table,
+        terms=terms,
         verdict=verdict,
         chance=chance,
         limits=limits,

@@ -36,15 +36,15 @@ def write_picture(
 ) -> None:
     """Writes a PNG, whole or not at all.
 
-    Of each group it shows the case in the middle of its test cases, which was not chosen by how
-    well it is outlined. On the MNI152 brain that is one slice for all groups.
+    For each group it shows the case in the middle of the list of test cases, so the score did not
+    choose it. On the MNI152 brain this is the same slice for all groups.
 
     Args:
         path: the file.
         data: the data set that the runs were evaluated on.
-        summaries: by method.
-        runs: folder of each method's run, evaluated on the test split.
-        verdict: has the title.
+        summaries: for each method, the summary of its evaluation.
+        runs: the folder of each method's run, which was evaluated on the test split.
+        verdict: has the picture's title.
     """
     dataset = open_dataset(data)
     attribute = dataset.attributes[0]
@@ -77,7 +77,7 @@ def write_picture(
         )  # fmt: skip
     for name, axes in zip(columns, grid[0], strict=True):
         axes.set_title(name, size=13)
-    for names, words in ((BLIND, "not told the site"), (TOLD, "told the site")):
+    for names, words in ((BLIND, "do not receive the site"), (TOLD, "receive the site")):
         first, last = (
             grid[0][columns.index(name)].get_position() for name in (names[0], names[-1])
         )
@@ -93,7 +93,7 @@ def write_picture(
 
 
 def _draw(axes: Axes, sample: Sample, mask_HW: np.ndarray | None) -> None:
-    """The image, and what of a mask is right, too much and missed."""
+    """Shows the image and, in three colours, what of a mask is right, too much and missed."""
     truth_HW = sample.truth_S > 0
     grey = Picture.of(sample.case_id, sample.image_CS, sample.truth_S, sample.truth_S).image_HW3
     shown_HW3 = grey / 255

@@ -1,4 +1,4 @@
-"""Rows of what trainings of the demo came to, and the ranges of many, which the README shows."""
+"""Reads and writes the scores of the demo's trainings, and gives the ranges of many of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COLUMNS = ("seed", "cpu_capability", "method", "told")
 
 @dataclass(frozen=True)
 class Row:
-    """What one training came to on the test set.
+    """Holds the scores of one training on the test set.
 
     Args:
-        seed: of the training.
-        cpu_capability: instruction set that PyTorch's own operators used.
-        method: one of the demo's.
-        told: which attributes the network was told: "as given", or "shuffled" among the cases.
-        dice: mean Dice by group and, under "ES-Dice", that score.
+        seed: the seed of the training.
+        cpu_capability: the instruction set that PyTorch's operators used.
+        method: one of the demo's methods.
+        told: the attributes that the network received: "as given", or "shuffled" among the cases.
+        dice: the mean Dice of each group and, under "ES-Dice", that score.
     """
 
     seed: int
@@ -35,14 +35,14 @@ class Row:
 
 
 def region_of(summary: Summary, condition: str = AS_GIVEN) -> RegionScores:
-    """The first region by the one attribute."""
+    """Gives the scores of the first region, by the only attribute."""
     (scores,) = (c.scores for c in summary.conditions if c.name == condition)
     ((region, *_),) = scores.values()
     return region
 
 
 def dice_of(region: RegionScores) -> dict[str, float]:
-    """As of `Row`; what is not defined counts as 0."""
+    """Gives `Row.dice`; a score that is not defined counts as 0."""
     dice = {group.value: group.metrics["dice"].value or 0.0 for group in region.groups}
     return dice | {"ES-Dice": region.es_dice.value or 0.0}
 
@@ -62,7 +62,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What `write_rows` wrote."""
+    """Reads what `write_rows` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [
             Row(
@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def ranges(rows: Iterable[Row]) -> str:
-    """A Markdown table: of every method and column, the lowest and the highest of all rows.
+    """Makes a Markdown table of the lowest and the highest score of each method.
 
     Example:
         >>> dice = (0.81, 0.834)
@@ -88,7 +88,7 @@ def ranges(rows: Iterable[Row]) -> str:
     """
     found: dict[str, list[Mapping[str, float]]] = {}
     for row in rows:
-        name = row.method if row.told == AS_GIVEN else f"{row.method} told {row.told} attributes"
+        name = row.method if row.told == AS_GIVEN else f"{row.method}, {row.told} attributes"
         found.setdefault(name, []).append(row.dice)
     columns = list(next(iter(found.values()))[0])
     lines = []

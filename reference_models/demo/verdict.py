@@ -1,4 +1,4 @@
-"""Says in words what the demo's scores come to, whichever way they fell."""
+"""Says in words what the demo's scores show, whichever method is ahead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLIND, TOLD = ("dense", "plain MoE"), ("FiLM", "dMoE")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run shows: a title for its picture, and some sentences."""
+    """Holds what a run of the demo shows: a title for the picture, and some sentences."""
 
     title: str
     sentences: str
@@ -25,7 +25,8 @@ def judge(summaries: Mapping[str, Summary]) -> Verdict:
     """Compares the methods by ES-Dice.
 
     Args:
-        summaries: of every method; of those that are told the attribute, with it shuffled too.
+        summaries: the summary of each method. Methods that receive the attribute were evaluated
+            with shuffled attributes as well.
     """
     score = {name: dice_of(region_of(summary))["ES-Dice"] for name, summary in summaries.items()}
     shuffled = {name: dice_of(region_of(summaries[name], "shuffled"))["ES-Dice"] for name in TOLD}
@@ -34,30 +35,31 @@ def judge(summaries: Mapping[str, Summary]) -> Verdict:
     pays = pays and max(shuffled.values()) < blind
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
     wrong = ", ".join(f"{name} {value:.3f}" for name, value in shuffled.items())
-    sentences = [f"ES-Dice: {numbers}; told shuffled attributes: {wrong}."]
+    sentences = [f"ES-Dice is as follows: {numbers}. With shuffled attributes it is: {wrong}."]
     if not pays:
         sentences.append(
-            "So this run shows no clear gain from the attribute; it may need more epochs."
+            "So this run shows no clear gain from the attribute. It may need more epochs."
         )
         return Verdict(
-            "Three sites outline the same scans, each by a rule of its own: after this little "
-            "training, not every network that is told the site follows it",
+            "Three sites outline the same scans, each by another rule. After this short training, "
+            "not every network that receives the site follows its rule",
             " ".join(sentences),
         )
     sentences.append(
-        "So it pays to tell a network the attribute where the right outline depends on it and the "
-        "image does not show it; experts without the attribute are not enough, and the wrong "
+        "So it helps to give a network the attribute, where the right outline depends on it and "
+        "the image does not show it. Experts without the attribute are not enough, and a wrong "
         "attribute undoes the gain."
     )
     ahead = score["dMoE"] - score["FiLM"]
     sentences.append(
-        "FiLM and dMoE are level: try FiLM first, which is simpler and faster."
+        "FiLM, which scales and shifts features by the attribute, and dMoE are level. Try FiLM "
+        "first, because it is simpler and faster."
         if abs(ahead) <= CLEAR
         else f"{'dMoE' if ahead > 0 else 'FiLM'} is ahead of the other by {abs(ahead):.3f}."
     )
     return Verdict(
-        "Three sites outline the same scans, each by a rule of its own. A network that is told the "
-        "site follows that site's rule; a network that is not told it draws the most frequent "
+        "Three sites outline the same scans, each by another rule. A network that receives the "
+        "site follows that site's rule. A network that does not receive it draws the most frequent "
         "site's outline for all",
         " ".join(sentences),
     )

@@ -1,4 +1,4 @@
-"""Whether networks of several runs can answer for the same cases together."""
+"""Checks whether the networks of several runs can predict the same cases together."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..training.runs import Task
 
 Loaded: TypeAlias = tuple[Recipe, Task, nn.Module]
 
-# Settings of the data that may differ between networks that answer together: who is in which split,
-# and what the task says anyway.
+# Settings of the data that may differ between networks that predict together: which case is in
+# which split, and what the task says anyway.
 _MAY_DIFFER = {"attributes", "cache", "fold", "folds", "split_seed", "splits"}
 
 
 def require_alike(
     first: Path, expected: Loaded, folder: Path, found: Loaded, *, rooted: bool
 ) -> None:
-    """Raises unless two networks can answer together.
+    """Raises unless two networks can predict together.
 
     Args:
-        first, expected: the one.
-        folder, found: the other.
+        first, expected: folder and content of the first run.
+        folder, found: folder and content of the other run.
         rooted: whether the user has named the folder of the data.
 
     Raises:
         RunError: they were trained for other attributes, classes or channels, see other frames of
-            the images, or are told unknown attributes in other ways.
+            the images, or treat unknown attributes differently.
     """
     differing = [
         difference.replace("the run has", f"{first} has").replace("the data", f"{folder}")
@@ -45,13 +45,13 @@ def require_alike(
     ]
     if differing:
         raise RunError(
-            f"{folder}: cannot answer together with {first}; runs that do see and know the same. "
+            f"{folder}: cannot predict together with {first}, because their settings differ; "
             + "; ".join(differing)
         )
 
 
 def _terms(recipe: Recipe, rooted: bool) -> dict[str, Any]:
-    """What decides, beside the task, what a network sees of a case and is told of it."""
+    """Lists what decides, beside the task, which image and attributes a network receives."""
     free = _MAY_DIFFER | ({"root"} if rooted else set())
     data, windows = flat(to_json(recipe.data)), recipe.framing.windows(1)
     framing = recipe.framing.build()

@@ -1,4 +1,4 @@
-"""What the network is told of each case: the truth, and what shows whether it matters.
+"""Which attributes the network receives for each case: the true ones, and others as a test.
 
 Shapes: N cases, A attributes.
 """
@@ -18,30 +18,30 @@ AS_GIVEN = "as given"
 
 
 def given_attributes(cases: Sequence[Case]) -> np.ndarray:
-    """What the data say of each case: int64 (N, A)."""
+    """Gives the attributes that the data state for each case: int64 (N, A)."""
     return np.array([case.attributes for case in cases], dtype=np.int64).reshape(len(cases), -1)
 
 
 def left_out_note(cases: Sequence[Case]) -> str:
-    """Why cases have no mask, and which; empty if there are none."""
+    """Says which cases are left out, and why; an empty text if there are none."""
     ids = [case.case_id for case in cases]
-    return f"left out, since an attribute is not known: {shown(ids)}" if ids else ""
+    return f"left out, because an attribute is not known: {shown(ids)}" if ids else ""
 
 
 def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What the network is told under each condition that can be run; a note on every condition.
+    """Gives the attributes that the network receives under each condition that can be run.
 
     Args:
-        run: whose cases.
-        seed: of which attributes are told wrongly.
+        run: the run, whose cases are predicted.
+        seed: the seed that draws the shuffled and the wrong attributes.
 
     Returns:
-        By condition the attributes (N, A), and by condition a note.
+        For each condition the attributes (N, A), and for every condition, run or not, a note.
     """
     given_NA = given_attributes(run.cases)
     told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: left_out_note(run.left_out)}
     if run.unknown is None:
-        why = "not run: this network is not told the attributes"
+        why = "not run: this network does not receive the attributes"
         return told, notes | dict.fromkeys(("shuffled", "wrong", "unknown"), why)
     rng = np.random.default_rng(seed)
     told["shuffled"] = given_NA[rng.permutation(len(given_NA))]
@@ -53,21 +53,25 @@ def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], 
         told["wrong"][known_N, place] = ((given_NA[:, place] + others_N) % n_values)[known_N]
     told["unknown"] = np.full_like(given_NA, UNKNOWN)
     for condition, how in (
-        ("shuffled", "attributes permuted among the cases"),
-        ("wrong", "each case told another value, drawn evenly, where its own is known"),
-        ("unknown", "all cases told that the attribute is not known"),
+        ("shuffled", "The attributes were permuted among the cases"),
+        ("wrong", "Each case whose value is known got one of the other values, drawn evenly"),
+        ("unknown", "Every attribute was given as unknown"),
     ):
         right = int((told[condition] == given_NA).all(axis=1).sum())
-        notes[condition] = f"{how}; {right} of {len(given_NA)} were told the truth all the same"
+        notes[condition] = f"{how}; {right} of {len(given_NA)} cases got their true values"
     if run.unknown == "error" and run.twin:
         del told["unknown"]
         notes["unknown"] = "not run: the exported file refuses an attribute that is not known"
     elif run.unknown == "error":
-        notes["unknown"] += "; trained with unknown='error', it averages over the values here"
+        notes["unknown"] += (
+            "; the network, trained with unknown='error', averages over the values here"
+        )
     if run.unknown == "learned" and not all(_trained_on_unknown(run, m) for m in run.members):
-        notes["unknown"] += "; no training case was unknown, so this route was never trained"
+        notes["unknown"] += (
+            "; no training case was unknown, so the router for unknown values was never trained"
+        )
     if untrained := _untrained(run):
-        lacking = f"no training case, so that it was never learned: {untrained}"
+        lacking = f"no training case had this value, so it was never learned: {untrained}"
         notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
     return told, notes
 
@@ -78,7 +82,7 @@ def _trained_on_unknown(run: TrainedRun, member: Member) -> bool:
 
 
 def _untrained(run: TrainedRun) -> str:
-    """The attribute values that no training case had: of several networks, of which; or nothing."""
+    """Lists the attribute values that no training case had; of several networks, which lacks it."""
     members, parts = run.members, []
     for member in members:
         if values := ", ".join(absent_values(run.dataset, member.trained)):

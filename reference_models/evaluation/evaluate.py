@@ -1,11 +1,11 @@
 """Scores a run, or a folder of any tool's masks, and writes what it found.
 
-    cases.csv      a row a case and region
-    summary.json   `scores.Summary`: groups, overall, intervals, and attributes told wrongly
-    report.html    the same to look at
-    masks/         of a run: label values at native resolution, of volumes NIfTI
+    cases.csv      a row for each case and region
+    summary.json   `scores.Summary`: groups, overall scores, intervals, and wrong attributes
+    report.html    the same as a page for the browser
+    masks/         for a run: label values at native resolution; of volumes as NIfTI
 
-A run may be several that answer together, or a cross-validation.
+A run may be several networks that predict together, or a cross-validation.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ class Scoring:
     """How masks are scored."""
 
     tolerance: float = 2.0
-    """Tolerance of the surface Dice, in the data's unit (mm, or pixels where the files do not say);
-    take the distance between two experts' outlines if you know it."""
+    """Tolerance of the surface Dice, in the data's unit (mm, or pixels where the files do not say).
+    Set it to the distance between two experts' outlines, if you know it."""
     resamples: int = 2000
-    """Number of resamples of the bootstrap, and of shuffles of the group labels."""
+    """Number of resamples of the bootstrap, and number of shuffles of the group labels."""
     seed: int = 0
-    """Seed of the bootstrap and the shuffles, and of which attributes are told wrongly."""
+    """Seed of the bootstrap, of the shuffles, and of the shuffled and wrong attributes."""
 
 
 @dataclass(frozen=True)
 class EvaluateRun(RunSettings):
-    """Scores a trained run, several together, or a cross-validation."""
+    """Scores a trained run, several runs together, or a cross-validation."""
 
     split: Split = "test"
-    """The split whose cases are scored; of a cross-validation, validation is all that were held
-    out."""
+    """Split whose cases are scored. For a cross-validation's folder, validation means all cases,
+    each predicted by the fold that it was held out from."""
     out: Path | None = None
-    """Folder to write; by default evaluation-<split> in the run's folder."""
+    """Folder to write to. The default is evaluation-<split> in the run's folder."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
     @property
@@ -76,7 +76,7 @@ class EvaluateRun(RunSettings):
         return self.folder_for(self.out, f"evaluation-{self.split}")
 
     def score(self) -> tuple[Path, Summary]:
-        """Does as `evaluate_run`; the folder that it wrote comes first."""
+        """Runs `evaluate_run`; returns the folder that it wrote, and the summary."""
         return self.folder, evaluate_run(self)
 
 
@@ -84,36 +84,36 @@ class EvaluateRun(RunSettings):
 class EvaluatePredictions:
     """Scores masks that any tool has written.
 
-    One file a case: `<case id>.png` (or .tif, .bmp), 8 bits, grey or palette, or `<case id>.npy`,
-    integers; of volumes `<case id>.nii.gz` (or .nii, .mha, .nrrd), on the image's own grid. Values
-    are labels, the size is the image's own.
+    The folder has one file for each case. For images this is `<case id>.png` (or .tif, .bmp) with 8
+    bits, grey or palette, or `<case id>.npy` with integers. For volumes it is `<case id>.nii.gz`
+    (or .nii, .mha, .nrrd) on the image's grid. The values are labels, and the size is the image's.
     """
 
     folder: Path
     """Folder of the masks."""
     data: Annotated[DataSettings, tyro.conf.arg(name="")]
-    """The data set that they are masks of."""
+    """Data set that the masks belong to."""
     split: Literal["train", "validation", "test", "all"] = "test"
-    """The split whose cases are scored. all: every case that has a mask in the data, as of masks
-    from a cross-validation; test cases of the data's own are left out if the folder has none of
-    theirs."""
+    """Split whose cases are scored. all means every case that has a mask in the data, which suits
+    the masks of a cross-validation. If the folder has no mask of the data set's own test cases, all
+    leaves them out."""
     leave_out_unknown: bool = False
-    """Leave out the cases whose attribute is not known, as a run's evaluation may have done."""
+    """Leave out the cases whose attribute is not known, as the evaluation of a run may do."""
     out: Path = Path("evaluation")
-    """Folder to write."""
+    """Folder to write to."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
 
     def score(self) -> tuple[Path, Summary]:
-        """Does as `evaluate_predictions`; the folder that it wrote comes first."""
+        """Runs `evaluate_predictions`; returns the folder that it wrote, and the summary."""
         return self.out, evaluate_predictions(self)
 
 
 def evaluate_run(settings: EvaluateRun) -> Summary:
-    """Scores a run under the attributes as given and, where it knows them, told wrongly.
+    """Scores a run with the true attributes and, where it uses them, with other attributes.
 
     Raises:
-        DataError, RunError: as of `open_run`; a case has no mask to be scored by; or `out` holds
-            something else. Nothing is written.
+        DataError, RunError: `open_run` raises it, a case has no mask to be scored by, or `out`
+            holds something else. Nothing is written.
     """
     _check(settings.scoring)
     run = open_run(settings, settings.split)
@@ -157,8 +157,8 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
 
     Raises:
         DataError: the data cannot be read, a case has no mask to be scored by, or masks are
-            missing, too many, damaged, of another size or place, or hold other values than labels:
-            all of them in one error. Nothing is written.
+            missing, too many, damaged, of another size or place, or hold other values than labels.
+            One error lists all faults, and nothing is written.
     """
     _check(settings.scoring)
     dataset = open_dataset(settings.data)
@@ -170,7 +170,10 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
         cases = tuple(case for case in cases if case not in left_out)
     _require_masks(cases, settings.split)
     if not cases:
-        raise DataError(f"{settings.split}: no case is left to be scored.")
+        raise DataError(
+            f"{settings.split}: no case is left to be scored; choose another --split, or score the "
+            "cases whose attribute is not known, too."
+        )
     paths, faults = assign_masks(
         masks,
         [case.case_id for case in cases],
@@ -187,8 +190,9 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
                 f"{settings.folder}: cannot be scored as masks of the {settings.split} split of "
                 f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults + damaged)
             )
-        told = ("masks read from files; what wrote them was not run", note, left_out_note(left_out))
-        notes = {AS_GIVEN: "; ".join(filter(None, told))}
+        read = "The masks were read from files, so no network was run"
+        remarks = (read, note, left_out_note(left_out))
+        notes = {AS_GIVEN: "; ".join(filter(None, remarks))}
         result = _Evaluation(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
         return _write(folder, result, settings, str(settings.folder), paths)
 
@@ -197,16 +201,17 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """All that an evaluation's files are written from.
+    """Holds all that an evaluation's files are written from.
 
     Args:
-        dataset: whose cases they are.
-        cases: that were scored.
-        scored: by condition, the scores [case][region].
+        dataset: the data set.
+        cases: the cases that were scored.
+        scored: for each condition, the scores [case][region].
         notes: a note on every condition; one without scores was not run.
-        loads: by condition, the experts' loads; empty without experts, or of several networks.
-        folds: by case id, the fold of a cross-validation that held it out.
-        about: as of `TrainedRun`.
+        loads: for each condition, the experts' loads; empty without experts, and for several
+            networks.
+        folds: for each case id, the fold of a cross-validation that held the case out.
+        about: `TrainedRun.about`.
     """
 
     dataset: Dataset
@@ -221,7 +226,7 @@ class _Evaluation:
 def _score(
     dataset: Dataset, sample: Sample, mask_S: np.ndarray, scoring: Scoring
 ) -> list[RegionScore]:
-    """Every region of one case."""
+    """Scores every region of one case."""
     ignored_S = sample.truth_S == IGNORED
     return [
         score_region(
@@ -243,10 +248,10 @@ def _score_files(
     *,
     sound: bool,
 ) -> tuple[list[list[RegionScore]], list[str]]:
-    """The scores [case][region] of masks in files, and a sentence for each that is damaged.
+    """Gives the scores [case][region] of masks in files, and a sentence for each damaged file.
 
-    Every file is read, so that all faults are told at once; once there is one, or where the folder
-    is not `sound` anyway, none is scored.
+    Every file is read, so that one error can name all faults. After a first fault, and where the
+    folder is not `sound`, files are read but not scored.
     """
     scored: list[list[RegionScore]] = []
     damaged: list[str] = []
@@ -288,6 +293,7 @@ def _write(
         split=settings.split,
         source=source,
         n_cases=len(result.cases),
+        n_subjects=len({case.subject for case in result.cases}),
         unit=dataset.unit,
         tolerance=scoring.tolerance,
         small_group=SMALL_GROUP,
@@ -319,8 +325,8 @@ def _require_masks(cases: Sequence[Case], split: str) -> None:
     """Raises, before anything is predicted or read, unless all cases can be scored."""
     if lacking := [case.case_id for case in cases if not case.labelled]:
         raise DataError(
-            f"{split}: {len(lacking)} cases have no mask to be scored by ({shown(lacking)}); take "
-            "them out of the splits file, or write their masks with `predict`."
+            f"{split}: {len(lacking)} cases have no true mask to be scored by ({shown(lacking)}). "
+            "Take them out of the splits file, or only predict them, with `predict`."
         )
 
 

@@ -1,7 +1,7 @@
-"""Masks as files, ours or another tool's: one a case, label values at native resolution.
+"""Reads and writes masks as files: one for each case, with label values at native resolution.
 
-We write NIfTI of volumes and PNG of images. Another tool's masks may be of any format in which the
-masks of a folder are read, and of images .npy.
+Masks of volumes are written as NIfTI, and masks of images as PNG. Another tool's masks may have any
+format in which the masks of a folder are read; masks of images may also be .npy.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def write_mask(folder: Path, sample: Sample, mask_S: np.ndarray) -> Path:
 def find_masks(folder: Path, *, axes: int = 2) -> dict[str, list[Path]]:
     """Finds the files of each case id; `axes` are the images'.
 
-    Files of other kinds and folders are let be: tools keep their settings beside their masks.
+    Files of other kinds, and folders, are ignored: tools write their settings beside their masks.
 
     Raises:
         DataError: there is no such folder.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one with a mask for every case.")
+        raise DataError(f"{folder}: no such folder; expected a folder with a mask for every case.")
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         stem, suffix = split_ending(path.name, SUFFIXES[axes])
@@ -99,8 +99,8 @@ def choose_cases(
     given = {"--splits": settings.splits, "--fold": settings.fold, "--folds": settings.folds}
     if idle := [f"{flag} {value}" for flag, value in given.items() if value is not None]:
         raise DataError(
-            f"split: all scores every case, so that {' and '.join(idle)} would change nothing; "
-            "leave it out, or name one of the splits, such as --split validation"
+            f"split: all scores every case, so that {' and '.join(idle)} would change nothing. "
+            "Leave it out, or name one of the splits, such as --split validation."
         )
     cases = tuple(case for case in dataset.cases if case.labelled)
     own = [case.case_id for case in cases if case.split == "test"]
@@ -154,7 +154,7 @@ def assign_masks(
 
 
 def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
-    """The labels in a file: uint8, of the sample's size.
+    """Reads the labels in a file: uint8, of the sample's size.
 
     Args:
         path: an image of 8 (or 1) bits, grey or with a palette, whose values are labels; an .npy
@@ -172,7 +172,7 @@ def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
             values = _read_npy(path) if path.suffix.lower() == ".npy" else read_labels(path)
     size = sample.native_size
     if values.shape != size:
-        raise DataError(f"{path.name}: got size {values.shape}, expected the image's, {size}.")
+        raise DataError(f"{path.name}: got size {values.shape}, expected the image's size, {size}.")
     # Sorting out which labels there are takes seconds of a volume, and is rarely needed.
     if not 0 <= values.min() <= values.max() < len(classes):
         labels = np.unique(values).tolist()
@@ -180,7 +180,8 @@ def read_mask(path: Path, sample: Sample, classes: Sequence[str]) -> np.ndarray:
         names = ", ".join(f"{label} {name}" for label, name in enumerate(classes))
         raise DataError(
             f"{path.name}: got label {', '.join(f'{label:g}' for label in wrong[:5])}"
-            f"{', ...' if len(wrong) > 5 else ''}, expected labels, not grey levels: {names}."
+            f"{', ...' if len(wrong) > 5 else ''}, expected labels and not grey levels. The labels "
+            f"are {names}."
         )
     return values.astype(np.uint8)
 

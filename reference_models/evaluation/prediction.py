@@ -20,32 +20,37 @@ from .trained_run import RunSettings, open_run
 
 @dataclass(frozen=True)
 class PredictSettings(RunSettings):
-    """Masks (`masks/<case id>.png` or .nii.gz, label values, native size) and overlays of a run."""
+    """Predicts masks with a trained run, and writes them with pictures to look at.
+
+    The folder masks/ has the label values of each case at the image's own size, as `<case id>.png`
+    or `<case id>.nii.gz`. The folder overlays/ has a picture of each case, with the outline of the
+    prediction on the image. Where the truth is known, it stands on the left (of volumes: above).
+    """
 
     split: Literal["train", "validation", "test", "all"] = "test"
-    """The split whose cases are predicted; all: every case of the data, such as those of another
-    --root. Cases of a folder need no mask to be predicted."""
+    """Split whose cases are predicted. all means every case of the data, such as the data of
+    another --root. Cases of a folder need no true mask to be predicted."""
     out: Path | None = None
-    """Folder to write; by default predictions-<split> in the run's folder."""
+    """Folder to write to. The default is predictions-<split> in the run's folder."""
 
 
 def predict(settings: PredictSettings) -> Path:
     """Writes `masks/` and `overlays/`, whole or not at all; returns the folder.
 
-    On stderr it names the cases that are left out, and says where several networks answered.
+    On stderr it names the cases that are left out, and says where several networks predict.
 
     Raises:
-        DataError, RunError: as of `open_run`; `out` holds something else, or several runs are given
-            and no `out`; or cases would get no mask, as the run was trained without such, and
-            nobody asked for that here.
+        DataError, RunError: `open_run` raises it; `out` holds something else; there are several
+            runs and no `out`; or cases would get no mask, because the run was trained without
+            unknown attributes, and the settings do not allow that.
     """
     out = settings.folder_for(settings.out, f"predictions-{settings.split}")
     run = open_run(settings, settings.split)
     if run.left_out and not settings.leave_out_unknown:
         raise DataError(
-            f"{len(run.left_out)} {settings.split} cases would get no mask, since the run was "
+            f"{len(run.left_out)} {settings.split} cases would get no mask, because the run was "
             "trained without cases whose attribute is not known: "
-            f"{shown([case.case_id for case in run.left_out])}. Predict the others by "
+            f"{shown([case.case_id for case in run.left_out])}. Predict the others with "
             "--leave-out-unknown."
         )
     for remark in (left_out_note(run.left_out), run.about):

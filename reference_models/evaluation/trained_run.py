@@ -1,4 +1,4 @@
-"""Opens a trained run for prediction: one network, several together, or a cross-validation's folds.
+"""Opens trained runs for prediction: one network, several together, or a cross-validation's folds.
 
 Shapes: N cases, A attributes.
 """
@@ -29,32 +29,35 @@ from .alike import require_alike
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Which trained run, on which of its cases, and how."""
+    """Says which trained run is used, on which data, and how."""
 
     run: Path | tuple[Path, ...]
-    """The run's folder, or several: their networks then answer together, by the mean of their
-    probabilities. Of a cross-validation's folder, all of its folds do; of the split validation,
-    each case has the answer of the fold that it was held out from."""
+    """Folder of the run. If you name several, their networks predict together, by the mean of their
+    probabilities. If you name the folder of a cross-validation, the networks of all folds predict
+    together; for the split validation, each case is predicted by the fold that held it out."""
     which: Which | None = None
-    """The checkpoint to load: by default the best one, of a cross-validation's folder the last."""
+    """Checkpoint to load. The default is the best one, or the last one for a cross-validation's
+    folder."""
     root: Path | None = None
     """Folder of the data, if they no longer lie where the run found them."""
     batch_size: int | None = None
-    """Number of images, or windows of a volume, at a time; by default as many as in training."""
+    """Number of images, or of windows of a volume, that are computed at a time. The default is the
+    number in training."""
     workers: int = 0
     """Number of processes that read cases."""
     device: str | None = None
-    """Device that the network runs on, such as cpu or cuda; by default a GPU if there is one."""
+    """Device that the network runs on, such as cpu or cuda. The default is a GPU, if there is
+    one."""
     leave_out_unknown: bool = False
-    """Leave out the cases whose attribute is not known; the evaluation of a run that was trained so
-    does anyway."""
+    """Leave out the cases whose attribute is not known. This is always done for a run that was
+    trained without such cases."""
     onnx: Path | None = None
-    """A file that `export` has written of this run: onnxruntime computes the masks, on the CPU, and
-    the console says in how many voxels they differ from PyTorch's."""
+    """File that `export` has written from this run. ONNX Runtime then computes the masks on the
+    CPU, and the console says in how many voxels they differ from PyTorch's masks."""
 
     @property
     def named(self) -> tuple[Path, ...]:
-        """The folders that were given."""
+        """The folders that the user named."""
         return (self.run,) if isinstance(self.run, Path) else self.run
 
     @property
@@ -63,25 +66,27 @@ class RunSettings:
         return len(self.named) == 1 and runs_in(self.named[0]) != self.named
 
     def folder_for(self, out: Path | None, name: str) -> Path:
-        """The folder to write to: what the user chose, else one of that name in the run's.
+        """Gives the folder to write to: the user's choice, or else `name` in the run's folder.
 
         Raises:
             DataError: there are several runs, and nothing was chosen.
         """
         if out is None and len(self.named) != 1:
-            raise DataError(f"out: --run has {len(self.named)} folders; name the one to write.")
+            raise DataError(
+                f"out: --run has {len(self.named)} folders; name the folder to write to with --out."
+            )
         return out or self.named[0] / name
 
 
 @dataclass(frozen=True)
 class Member:
-    """A network that answers.
+    """A network that predicts.
 
     Args:
-        folder: of its run.
-        model: in eval mode on the run's device.
-        trained: ids of the cases that it was trained on, and of those then left out; of the split
-            "all" none, since other data than the run's may be meant.
+        folder: the folder of its run.
+        model: the network, in eval mode on the run's device.
+        trained: ids of the cases that it was trained on, and of those that were then left out.
+            Empty for the split "all", which may be of other data than the run's.
     """
 
     folder: Path
@@ -91,12 +96,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Panel:
-    """One network or several that answer together, by the mean of their probabilities.
+    """One network, or several that predict together by the mean of their probabilities.
 
     Args:
         members: the networks, one or more.
-        cases: that they are asked for.
-        fold: of a cross-validation, which holds out these cases; None elsewhere.
+        cases: the cases that they predict.
+        fold: the fold of a cross-validation that holds out these cases; None elsewhere.
     """
 
     members: tuple[Member, ...]
@@ -109,19 +114,19 @@ class TrainedRun:
     """Trained networks, their data and the cases asked for.
 
     Args:
-        settings: what was asked for.
-        batch_size: images, or windows of a volume, at a time.
-        unknown: the policy that they were trained with for unknown attributes, None if they are not
-            told any. Trained with "error", they take the average over the values here.
-        panels: who answers for which cases.
-        twin: where the model is an exported file's, PyTorch's network beside it; else None.
-        device: where they compute.
-        dataset: the run's.
-        framing: from native resolution to what the networks see, and back.
-        windows: in which they answer volumes; None of images.
-        left_out: cases whose attribute is not known, where leaving them out was asked for.
-        about: on which terms the networks meet these cases, in sentences; empty where that goes
-            without saying.
+        settings: the user's settings.
+        batch_size: number of images, or of windows of a volume, at a time.
+        unknown: the policy that they were trained with for unknown attributes; None if they receive
+            no attributes. Trained with "error", they average over the values here.
+        panels: which networks predict which cases.
+        twin: PyTorch's network beside the model of an exported file; None without such a file.
+        device: the device that they compute on.
+        dataset: the run's data set.
+        framing: the way from native resolution to what the networks see, and back.
+        windows: the windows in which they predict volumes; None for images.
+        left_out: cases whose attribute is not known, where the user wants them left out.
+        about: which networks predicted, and what these cases had to do with choosing them, in
+            sentences; empty where nothing needs to be said.
     """
 
     settings: RunSettings
@@ -168,9 +173,13 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     networks, twin = [network for _, _, network in loaded], None
     if settings.onnx is not None:
         if len(folders) > 1:
-            raise DataError(f"onnx: a file holds one network, but --run has {len(folders)}.")
+            raise DataError(
+                f"onnx: a file holds one network, but --run has {len(folders)}; name one run."
+            )
         if settings.device not in (None, "cpu"):
-            raise DataError(f"device: got {settings.device}, but --onnx is run on the CPU.")
+            raise DataError(
+                f"device: got {settings.device}, but --onnx computes on the CPU; omit --device."
+            )
         twin = Twin(settings.onnx, model)
         networks = [open_onnx(twin.file, folders[0], recipe, task, model)]
     device = torch.device("cpu") if twin else _device(settings.device)
@@ -181,7 +190,7 @@ def open_run(settings: RunSettings, split: str) -> TrainedRun:
     if differing := task.differences(Task.of(dataset)):
         raise DataError(
             f"{folders[0]}: was trained for other data: {'; '.join(differing)}. Correct the "
-            "names in the data if only they differ; else train on such data."
+            "names in the data, if only the names differ; otherwise train on such data."
         )
     one_by_one = crossed and split == "validation"
     trained, asked = _split_cases(folders, dataset, split, same=not one_by_one)
@@ -242,8 +251,8 @@ def _folders(settings: RunSettings) -> list[Path]:
         if short:
             raise RunError(
                 f"{named}: of its {len(folds)} folds, {shown(short)} did not come to the end of "
-                "the training; go on by cross-validate with the same flags, or name by --run the "
-                "folders of the folds that are to answer."
+                "the training. Run cross-validate again with the same flags, or name with --run "
+                "the folders of those folds that you want to predict with."
             )
     return folders
 
@@ -268,25 +277,26 @@ def _split_cases(
     try:
         splits = [read_splits(folder / "splits.json", dataset, needed=()) for folder in folders]
     except DataError as error:
-        raise DataError(f"{error}; predict --split all takes all cases of other data") from error
+        raise DataError(
+            f"{error}; if these are other data, predict --split all takes all of their cases"
+        ) from error
     chosen = [frozenset(getattr(each, split)) for each in splits]
     for folder, ids in zip(folders, chosen, strict=True):
         if same and ids != chosen[0]:
             raise DataError(
                 f"{folder}: has other {split} cases than {folders[0]} ("
-                f"{shown(sorted(ids ^ chosen[0]), 3)}); networks that answer together do so for "
-                "the same cases: choose --split test or all, or name a cross-validation's folder "
-                "and --split validation, so that each case has the answer of the fold that it was "
-                "held out from."
+                f"{shown(sorted(ids ^ chosen[0]), 3)}). Networks that predict together need the "
+                "same cases. Choose --split test or all, or name a cross-validation's folder with "
+                "--split validation, so that each case is predicted by the fold that held it out."
             )
     file = folders[0].parent / FOLDS
     folds = [] if same else zip(folders, splits, read_folds(file), strict=True)
     for folder, own, meant in folds:
         if [[*own.train], [*own.validation]] != [meant["train"], meant["val"]]:
             raise DataError(
-                f"{folder}: was trained on other cases than {file} says, so that its answers "
-                "cannot be pooled with the others'; take the folder away, and train that fold "
-                "again with the flags of the others."
+                f"{folder}: was trained on other cases than {file} says, so its predictions "
+                "cannot be pooled with the others'. Remove the folder, and train that fold again "
+                "with the same flags as the others."
             )
     return (
         [frozenset(each.train) for each in splits],
@@ -299,8 +309,8 @@ def _require_known(cases: Sequence[Case], split: str) -> None:
     if unknown := [case.case_id for case in cases if UNKNOWN in case.attributes]:
         raise DataError(
             f"{len(unknown)} of {len(cases)} cases ({split}) have an attribute that is not known "
-            f"({shown(unknown)}), and the run was trained with unknown='error', so that there is "
-            "no route for them. Leave them out with --leave-out-unknown, or train with --unknown "
+            f"({shown(unknown)}), and the run was trained with unknown='error', so it has no "
+            "router for them. Leave them out with --leave-out-unknown, or train with --unknown "
             "learned."
         )
 
@@ -308,7 +318,7 @@ def _require_known(cases: Sequence[Case], split: str) -> None:
 def _about(
     folders: Sequence[Path], which: Which, split: str, recipe: Recipe, *, one_by_one: bool
 ) -> str:
-    """Says who answers, and what these cases had to do with how the networks were chosen."""
+    """Says which networks predict, and what these cases had to do with choosing them."""
     sentences = []
     if one_by_one:
         sentences.append(
@@ -322,19 +332,19 @@ def _about(
         )
     if split == "validation" and which == "best":
         sentences.append(
-            "These cases' scores chose the checkpoint out of all epochs, so that new cases can be "
-            "expected to score lower; --which last takes the final one."
+            "The scores of these cases chose the checkpoint out of all epochs, so new cases can be "
+            "expected to score lower; --which last takes the final checkpoint."
         )
     elif split == "validation":
         early = (
             ""
             if recipe.patience is None
-            else f"; but they could end the training early (--patience {recipe.patience}), so that "
-            "new cases may score a little lower"
+            else f"; but they could end the training early (--patience {recipe.patience}), so new "
+            "cases may score a little lower"
         )
         sentences.append(
-            "These cases' scores chose the best checkpoint; the last one, which is scored here, "
-            f"was not chosen by them, as in nnU-Net{early}."
+            "The scores of these cases chose the best checkpoint. The last one, which is used "
+            f"here, was not chosen by them, as in nnU-Net{early}."
         )
     return " ".join(sentences)
 
@@ -349,4 +359,6 @@ def _device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"device: {name} cannot be used here ({error}).") from error
+        raise DataError(
+            f"device: {name} cannot be used here ({error}); choose another, such as cpu."
+        ) from error

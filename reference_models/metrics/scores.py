@@ -112,7 +112,8 @@ class Summary:
     Args:
         dataset, split: whose cases were scored.
         source: the run folder or the folder of predictions.
-        n_cases: cases scored.
+        n_cases: number of cases that were scored.
+        n_subjects: number of patients or lesions that these cases are of.
         unit: of hd95 ("mm" or "px").
         tolerance: of the surface Dice, in `unit`.
         small_group: groups with fewer subjects are marked as too small to judge.
@@ -133,6 +134,7 @@ class Summary:
     split: str
     source: str
     n_cases: int
+    n_subjects: int
     unit: str
     tolerance: float
     small_group: int

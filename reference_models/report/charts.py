@@ -1,4 +1,4 @@
-"""Computes what the report's charts draw: places of dots, bars and intervals; colours of shares.
+"""Computes what the report's charts draw: places of dots, bars and intervals, and colours.
 
 They are paths for SVG in the page, and no figures of matplotlib, whose SVG was tried: it takes no
 variable of the page's style as a colour, so that it cannot follow the page into dark mode, and
@@ -23,14 +23,17 @@ BARS = 60  # from the axis' left end to its right end
 
 @dataclass(frozen=True)
 class Chart:
-    """Says where things lie on an axis from `low` to 1, 1000 wide; a group's row is 46 high.
+    """Says where things lie on an axis of Dice from `low` to 1.
+
+    The axis is 1000 wide, and each group's row is 46 high.
 
     Args:
-        low: Dice at the left end.
-        ticks: (place, Dice).
-        dots: by group of `MOST_DOTS` cases at the most, a path with a dot a case.
-        bars: by larger group, a path with a bar for each interval of Dice that has a case.
-        places: by group, of (mean, low, high), where there are any.
+        low: the Dice at the axis' left end.
+        ticks: the place and the Dice of each tick.
+        dots: for each group of at most `MOST_DOTS` cases, a path with a dot for each case.
+        bars: for each larger group, a path with a bar for each interval of Dice that has a case.
+        places: for each group, the places of its mean and of the ends of its interval; None where
+            one is not defined.
     """
 
     low: float

@@ -22,7 +22,7 @@ from ..metrics.scores import (
     Summary,
 )
 from .charts import MOST_DOTS, chart, heat
-from .pictures import LONGEST, Picture, colour_of, data_uri, examples, pictures_wanted
+from .pictures import LONGEST, Picture, colour_of, data_uris, examples, pictures_wanted
 from .words import COVERAGE, comparisons_made, gap_by_chance
 
 
@@ -51,7 +51,9 @@ def write_report(
         given=summary.conditions[0],
         run=[condition for condition in summary.conditions if condition.scores],
         examples=examples(cases, summary.attributes),
-        pictures={i: data_uri(pictures[i], classes) for i in pictures if i in wanted},
+        pictures={i: data_uris(pictures[i], classes) for i in pictures if i in wanted},
+        blank=_blank(pictures),
+        regions=list(dict.fromkeys(case.region for case in cases)),
         volumes=any(picture.planes > 1 for picture in pictures.values()),
         legend=[(name, colour_of(label)) for label, name in enumerate(classes) if label],
         chart=lambda attribute, scores: chart(cases, attribute, scores),
@@ -70,6 +72,16 @@ def write_report(
     # A file name that is no UTF-8 does not cost the report.
     content = page.encode("utf-8", errors="replace")
     write_whole(path, lambda target: target.write_bytes(content))
+
+
+def _blank(pictures: Mapping[str, Picture]) -> dict[str, set[str]]:
+    """Finds by mask, truth and prediction, the pictures in which it has nothing to outline."""
+    blank: dict[str, set[str]] = {"truth": set(), "prediction": set()}
+    for case_id, picture in pictures.items():
+        for title, mask_HW in picture.masks.items():
+            if not mask_HW.any():
+                blank[title].add(case_id)
+    return blank
 
 
 def _counted(summary: Summary) -> str:

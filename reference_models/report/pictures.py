@@ -1,4 +1,4 @@
-"""Picks cases to be looked at, and draws their truth and prediction on them."""
+"""Picks cases to be looked at, and outlines truth and prediction on their images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from ..data.cases import IGNORED
@@ -20,10 +20,10 @@ from ..metrics.scores import CaseScore
 # Okabe and Ito's colours, which colour-blind readers tell apart, in the order in which they stand
 # out best from grey, skin and retina.
 COLOURS = ("#56B4E9", "#E69F00", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
-FILL = 0.4  # opacity of the prediction
-HALO = 0.35  # brightness left on both sides of a truth outline
+HALO = 0.35  # brightness left on both sides of an outline
+LETTERS = 11  # height in pixels of a panel's title, per pixel of an outline's width
 LONGEST = 480  # pixels in the page of a picture's longer side, of a volume's longest plane
-GAP = 8  # pixels between the planes of a volume, more than a halo is wide
+GAP = 8  # pixels between panels, and between a volume's planes; more than a halo is wide
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Picture:
     Args:
         case_id: the case's.
         image_HW3: uint8, RGB.
-        truth_HW, predicted_HW: uint8, indices into the classes.
+        truth_HW: uint8, indices into the classes; None where the truth is not known.
+        predicted_HW: likewise; every picture has it.
         planes: how many of them stand side by side: 3 of a volume.
 
     Raises:
@@ -42,7 +43,7 @@ class Picture:
 
     case_id: str
     image_HW3: np.ndarray
-    truth_HW: np.ndarray
+    truth_HW: np.ndarray | None
     predicted_HW: np.ndarray
     planes: int = 1
 
@@ -64,17 +65,16 @@ class Picture:
         Args:
             case_id: the case's.
             image_CS: 3 channels of a 2D image are colours; of others, the mean is shown.
-            truth_S: labels; None where nobody knows them. Of what is `IGNORED` none is drawn.
+            truth_S: labels; None where nobody knows them. What is `IGNORED` gets no outline.
             predicted_S: labels.
             affine: of a volume, from indices to mm (RAS+), (4, 4).
         """
         predicted_S = predicted_S.astype(np.uint8)
-        if truth_S is None:
-            truth_S = np.zeros_like(predicted_S)
-        truth_S = np.where(truth_S == IGNORED, 0, truth_S).astype(np.uint8)
+        if truth_S is not None:
+            truth_S = np.where(truth_S == IGNORED, 0, truth_S).astype(np.uint8)
         if affine is not None:
-            planes = _planes(image_CS[0], truth_S, predicted_S, affine)
-            return cls(case_id, np.stack([planes[0]] * 3, -1), planes[1], planes[2], len(planes))
+            seen_HW, truth_HW, predicted_HW = _planes(image_CS[0], truth_S, predicted_S, affine)
+            return cls(case_id, np.stack([seen_HW] * 3, -1), truth_HW, predicted_HW, planes=3)
         image_CS = image_CS if len(image_CS) == 3 else image_CS.mean(0, keepdims=True)
         image_HW3 = np.broadcast_to(_grey(image_CS), (3, *image_CS.shape[1:])).transpose(1, 2, 0)
         return cls(case_id, np.ascontiguousarray(image_HW3), truth_S, predicted_S)
@@ -87,16 +87,22 @@ class Picture:
                 "(H, W, 3); repeat a single channel three times."
             )
         for name, mask_HW in (("truth_HW", self.truth_HW), ("predicted_HW", self.predicted_HW)):
-            if mask_HW.shape != image.shape[:2]:
+            if mask_HW is not None and mask_HW.shape != image.shape[:2]:
                 raise ValueError(
                     f"{name} of {self.case_id}: got {mask_HW.shape}, expected the image's "
                     f"{image.shape[:2]}; bring it to native resolution first."
                 )
 
     @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The masks to be shown, by their titles: the truth, where it is known, stands first."""
+        known = {} if self.truth_HW is None else {"truth": self.truth_HW}
+        return known | {"prediction": self.predicted_HW}
+
+    @property
     def longer(self) -> int:
         """Pixels of the longer side, of a volume's planes on average."""
-        height, width = self.truth_HW.shape
+        height, width = self.predicted_HW.shape
         return max(height, width // self.planes)
 
 
@@ -108,54 +114,88 @@ def colour_of(label: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
-    """The image with each class's prediction as a translucent fill and its truth as an outline.
+def outlined(picture: Picture, title: str, classes: Sequence[str]) -> np.ndarray:
+    """Draws the outline of each class of a mask on the image, which stays visible everywhere else.
 
-    The outline lies on the outermost pixels of the truth, one pixel wide up to a longer side of
-    360 (of a plane, where there are several) and wider in proportion above, with a dark border of
-    the same width on both sides.
+    An outline lies on the outermost pixels of its class. It is one pixel wide up to a longer side
+    of 360 pixels (of a plane, where there are several) and wider in proportion above. A dark border
+    of the same width on both sides lets it stand out from bright tissue.
 
     Args:
         picture: the case.
+        title: of one of its masks, "truth" or "prediction".
         classes: names by label, the background first.
 
     Returns:
         uint8, (H, W, 3), of the image's size.
 
     Raises:
-        ValueError: a mask has a label that is no class.
+        ValueError: the mask has a label that is no class.
 
     Example:
         >>> import numpy as np
-        >>> blank_HW = np.zeros((4, 4), np.uint8)
-        >>> filled_HW = blank_HW + np.uint8(1)
-        >>> black = Picture("1", np.zeros((4, 4, 3), np.uint8), blank_HW, filled_HW)
-        >>> overlay(black, ("background", "lesion"))[0, 0].tolist()
-        [34, 72, 93]
+        >>> filled_HW = np.ones((5, 5), np.uint8)
+        >>> black = Picture("1", np.zeros((5, 5, 3), np.uint8), None, filled_HW)
+        >>> shown_HW3 = outlined(black, "prediction", ("background", "lesion"))
+        >>> shown_HW3[0, 0].tolist(), shown_HW3[2, 2].tolist()
+        ([86, 180, 233], [0, 0, 0])
     """
-    for name, mask_HW in (("truth", picture.truth_HW), ("prediction", picture.predicted_HW)):
-        if mask_HW.max() >= len(classes):
-            raise ValueError(
-                f"{name} of {picture.case_id}: got label {mask_HW.max()}, expected labels below "
-                f"{len(classes)}, the number of classes."
-            )
+    mask_HW = picture.masks[title]
+    if mask_HW.max() >= len(classes):
+        raise ValueError(
+            f"{title} of {picture.case_id}: got label {mask_HW.max()}, expected labels below "
+            f"{len(classes)}, the number of classes."
+        )
+    width = _line_width(picture)
     shown_HW3 = picture.image_HW3.astype(np.float32)
-    width = max(1, round(picture.longer / 240))
-    outlines_HW = np.zeros_like(picture.truth_HW)
+    lines_HW = np.zeros_like(mask_HW)
     for label in range(1, len(classes)):
-        filled_HW, truth_HW = picture.predicted_HW == label, picture.truth_HW == label
-        shown_HW3[filled_HW] += FILL * (np.array(colour_of(label)) - shown_HW3[filled_HW])
-        outlines_HW[truth_HW & ~binary_erosion(truth_HW, iterations=width)] = label
-    # Dark on both sides, so that a line shows on a bright image and on a fill of its own colour.
-    shown_HW3[binary_dilation(outlines_HW > 0, iterations=width)] *= HALO
+        region_HW = mask_HW == label
+        lines_HW[region_HW & ~binary_erosion(region_HW, iterations=width)] = label
+    shown_HW3[binary_dilation(lines_HW > 0, iterations=width)] *= HALO
     for label in range(1, len(classes)):
-        shown_HW3[outlines_HW == label] = colour_of(label)
+        shown_HW3[lines_HW == label] = colour_of(label)
     return shown_HW3.round().astype(np.uint8)
+
+
+def _line_width(picture: Picture) -> int:
+    return max(1, round(picture.longer / 240))
+
+
+def overlay(picture: Picture, classes: Sequence[str]) -> np.ndarray:
+    """Puts the outlined truth beside the outlined prediction, each under its title.
+
+    The planes of a volume stand in two rows, with the truth above the prediction. Where the truth
+    is not known, the prediction stands alone.
+
+    Args:
+        picture: the case.
+        classes: names by label, the background first.
+
+    Returns:
+        uint8, (H, W, 3); panels have the image's size.
+
+    Raises:
+        ValueError: a mask has a label that is no class.
+    """
+    # A title fits into the narrowest image.
+    size = max(1, min(LETTERS * _line_width(picture), picture.predicted_HW.shape[1] // 6))
+    font = ImageFont.load_default(size)
+    panels = []
+    for title in picture.masks:
+        shown_HW3 = outlined(picture, title, classes)
+        strip = Image.new("RGB", (shown_HW3.shape[1], 2 * size))
+        ImageDraw.Draw(strip).text((size // 2, size // 3), title, "white", font)
+        panels.append(np.concatenate([np.asarray(strip), shown_HW3]))
+    below = picture.planes > 1
+    margin = ((GAP, 0), (0, 0), (0, 0)) if below else ((0, 0), (GAP, 0), (0, 0))
+    rest = [np.pad(panel, margin) for panel in panels[1:]]
+    return np.concatenate([panels[0], *rest], axis=0 if below else 1)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A case picked to be looked at: its role, such as "worst", and its Dice by region."""
+    """A case picked to be looked at: its role, such as "worst case", and its Dice by region."""
 
     role: str
     case_id: str
@@ -165,7 +205,7 @@ class Example:
 def examples(
     cases: Sequence[CaseScore], attributes: Mapping[str, tuple[str, ...]]
 ) -> dict[str, dict[str, list[Example]]]:
-    """Picks the best, median and worst case of each subgroup; fewer where it has fewer cases.
+    """Picks the median, worst and best case of each subgroup; fewer where it has fewer cases.
 
     A case's score is its mean Dice over the regions. Among equal ones the order is that of their
     ids; the median of an even number is the lower of the two in the middle.
@@ -175,17 +215,18 @@ def examples(
         attributes: names, each with the names of its values.
 
     Returns:
-        By attribute and value, the unknown ones last, the groups that have a case.
+        By attribute and value, the unknown ones last, the groups that have a case. The median
+        comes first; a group of two cases has none.
     """
     dice: dict[str, dict[str, float]] = {}
-    told: dict[str, Mapping[str, str]] = {}
+    attributes_of: dict[str, Mapping[str, str]] = {}
     for case in cases:
         dice.setdefault(case.case_id, {})[case.region] = case.dice
-        told[case.case_id] = case.attributes
+        attributes_of[case.case_id] = case.attributes
     ordered = sorted(dice, key=lambda i: (math.fsum(dice[i].values()) / len(dice[i]), i))
     groups = {
         attribute: {
-            value: [case_id for case_id in ordered if told[case_id][attribute] == value]
+            value: [case_id for case_id in ordered if attributes_of[case_id][attribute] == value]
             for value in (*values, "unknown")
         }
         for attribute, values in attributes.items()
@@ -204,8 +245,8 @@ def _picks(ordered: Sequence[str]) -> tuple[tuple[str, int], ...]:
     """Lists roles, each with its place in `ordered`, which has a case or more, the worst first."""
     if len(ordered) == 1:
         return (("only case", 0),)
-    median = (("median", (len(ordered) - 1) // 2),) if len(ordered) > 2 else ()
-    return (("best", -1), *median, ("worst", 0))
+    median = (("median case", (len(ordered) - 1) // 2),) if len(ordered) > 2 else ()
+    return (*median, ("worst case", 0), ("best case", -1))
 
 
 def pictures_wanted(
@@ -221,14 +262,15 @@ def pictures_wanted(
     return tuple(i for i in dict.fromkeys(case.case_id for case in cases) if i in wanted)
 
 
-def data_uri(picture: Picture, classes: Sequence[str]) -> str:
-    """Encodes the overlay at a size for the page: as PNG, or as JPEG where that is smaller.
+def data_uris(picture: Picture, classes: Sequence[str]) -> dict[str, str]:
+    """Encodes the outlined masks, by their titles, at a size for the page.
 
-    Masks are brought to that size before they are drawn, so that outlines keep their width.
+    Each is a PNG, or a JPEG where that is smaller. Masks are brought to that size before they are
+    drawn, so that outlines keep their width.
     """
     longer = picture.longer
     scale = LONGEST / longer if longer > LONGEST else LONGEST // longer
-    height, width = (max(1, round(side * scale)) for side in picture.truth_HW.shape)
+    height, width = (max(1, round(side * scale)) for side in picture.predicted_HW.shape)
 
     def resized(array: np.ndarray, how: Image.Resampling) -> np.ndarray:
         return np.asarray(Image.fromarray(array).resize((width, height), how))
@@ -237,11 +279,17 @@ def data_uri(picture: Picture, classes: Sequence[str]) -> str:
     fitted = Picture(
         picture.case_id,
         resized(picture.image_HW3, Image.Resampling.LANCZOS if scale < 1 else nearest),
-        resized(picture.truth_HW, nearest),
+        None if picture.truth_HW is None else resized(picture.truth_HW, nearest),
         resized(picture.predicted_HW, nearest),
         picture.planes,
     )
-    image = Image.fromarray(overlay(fitted, classes))
+    return {
+        title: _data_uri(Image.fromarray(outlined(fitted, title, classes)))
+        for title in fitted.masks
+    }
+
+
+def _data_uri(image: Image.Image) -> str:
     encoded = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85, "subsampling": 0})):
         buffer = io.BytesIO()
@@ -258,19 +306,21 @@ def _grey(intensities: np.ndarray) -> np.ndarray:
 
 
 def _planes(
-    image_S: np.ndarray, truth_S: np.ndarray, predicted_S: np.ndarray, affine: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    image_S: np.ndarray, truth_S: np.ndarray | None, predicted_S: np.ndarray, affine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Puts axial, coronal and sagittal plane side by side: (H, W) of image, truth, prediction."""
     # To the patient's left, back and feet: rows and columns then run as a radiologist expects.
     stored = orientations.io_orientation(affine)
     turn = orientations.ornt_transform(stored, orientations.axcodes2ornt("LPI"))
-    image_S, truth_S, predicted_S = (
-        orientations.apply_orientation(array_S, turn) for array_S in (image_S, truth_S, predicted_S)
+    image_S, predicted_S = (
+        orientations.apply_orientation(array_S, turn) for array_S in (image_S, predicted_S)
     )
+    if truth_S is not None:
+        truth_S = orientations.apply_orientation(truth_S, turn)
     # Pixels are as wide as they are high: as the smallest side of a voxel.
     lengths = image_S.shape * voxel_sizes(affine)[np.argsort(turn[:, 0])]
     sides = [max(1, round(length / voxel_sizes(affine).min())) for length in lengths]
-    marked_S = truth_S if truth_S.any() else predicted_S
+    marked_S = predicted_S if truth_S is None or not truth_S.any() else truth_S
     cuts = []
     for axis in (2, 1, 0):
         columns, rows = sorted({0, 1, 2} - {axis})
@@ -287,7 +337,8 @@ def _planes(
 
     nearest = Image.Resampling.NEAREST
     image_HW = _grey(cut(image_S, Image.Resampling.BILINEAR))
-    return image_HW, cut(truth_S, nearest), cut(predicted_S, nearest)
+    truth_HW = None if truth_S is None else cut(truth_S, nearest)
+    return image_HW, truth_HW, cut(predicted_S, nearest)
 
 
 def _beside(planes: Sequence[np.ndarray]) -> np.ndarray:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ class NnunetHome:
         trainers = root / "trainers"
         trainers.mkdir(parents=True)
         (trainers / "short.py").write_text(TRAINERS, encoding="utf-8")
+        page = (ROOT / "docs" / "recipes" / "nnunet.md").read_text(encoding="utf-8")
+        (of_page,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        (trainers / "of_page.py").write_text(of_page, encoding="utf-8")
         ours = ROOT / "reference_models" / "nnunet" / "trainers"
         self.environment = {
             "nnUNet_raw": str(self.raw),

@@ -159,14 +159,24 @@ def test_an_unknown_flag_is_refused_with_what_there_is(capsys):
     assert "--learning-rate" in capsys.readouterr().err
 
 
-def readme_commands():
-    for page in ("README.md", "reference_models/README.md", "reference_models/EXPORT.md"):
-        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-        yield from re.findall(r"^python -m reference_models (.+?)\s*(?:#.*)?$", text, re.MULTILINE)
+def commands_shown():
+    """Every command line of the recipes that README.md and the pages show, as a reader types it."""
+    pages = [
+        ROOT / "README.md",
+        ROOT / "reference_models/README.md",
+        *(ROOT / "docs").rglob("*.md"),
+    ]
+    for page in sorted(pages):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command in re.findall(
+            r"^ *python -m reference_models (.+?)\s*(?:\s#.*)?$", text, re.MULTILINE
+        ):
+            if "--help" not in command:
+                yield pytest.param(command, id=f"{page.relative_to(ROOT).as_posix()}: {command}")
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if "--help" not in c])
-def test_the_readmes_commands_have_the_flags_that_there_are(command, monkeypatch):
+@pytest.mark.parametrize("command", [*commands_shown()])
+def test_the_commands_that_pages_show_have_the_flags_that_there_are(command, monkeypatch):
     called = []
     for name in (
         "__main__.check",

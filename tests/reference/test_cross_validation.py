@@ -97,8 +97,8 @@ def test_each_case_is_scored_by_the_fold_that_it_was_held_out_from(crossed, tmp_
     assert summary.n_cases == 20
     assert summary.networks == (
         "Each case was predicted by the one of 2 folds that it was held out from, with that "
-        "fold's last checkpoint. These cases' scores chose the best checkpoint; the last one, "
-        "which is scored here, was not chosen by them, as in nnU-Net."
+        "fold's last checkpoint. The scores of these cases chose the best checkpoint. The last "
+        "one, which is used here, was not chosen by them, as in nnU-Net."
     )
     assert summary.networks.replace("'", "&#39;") in (folder / "report.html").read_text(
         encoding="utf-8"
@@ -106,7 +106,7 @@ def test_each_case_is_scored_by_the_fold_that_it_was_held_out_from(crossed, tmp_
     assert [c.name for c in summary.conditions if c.scores] == [
         "as given", "shuffled", "wrong", "unknown",
     ]  # fmt: skip
-    assert summary.conditions[1].note.endswith("of 20 were told the truth all the same")
+    assert summary.conditions[1].note.endswith("of 20 cases got their true values")
     groups = summary.conditions[0].scores["site"][0].groups
     assert sum(group.n_subjects for group in groups) == 20
 

@@ -155,11 +155,11 @@ class Plan:
                 yield from self._compared(scene, seeds)
         for scene in MAIN:
             yield from self._of(scene, COMPARED, (TUNING_SEED, *SEEDS[:FIRST_SEEDS]), "adapt")
-        for scene in MAIN:
-            yield from self._of(scene, tuple(VARIANTS), SEEDS[:FIRST_SEEDS], "train")
         for scene in SCENES:
             if scene not in MAIN:
                 yield from self._compared(scene, self.seeds(scene))
+        for scene in MAIN:
+            yield from self._of(scene, tuple(VARIANTS), SEEDS[:FIRST_SEEDS], "train")
 
     def seeds(self, scene: str) -> tuple[int, ...]:
         """The seeds that a scene is to be tested on, as far as that is decided."""

@@ -67,7 +67,7 @@ def test_a_demo_without_a_clear_gain_says_so(scores):
 @pytest.mark.parametrize(
     ("film", "dmoe", "said"),
     [
-        (0.75, 0.77, "FiLM and dMoE are level: try FiLM first"),
+        (0.75, 0.77, "and dMoE are level. Try FiLM first, because it is simpler and faster."),
         (0.70, 0.76, "dMoE is ahead of the other by 0.060"),
         (0.76, 0.70, "FiLM is ahead of the other by 0.060"),
     ],
@@ -153,6 +153,7 @@ def test_the_page_holds_picture_scores_and_words_and_links_to_every_report(tmp_p
         tmp_path / "report.html",
         tmp_path / "picture.png",
         table,
+        "What ES-Dice is.",
         Verdict("The title", "What it shows."),
         "What chance makes of it.",
         "What it does not show.",
@@ -162,6 +163,12 @@ def test_the_page_holds_picture_scores_and_words_and_links_to_every_report(tmp_p
     for words in ("YSBwaWN0dXJl", "A &amp; B", "0.981", "0.567", "The title", "What it shows.",
                   "What chance makes of it.", "What it does not show."):  # fmt: skip
         assert words in page
+    # Terms are explained before the numbers, no dark screen makes dark paper, and no table is cut.
+    assert page.index("What ES-Dice is.") < page.index("0.567")
+    assert "@media screen and (prefers-color-scheme: dark)" in page
+    printed = page[page.index("@media print") : page.index("</style>")]
+    for rule in ("--ink: #000", "overflow: visible", "table, img { break-inside: avoid; }"):
+        assert rule in printed
     assert 'href="seed0/plain MoE/evaluation-test/report.html"' in html.unescape(page)
     assert "http" not in page
 

@@ -1,4 +1,4 @@
-"""Several networks answer together: by the mean of their probabilities, if they are of one kind."""
+"""Several networks predict together, by the mean of their probabilities, if they fit together."""
 
 import dataclasses
 
@@ -189,15 +189,15 @@ def test_scores_on_the_cases_that_chose_the_checkpoint_say_so(three, tmp_path):
         ({"data": DataSettings("mni152")}, "data.data: .* has phantom, .* mni152"),
     ],
 )
-def test_runs_that_see_or_know_other_things_do_not_answer_together(three, tmp_path, change, words):
+def test_runs_that_see_or_know_other_things_do_not_predict_together(three, tmp_path, change, words):
     _, place = three
     runs = place(seeds=(1,)) + place(dataclasses.replace(UNET, **change), (2,))
-    with pytest.raises(RunError, match=f"^{runs[1]}: cannot answer together .*; {words}|{words}"):
+    with pytest.raises(RunError, match=f"^{runs[1]}: cannot predict together .*; {words}|{words}"):
         predict(PredictSettings(runs, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_of_other_attribute_values_do_not_answer_together(three, tmp_path):
+def test_runs_of_other_attribute_values_do_not_predict_together(three, tmp_path):
     dataset, place = three
     (one,) = place(seeds=(1,))
     dataset.attributes = (Attribute("width", ("one", "two", "five")),)
@@ -206,7 +206,7 @@ def test_runs_of_other_attribute_values_do_not_answer_together(three, tmp_path):
         predict(PredictSettings((one, two), out=tmp_path / "out"))
 
 
-def test_other_networks_of_the_same_frames_answer_together(three, tmp_path):
+def test_other_networks_of_the_same_frames_predict_together(three, tmp_path):
     _, place = three
     others = dataclasses.replace(
         UNET, model=little_unet(widths=(4, 8), block="film"), seed=5, learning_rate=0.1
@@ -220,7 +220,7 @@ def test_several_runs_need_one_set_of_cases_and_a_folder_to_write(three, tmp_pat
     runs = place(seeds=(1,))
     runs += place(seeds=(2,), splits=parts(range(6, 12), range(6), range(12, 24)))
     out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"out: --run has 2 folders; name the one to write"):
+    with pytest.raises(DataError, match=r"out: --run has 2 folders; name the folder to write to"):
         predict(PredictSettings(runs))
     with pytest.raises(DataError, match=r"has other validation cases than .*bar0, bar1, bar10 and"):
         predict(PredictSettings(runs, split="validation", out=out))

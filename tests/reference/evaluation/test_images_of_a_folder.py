@@ -87,7 +87,7 @@ def test_images_without_masks_are_predicted_as_they_are_with_them(tmp_path, sett
     for name, mask in found.items():
         np.testing.assert_array_equal(mask, there[name])
         with Image.open(again / "overlays" / name) as seen:
-            assert (seen.size, seen.mode) == ((30, 20), "RGB")
+            assert (seen.size, seen.mode) == ((30, 30), "RGB")  # the prediction and its title
 
 
 def test_an_exported_file_tells_how_a_folders_images_are_framed_and_scaled(settings):

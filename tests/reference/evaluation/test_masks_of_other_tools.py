@@ -20,6 +20,7 @@ from reference_models.evaluation.evaluate import (
 from reference_models.evaluation.masks import read_mask
 from reference_models.evaluation.prediction import PredictSettings, predict
 from reference_models.metrics.scores import METRICS
+from reference_models.report.pictures import GAP
 
 
 def test_predicted_masks_score_exactly_what_the_run_scores(phantom_run, tmp_path):
@@ -42,7 +43,8 @@ def test_predicted_masks_score_exactly_what_the_run_scores(phantom_run, tmp_path
         with Image.open(folder / "masks" / f"{case_id}.png") as mask:
             assert (mask.size, mask.mode) == ((40, 40), "L")
         with Image.open(folder / "overlays" / f"{case_id}.png") as seen:
-            assert (seen.size, seen.mode) == ((40, 40), "RGB")
+            # The truth on the left and the prediction on the right, each under its title.
+            assert (seen.size, seen.mode) == ((40 + GAP + 40, 52), "RGB")
 
 
 def test_all_predicts_every_case(phantom_run, tmp_path):
@@ -117,8 +119,9 @@ def test_everything_wrong_with_a_folder_of_masks_is_in_one_error_and_nothing_is_
     for words in (
         "1 of 12 cases have no mask (<case id>.png, .tif, .tiff, .bmp or .npy): bar0.",
         "1 masks are of no case of this split: bar00.png.",
-        "bar1.png: got size (16, 15), expected the image's, (16, 16)",
-        "bar2.png: got label 255, expected labels, not grey levels: 0 background, 1 bar",
+        "bar1.png: got size (16, 15), expected the image's size, (16, 16)",
+        "bar2.png: got label 255, expected labels and not grey levels. The labels are "
+        "0 background, 1 bar.",
         "bar3.png: cannot be read (a PNG of mode RGB",
         "bar4.png: cannot be read",
         "bar5.npy and bar5.png: two masks of one case",

@@ -148,9 +148,12 @@ def test_a_mask_that_is_none_of_this_image_is_refused_by_name(tmp_path):
     for name, words in {
         "elsewhere.nii": "lies elsewhere than its image: its corners are up to 0.3 voxels",
         "turned.nii.gz": "lies elsewhere",
-        "size.nii.gz": r"got size \(6, 5, 6\), expected the image's, \(7, 5, 6\)",
+        "size.nii.gz": r"got size \(6, 5, 6\), expected the image's size, \(7, 5, 6\)",
         "time.nii.gz": "has 4 dimensions",
-        "grey.nii.gz": "got label 80, 160, expected labels, not grey levels: 0 air, 1 organ",
+        "grey.nii.gz": (
+            "got label 80, 160, expected labels and not grey levels. The labels are "
+            r"0 air, 1 organ\."
+        ),
         "negative.nii.gz": "got label -1",
         "scores.nii.gz": "got fractions, expected labels: the argmax",
         "nan.nii.gz": "NaN",

@@ -32,8 +32,8 @@ def test_a_network_told_the_truth_a_lie_or_nothing_scores_as_worked_out_by_hand(
     for value, between in zip(dice_of(summary, "wrong"), allowed, strict=True):
         assert min(between) - 1e-9 <= value <= max(between) + 1e-9
     notes = {c.name: c.note for c in summary.conditions}
-    assert "0 of 12 were told the truth" in notes["wrong"]
-    assert "0 of 12 were told the truth" in notes["unknown"]
+    assert "0 of 12 cases got their true values" in notes["wrong"]
+    assert "0 of 12 cases got their true values" in notes["unknown"]
     # As many of the shuffled are right as score 1.
     right = int(notes["shuffled"].split("; ")[1].split(" ")[0])
     assert right < 12
@@ -58,7 +58,7 @@ def test_a_network_that_is_not_told_runs_no_conditions_and_says_why(run_of):
     assert given.scores
     assert [len(row) for row in given.load["width"]] == [4, 4, 4]  # its experts have loads anyway
     assert [c.scores for c in others] == [{}, {}, {}]
-    assert all("not told the attributes" in c.note for c in others)
+    assert all("does not receive the attributes" in c.note for c in others)
 
 
 def test_loads_are_each_values_shares_over_all_batches(run_of):

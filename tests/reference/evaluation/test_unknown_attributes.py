@@ -75,7 +75,7 @@ def test_a_unets_policy_for_the_unknown_is_found_whatever_its_blocks(unet_run, b
     assert run.unknown == unknown
     settings = RunSettings(unet_run(Bars(unknown=(3,)), block, unknown=unknown))
     if unknown == "error":
-        with pytest.raises(DataError, match=r"1 of 12 cases \(test\).*bar3.*no route for them"):
+        with pytest.raises(DataError, match=r"1 of 12 cases \(test\).*bar3.*no router for them"):
             open_run(settings, "test")
     else:
         assert len(open_run(settings, "test").cases) == 12
@@ -132,7 +132,7 @@ def test_cases_are_left_out_alike_for_every_network_and_for_masks(model, run_of,
 def test_prediction_names_the_cases_that_it_leaves_out(run_of, capsys):
     run = run_of(Ruler(), Bars(unknown=(3, 7)))
     predict(PredictSettings(run, leave_out_unknown=True))
-    assert "left out, since an attribute is not known: bar3, bar7" in capsys.readouterr().err
+    assert "left out, because an attribute is not known: bar3, bar7" in capsys.readouterr().err
 
 
 def test_cases_without_a_route_are_an_error_up_front_or_left_out_by_name(run_of, tmp_path):
@@ -159,4 +159,4 @@ def test_cases_without_a_route_are_an_error_up_front_or_left_out_by_name(run_of,
     assert groups[3].metrics["dice"].value == pytest.approx((2 / 9 + 4 / 10) / 2)
     lies = summary.conditions[2]
     assert lies.name == "wrong"
-    assert "2 of 12 were told the truth" in lies.note  # who has no truth, is told no lie
+    assert "2 of 12 cases got their true values" in lies.note  # the unknown have no other

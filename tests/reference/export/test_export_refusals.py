@@ -126,7 +126,7 @@ def described(recipe, task):
 
 
 def scaled(voxels, channel):
-    """As EXPORT.md tells it."""
+    """As docs/recipes/export.md shows it."""
     if channel["scale"] == "clip":
         low, high = channel["low"], channel["high"]
         return (voxels.clip(low, high) - low) / (high - low)

@@ -29,7 +29,7 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PAGE = Path(__file__).parents[3] / "reference_models" / "EXPORT.md"
+PAGE = Path(__file__).parents[3] / "docs" / "recipes" / "export.md"
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_a_program_of_pytorch_has_the_same_texts_and_answers(exported, as_progra
     assert float(re.findall(r"by at most (\S+) of the largest", said)[0]) < 1e-5
     monkeypatch.chdir(program.parent)
     of_page = {}
-    exec(compile(blocks()[-1], "EXPORT.md", "exec"), of_page)
+    exec(compile(blocks()[-1], "export.md", "exec"), of_page)
     with torch.no_grad(), routing(torch.tensor([1])):
         true = load_model(run)[2](torch.zeros(1, 1, 16, 16))
     torch.testing.assert_close(of_page["logits"], true)

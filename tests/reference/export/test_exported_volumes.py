@@ -25,7 +25,7 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PAGE = Path(__file__).parents[3] / "reference_models" / "EXPORT.md"
+PAGE = Path(__file__).parents[3] / "docs" / "recipes" / "export.md"
 # One is larger than a window along every axis, one smaller along every axis.
 VOLUMES = {"large": ((70, 40, 36), "T3"), "small": ((20, 24, 16), "T1")}
 
@@ -86,7 +86,7 @@ def test_the_pages_windows_give_the_recipes_logits(exported):
     body = torch.rand(1, 70, 40, 36) > 0.3
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     of_page = {"np": np, "json": json}
-    exec(compile(blocks[1], "EXPORT.md", "exec"), of_page)
+    exec(compile(blocks[1], "export.md", "exec"), of_page)
     channels = torch.cat([image[0], body.float()]).numpy()
     session = onnxruntime.InferenceSession(file)
     for value in (0, 1, -1):

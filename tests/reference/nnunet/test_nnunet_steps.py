@@ -5,6 +5,7 @@ import torch
 from harness.nnunet_home import SITE
 
 from dmoe_layer import DMoE, MissingAttributesError, routing
+from reference_models.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("home", "one_thread")
 PLANS = {"nnUNetPlans": "PlainConvUNet", "nnUNetResEncUNetMPlans": "ResidualEncoderUNet"}
@@ -150,3 +151,8 @@ def test_validation_tells_each_window_its_own_cases_attribute_and_records_nothin
     assert told == [site for site in ([one] for one in site_index(cases)) for _ in range(8)]
     assert opened == [False, False]
     assert trainer.dataset_class.load_case is load_case
+
+
+def test_the_class_that_the_page_derives_is_found_and_asks_for_its_columns(ready):
+    with pytest.raises(DataError, match="has no column age; it has site, scanner"):
+        ready("nnUNetTrainerDMoESiteAge")

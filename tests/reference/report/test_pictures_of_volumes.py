@@ -71,7 +71,8 @@ def test_without_a_truth_the_prediction_says_where_to_look_and_none_is_drawn():
     image_CS, truth, predicted = scene()
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     alone = Picture.of("a", image_CS, None, predicted, affine)
-    assert not alone.truth_HW.any()
+    assert alone.truth_HW is None
+    assert [*alone.masks] == ["prediction"]
     empty = Picture.of("a", image_CS, np.zeros_like(truth), predicted, affine)
     np.testing.assert_array_equal(alone.predicted_HW, empty.predicted_HW)
     assert (alone.predicted_HW == 1).sum() > 16

@@ -3,6 +3,8 @@
 import base64
 import dataclasses
 import io
+import itertools
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -21,7 +23,15 @@ from reference_models.metrics.scores import (
 )
 from reference_models.report.charts import chart
 from reference_models.report.page import write_report
-from reference_models.report.pictures import Picture, overlay, pictures_wanted
+from reference_models.report.pictures import (
+    GAP,
+    LONGEST,
+    Picture,
+    colour_of,
+    outlined,
+    overlay,
+    pictures_wanted,
+)
 from reference_models.report.words import findings
 
 CLASSES = ("background", "lesion")
@@ -29,11 +39,11 @@ NASTY = '<script>alert("x")</script> & Ünïcödé 名'
 
 
 class Page(HTMLParser):
-    """The text of a page, its tags and what they refer to."""
+    """The text of a page, its style, its tags, its images and what they refer to."""
 
     def __init__(self, path):
         super().__init__()
-        self.text, self.tags, self.links = "", [], []
+        self.text, self.style, self.tags, self.links, self.images = "", "", [], [], []
         self.styles = False
         self.feed(path.read_text(encoding="utf-8"))
         self.text = " ".join(self.text.split())
@@ -42,9 +52,18 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.styles = tag == "style"
         self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag == "img":
+            self.images.append(dict(attrs))
 
     def handle_data(self, data):
         self.text += "" if self.styles else data + " "
+        self.style += data if self.styles else ""
+
+    def pixels(self, alt):
+        """The one image of this text."""
+        (image,) = (image for image in self.images if image["alt"] == alt)
+        content = base64.b64decode(image["src"].split(",")[1])
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def case(case_id, group, dice, region="lesion"):
@@ -86,7 +105,7 @@ def region(groups, name="lesion", compared=None):
 def summary(regions, values, conditions=()):
     given = Condition("as given", "all told the truth", {"site": tuple(regions)}, {})
     return Summary(
-        "made-up", "test", "nowhere", 87, "mm", 1.5, 20, 234, {"site": values},
+        "made-up", "test", "nowhere", 87, 55, "mm", 1.5, 20, 234, {"site": values},
         {"site": (1 / len(values),) * len(values)}, "Both empty: 1.", (given, *conditions),
         {"site": len(values) * len(regions)},
     )  # fmt: skip
@@ -118,7 +137,13 @@ def test_every_number_of_the_summary_is_on_the_page(tmp_path):
             assert f"{estimate.value:.{digits}f} {estimate.low:.{digits}f} to" in page.text
     for estimate in shown:
         assert f"{estimate.value:.3f} {estimate.low:.3f} to {estimate.high:.3f}" in page.text
-    for word in ("87 cases", "of 234 bootstrap", "31 32 33 b 46 0.703", "HD95, mm", "at 1.5 mm"):
+    for word in (
+        "87 cases of 55 subjects",
+        "of 234 bootstrap",
+        "31 32 33 b 46 0.703",
+        "HD95, mm",
+        "at 1.5 mm",
+    ):
         assert word in page.text
     assert "False alarms a 41 0.601" in page.text
     assert "87 0.501" in page.text  # the groups' n together
@@ -138,11 +163,12 @@ def test_what_spans_groups_is_held_against_chance(tmp_path):
         cells = f"{value:.3f} {found.corrected.value:.3f} {low} to {high} {chance}"
         assert f"{cells} {found.p_value:.3f}" in text
     assert "Groups served exactly alike would show a gap of about 0.224 by chance" in text
-    assert "(0.181 to 0.264), and groups as far apart as here, for how much their scores" in text
-    assert "vary, with probability 0.343." in text
+    assert "(0.181 to 0.264). Groups as far apart as here, measured by how much their" in text
+    assert "scores vary, would then have a probability of 0.343." in text
     assert "do not show that any group is served worse" in text
     assert "Allowing for chance, the gap is about 0.223 (0.191 to 0.254)." in text
-    assert "2 group means by site (groups times regions) were compared, in 1 gap." in text
+    assert "compares 2 group means by site (the number of groups times the number of" in text
+    assert "regions) in 1 gap." in text
     # Intervals of single groups say something else than the probability, which is of their gap.
     assert "overlap" not in text
 
@@ -151,19 +177,19 @@ def test_what_spans_groups_is_held_against_chance(tmp_path):
     ("p", "regions", "said"),
     [
         (0.051, 1, "do not show that any group is served worse"),
-        (0.050, 1, "chance alone hardly explains it"),
-        (0.026, 2, "unlikely for a single gap, but is not for the largest of 2"),
-        (0.025, 2, "chance alone hardly explains it"),
-        (0.0004, 1, "with probability below 0.001"),
+        (0.050, 1, "chance alone hardly explains the gap"),
+        (0.026, 2, "unlikely for a single gap, but it is not for the largest of 2 gaps"),
+        (0.025, 2, "chance alone hardly explains the gap"),
+        (0.0004, 1, "have a probability below 0.001."),
         # Of 234 shuffles none lies below 1 / 235, which is .0043.
-        (1 / 235, 11, "chance alone hardly explains it"),
+        (1 / 235, 11, "chance alone hardly explains the gap"),
         (
             1 / 235,
             12,
-            "234 are too few to tell whether it is chance of one gap among 12: set "
+            "234 shuffles are too few to tell whether it is chance of one gap among 12. Set "
             "--resamples to at least 240.",
         ),
-        (2 / 235, 12, "unlikely for a single gap, but is not for the largest of 12"),
+        (2 / 235, 12, "unlikely for a single gap, but it is not for the largest of 12 gaps"),
     ],
 )
 def test_the_more_gaps_are_looked_at_the_less_one_of_them_says(tmp_path, p, regions, said):
@@ -182,12 +208,12 @@ def test_a_group_of_one_subject_leaves_no_interval(tmp_path):
     scores = region([group("a", 41, 0.601, n_subjects=1), group("b", 46, 0.703)], compared=gap)
     text = written(tmp_path, summary([scores], ("a", "b"))).text
     assert "The gap is 0.222 ." in text
-    assert "A group of a single subject leaves no interval." in text
+    assert "There is no interval, because a group has a single subject." in text
     assert "a 41 of 1 subjects 0.601" in text
     small = dataclasses.replace(scores.groups[0], judged=False)
     few = dataclasses.replace(scores, groups=(small, scores.groups[1]))
     text = written(tmp_path, summary([few], ("a", "b"))).text
-    assert "Too small to judge (fewer than 20 subjects): a, n = 41 of 1 subjects." in text
+    assert "groups are too small to judge (fewer than 20 subjects): a, 41 cases of 1" in text
 
 
 def test_the_difference_a_condition_makes_is_shown_and_why_one_was_not_run(tmp_path):
@@ -227,16 +253,16 @@ def test_a_group_too_small_to_judge_is_marked_and_the_gap_on_it_is_qualified(tmp
     scores = region([group("a", 3, 0.601, judged=False), group("b", 46, 0.703)])
     text = written(tmp_path, summary([scores], ("a", "b"))).text
     assert "False alarms a † 3" in text  # in the table
-    assert "a † n" in text  # in the chart
-    assert "† Too small to judge (fewer than 20 cases): a, n = 3." in text
-    assert "The gap rests on a group too small to judge." in text
+    assert "a † 3 cases" in text  # in the chart
+    assert "† These groups are too small to judge (fewer than 20 cases): a, 3 cases." in text
+    assert "The gap rests on a group that is too small to judge." in text
 
 
 @pytest.mark.parametrize(
     ("low", "said"),
     [
-        (0.0004, "It may be chance all the same, since the interval reaches down to no gap."),
-        (0.0006, "So chance alone hardly explains it."),
+        (0.0004, "The gap may still be chance, because the interval reaches down to no gap."),
+        (0.0006, "So chance alone hardly explains the gap."),
     ],
 )
 def test_what_is_said_of_chance_agrees_with_the_interval(tmp_path, low, said):
@@ -249,14 +275,13 @@ def test_too_few_shuffles_for_a_single_gap_are_told_as_well(tmp_path):
     gap = {"gap": against_chance(0.2, 1 / 11)}
     scores = region([group("a", 41, 0.601), group("b", 46, 0.703)], compared=gap)
     few = dataclasses.replace(summary([scores], ("a", "b")), resamples=10)
-    assert "10 are too few to tell whether it is chance: set --resamples to at least 20." in (
-        written(tmp_path, few).text
-    )
+    said = "10 shuffles are too few to tell whether it is chance. Set --resamples to at least 20."
+    assert said in written(tmp_path, few).text
 
 
 def test_groups_of_one_subject_each_cannot_be_compared(tmp_path):
     alone = summary([region([group("a", 1, 0.601), group("b", 3, 0.703, n_subjects=1)])], ("a",))
-    said = "Every group has a single subject, so they cannot be compared."
+    said = "Every group has a single subject, so the groups cannot be compared."
     assert said in written(tmp_path, alone).text
     assert [said in line for line in findings(alone)] == [True]
     several = summary([region([group("a", 1, 0.601), group("b", 3, 0.703)])], ("a", "b"))
@@ -314,15 +339,173 @@ def test_a_cases_score_is_its_mean_over_the_regions():
     assert pictures_wanted(cases, {"site": ("x",)}) == ("b", "c", "d")
 
 
-def test_overlay_fills_the_prediction_and_outlines_the_truth():
-    shown = overlay(picture("1"), CLASSES)
-    assert shown.dtype == np.uint8
-    assert shown[2, 2].tolist() == [86, 180, 233]  # the outline in the class's colour
-    assert shown[4, 4].tolist() == [94, 132, 153]  # 100 + .4 (colour - 100)
-    assert shown[1, 3].tolist() == [35, 35, 35]  # darkened outside the outline
-    assert shown[3, 4].tolist() == [33, 46, 54]  # and inside, so that it shows on its own fill
-    assert shown[0, 0].tolist() == [100, 100, 100]  # untouched
-    assert (shown == overlay(picture("1"), CLASSES)).all()
+def test_an_outline_leaves_the_image_visible_within_and_without():
+    shown = outlined(picture("1"), "truth", CLASSES)
+    assert (shown.dtype, shown.shape) == (np.uint8, (8, 8, 3))
+    line_HW = np.zeros((8, 8), bool)
+    line_HW[2:7, 2:7] = True
+    line_HW[3:6, 3:6] = False
+    assert (shown[line_HW] == [86, 180, 233]).all()  # the class's colour
+    assert shown[1, 3].tolist() == [35, 35, 35]  # darkened outside the line
+    assert shown[3, 4].tolist() == [35, 35, 35]  # and inside
+    assert shown[4, 4].tolist() == [100, 100, 100]  # untouched inside
+    assert shown[0, 0].tolist() == [100, 100, 100]  # and outside
+    predicted = outlined(picture("1"), "prediction", CLASSES)
+    assert predicted[3, 3].tolist() == [86, 180, 233]
+    assert predicted[2, 2].tolist() == [100, 100, 100]
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_an_overlay_shows_the_truth_and_the_prediction_each_under_its_title(planes):
+    seen = dataclasses.replace(picture("1", (60, 90)), planes=planes)
+    shown = overlay(seen, CLASSES)
+    alone = overlay(dataclasses.replace(seen, truth_HW=None), CLASSES)
+    strip = len(alone) - 60
+    assert alone[:strip].any()  # has letters
+    np.testing.assert_array_equal(alone[strip:], outlined(seen, "prediction", CLASSES))
+    if planes == 1:
+        assert shown.shape == (strip + 60, 90 + GAP + 90, 3)
+        truth, predicted = shown[:, :90], shown[:, 90 + GAP :]
+    else:
+        assert shown.shape == (2 * (strip + 60) + GAP, 90, 3)
+        truth, predicted = shown[: strip + 60], shown[strip + 60 + GAP :]
+    np.testing.assert_array_equal(truth[strip:], outlined(seen, "truth", CLASSES))
+    np.testing.assert_array_equal(predicted, alone)
+    assert (truth[:strip] != predicted[:strip]).any()  # another title
+    assert (shown == overlay(seen, CLASSES)).all()
+
+
+def test_every_group_has_its_median_case_first_with_truth_beside_prediction(tmp_path):
+    dice = {"a": (0.1, 0.4, 0.5, 0.9), "b": (0.2, 0.6, 0.7)}
+    cases = [case(f"{g}{at}", g, d) for g, row in dice.items() for at, d in enumerate(row)]
+    cases.append(case("alone", "unknown", 0.3))
+    scores = region([group("a", 4, 0.601), group("b", 3, 0.703), group("unknown", 1, 0.3)])
+    made = {row.case_id: picture(row.case_id, (48, 48)) for row in cases}
+    page = written(tmp_path, summary([scores], ("a", "b")), cases, made)
+    expected = []
+    for name, median, worst, best in (("a", "a1", "a0", "a3"), ("b", "b1", "b0", "b2")):
+        roles = (("Median", median), ("Worst", worst), ("Best", best))
+        expected += [f"{role} case of site {name}, {case_id}" for role, case_id in roles]
+    expected.append("Only case of site unknown, alone")
+    assert [image["alt"] for image in page.images] == [
+        f"{alt}: outline of the {title} on the image"
+        for alt in expected
+        for title in ("truth", "prediction")
+    ]
+    assert "site: a Median case: a1 Dice lesion 0.400. Truth Prediction" in page.text
+    factor = LONGEST // 48
+    for title, (start, stop) in {"truth": (2, 7), "prediction": (3, 6)}.items():
+        shown = page.pixels(f"{expected[0]}: outline of the {title} on the image")
+        rows, columns = np.nonzero((shown == colour_of(1)).all(-1))
+        for places in (rows, columns):  # from edge to edge of the mask
+            assert (places.min(), places.max()) == (start * factor, stop * factor - 1)
+        middle = factor * (start + stop) // 2
+        assert shown[middle, middle].tolist() == [100, 100, 100]  # no fill
+        assert shown[0, 0].tolist() == [100, 100, 100]
+
+
+def test_a_picture_without_anything_to_outline_says_so(tmp_path):
+    cases, scores = [case("1", "a", 0.0)], region([group("a", 1, 0.6)])
+    empty = dataclasses.replace(picture("1"), truth_HW=np.zeros((8, 8), np.uint8))
+    text = written(tmp_path, summary([scores], ("a",)), cases, {"1": empty}).text
+    assert text.count(": nothing is outlined here") == 1
+    assert re.search(r"Truth ?: nothing is outlined here Prediction", text)
+    text = written(tmp_path, summary([scores], ("a",)), cases, {"1": picture("1")}).text
+    assert "nothing is outlined" not in text
+
+
+def test_terms_are_explained_before_the_first_number_that_needs_them(tmp_path):
+    scores = region([group("a", 41, 0.601), group("b", 46, 0.703)], compared=chances())
+    cases = [case(str(at), "ab"[at % 2], 0.5) for at in range(4)]
+    page = written(tmp_path, summary([scores], ("a", "b")), cases)
+    before, after = page.text.split("In short", 1)
+    assert "0.601" in after
+    assert "0.601" not in before
+    for said in (
+        "87 cases of 55 subjects, from the test split of the data set made-up",
+        "In every case this region is scored: lesion. The prediction is",
+        "groups by site : a (41 cases), b (46 cases).",
+        "twice the area (of a volume: the volume) that both share, divided by the sum",
+        "The worst group is the group with the lowest mean Dice.",
+        "The gap is the highest mean Dice of a group minus the lowest.",
+        "ES-Dice = Dice / (1 + Σ g |Dice − Dice g |)",
+        "95 % interval",
+        "shuffled 234 times",
+        "compares 2 group means by site",
+        "in 1 gap.",
+    ):
+        assert said in before, said
+    for term in ("Worst group", "Gap", "ES-Dice"):  # first stands where it is explained
+        assert re.search(rf"\b{term}\b (The|Equity)", page.text).start() == (
+            re.search(rf"\b{term}\b", page.text, re.IGNORECASE).start()
+        ), term
+
+
+def test_the_axis_of_a_chart_has_its_scale_and_its_unit(tmp_path):
+    groups = [group("a", 41, 0.701), group("b", 46, 0.703)]
+    for lowest, ticks, said in (
+        (0.65, "0.6 0.7 0.8 0.9 1.0", "; the axis starts at 0.6, not at 0"),
+        (0.05, "0.0 0.2 0.4 0.6 0.8 1.0", ""),
+    ):
+        cases = [case("1", "a", lowest), case("2", "b", 0.9)]
+        text = written(tmp_path, summary([region(groups)], ("a", "b")), cases).text
+        label = f"{ticks} Dice, without unit (1: the same as the truth){said} Dice of lesion"
+        assert label in text
+        assert chart(cases, "site", region(groups)).low == pytest.approx(float(ticks[:3]))
+    given = dataclasses.replace(
+        summary([region(groups)], ("a", "b")).conditions[0],
+        load={"site": ((0.125, 0.375, 0.5), (0.2, 0.2, 0.6))},
+    )
+    loaded = dataclasses.replace(summary([region(groups)], ("a", "b")), conditions=(given,))
+    text = written(tmp_path, loaded).text
+    assert "White is 0 %, and the darkest blue is the highest share of the table, 60.0 %." in text
+
+
+def rules(style, medium):
+    """What a style sheet says for a medium: by selector, its declarations."""
+    block = style.split(f"@media {medium} {{", 1)[1]
+    depths = itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in block)
+    block = block[: [*depths].index(-1)]
+    found = {}
+    for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", block):
+        for selector in selectors.split(","):
+            found[selector.strip()] = found.get(selector.strip(), "") + body
+    return found
+
+
+def test_a_printed_page_is_black_on_white_and_cuts_no_table_picture_or_chart(tmp_path):
+    style = written(tmp_path, summary([region([group("a", 41, 0.601)])], ("a",))).style
+    printed = rules(style, "print")
+    for colour in ("color-scheme: light", "--page: #fff", "--ink: #000", "--tint: #fff"):
+        assert colour in printed[":root"]
+    assert "overflow: visible" in printed[".scroll"]  # no column beyond the edge of the paper
+    assert "width: 100%" in printed["table"]
+    assert "white-space: normal" in printed["td small"]
+    assert "position: static" in printed["tr > :first-child"]
+    for whole in ("table", "tr", "figure", ".chart", ".tiles"):
+        assert "break-inside: avoid" in printed[whole], whole
+    assert "display: table-header-group" in printed["thead"]  # again on every sheet
+    for title in ("h1", "h2", "h3", "h4", "dt"):
+        assert "break-after: avoid" in printed[title], title
+    assert re.search(r"@page \{ size: A4; margin: \d+mm; \}", style)
+    # A dark screen makes no dark paper.
+    assert re.findall(r"@media ([^{]*prefers-color-scheme: dark\)) ", style) == [
+        "screen and (prefers-color-scheme: dark)"
+    ]
+
+
+def test_headings_do_not_skip_a_level_and_every_image_has_a_text(tmp_path):
+    cases = [case(str(at), "ab"[at % 2], 0.1 * at) for at in range(8)]
+    scores = region([group("a", 4, 0.601), group("b", 4, 0.703)], compared=chances())
+    other = Condition("wrong", "", {"site": (scores,)}, {})
+    made = {row.case_id: picture(row.case_id) for row in cases}
+    page = written(tmp_path, summary([scores], ("a", "b"), (other,)), cases, made)
+    levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(deeper - level <= 1 for level, deeper in itertools.pairwise(levels))
+    assert len(page.images) == 12
+    assert len({image["alt"] for image in page.images}) == 12
 
 
 @pytest.mark.parametrize(
@@ -332,9 +515,11 @@ def test_overlay_fills_the_prediction_and_outlines_the_truth():
 def test_a_picture_is_brought_to_a_size_for_the_page(tmp_path, native, shown):
     cases, scores = [case("1", "a", 0.5)], region([group("a", 1, 0.6)])
     page = written(tmp_path, summary([scores], ("a",)), cases, {"1": picture("1", native)})
-    (link,) = (link for link in page.links if link.startswith("data:image/"))
-    image = Image.open(io.BytesIO(base64.b64decode(link.split(",")[1])))
-    assert image.size == shown  # width, height: 480 at the most, small ones by a whole factor
+    links = [link for link in page.links if link.startswith("data:image/")]
+    assert len(links) == 2
+    for link in links:
+        image = Image.open(io.BytesIO(base64.b64decode(link.split(",")[1])))
+        assert image.size == shown  # width, height: 480 at most, small ones by a whole factor
 
 
 def test_a_picture_of_any_intensities_goes_from_black_to_white():
@@ -360,7 +545,7 @@ def test_a_large_group_is_drawn_as_bars_that_hold_every_case(tmp_path):
     assert drawn.bars.keys() == {"a"}
     assert drawn.dots.keys() == {"b"}
     page = written(tmp_path, summary([scores], ("a", "b")), cases)
-    assert "a group of more than 200 cases has bars" in page.text
+    assert "A group of more than 200 cases has bars" in page.text
     assert (tmp_path / "report.html").stat().st_size < 60_000
 
 
