@@ -88,7 +88,7 @@ NO_TWO_LAYER_MLP = {
         "between '0' and '3' mixes hidden units or tokens .*'1' Do, '2' GELU",
     ),
     "residual": (lambda: Altered(lambda x, y: x + y), "mlp", "output is not that of '2'.*residual"),
-    "a scale of 1": (Scaled, "mlp", "output is not that of '2': .*scale"),
+    "a scale of 1": (Scaled, "mlp", r"output is not that of '2'\. .*scale"),
     "dropout in eval": (
         lambda: Altered(lambda x, y: F.dropout(y, 0.5)), "mlp", "output is not that of '2'"
     ),
@@ -268,7 +268,7 @@ COMPUTED = {
         lambda block: block[0].register_forward_hook(lambda module, args, output: output * 2),
         "'0' does not compute what its weight and bias say",
     ),
-    "two dtypes": (lambda block: block[2].double(), "'0' is torch.float32 on cpu, '2' is .*64"),
+    "two dtypes": (lambda block: block[2].double(), "'0' is torch.float32 on cpu, but '2' is .*64"),
     "LoRA": (lambda block: setattr(block, "0", Lora(D, H)), "'0' does not compute.*LoRA"),
 }  # fmt: skip
 
