@@ -92,13 +92,18 @@ def presets(command: str) -> str:
     parsers = _parsers(command)
     lines = ["| Preset | What it trains |", "|---|---|"]
     lines += [f"| `{name}` | {_escaped(p.description)} |" for name, p in parsers.items()]
-    lines += ["", f"| Flag | {' | '.join(f'`{name}`' for name in parsers)} |"]
+    lines += [
+        "",
+        "These defaults differ. A cell is empty if the preset has no such flag, or sets none.",
+    ]
+    lines += ["", '<div class="presets" markdown>', ""]
+    lines += [f"| Flag | {' | '.join(f'`{name}`' for name in parsers)} |"]
     lines += ["|---" * (1 + len(parsers)) + "|"]
     for flag, by_preset in flags(command).items():
         if len(set(by_preset.values())) > 1:
             cells = " | ".join(by_preset.get(name, "") for name in parsers)
             lines.append(f"| `{flag.names[0]}` | {cells} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</div>"])
 
 
 def flags(command: str) -> Mapping[Flag, Mapping[str, str]]:
