@@ -47,10 +47,11 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# The pages of docs/ as a site, in site/: a broken link is an error, and so is a public name that has no
-# docstring.
+# The pages of docs/ as a site, in site/. A broken link is an error, and so is a public name without a
+# docstring. As a module of Python, MkDocs finds the packages of this folder.
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/test
-	$(BIN)/mkdocs build
+	$(BIN)/python -m mkdocs build
 
 # Whether every extra can be installed on every system and Python that is claimed.
 resolve: .venv/test

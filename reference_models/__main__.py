@@ -45,21 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_anything()
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {
-                "check": _check,
-                "convert": _convert,
-                "train": _train,
-                "cross-validate": _cross_validate,
-                "evaluate": _evaluate,
-                "predict": _predict,
-                "export": _export,
-                "demo": _demo,
-                "example": _example,
-                "study": _study,
-            },
-            prog="python -m reference_models",
-            args=arguments,
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+            COMMANDS, prog="python -m reference_models", args=arguments, config=CONFIG
         )
     except (DataError, RunError) as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
@@ -196,6 +182,21 @@ def _study(settings: Annotated[StudySettings, tyro.conf.arg(name="")]) -> int:
     study(settings)
     return 0
 
+
+# The commands by name, and how tyro makes flags of their arguments.
+COMMANDS = {
+    "check": _check,
+    "convert": _convert,
+    "train": _train,
+    "cross-validate": _cross_validate,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
+    "demo": _demo,
+    "example": _example,
+    "study": _study,
+}
+CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 
 if __name__ == "__main__":
     sys.exit(main())

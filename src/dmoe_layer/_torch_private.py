@@ -1,8 +1,8 @@
-"""What PyTorch has but does not promise: every private name that this package calls stands here.
+"""All private names of PyTorch that this package calls, and what happens if one is missing.
 
-Each was seen in all of PyTorch 2.8 to 2.15. Where one is gone, what needs it takes a
-slower road or raises an error that says so. (``lazy.py`` overrides three private methods of
-PyTorch's lazy modules, and says there what happens when their names change.)
+Each of them exists in all of PyTorch 2.8 to 2.15. If one is missing, the code that needs it takes a
+slower path, or raises an error that says so. (``lazy.py`` overrides three private methods of
+PyTorch's lazy modules, and says there what happens if their names change.)
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def backward_pass() -> int:
-    """The number of the backward pass that this thread is at work in, -1 outside of one.
+    """The number of the backward pass in which this thread is at work, -1 outside of one.
 
     Raises:
-        RuntimeError: PyTorch no longer tells. Guessing would record recomputed calls twice.
+        RuntimeError: PyTorch no longer tells. A guess could record recomputed calls twice.
     """
     current = getattr(torch._C, "_current_graph_task_id", None)
     if current is None:
         raise RuntimeError(
             f"routing: PyTorch {torch.__version__} does not tell which backward pass a thread is "
             "in (torch._C._current_graph_task_id), so a scope cannot tell a call from its "
-            "recompute. Use a version that README.md names, or pass layer(x, attributes)."
+            "recompute. Use a version of PyTorch that the documentation lists as tested, or pass "
+            "the attributes to the layer, layer(x, attributes)."
         )
     number: int = current()
     return number
@@ -37,8 +38,8 @@ def backward_pass() -> int:
 def in_functional_derivative(x: Tensor) -> bool:
     """Whether torch.func takes a derivative of what is done with ``x``.
 
-    Where its transforms cannot be told apart any more, all of them count: a tensor inside of one
-    has no storage of its own.
+    If its transforms can no longer be told apart, each of them counts. A tensor inside of a
+    transform has no storage of its own.
     """
     functorch = getattr(torch._C, "_functorch", None)
     stack = getattr(functorch, "get_interpreter_stack", None)
@@ -54,24 +55,24 @@ def in_functional_derivative(x: Tensor) -> bool:
 
 
 def has_onednn_linear() -> bool:
-    """Whether :func:`onednn_linear` can be called: PyTorch has oneDNN, and its operator."""
+    """Whether ``onednn_linear`` can be called: PyTorch has oneDNN, and its operator."""
     built = bool(torch.backends.mkldnn.is_available())
     return built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn_linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
-    """x·wᵀ + b by oneDNN, whose operator torch.compile's code calls."""
-    # It reads a bias as if without gaps.
+    """Computes x·wᵀ + b by oneDNN, whose operator the code of torch.compile calls."""
+    # It ignores the strides of a bias.
     b_O = None if b_O is None else b_O.contiguous()
     y_RO: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, w_OI, b_O, "none", [], "")
     return y_RO
 
 
 def constant_for_dynamo(function: Function) -> Function:
-    """Marks a function of which a compiled graph shall take the result, without tracing it.
+    """Marks a function whose result a compiled graph takes as a constant, without tracing it.
 
     ``torch.compiler.assume_constant_result`` does the same, but imports all of Dynamo and Triton.
-    Where Dynamo no longer reads the mark, it traces the function, or breaks the graph there.
+    If Dynamo no longer reads the mark, it traces the function, or breaks the graph there.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -84,24 +85,25 @@ def has_autocast(device: str) -> bool:
 
 
 def program_capture() -> object:
-    """What is turning this thread's calls into a program, None if nothing is.
+    """The capture that turns this thread's calls into a program, or None.
 
-    ``torch.jit.trace``, ``make_fx`` and, through them, ``torch.export`` and ONNX. One capture is
-    told from another by ``is``. ``torch.compile`` is none: what its program has read is guarded.
+    A capture comes from ``torch.jit.trace``, from ``make_fx`` or, through them, from
+    ``torch.export`` and ONNX. Two captures are compared by ``is``. ``torch.compile`` is no capture,
+    because it guards what its program has read.
 
     Raises:
-        RuntimeError: calls may be captured, and PyTorch no longer tells.
+        RuntimeError: Calls may be captured, but PyTorch no longer tells.
     """
     return _program_capture(torch.compiler.is_dynamo_compiling())
 
 
-@constant_for_dynamo  # which up to PyTorch 2.11 takes is_exporting() to be true for torch.compile
+@constant_for_dynamo  # Up to PyTorch 2.11 it takes is_exporting() to be true for torch.compile.
 def _program_capture(in_dynamo: bool) -> object:
     if in_dynamo:
         return "torch.export" if torch.compiler.is_exporting() else None
     if trace := getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)():
         return trace
-    # It is slow to import, and before it is nothing can be captured.
+    # The import is slow, and nothing can be captured before it.
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     if proxies is None or not _dispatches_to_python():
         return None
@@ -110,17 +112,17 @@ def _program_capture(in_dynamo: bool) -> object:
         raise RuntimeError(
             f"routing: PyTorch {torch.__version__} does not tell whether calls are captured "
             "(torch.fx.experimental.proxy_tensor.get_proxy_mode), so a scope cannot keep its "
-            "attributes out of a program. Use a version that README.md names, or pass "
-            "layer(x, attributes)."
+            "attributes out of a program. Use a version of PyTorch that the documentation lists "
+            "as tested, or pass the attributes to the layer, layer(x, attributes)."
         )
     return proxy_mode()
 
 
 def exporting() -> bool:
-    """Whether this thread's calls are being made into a program that leaves Python.
+    """Whether this thread's calls become a program that runs without Python.
 
-    By ``torch.export``, or what goes by it (``torch.onnx``, AOTInductor), or ``torch.jit.trace``.
-    ``torch.compile`` and ``make_fx`` make programs that stay where this package is.
+    ``torch.export`` makes such programs, what builds on it (``torch.onnx``, AOTInductor), and
+    ``torch.jit.trace``. Programs of ``torch.compile`` and ``make_fx`` run with this package.
     """
     return _exporting(torch.compiler.is_dynamo_compiling())
 
@@ -129,15 +131,15 @@ def exporting() -> bool:
 def _exporting(in_dynamo: bool) -> bool:
     if getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)():
         return True
-    # All threads are told that one exports.
+    # PyTorch says in all threads that one of them exports.
     return torch.compiler.is_exporting() and (in_dynamo or _dispatches_to_python())
 
 
 def assert_in_program(condition: Tensor, message: str) -> None:
-    """Makes a program that is being captured raise unless ``condition`` holds when it runs.
+    """Makes a program that is being captured raise an error if ``condition`` is false when it runs.
 
-    Exporters to ONNX leave it out, and the programs of PyTorch's that no longer has it are
-    without: what must not pass in silence needs a second hindrance.
+    An exporter to ONNX omits this check, and so does a PyTorch that no longer has the operator. An
+    error that must not pass in silence needs a second protection.
     """
     check = getattr(torch, "_assert_async", None)
     if check is not None and not torch.onnx.is_in_onnx_export():
@@ -145,10 +147,10 @@ def assert_in_program(condition: Tensor, message: str) -> None:
 
 
 def _dispatches_to_python() -> bool:
-    """Whether any mode can see this thread's calls: one of an export in another thread cannot.
+    """Whether any mode sees this thread's calls, unlike one of an export in another thread.
 
-    The modes of an export stand in a list that all threads share. Where PyTorch cannot be asked
-    any more, they count in each of them.
+    The modes of an export are in a list that all threads share. If PyTorch no longer tells, they
+    count in each thread.
     """
     included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
     keys = getattr(torch._C, "DispatchKey", None)
@@ -158,10 +160,10 @@ def _dispatches_to_python() -> bool:
 
 
 def operators_are_seen() -> bool:
-    """Whether anything sees this thread's operators as they are called.
+    """Whether anything sees the operators that this thread calls.
 
-    ``torch.jit.trace``, dispatch modes (fake tensors, ``make_fx``, FLOP counters) or torch.func.
-    Where PyTorch cannot be asked any more, they count as seen.
+    It may be ``torch.jit.trace``, a dispatch mode (fake tensors, ``make_fx``, FLOP counters) or
+    torch.func. If PyTorch no longer tells, the operators count as seen.
     """
     included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
     front = getattr(getattr(torch._C, "DispatchKey", None), "FuncTorchDynamicLayerFrontMode", None)
@@ -178,18 +180,18 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def function_of_operator(operator: Any) -> Callable[..., Any]:
-    """The Python function that a ``torch.library.custom_op`` was made of.
+    """The Python function of which a ``torch.library.custom_op`` was made.
 
-    Where PyTorch keeps it under another name, the operator itself, which costs more time.
+    If PyTorch has it under another name, this is the operator itself, which costs more time.
     """
     function: Callable[..., Any] = getattr(operator, "_init_fn", operator)
     return function
 
 
 def known_while_compiling(condition: bool) -> bool:
-    """Whether a condition on open sizes holds for all of them; no new guard comes of asking.
+    """Whether a condition on open sizes holds for all of them, without a new guard.
 
-    Where PyTorch cannot be asked any more, nothing is known.
+    If PyTorch no longer tells, nothing is known.
     """
     try:
         from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -201,7 +203,7 @@ def known_while_compiling(condition: bool) -> bool:
 def stop_being_lazy(module: nn.Module) -> None:
     """Removes the hooks by which a ``LazyModuleMixin`` waits for its first input, if it has them.
 
-    Where PyTorch keeps them under other names they stay, and each call checks its input twice.
+    If PyTorch has them under other names they stay, and each call checks its input twice.
     """
     for name in ("_initialize_hook", "_load_hook"):
         if (hook := vars(module).pop(name, None)) is not None:
@@ -209,18 +211,18 @@ def stop_being_lazy(module: nn.Module) -> None:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook, the module's or everybody's, sees what the module returns.
+    """Whether a forward hook, of this module or of all modules, sees what the module returns.
 
-    Where PyTorch keeps them under other names, one counts as there.
+    If PyTorch has the hooks under other names, the answer is yes.
     """
     everybodys = getattr(nn.modules.module, "_global_forward_hooks", True)
     return bool(getattr(module, "_forward_hooks", True)) or bool(everybodys)
 
 
 def drop_forward_hooks(module: nn.Module) -> None:
-    """Removes the forward hooks of a module and of all in it, whoever has registered them.
+    """Removes all forward hooks of a module and of the modules in it.
 
-    Where PyTorch keeps them under other names they stay.
+    If PyTorch has them under other names they stay.
     """
     for part in module.modules():
         for name in ("_forward_pre_hooks", "_forward_hooks"):

@@ -1,9 +1,9 @@
-"""The activations an expert may have, by name.
+"""The activations that an expert may have, by name.
 
-To add one: a row in ``ACTIVATIONS``, its formula in ``tests/naive.py``, its name in the docstring
-of ``DMoE``. The Triton kernels have theirs in the functions ``activate`` and ``slope`` of
-``fused/kernels/common.py``. Without a branch there, say ``fused=False``: the eager backend then
-takes every layer that has it.
+To add one, write a row in ``ACTIVATIONS``, its formula in ``tests/naive.py``, and its name in the
+docstring of ``DMoE``. The Triton kernels have theirs in the functions ``activate`` and ``slope`` of
+``fused/kernels/common.py``. If you add no branch there, set ``fused=False``. The eager backend then
+computes every layer with that activation.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Activation(NamedTuple):
     """An activation.
 
     Attributes:
-        forward: from the input z to the output, which is a tensor of its own.
-        backward: from the output's gradient, which may be overwritten, and z to the gradient of z.
-            ReLU's may be given ReLU's output for z: both are positive or neither is.
-        fused: whether the Triton kernels have it too.
-        gated: whether z is twice as wide as the output, which is then act(gate) · linear: the
+        forward: Computes the output, a new tensor, from the input z.
+        backward: Computes the gradient of z from the output's gradient, which it may overwrite,
+            and from z. ReLU's may get its output in the place of z, since both have the same sign.
+        fused: Whether the Triton kernels have it too.
+        gated: Whether z is twice as wide as the output. The output is then act(gate) · linear: the
             first half of z is the gate, the second the linear half (Shazeer, arXiv:2002.05202).
     """
 
@@ -38,12 +38,14 @@ class Activation(NamedTuple):
 
 def _quick_gelu(z: Tensor) -> Tensor:
     """z · sigmoid(1.702 · z), as in OpenAI's CLIP."""
-    return (1.702 * z).sigmoid_() * z  # not in place: autograd, where a program has it, keeps both
+    return (
+        1.702 * z
+    ).sigmoid_() * z  # Not in place, since autograd in an exported program needs both.
 
 
 def _quick_gelu_backward(dh: Tensor, z: Tensor) -> Tensor:
     s = (1.702 * z).sigmoid_()
-    # 1.702 comes last, for in fp16 1.702·z may overflow where z does not.
+    # 1.702 comes last, because in fp16 1.702·z may overflow although z does not.
     return dh.mul_((1 - s).mul_(s).mul_(z).mul_(1.702).add_(s))
 
 

@@ -1,14 +1,13 @@
-"""Router and experts in plain ATen operators: what an exported program is made of.
+"""Router and experts in plain ATen operators, of which an exported program consists.
 
-While a program is exported (``_torch_private.exporting``), a layer computes by this file in place
-of a backend's own operators, which no runtime knows but PyTorch with this package in it. Of the
-Python that stands here nothing is left then: loops are over experts and slots, whose numbers are
-fixed.
+While a program is exported (``_torch_private.exporting``), a layer computes by this file and not by
+the operators of a backend, which need this package. None of the Python in this file is left in the
+program, since its loops run over experts and slots, whose numbers are fixed.
 
-The experts have two forms. *sparse* does the work of k experts a token: each expert picks the rows
-of its tokens, whose number only the run knows. *dense* computes all experts for every token, in
-two products, with the gates of the others at zero: E/k times the work, and no shape that depends on
-data, as some compilers of exported programs want it.
+The experts have two forms. In the *sparse* form each expert picks the rows of its tokens, whose
+number depends on the data. That is the work of k experts per token. The *dense* form computes all
+experts for every token in two products, and sets the gates of the others to zero. That is E/k times
+the work, but no shape depends on the data, as some compilers of exported programs need.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from .activations import ACTIVATIONS
 from .tensors import ExpertOptions, ExpertWeights, RouterWeights, Routing
 
 FORMS = ("auto", "sparse", "dense")
-# Up to so many multiply-adds of all experts, to compute them all takes less time than to sort the
-# tokens: measured in ONNX Runtime, one thread (AVX-512), 8 experts, D = 24 and 96: dense took 53 to
-# 86 % of sparse's time up to 2**21.2, and 150 to 160 % from 2**22.2 on.
+# Up to so many multiply-adds of all experts, the dense form is faster. Measured in ONNX Runtime
+# with one thread (AVX-512), 8 experts, D = 24 and 96: dense took 53 to 86 % of the time of sparse
+# up to 2**21.2, and 150 to 160 % from 2**22.2 on.
 DENSE_MULTIPLY_ADDS = 2**21
 
 
@@ -42,7 +41,7 @@ _form = _Form()
 
 
 class expert_form(AbstractContextManager[None]):
-    """The form of the experts of a program that is exported inside: one of ``FORMS``."""
+    """A context in which programs are exported with this form of the experts, one of ``FORMS``."""
 
     def __init__(self, form: str) -> None:
         self.form, self.outer = form, "auto"
@@ -62,10 +61,10 @@ def route(
     k: int,
     seed: Tensor | None,
 ) -> tuple[Routing, Tensor]:
-    """As ``eager.router.route``; a seed says that there is noise, which the program draws itself.
+    """Computes what ``eager.router.route`` does. With a seed the program draws the noise itself.
 
-    A row that the table does not have is an index out of range. A runtime that does not look at
-    indices makes that sample's scores, and so its output, NaN.
+    A row that the table does not have is an index out of range. In a runtime that does not check
+    indices, the scores of that sample, and so its output, become NaN.
     """
     is_double = torch.float64 in (x.dtype, weights.w_A2ED.dtype)
     dtype = torch.float64 if is_double else torch.float32
@@ -94,7 +93,7 @@ def _scores(x: Tensor, rows_BN: Tensor | None, w_AED: Tensor, b_AE: Tensor) -> T
 def _ragged_scores(
     x_TD: Tensor, rows_BN: Tensor | None, counts_B: Tensor, w_AED: Tensor, b_AE: Tensor
 ) -> Tensor:
-    """Of tokens inside of a mask: by all routers, of which each token then picks its sample's."""
+    """The scores of masked tokens: all routers compute them, and each token picks its sample's."""
     if rows_BN is None:
         return _scores(x_TD, None, w_AED, b_AE)
     positions_T1 = torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
@@ -129,7 +128,7 @@ def experts(
     weights: ExpertWeights,
     options: ExpertOptions,
 ) -> Tensor:
-    """As ``eager.experts.experts``, in the form that was asked for."""
+    """Computes what ``eager.experts.experts`` does, in the chosen form."""
     dense = _form.chosen == "dense" or (
         _form.chosen == "auto" and _is_dense_better(x_TD, expert_indices_TK, weights)
     )
@@ -148,9 +147,9 @@ def experts(
 
 
 def _is_dense_better(x_TD: Tensor, indices_TK: Tensor, weights: ExpertWeights) -> bool:
-    """Where every token has all experts anyway, and where there are few tokens and narrow experts.
+    """Whether every token has all experts anyway, or tokens are few and experts are narrow.
 
-    A number of tokens that the program leaves open counts as many; so does every one of
+    A number of tokens that the program leaves open counts as many. So does every number in
     ``torch.jit.trace``, which does not say whether it stays open.
     """
     if indices_TK.shape[1] == weights.w1_EHD.shape[0]:
@@ -203,8 +202,9 @@ def _dense(
 ) -> Tensor:
     if options.seed is not None:
         raise RuntimeError(
-            "experts='dense': the model is in training mode, and its dropout acts on each expert's "
-            "output, which this form does not have. Call model.eval(), or choose experts='sparse'."
+            "experts='dense': the model is in training mode, in which dropout acts on the output "
+            "of each expert, but this form never computes the output of one expert. Call "
+            "model.eval(), or choose experts='sparse'."
         )
     w1_EHD, b1_EH, w2_EDH, b2_ED = weights
     n_experts, _, hidden = w2_EDH.shape
@@ -224,7 +224,7 @@ def _nan_where(outside_B1: Tensor, values: Tensor) -> Tensor:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Only where autocast is on: an exported program keeps the context as a block of its own."""
+    """Switches autocast off, only if it is on: the context becomes a block of the program."""
     device: Any = x.device.type
     if has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

@@ -1,4 +1,4 @@
-"""Reads and checks the attributes a user hands over, once, where they enter."""
+"""Reads and checks the attributes that a user passes, once, where they enter."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ UNKNOWN_POLICIES = ("error", "average", "learned")
 
 
 class MissingAttributesError(ValueError):
-    """A layer or router with ``attribute_sizes`` was called, and nobody said which attributes.
+    """A layer or router with ``attribute_sizes`` was called without attributes.
 
-    Open ``with routing(attributes):`` around the forward pass, or pass
-    ``layer(x, attributes=...)``. There is no default route: a sample sent through the router of
-    somebody else's attribute value would be wrong without a sign of it.
+    Open ``with routing(attributes):`` around the model's forward pass, or pass the attributes,
+    ``layer(x, attributes=...)``. There is no default value. A sample that went through the router
+    of another value would get a wrong result, and nothing would show it. This error is a
+    ``ValueError``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import DMoE, MissingAttributesError
         >>> try:
@@ -34,12 +35,11 @@ class MissingAttributesError(ValueError):
 
 
 class Attributes(NamedTuple):
-    """Attributes as a scope or an explicit call carries them to the check.
+    """Attributes on their way from a scope, or from an explicit call, to the check.
 
-    ``bounds_2N`` holds the smallest and largest value of each attribute in CPU memory, so that
-    a layer can check values that live on an accelerator without waiting for it. A scope has looked
-    for them; ``None``, as of an explicit call or where a program is exported, means that the check
-    itself must look.
+    ``bounds_2N`` holds the smallest and largest value of each attribute in CPU memory, so that a
+    layer can check values on a GPU without waiting for it. A scope has computed the bounds. If they
+    are None, as in an explicit call or while a program is exported, the check looks at the values.
     """
 
     values: Tensor
@@ -48,7 +48,7 @@ class Attributes(NamedTuple):
 
 
 def as_attributes(attributes: Any) -> Attributes:
-    """Whatever a user passes as attributes (tensor, array, list, int), as a tensor, unchecked."""
+    """Converts what a user passes (a tensor, array, list or int) to a tensor, without a check."""
     if isinstance(attributes, Attributes):
         return attributes
     if not isinstance(attributes, Tensor):
@@ -65,15 +65,15 @@ def as_attributes(attributes: Any) -> Attributes:
 
 
 def checked_copy(attributes: Any) -> Attributes:
-    """A checked copy with its bounds: the one look at the values that a scope takes.
+    """Returns a checked copy of the attributes, with their bounds, for a scope.
 
-    Copied, because a loader that reuses its buffers may write to the tensor while the scope is
-    open, and the bounds would no longer speak of the values.
+    A scope looks at the values only here. They are copied, because a data loader that reuses its
+    buffers may write to the tensor while the scope is open. The bounds would then be wrong.
 
     Raises:
-        TypeError: if they are not integers.
-        ValueError: if they have more than two dimensions, or no column, or no values to be looked
-            at, being on the meta device.
+        TypeError: The attributes are not integers.
+        ValueError: They have more than two dimensions, no column, or no values, because they are
+            on the meta device.
     """
     values = as_attributes(attributes).values.detach()
     check_form(values)
@@ -83,7 +83,7 @@ def checked_copy(attributes: Any) -> Attributes:
 
 
 def as_sizes(sizes: Any) -> tuple[int, ...] | None:
-    """``attribute_sizes`` as a user gives it, as one size for each attribute."""
+    """Converts a user's ``attribute_sizes`` to a tuple with one size for each attribute."""
     if sizes is None:
         return None
     sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
@@ -95,7 +95,7 @@ def as_sizes(sizes: Any) -> tuple[int, ...] | None:
 
 
 def per_token(values_BN: Tensor, n_tokens: int, tokens_per_sample_B: Tensor | None) -> Tensor:
-    """Each token's attributes: (T,) for one attribute, (T, n) for several."""
+    """The attributes of each token: (T,) for one attribute, (T, n) for several."""
     if tokens_per_sample_B is None:
         batch = values_BN.shape[0]
         tokens = n_tokens // max(batch, 1)
@@ -120,13 +120,13 @@ def _refuse_meta(values: Tensor) -> None:
     if values.device.type == "meta":
         raise ValueError(
             f"attributes: got shape {tuple(values.shape)} on the meta device, where tensors have "
-            "no values, and there is nothing to route by. Hand over their values, on the CPU; x "
-            "may be on any device."
+            "no values, so that there is nothing to route by. Pass attributes that are on the CPU. "
+            "x may be on any device."
         )
 
 
 def check_form(values: Tensor) -> None:
-    """Raises unless attributes are integers, (), (batch,), or (batch, n) with n of at least 1."""
+    """Raises unless attributes are integers of shape (), (batch,), or (batch, n) with n >= 1."""
     shape = tuple(values.shape)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(
@@ -147,23 +147,24 @@ def check_attributes(
     sizes: list[int] | None,
     unknown: str,
 ) -> Tensor:
-    """One row of attribute values for every sample, or an error that says why not.
+    """Returns one row of attribute values for every sample, or raises.
 
-    A program that is exported checks the values as it runs: PyTorch's raises an error, and in
-    others a wrong value comes out as ``NOWHERE``, an index out of range of every table.
+    A program that is exported checks the values as it runs. In PyTorch a wrong value raises an
+    error. In other runtimes it becomes ``NOWHERE``, an index out of range of every table.
 
     Args:
-        x: any tensor on the device where the values are wanted.
-        batch: the number of samples.
-        attributes: (), (batch,), (1,), (batch, n) or (1, n), integers.
-        bounds_2N: their smallest and largest values, on the CPU; looked up here when None, which
-            waits for a GPU that the attributes are on.
-        sizes: how many values each attribute has. None accepts any: a plain mixture of experts
-            records a scope's attributes. An empty list refuses all: it takes none of its own.
-        unknown: what -1 means; "error" refuses it.
+        x: Any tensor on the device on which the values are needed.
+        batch: The number of samples.
+        attributes: Integers of shape (), (batch,), (1,), (batch, n) or (1, n).
+        bounds_2N: Their smallest and largest values, on the CPU. With None they are computed here,
+            which waits for a GPU on which the attributes are.
+        sizes: The number of values of each attribute. None accepts any value, because a plain
+            mixture of experts only records the attributes of a scope. An empty list refuses all
+            attributes, because a plain mixture of experts takes none in a call.
+        unknown: What -1 means. "error" refuses it.
 
     Returns:
-        (batch, n) int64 on ``x``'s device.
+        (batch, n) int64 on the device of ``x``.
     """
     if exporting():
         return _check_in_program(x, batch, attributes, sizes, unknown)
@@ -193,9 +194,9 @@ def _check_attributes(
 
 @_check_attributes.register_fake
 def _(x, batch, attributes, bounds_2N, sizes, unknown):  # type: ignore[no-untyped-def]
-    # Promises the right shape even for wrong input: the error is the real operator's to raise,
-    # at run time, where it reaches the user as it is. But this is also what PyTorch runs for good
-    # where any tensor is on meta, and x's own values would then be routed by what nobody has set.
+    # Returns the right shape even for wrong input: the real operator raises the error, at run time,
+    # where it reaches the user unchanged. But PyTorch also runs this function instead of the real
+    # one if any tensor is on meta. The values of x would then be routed by numbers that nobody set.
     if attributes is not None and x.device.type != "meta":
         _refuse_meta(attributes)
     n = len(sizes) if sizes else _columns(attributes).shape[1]
@@ -204,8 +205,8 @@ def _(x, batch, attributes, bounds_2N, sizes, unknown):  # type: ignore[no-untyp
 
 _check = undispatched(_check_attributes)
 
-# In the place of a wrong value. With the rows before an attribute's own added to it, it still fits
-# into 32 bits, in which some runtimes keep indices.
+# Takes the place of a wrong value. The rows of the attributes before it are added to it, and the
+# sum still fits into 32 bits, in which some runtimes store indices.
 NOWHERE = 2**30
 
 
@@ -232,53 +233,54 @@ def _check_in_program(
 def _columns_of(
     x: Tensor, batch: int, attributes: Tensor | None, sizes: list[int] | None
 ) -> Tensor:
-    """The attributes as (batch, n) or (1, n), of any values, or an error that says why not."""
+    """Returns the attributes as (batch, n) or (1, n), whatever their values, or raises."""
     if attributes is None:
         raise MissingAttributesError(
-            f"attributes: got none, but attribute_sizes={_show(sizes)} routes by attribute. Pass "
-            "them, `layer(x, attributes=...)`, or open `with routing(attributes):` around the "
-            "forward pass of a model with DMoE layers."
+            f"attributes: got none, but a layer with attribute_sizes={_show(sizes)} routes by "
+            "attribute. Pass them, `layer(x, attributes=...)`, or open `with "
+            "routing(attributes):` around the forward pass of the model."
         )
     if sizes == []:
         raise ValueError(
-            f"attributes: got shape {tuple(attributes.shape)}, but attribute_sizes=None makes a "
-            "plain mixture of experts that does not look at them. Set attribute_sizes, or pass "
-            "none."
+            f"attributes: got shape {tuple(attributes.shape)}, but a layer with "
+            "attribute_sizes=None is a plain mixture of experts, which does not use attributes. "
+            "Set attribute_sizes, or pass no attributes."
         )
     check_form(attributes)
     values_BN = _columns(attributes)
     (rows, columns), n = values_BN.shape, None if sizes is None else len(sizes)
-    # Words stand in the branches: to write an open size is to fix it, as torch.export sees it.
+    # Texts are made inside the branches, since torch.export fixes an open size that is printed.
     if n is not None and columns != n:
         raise ValueError(
-            f"attributes: got shape {tuple(attributes.shape)}, {columns} a sample, but "
-            f"attribute_sizes={_show(sizes)} needs {n}: expected {_show_shape(batch, n)}."
+            f"attributes: got shape {tuple(attributes.shape)}, which is {columns} per sample, but "
+            f"attribute_sizes={_show(sizes)} needs {n} per sample. Expected the shape "
+            f"{_show_shape(batch, n)}."
         )
     if rows != 1 and rows != batch:
         raise ValueError(
-            f"attributes: got shape {tuple(attributes.shape)} for a batch of {batch} samples: "
-            f"expected {_show_shape(batch, columns)}, or a batch of 1 that applies to every sample."
+            f"attributes: got shape {tuple(attributes.shape)} for a batch of {batch} samples. "
+            f"Expected {_show_shape(batch, columns)}, or a batch of 1 that applies to every sample."
             f"{_likely_cause(x, batch, values_BN)}"
         )
     return values_BN
 
 
 def _likely_cause(x: Tensor, batch: int, values_BN: Tensor) -> str:
-    """What may have brought another number of rows than of attributes, and what helps."""
+    """What may have caused a different number of rows and attributes, and what helps."""
     rows, cause = values_BN.shape[0], ""
     if rows > 1 and batch > rows and batch % rows == 0:
         each = batch // rows
         cause += (
             f" {batch} is {each} x {rows}: the model may have flattened its tokens, or put windows "
-            f"of its images, into the batch axis before this layer, {each} rows a sample. Hand "
-            "each row its sample's value: routing(attributes.repeat_interleave("
-            f"{each}, dim=0)) if each sample's rows stand together; of sliding windows, "
-            "dmoe_layer.window_attributes knows the sample."
+            f"of its images, into the batch axis before this layer, {each} rows per sample. Then "
+            "pass the value of its sample for each row: routing(attributes.repeat_interleave("
+            f"{each}, dim=0)), if the rows of a sample follow each other. For sliding windows, "
+            "dmoe_layer.window_attributes finds the sample of each window."
         )
     if rows > 1 and x.ndim == 3 and x.shape[1] == rows:
         cause += (
-            f" There are {rows} tokens, as many as attributes: in a sequence-first model, (tokens, "
-            "batch, dim), DMoE(batch_dim=1) finds the samples."
+            f" There are {rows} tokens, as many as attributes. If the model is sequence-first, "
+            "(tokens, batch, dim), make the layer with DMoE(batch_dim=1)."
         )
     return cause
 
@@ -297,7 +299,7 @@ def _check_values(
         name = _name(column, len(lows))
         expected = "-1 or more" if sizes is None else f"{lowest} .. {highest}"
         meaning = (
-            f" {wrong} stands for unknown, which unknown='error' refuses: choose "
+            f" {wrong} stands for an unknown value, which unknown='error' refuses. Choose "
             "unknown='average' or unknown='learned' to allow it."
             if wrong == -1
             else ""

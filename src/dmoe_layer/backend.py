@@ -1,15 +1,15 @@
-"""Which backend computes a call, and why: the conditions stand here and nowhere else.
+"""Which backend computes a call, and why; this file holds all conditions.
 
-A backend is two functions. ``route`` scores the tokens and keeps the k best experts of each; it
-returns a Routing and a plan, which is whatever its ``experts`` needs to run the experts. To add a
-backend: a folder with two such functions, which takes its place among the rooms in pyproject.toml
-and README.md; its name in ``BACKENDS``; how to import it in ``load``; and in ``choose`` the
-conditions under which it is taken.
+A backend is two functions. ``route`` scores the tokens and selects the k best experts of each. It
+returns a Routing and a plan, which is whatever the function ``experts`` needs to run them. To add a
+backend, make a folder with two such functions, and enter it in the layers of pyproject.toml and in
+the list of modules in the documentation. Then add its name to ``BACKENDS``, its import to
+``load``, and the conditions under which it is chosen to ``choose``.
 
-``eager`` is plain PyTorch and takes everything. ``triton``, the folder ``fused``, has the router's
-top-k and dispatch and the experts' MLPs fused into kernels of its own, for what ``_obstacle`` finds
-nothing against. Both use the same parameters. They draw other noise and dropout from the same seed.
-``aten`` takes the place of either while a program is exported: none of their operators is in it.
+``eager`` is plain PyTorch, and supports every call. ``triton``, the folder ``fused``, has kernels
+for the router, the dispatch and the experts. It supports the calls for which ``_obstacle`` returns
+nothing. Both use the same parameters. From the same seed they draw different noise and dropout.
+``aten`` replaces both while a program is exported, so that the program has none of their operators.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ from .eager import experts as eager_experts
 from .eager import router as eager_router
 from .tensors import Routing
 
+__all__ = ["explain"]
+
 BACKENDS = ("auto", "eager", "triton")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_EXPERTS, MAX_K = 64, 8
-# A tile holds tokens of one sample, since each sample has a router. With few tokens a sample most
-# of a tile would be empty, and a sample's share of the router's gradient larger than its x;
-# and each program looks through the samples to find its own.
+# A tile holds tokens of one sample, since each sample has a router. If samples have few tokens,
+# most of a tile is empty, and a sample's share of the router's gradient is larger than its x. Also,
+# each program searches all samples for its own.
 MIN_TOKENS_PER_SAMPLE, MAX_SAMPLES = 16, 4096
-# Numbers of (token, slot) pairs are kept in 32 bits; what they point to may be larger.
+# Numbers of (token, slot) pairs have 32 bits. What they point to may be larger.
 MAX_PAIRS = 2**31 - 1
 
 
 class Choice(NamedTuple):
-    """The backend of a call, and the reason in words."""
+    """The backend of a call, and the reason for it as a sentence."""
 
     backend: str
     reason: str
@@ -56,7 +58,7 @@ class Backend(NamedTuple):
         route: (x, weights, rows_BN, tokens_per_sample, k, seed) -> (Routing, plan); see
             ``eager.router.route``.
         experts: (x_TD, plan, gates_TK, weights, options) -> y_TD; see ``eager.experts.experts``.
-        plans_by_routing: whether its plan is the routing's ``expert_indices``.
+        plans_by_routing: Whether its plan is the routing's ``expert_indices``.
     """
 
     route: Callable[..., tuple[Routing, Any]]
@@ -65,7 +67,7 @@ class Backend(NamedTuple):
 
 
 def load(name: str) -> Backend:
-    """The backend that :func:`choose` has named; Triton is imported only here."""
+    """Returns the backend of a name that ``choose`` gave; Triton is imported only here."""
     if name == "eager":
         return Backend(eager_router.route, eager_experts.experts, plans_by_routing=True)
     if name == "aten":
@@ -75,42 +77,54 @@ def load(name: str) -> Backend:
         from .fused import router as fused_router
 
         return Backend(fused_router.route, fused_experts.experts)
-    raise ValueError(f"backend: got {name!r}, which is none that could be loaded.")
+    raise ValueError(f"backend: got {name!r}, expected 'eager', 'aten' or 'triton'.")
 
 
 def choose(layer: Any, x: Tensor, dtype: torch.dtype) -> Choice:
-    """The backend that ``layer``, a :class:`DMoE`, takes for its tokens x (B, T, D).
+    """Chooses the backend that a DMoE uses for a call.
 
     Args:
-        dtype: what the experts compute in: x's, or autocast's.
+        layer: The layer.
+        x: Its tokens, (B, T, D).
+        dtype: The dtype in which the experts compute: that of x, or that of autocast.
 
     Raises:
-        RuntimeError: if the layer was told to use Triton, which cannot take this call.
+        RuntimeError: The layer has ``backend="triton"``, and Triton does not support this call.
     """
     check_choice("backend", layer.backend, BACKENDS)
     if exporting():
-        return Choice("aten", "a program is being exported, and may run where this package is not")
+        return Choice("aten", "a program is being exported, and may run without this package")
     if layer.backend == "eager":
-        return Choice("eager", "the layer was told to use it")
+        return Choice("eager", "the layer has backend='eager'")
     if layer.backend == "auto" and not x.is_cuda:
         return Choice("eager", f"x is on {x.device.type}, where plain PyTorch is the backend")
     obstacle = _obstacle(layer, x, dtype)
     if not obstacle:
-        return Choice("triton", "nothing stands against it")
+        return Choice("triton", "its kernels support the call")
     if layer.backend == "triton":
         raise RuntimeError(
-            f"backend='triton': {obstacle}. backend='auto' would take the eager backend."
+            f"backend='triton': {obstacle}. backend='auto' uses the eager backend for this call."
         )
     return Choice("eager", obstacle)
 
 
 def explain(layer: Any, x: Tensor) -> str:
-    """Which backend a :class:`DMoE` takes for the input x, and why; or the error of the backend.
+    """Says which backend a [`DMoE`][dmoe_layer.DMoE] uses for an input, and why.
+
+    Args:
+        layer: The layer.
+        x: An input of the layer. Nothing is computed with it.
+
+    Returns:
+        A text: the backend's name, "eager" or "triton", and the reason. If the layer has
+            ``backend="triton"`` and the kernels do not support this call, the text begins with
+            "error" and says why.
 
     Raises:
-        ValueError, TypeError: for input that the layer refuses whatever its backend.
+        ValueError: The layer refuses the shape or the device of x, whatever the backend.
+        TypeError: The layer refuses the dtype of x, whatever the backend.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import DMoE
         >>> from dmoe_layer.backend import explain
@@ -131,17 +145,17 @@ def explain(layer: Any, x: Tensor) -> str:
 
 
 def _kernels_for(dim: int, dtype: torch.dtype, activation: str) -> str:
-    """Which of the Triton kernels compute experts of this width, in words."""
+    """Says which of the Triton kernels compute experts of this width."""
     from .fused.narrow import fuses_backward, fuses_forward
 
     if not fuses_forward(dim, dtype, activation):
-        return f"D = {dim} is wide, grouped matrix products with the hidden layer between them"
-    but = "" if fuses_backward(dim, dtype, activation) else " but in backward"
-    return f"D = {dim} is narrow, the hidden layer stays in registers{but}"
+        return f"D = {dim} is wide, so that grouped matrix products compute the two layers"
+    but = "" if fuses_backward(dim, dtype, activation) else ", except in backward"
+    return f"D = {dim} is narrow, so that the hidden layer stays in registers{but}"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for, if it is on. Like PyTorch's own, it leaves fp64 alone."""
+    """The dtype of autocast, if it is on. As in PyTorch's own operators, fp64 stays fp64."""
     device = x.device.type
     if x.dtype == torch.float64 or not has_autocast(device):
         return None
@@ -149,7 +163,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
-    """What keeps the kernels from taking the call, in words; empty if nothing does."""
+    """Says why the kernels do not support the call; empty if they do."""
     if machine := _obstacle_of_machine(x_BTD.device.type, x_BTD.device.index or 0):
         return machine
     for what, given in (
@@ -159,23 +173,28 @@ def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
         ("autocast", dtype),
     ):
         if given not in DTYPES:
-            return f"{what}: {given}; the kernels take {', '.join(map(str, DTYPES))}"
+            return f"{what}: {given}, but the kernels take only {', '.join(map(str, DTYPES))}"
     if not ACTIVATIONS[layer.activation].fused:
-        return f"activation is {layer.activation}, which the kernels do not have"
+        return f"activation is {layer.activation}, which the kernels do not support"
     if layer.n_experts > MAX_EXPERTS:
-        return f"n_experts is {layer.n_experts}; the kernels take up to {MAX_EXPERTS}"
+        return f"n_experts is {layer.n_experts}, but the kernels take at most {MAX_EXPERTS}"
     if layer.k > MAX_K:
-        return f"k is {layer.k}; the kernels take up to {MAX_K}"
+        return f"k is {layer.k}, but the kernels take at most {MAX_K}"
     samples, tokens = x_BTD.shape[:2]
     if samples * tokens * layer.k > MAX_PAIRS:
-        return f"{samples * tokens} tokens with k = {layer.k}; the kernels take 2³¹ - 1 pairs"
+        return (
+            f"{samples * tokens} tokens times k = {layer.k} is more than the kernels take, 2³¹ - 1"
+        )
     if layer.attribute_sizes is None:
         return ""
     if samples > MAX_SAMPLES:
-        return f"{samples} samples; with attributes the kernels take up to {MAX_SAMPLES}"
+        return (
+            f"the batch has {samples} samples, but with attributes the kernels take at most "
+            f"{MAX_SAMPLES}"
+        )
     if tokens < MIN_TOKENS_PER_SAMPLE:
         return (
-            f"{tokens} tokens a sample; with attributes the kernels take at least "
+            f"a sample has {tokens} tokens, but with attributes the kernels need at least "
             f"{MIN_TOKENS_PER_SAMPLE}"
         )
     return ""
@@ -190,10 +209,11 @@ def _obstacle_of_machine(device: str, index: int) -> str:
     if triton.knobs.runtime.interpret:
         return ""
     if device != "cuda":
-        return f"x is on {device}; the kernels need a GPU"
+        return f"x is on {device}, but the kernels need a GPU"
     if torch.version.hip is not None:
-        return "ROCm; the kernels are written for NVIDIA's GPUs"
+        return "PyTorch was built for ROCm, but the kernels need an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
-        return f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+        major, minor = capability
+        return f"the GPU has compute capability {major}.{minor}, but the kernels need 8.0"
     return ""

@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors say which one, what came and what was expected."""
+"""Checks of arguments; their errors name the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_device(x: Tensor, parameter: Tensor, owner: str) -> None:
-    """Raises unless ``x`` is where the parameter is: operators of our own do not look."""
+    """Raises unless ``x`` is on the parameter's device, which this package's operators need."""
     if x.device != parameter.device:
         raise ValueError(
-            f"x: is on {x.device}, but the {owner}'s parameters are on {parameter.device}. Move "
-            "one with .to(device); parameters on meta must be loaded first."
+            f"x: got a tensor on {x.device}, but the {owner}'s parameters are on "
+            f"{parameter.device}. Move one of them with .to(device). Parameters on meta have no "
+            "values, and must be loaded first."
         )
 
 
 def check_is_no_proxy(x: Any) -> None:
-    """Raises for what ``torch.fx.symbolic_trace`` hands a layer in the place of a tensor."""
+    """Raises for a proxy, which ``torch.fx.symbolic_trace`` passes in the place of a tensor."""
     if isinstance(x, torch.fx.Proxy):
         raise TypeError(
-            "x: got a torch.fx.Proxy: what a DMoE does depends on values, which a symbolic trace "
-            "does not have. Use torch.export, or keep the layer whole: a torch.fx.Tracer whose "
-            "is_leaf_module says so of every DMoE."
+            "x: got a torch.fx.Proxy, but what a DMoE does depends on values, which a symbolic "
+            "trace does not have. Use torch.export, or a torch.fx.Tracer whose is_leaf_module "
+            "returns True for every DMoE."
         )
 
 
 def describe(value: Any) -> str:
-    """What came, in an error's words."""
+    """Describes the value that an argument had, for the text of an error."""
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     return f"{value!r:.60} ({type(value).__name__})"

@@ -1,4 +1,4 @@
-"""Dropout that backward can draw again from a seed, and that costs little on a CPU."""
+"""Dropout that backward can draw again from a seed, and that is fast on a CPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .operators import seeded_generator
 
 
 def in_steps(p: float, seed: Tensor | None) -> tuple[int, float]:
-    """How many of 65536 steps are dropped, and the scale of what is kept. Without a seed: none."""
+    """How many of 65536 steps are dropped (none without a seed), and the scale of the others."""
     dropped = 0 if seed is None else round(p * 2**16)
-    # Of p = 1 nothing is left to scale.
+    # With p = 1 nothing is left to scale.
     return dropped, 2**16 / (2**16 - dropped) if dropped < 2**16 else 1.0
 
 
@@ -24,12 +24,12 @@ _ENTRIES = 2**18
 
 
 class Dropout:
-    """Zeroes entries of block after block of rows, the same ones whenever the seed is the same.
+    """Sets entries of block after block of rows to zero: the same entries for the same seed.
 
-    A random int64 holds four 16-bit numbers, each compared with a threshold: a tenth of the time
-    of ``F.dropout``, which draws a float an entry. The price: p is rounded to 1/65536, and
-    ``scale`` makes up for the p that is really used. To scale what is kept is left to the caller,
-    who has a factor for each row anyway: the gate.
+    A random int64 gives four 16-bit numbers, and each is compared with a threshold. This takes a
+    tenth of the time of ``F.dropout``, which draws a float for each entry. In return p is rounded
+    to a multiple of 1/65536, and ``scale`` belongs to the rounded p. The caller multiplies by
+    ``scale``, since it multiplies each row by a gate anyway.
     """
 
     def __init__(self, p: float, seed: Tensor | None, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Dropout:
         self._kept = torch.empty(0, device=device)
 
     def __call__(self, rows_RD: Tensor) -> Tensor:
-        """Zeroes in place; the rows stand without gaps."""
+        """Sets entries to zero in place; the rows must be contiguous."""
         if self._draw is None:
             return rows_RD
         if self.all_dropped:
@@ -57,9 +57,9 @@ class Dropout:
 
 
 def _words(seed: Tensor, device: torch.device) -> Callable[[int], Tensor]:
-    """Draws so many random int64, and then the next ones."""
+    """Returns a function that draws a number of random int64, and then the next ones."""
     if device.type == "cpu":
-        # In half of the time of PyTorch's generator, which is one thread's work too.
+        # It takes half of the time of PyTorch's generator, which uses one thread too.
         raw = np.random.SFC64(int(seed)).random_raw
         return lambda words: torch.from_numpy(raw(words).view(np.int64))
     generator = seeded_generator(device, seed)

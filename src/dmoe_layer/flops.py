@@ -1,7 +1,7 @@
-"""FLOP formulas of the layer's operators: by them torch.utils.flop_counter sees what they compute.
+"""FLOP formulas of the layer's operators, for torch.utils.flop_counter.
 
-As for PyTorch's own operators a multiply-add is two, and what backward computes again is none.
-Softmax, noise, activations, padding and tokens outside of a mask are not counted either.
+A multiply-add counts as two, as in the formulas of PyTorch's own operators. What backward computes
+again does not count. Neither do softmax, noise, activations, padding and tokens outside of a mask.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from .backend import load
 
 COUNTER = "torch.utils.flop_counter"
-# By the operator's name. Instead of tensors, a formula is handed their shapes.
+# Formulas by the operator's name. A formula gets the shapes of the tensors.
 FORMULAS: dict[str, Callable[..., int]] = {}
 
 
@@ -33,7 +33,7 @@ def _formula_of(operator: str) -> Callable[[Callable[..., int]], Callable[..., i
 
 @_formula_of("router_logits")
 def _router(x, w_A2ED, b, rows, counts, seed, **_):  # type: ignore[no-untyped-def]
-    """Every token times its clean router and, with a seed, times its noise router."""
+    """A product of every token with its clean router and, with a seed, with its noise router."""
     return 2 * prod(x) * w_A2ED[2] * (1 if seed is None else 2)
 
 
@@ -53,9 +53,9 @@ def _(dlogits, dgates, chosen, gates, slopes, *inputs, **_):  # type: ignore[no-
 
 
 def _products(gates_TK: Sequence[int], *weights: Sequence[int]) -> int:
-    """Every (token, slot) pair times one expert's part of each of these weights.
+    """A product of every (token, slot) pair with one expert's part of each of these weights.
 
-    Of gated experts w1 has the gate's rows too.
+    For gated experts w1 has the rows of the gate too.
     """
     return 2 * prod(gates_TK) * sum(prod(shape[1:]) for shape in weights)
 
@@ -73,7 +73,7 @@ def _(x, order, offsets, tiles, gates, w1, b1, w2, *options, **_):  # type: igno
 @_formula_of("experts_backward")
 def _(dy, z, x, indices, gates, w1, b1, w2, *options, **_):  # type: ignore[no-untyped-def]
     of_x, _, of_w1, _, of_w2, _ = options[-1]
-    # The hidden layer's gradient always, then what is wanted of x's, w1's and w2's.
+    # The gradient of the hidden layer, and those of x, w1 and w2 that are needed.
     return _products(gates, w2, *[w1] * of_x, *[w1] * of_w1, *[w2] * of_w2)
 
 
@@ -84,8 +84,8 @@ def _(dy, hidden, x, order, offsets, tiles, gates, w1, b1, w2, *options, **_):  
 
 
 def _register(counter: ModuleType) -> None:
-    """Tells a counter all formulas, also of kernels that its first call would come to load."""
-    with contextlib.suppress(Exception):  # whatever they lack: they are not there to be counted
+    """Registers all formulas at a counter, also those of kernels that are not loaded yet."""
+    with contextlib.suppress(Exception):  # If the kernels cannot be loaded, none will be counted.
         load("triton")
     for name, formula in FORMULAS.items():
         if (operator := getattr(torch.ops.dmoe_layer, name, None)) is not None:
@@ -93,7 +93,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Loader(Loader):
-    """Loads the counter as its own loader does, and tells it the formulas."""
+    """Loads the counter as its own loader does, and registers the formulas."""
 
     def __init__(self, own: Loader) -> None:
         self.own = own

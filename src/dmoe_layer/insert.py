@@ -1,4 +1,4 @@
-"""insert_after: puts experts behind modules of a model of somebody else, such as a U-Net."""
+"""insert_after: puts DMoE layers behind modules of an existing model, such as a U-Net."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ _CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-# By these a forward of one's own may run all children, and so a new one, one after another.
+# A forward method that uses one of these may run all children in turn, and so the new one too.
 _CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
-# Of the image that a copy on meta is tried with. It costs nothing there, and leaves more than one
-# pixel after six halvings, which instance norms ask for.
+# The side of the image on which a copy on meta is tried. A large image costs nothing there, and
+# after six halvings it still has more than one pixel, as instance norms need.
 _SIDE = 128
 
 
 class Inserted(NamedTuple):
-    """What :func:`insert_after` has done.
+    """The result of [`insert_after`][], a tuple ``(names, undo)``.
 
-    ``names`` are the new layers', such as "encoder.stages.0.moe". ``undo()`` takes them out again
-    and leaves the model with the modules, hooks and parameters that it had; a second call does
-    nothing. It is about this model, not about copies of it.
+    Attributes:
+        names: The names of the new layers, such as "encoder.stages.0.moe".
+        undo: A function without arguments that removes the layers again. The model then has the
+            modules, hooks and parameters that it had before. A second call does nothing. The
+            function changes this model, and no copies of it.
     """
 
     names: list[str]
@@ -46,48 +48,57 @@ class Inserted(NamedTuple):
 
 class _Trial(NamedTuple):
     output: Tensor
-    runs_layer: bool  # as it runs all of its children, so that no hook has to
+    runs_layer: bool  # The module runs all of its children, so that no hook is needed.
 
 
 def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options: Any) -> Inserted:
-    """Puts a residual :class:`DMoE` behind each matching module of ``model``, in place.
+    """Puts a residual [`DMoE`][] behind each matching module of ``model``, in place.
 
-    This is the paper's placement, for convolutional networks above all: every pixel or voxel of
-    the module's output (B, C, ...) is a token, and the experts' answer is added to it. Modules,
-    parameters and hooks keep their names and places; the layer is the matched module's child
-    ``moe``. It is run by a forward hook, after those that are there, and handed the keyword
-    ``mask=`` if the module is called with one. ``nn.Sequential`` runs it as its last child. The
-    model must call the module itself: behind one whose parts it calls one by one no experts run.
+    This is the placement of the paper (Oh et al., ICML 2025,
+    [arXiv:2502.00619](https://arxiv.org/abs/2502.00619)), and it suits convolutional networks.
+    Every pixel or voxel of the module's output (B, C, ...) is a token, and the layer adds the
+    experts' output to it. Either all matching modules get a layer or, if one cannot, none of them.
 
-    Each layer takes its device, dtype and train/eval state from the module before it, and its
-    width from a trial: a copy on "meta" is given an image of as many channels as the module's
-    first convolution takes. Where that cannot be done (no convolution, or a second input) the
-    layer learns its width at the first call: run the model once before you make an optimizer of
-    its parameters or wrap it for distributed training. The new parameters require gradients even
-    where the module's are frozen. A module that stands in several places gets one layer. Either
-    all matching modules get a layer or, if one cannot, none. Models that torch.compile has compiled
-    are compiled once more, since they do not see new hooks.
+    The layer becomes the child ``moe`` of the matching module. All modules, parameters and hooks
+    that were there keep their names. A forward hook runs the layer, after the other hooks. If the
+    model calls the module with the keyword ``mask=``, the layer gets that mask. An
+    ``nn.Sequential`` runs the layer as its last child.
+
+    **What you should know.**
+
+    - The model must call the matching module itself. If it calls only the parts of that module, the
+      layer never runs.
+    - Each layer takes its device, dtype and train/eval state from its module. It takes its width
+      from a trial: a copy of the module on the "meta" device runs on an image that has as many
+      channels as the module's first convolution takes.
+    - If the trial is not possible, because there is no convolution or a second input, the layer
+      learns its width at its first call. Then run the model once before you pass its parameters to
+      an optimizer, or wrap it for distributed training.
+    - The new parameters require gradients even if those of the module are frozen.
+    - A module that occurs in several places of the model gets one layer.
+    - Models that torch.compile has compiled are compiled again, because they do not see new hooks.
 
     Args:
-        model: any module.
-        pattern: a glob on the names that ``model.named_modules()`` gives, or a predicate
-            ``(name, module) -> bool`` or ``(module) -> bool``. ``*`` matches dots too, and a
-            match inside a match is left out: "encoder.stages.*" is one layer a stage.
-        options: further arguments of :class:`DMoE`, such as ``attribute_sizes``, or
-            ``zero_init=True``, with which the model's output is at first what it was.
-            ``residual=True`` and ``channel_dim=1`` unless given here.
+        model: Any module.
+        pattern: Behind which modules to put a layer: a glob on the names that
+            ``model.named_modules()`` gives, or a function ``(name, module) -> bool`` or
+            ``(module) -> bool``. In a glob, ``*`` matches dots too. A match inside another match
+            is ignored, so that "encoder.stages.*" gives one layer for each stage.
+        **options: Further arguments of [`DMoE`][], such as ``attribute_sizes``. Here
+            ``residual=True`` and ``channel_dim=1`` are the defaults. With ``zero_init=True`` the
+            model's output does not change at first.
 
     Returns:
-        The names of the new layers, and a function that takes them out: ``(names, undo)``.
+        The names of the new layers, and a function that removes them: ``(names, undo)``.
 
     Raises:
-        ValueError: if nothing matches (naming what could have), or if a matching module is of a
-            kind that is never called, as ``nn.ModuleList``, returns anything but one tensor, or
-            has a ``moe``.
-        TypeError: for a model, pattern or option of another kind; and, when the model is run, for
-            a module that was not tried here and does not return one tensor.
+        ValueError: No module matches, and the error suggests names. Or a matching module is never
+            called itself (such as an ``nn.ModuleList``), does not return one tensor, or already
+            has a child ``moe``.
+        TypeError: An argument has the wrong type. When the model runs, a layer raises this error
+            if its module was not tried here and does not return one tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from dmoe_layer import insert_after, routing
@@ -98,8 +109,6 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
         >>> with routing(torch.tensor([0, 2])):
         ...     model(torch.randn(2, 1, 16, 16)).shape
         torch.Size([2, 2, 14, 14])
-
-    The placement is that of Oh et al., ICML 2025 (arXiv:2502.00619).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
@@ -117,7 +126,7 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             names.append(f"{name}.moe")
-    with contextlib.ExitStack() as stack:  # should one fail, those before it are taken out again
+    with contextlib.ExitStack() as stack:  # If one fails, those before it are removed again.
         stack.callback(_forget_compiled)
         for module, (layer, runs_layer) in layers.items():
             stack.callback(_take_out, module, hasattr(module, "moe"))
@@ -131,7 +140,7 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
 
 
 def _take_out(module: nn.Module, place_was_kept: bool) -> None:
-    """Takes out the layer, or what has come in its place since."""
+    """Removes the layer, or what has replaced it since."""
     if place_was_kept:
         module.register_module("moe", None)
     else:
@@ -139,9 +148,9 @@ def _take_out(module: nn.Module, place_was_kept: bool) -> None:
 
 
 def add_experts(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor:
-    """The forward hook of a module that experts follow.
+    """The forward hook of a module that a layer follows.
 
-    A function that holds nothing: it is copied and pickled with the module, by this name.
+    It is a function without state, so that it is copied and pickled with the module, by this name.
     """
     if not isinstance(output, Tensor):
         raise TypeError(f"{_returned(module, output)}.")
@@ -150,25 +159,26 @@ def add_experts(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> 
 
 
 def _check(module: nn.Module) -> None:
-    """Raises unless experts can follow the module, as far as can be seen without running it."""
+    """Raises if a layer cannot follow the module, as far as this shows without running it."""
     kind = type(module).__name__
     if isinstance(module, DMoE):
-        raise ValueError("is a DMoE itself; match the modules that are not.")
+        raise ValueError("this module is a DMoE itself. Match only modules that are not.")
     if type(module).forward is nn.Module.forward:
         raise ValueError(
-            f"is of the kind {kind}, which holds modules and is never called itself; match those "
-            "that it holds."
+            f"this module is a {kind}, which holds modules and is never called itself. Match the "
+            "modules that it holds."
         )
     free = "moe" not in vars(module) and not hasattr(type(module), "moe")
     if getattr(module, "moe", None) is not None or not free:
         raise ValueError(
-            f"has an attribute 'moe' already ({type(module.moe).__name__}), which is the new "
-            "layer's name; match modules that have none, or undo the insertion that put it there."
+            f"this module has an attribute 'moe' already ({type(module.moe).__name__}), which is "
+            "the name of the new layer. Match only modules that have none, or undo the insertion "
+            "that put it there."
         )
 
 
 def _make_layer(model: nn.Module, module: nn.Module, options: dict[str, Any]) -> tuple[DMoE, bool]:
-    """The layer that follows the module, and whether the module runs it without a hook."""
+    """Makes the layer; says whether the module runs it without a hook."""
     trial = _try_on_meta(module)
     width = None
     if trial is None:
@@ -180,7 +190,7 @@ def _make_layer(model: nn.Module, module: nn.Module, options: dict[str, Any]) ->
     else:
         runs_layer = trial.runs_layer
         channel_dim = options.get("channel_dim", 1)
-        with contextlib.suppress(IndexError, TypeError):  # for DMoE to complain of
+        with contextlib.suppress(IndexError, TypeError):  # DMoE raises a better error.
             width = trial.output.shape[channel_dim]
     parameters = itertools.chain(module.parameters(), model.parameters())
     like = next((p for p in parameters if p.is_floating_point()), None)
@@ -190,10 +200,10 @@ def _make_layer(model: nn.Module, module: nn.Module, options: dict[str, Any]) ->
 
 
 def _try_on_meta(module: nn.Module) -> _Trial | None:
-    """What a copy of the module gives for an image; None where it cannot be run on one.
+    """Runs a copy of the module on an image; returns None if that is not possible.
 
     Raises:
-        ValueError: it gives no single tensor, or does something behind the place of the layer.
+        ValueError: It does not return one tensor, or it does something after the layer.
     """
     convolution = next((m for m in module.modules() if isinstance(m, _CONVOLUTIONS)), None)
     if convolution is None:
@@ -208,18 +218,18 @@ def _try_on_meta(module: nn.Module) -> _Trial | None:
         x = convolution.weight.new_empty((2, convolution.in_channels, *sides), device="meta")
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             output = twin(x)
-    except Exception:  # of whatever kind: the module is another's
+    except Exception:  # The module may raise anything.
         return None
     if not isinstance(output, Tensor):
-        raise ValueError(f"{_returned(module, output)}; match a module that does.")
+        raise ValueError(f"{_returned(module, output)}. Match a module that returns one tensor.")
     if ran and output is not ran[0]:
         raise ValueError(_runs_children(module))
     return _Trial(output, bool(ran))
 
 
 def _copy_on_meta(module: nn.Module) -> nn.Module:
-    """A copy in evaluation whose tensors hold no numbers, and without the user's hooks."""
-    # What its memo holds, deepcopy takes for copied.
+    """A copy in eval mode whose tensors hold no numbers, without the user's hooks."""
+    # deepcopy does not copy what its memo holds already.
     memo: dict[int, Any] = {}
     for part in module.modules():
         parameters, buffers = part.parameters(recurse=False), part.buffers(recurse=False)
@@ -234,29 +244,30 @@ def _copy_on_meta(module: nn.Module) -> nn.Module:
 
 
 def _forget_compiled() -> None:
-    """Has compiled models compiled again: Dynamo does not look whether a module has a new hook."""
+    """Makes compiled models compile again, because Dynamo does not notice new hooks."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
 def _returned(module: nn.Module, output: Any) -> str:
     return (
-        f"insert_after: {type(module).__name__} returned {type(output).__name__}, and experts can "
-        "follow one tensor alone"
+        f"insert_after: {type(module).__name__} returned {type(output).__name__}, but a layer can "
+        "only follow a module that returns one tensor"
     )
 
 
 def _runs_children(module: nn.Module) -> str:
     return (
-        f"{type(module).__name__} runs its children by a forward of its own, and so would run the "
-        "experts among them, not behind it; match a module around it, or one that it holds."
+        f"{type(module).__name__} runs its children by a forward method of its own, and so would "
+        "run the layer among them and not behind it. Match a module around it, or one that it "
+        "holds."
     )
 
 
 def _hint(model: nn.Module, pattern: Any, named: list[tuple[str, nn.Module]]) -> str:
-    """What was perhaps meant: names of a similar spelling, of modules that experts can follow."""
+    """Names modules of a similar name that a layer can follow."""
     if as_predicate(pattern)("", model):
-        return " Only the model itself does; experts can follow the modules that it holds."
+        return " Only the model itself matches. A layer can follow the modules that it holds."
     possible = []
     for name, module in named:
         with contextlib.suppress(ValueError):

@@ -1,9 +1,10 @@
 """DMoE, the layer: a mixture of expert MLPs whose router knows the sample's attribute.
 
-Shape letters, here and everywhere: B batch, T tokens, D features, H hidden, E experts, K experts
-a token, R (token, slot) pairs sorted by expert, A attribute values and so routers, N attributes a
-sample. Where they are needed: C tokens of a chunk, X rows of a buffer, I and O what goes into a
-product and comes out.
+A suffix of a tensor's name gives its shape. The letters mean the same in the whole package:
+B samples, T tokens, D features, H hidden units, E experts, K experts of a token, R pairs of a token
+and one of its experts (sorted by expert), A attribute values (each has a router), N attributes of a
+sample. Some files need more: C tokens of a chunk, X rows of a buffer, I the inputs and O the
+outputs of a product.
 """
 
 from __future__ import annotations
@@ -38,53 +39,81 @@ if TYPE_CHECKING:
 
 
 class DMoE(LazyDim):
-    """Distribution-aware mixture of experts: a drop-in for a transformer's or U-Net's MLP.
+    """A mixture of expert MLPs whose router knows each sample's attribute (dMoE).
 
-    For a token x of a sample whose attribute has value a (Oh et al., ICML 2025,
-    arXiv:2502.00619)::
+    The layer takes the place of an MLP in a transformer or a U-Net. An *expert* is one small MLP of
+    this layer. The *router* scores all experts for each token, and sends the token to the ``k``
+    experts with the highest scores (top-k routing). An *attribute* is a fact about a whole sample,
+    such as its site or its patient's age group, given as an integer. Each attribute value has a
+    router of its own. All values share the experts.
 
-        y = Σ_i K_i(x) · Expert_i(x)        K: the k gates of a's own router (AttributeRouter)
-        Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2)
+    For a token x of a sample whose attribute has the value a, the layer computes (Oh et al., ICML
+    2025, [arXiv:2502.00619](https://arxiv.org/abs/2502.00619)):
 
-    All attribute values share the experts. The defaults are the paper's, except for the
-    placement: there the layer is added to the block's output (``residual=True``), here it takes
-    an MLP's place and the host block adds its own residual.
+        y           = Σ_i K_i(x) · Expert_i(x)
+        Expert_i(x) = Dropout(w2_i · act(w1_i · x + b1_i) + b2_i)
+
+    The gate K_i(x) of expert i comes from the router of a; [`AttributeRouter`][] has its formula.
+
+    All defaults but one are the paper's. The paper adds the layer's output to that of a whole
+    block (``residual=True``). By default this layer replaces an MLP, and the block around it adds
+    its own residual.
 
     Args:
-        dim: width D of a token; None learns it from the first input or a state_dict. Deep copies
-            of such a layer start with equal weights, as deep copies of any layer do.
-        n_experts: E.
-        k: experts a token.
-        attribute_sizes: None (one router for all: a plain mixture of experts), an int (one
-            attribute with that many values) or a tuple (several attributes).
-        unknown: what the attribute value -1 does: "error", "average" or "learned".
-        hidden_dim: width H inside an expert; None for 4·dim.
-        activation: "relu", "gelu", "gelu_tanh", "quick_gelu" (OpenAI CLIP's) or "silu"; or gated,
-            act(gate) · linear in place of act: "swiglu", "geglu" or "geglu_tanh".
-        bias: whether the experts have biases; the router keeps its own.
-        dropout: probability of zeroing an entry of an expert's output in training, rounded to
-            1/65536. It is kept in the ``nn.Dropout`` named ``dropout``, whose ``p`` and
-            ``training`` count: ``layer.dropout.train()`` alone gives Monte Carlo dropout.
-        noise: when the router's scores are noisy: "train", "always" (what the paper's released
-            code does) or "never".
-        residual: adds x to the output.
-        zero_init: starts w2 and b2 at zero, so that the layer adds nothing at first.
-        channel_dim: the axis of x that holds D: 1 for (B, C, H, W) and (B, C, D, H, W).
-        batch_dim: the axis of x that holds the samples: 1 for sequence-first models, (T, B, D).
-        backend: "eager" (plain PyTorch, any device and dtype), "triton" (fused kernels; raises
-            where they cannot take the call) or "auto": Triton on a GPU where it can take the
-            call, else eager. ``dmoe_layer.backend.explain(layer, x)`` says which and why.
-        device, dtype: of the parameters.
+        dim: The width D of a token. If it is None, the layer learns its width from the first input
+            or from a state_dict. Deep copies of a layer that does not know its width yet start
+            with equal weights, as deep copies of any layer do.
+        n_experts: The number of experts, E.
+        k: The number of experts to which each token goes.
+        attribute_sizes: The number of values of each attribute. An int stands for one attribute
+            with that many values, and a tuple for several attributes. None gives one router for
+            all samples, which is a plain mixture of experts.
+        unknown: What the layer does with the attribute value -1, which stands for "unknown".
+            "error" raises an error. "average" averages the scores of that attribute's routers.
+            "learned" gives the unknown value a router of its own.
+        hidden_dim: The width H of the hidden layer of an expert. None stands for 4·D.
+        activation: The activation of an expert: "relu", "gelu", "gelu_tanh", "quick_gelu" (that of
+            OpenAI's CLIP) or "silu". "swiglu", "geglu" and "geglu_tanh" are gated: they compute
+            act(gate) · linear from two halves of a first layer that is twice as wide.
+        bias: Whether the experts have biases. The router always has biases.
+        dropout: The probability with which training sets an entry of an expert's output to zero.
+            It is rounded to a multiple of 1/65536. The layer reads it from its ``nn.Dropout``
+            named ``dropout``, whose ``p`` and ``training`` may be changed later. For example,
+            ``layer.dropout.train()`` gives Monte Carlo dropout.
+        noise: When the router adds noise to its scores: "train" (in training only), "always" (as
+            the paper's released code does) or "never".
+        residual: Whether the layer adds x to its output.
+        zero_init: Whether w2 and b2 start at zero, so that the experts' output is zero at first.
+        channel_dim: The axis of x along which the D features of a token lie. It is 1 for
+            (B, C, H, W) and (B, C, D, H, W).
+        batch_dim: The axis of x along which the samples lie. It is 1 for a sequence-first model,
+            whose tensors are (tokens, batch, D).
+        backend: What computes the layer. "eager" is plain PyTorch and runs on every device and
+            dtype. "triton" uses fused GPU kernels, and raises an error for a call that they do not
+            support. "auto" takes Triton on a GPU where it supports the call, and eager elsewhere.
+            [`explain`][dmoe_layer.backend.explain] says which one a call takes, and why.
+        device: The device of the parameters.
+        dtype: The floating-point dtype of the parameters.
 
-    Parameters, one tensor for all experts, so that an idle expert still gets a zero gradient:
-        w1_EHD (E, H, D), w1_bias (E, H), w2_EDH (E, D, H), w2_bias (E, D), and the router's. If
-        gated, w1_EHD is (E, 2H, D) and its bias (E, 2H): H rows of the gate, then H of the linear
-        half.
+    Attributes:
+        dim: The width D of a token, or None as long as the layer does not know it.
+        w1_EHD: The first weights of all experts, (E, H, D). Gated experts have (E, 2H, D): first
+            the H rows of the gate, then the H rows of the linear half.
+        w1_bias: The first biases of all experts, (E, H), or (E, 2H) if gated. None without biases.
+        w2_EDH: The second weights of all experts, (E, D, H).
+        w2_bias: The second biases of all experts, (E, D). None without biases.
+        router: The [`AttributeRouter`][].
+        dropout: The ``nn.Dropout`` that holds the dropout's probability.
+
+    One tensor holds the weights of all experts. So an expert that no token went to still gets a
+    gradient, which is zero, and distributed training does not stall.
 
     Raises:
-        ValueError, TypeError: for options that do not fit, at construction.
+        ValueError: An option is out of range, or two options do not fit together. The error comes
+            at construction.
+        TypeError: An option has the wrong type. The error comes at construction.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import DMoE
         >>> layer = DMoE(n_experts=8, k=2, attribute_sizes=3)
@@ -147,7 +176,7 @@ class DMoE(LazyDim):
         self.hidden_dim, self.activation, self.use_bias = hidden_dim, activation, bias
         self.residual, self.zero_init = residual, zero_init
         self.channel_dim, self.batch_dim, self.backend = channel_dim, batch_dim, backend
-        # A module, so that what looks for dropout finds it; the backends draw it.
+        # A module, so that code that looks for dropout finds it. The backends draw the dropout.
         self.dropout = nn.Dropout(float(dropout))
         self.router = AttributeRouter(
             dim,
@@ -168,26 +197,32 @@ class DMoE(LazyDim):
 
     @classmethod
     def from_mlp(cls, mlp: nn.Module, n_experts: int = 8, k: int = 2, **options: Any) -> Self:
-        """Upcycling: a layer whose every expert starts as ``mlp``.
+        """Makes a layer in which every expert starts as a copy of ``mlp`` (upcycling).
 
-        In eval mode its output equals the MLP's whatever is routed where, since gates sum to 1
-        (Komatsuzaki et al., arXiv:2212.05055). Width, biases, activation, dropout rate, device,
-        dtype and train/eval state are the MLP's. An MLP with a dropout after its activation
-        loses that one: an expert has one dropout, at its end.
+        In eval mode the new layer's output equals the MLP's for every token, because the gates of
+        a token sum to 1 (Komatsuzaki et al.,
+        [arXiv:2212.05055](https://arxiv.org/abs/2212.05055)). The layer takes its width, biases,
+        activation, dropout rate, device, dtype and train/eval state from the MLP. An expert has
+        one dropout, at its end. If the MLP also has a dropout behind its activation, the layer
+        drops that one.
 
         Args:
-            mlp: a block D -> H -> D with one of the known activations between its linear layers:
-                two, or of a gated MLP two or three. They are ``nn.Linear``, Hugging Face's
-                ``Conv1D``, or convolutions of size 1, for which ``channel_dim`` is 1.
-            n_experts: E.
-            k: experts a token.
-            options: further arguments of :class:`DMoE`; ``dropout`` replaces the MLP's.
+            mlp: A block D -> H -> D: two linear layers with one of the known activations between
+                them. A gated MLP may have two or three linear layers. A linear layer is an
+                ``nn.Linear``, a ``Conv1D`` of Hugging Face, or a convolution of size 1. If it is a
+                convolution, the new layer has ``channel_dim=1``.
+            n_experts: The number of experts, E.
+            k: The number of experts to which each token goes.
+            **options: Further arguments of [`DMoE`][]. ``dropout`` replaces the MLP's rate.
+
+        Returns:
+            The new layer. The MLP itself is not changed.
 
         Raises:
-            ValueError: saying which part of the MLP could not be read.
-            TypeError: for an option that the MLP decides.
+            ValueError: The block could not be read as an MLP. The error names the part.
+            TypeError: An option was passed that the MLP decides, such as ``hidden_dim``.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from dmoe_layer import DMoE
@@ -211,9 +246,9 @@ class DMoE(LazyDim):
         return {n: s for n, s in shapes.items() if self.use_bias or not n.endswith("bias")}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws the experts as ``nn.Linear`` does, each on its own; zeros w2, b2 if zero_init.
+        """Draws each expert's weights as ``nn.Linear`` does; ``zero_init`` zeros w2 and b2.
 
-        A layer that does not know its width yet has nothing to draw.
+        A layer that does not know its width yet has no weights, and nothing happens.
         """
         if self.dim is None or self._is_overwritten:
             return
@@ -233,7 +268,7 @@ class DMoE(LazyDim):
         mask: Tensor | None = None,
         return_routing: bool = False,
     ) -> None:
-        """Learns ``dim`` from the first input, once nothing is wrong with it."""
+        """Checks the first input, and learns ``dim`` from it."""
         self._check_input(x, mask)
         given = current_attributes() if attributes is None else attributes
         self.router.values_of(x, x.shape[self.batch_dim], given)
@@ -257,24 +292,32 @@ class DMoE(LazyDim):
         mask: Tensor | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, Routing]:
-        """Routes every token and sums its experts' outputs.
+        """Sends every token to its k experts, and sums their outputs weighted by the gates.
 
         Args:
-            x: (batch, ..., D), or any layout with D at ``channel_dim`` and the samples at
-                ``batch_dim``.
-            attributes: integers, (batch,) or (batch, n); a batch of 1 or a scalar applies to
-                every sample; -1 is unknown. They win over those of the open scope. Each call
-                looks at their values, and so waits for a GPU that they are on; a scope looks once.
-            mask: bool, the shape of x without ``channel_dim``. Tokens outside are not computed
-                and come out as zero (as x, if ``residual``).
-            return_routing: also returns the call's :class:`Routing`.
+            x: The tokens of a batch of samples, (batch, ..., D). Other layouts have D at
+                ``channel_dim`` and the samples at ``batch_dim``.
+            attributes: The samples' attribute values: integers of shape (batch,), or (batch, n)
+                for n attributes. A scalar or a batch of 1 applies to every sample. -1 means
+                unknown. Without this argument the layer takes the attributes of the open
+                [`routing`][] scope. The layer looks at the values at each call, and so waits for
+                a GPU on which they lie. A scope looks at them once.
+            mask: A bool tensor with the shape of x without ``channel_dim``. The layer does not
+                compute the tokens where it is False. Their output is zero, or x if ``residual``.
+            return_routing: Whether to return the call's [`Routing`][] too.
 
         Returns:
-            A tensor of x's shape, dtype and memory format; or that and the routing.
+            The output, with the shape, the dtype and the memory format of x. With
+                ``return_routing`` a pair: the output and the [`Routing`][].
 
         Raises:
-            MissingAttributesError: if the layer has ``attribute_sizes`` and there are none.
-            ValueError, TypeError: for input that does not fit, before anything is computed.
+            MissingAttributesError: The layer has ``attribute_sizes``, and neither the call nor an
+                open scope gives attributes.
+            ValueError: The shape, the device or an attribute value does not fit. The error comes
+                before anything is computed.
+            TypeError: x, the attributes or the mask have the wrong dtype. The error comes before
+                anything is computed.
+            RuntimeError: The layer has ``backend="triton"``, and Triton does not support the call.
         """
         self._check_input(x, mask)
         given = current_attributes() if attributes is None else attributes
@@ -296,7 +339,7 @@ class DMoE(LazyDim):
         wanted = return_routing or records() or is_watched(self.router)
         route = BackendRoute(backend.route, wanted)
         routing = self.router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
-        # Somebody may have put an nn.Identity in its place, or None.
+        # A user may have replaced it by an nn.Identity or by None.
         p = getattr(self.dropout, "p", 0.0)
         seed = draw_seed() if p > 0 and self.dropout.training else None
         weights = ExpertWeights(self.w1_EHD, self.w1_bias, self.w2_EDH, self.w2_bias)
@@ -327,7 +370,7 @@ class DMoE(LazyDim):
                 f"x: got {describe(x)}, expected (batch, ..., dim), with dim at "
                 f"channel_dim={self.channel_dim} and the batch at batch_dim={self.batch_dim}."
             )
-        # A state_dict of only one of them may have told experts or router the width.
+        # A state_dict that holds only the experts or only the router gives the width to that part.
         width, known = x.shape[axis], (self.dim, self.router.dim)
         wrong = [f"dim={dim}" for dim in known if dim is not None and dim != width]
         if width == 0 or wrong:

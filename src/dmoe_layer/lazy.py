@@ -1,4 +1,4 @@
-"""Modules whose width is learned from the first input or from a state_dict."""
+"""Modules that learn their width from the first input or from a state_dict."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ._torch_private import stop_being_lazy
 from .operators import draw_seed, seeded_generator
 from .pretrained import FORMER_NAMES, Pretrained
 
-# Two threads may make the first call of one module; the second finds it finished, and checks only.
+# Two threads may make the first call of one module. The second one then only checks its input.
 _MATERIALIZING = threading.Lock()
 
 
 class UnshapedParameter(UninitializedParameter):
-    """A parameter whose layer does not know its width yet, with errors that say what to do."""
+    """A parameter whose layer does not know its width yet; its errors say what to do."""
 
     cls_to_become = nn.Parameter
 
@@ -45,21 +45,22 @@ class UnshapedParameter(UninitializedParameter):
 
 def _advice(asked: str) -> str:
     return (
-        f"DMoE: a layer does not know its width yet, so its parameters have no shape (asked for: "
-        f"{asked}). Run the model once on an example first, or make the layer with its width, "
-        "DMoE(dim); then copy, count, average, move or distribute it."
+        f"DMoE: {asked} was called, but the layer does not know its width yet, so that its "
+        "parameters have no shape. Run the model once on an example first, or make the layer with "
+        "its width, DMoE(dim). Then copy, count, average, move or distribute it."
     )
 
 
 class LazyDim(LazyModuleMixin, Pretrained):
-    """Holds parameters whose shapes depend on ``dim``, known at construction or later.
+    """A module whose parameters' shapes depend on ``dim``, which it learns at once or later.
 
-    A subclass says in ``_shapes(dim)`` which parameters it has, calls ``_create_parameters`` at
+    A subclass returns its parameters' shapes from ``_shapes(dim)``, calls ``_create_parameters`` at
     the end of its ``__init__``, and names in ``_dim_from`` the parameter whose last axis is
-    ``dim``. Unlike ``nn.LazyLinear`` it stays one class, so that a user's subclass stays itself.
+    ``dim``. Unlike ``nn.LazyLinear`` it does not change its class, so that a user's subclass works.
 
-    The methods of the mixin that are replaced here have private names. Should PyTorch rename them,
-    the mixin's own stand in, which learn the shapes too, but check less and know no threads.
+    The methods of the mixin that are replaced here have private names. If PyTorch renames them, the
+    mixin's own methods run instead. They learn the shapes too, but check less, and are not safe for
+    threads.
     """
 
     _dim_from: str
@@ -69,7 +70,7 @@ class LazyDim(LazyModuleMixin, Pretrained):
 
     @property
     def dim(self) -> int | None:
-        """The width, or None as long as it is not known."""
+        """The width D of a token, or None as long as it is not known."""
         parameter = getattr(self, self._dim_from)
         return None if isinstance(parameter, UninitializedParameter) else parameter.shape[-1]
 
@@ -85,8 +86,8 @@ class LazyDim(LazyModuleMixin, Pretrained):
             )
             self.register_parameter(name, parameter)
         self._expect_values()
-        # Drawn here, so that the first call leaves the global generator alone: when activation
-        # checkpointing repeats that call, it must find the same noise without drawing weights.
+        # The seed is drawn here, so that the first call does not draw weights from the global
+        # generator. When activation checkpointing repeats that call, it must find the same noise.
         if dim is None:
             self._init_seed = draw_seed()
         else:
@@ -94,7 +95,7 @@ class LazyDim(LazyModuleMixin, Pretrained):
             self._learn_dim(dim)
 
     def _learn_dim(self, dim: int) -> None:
-        """Gives the parameters their shapes if they have none yet, and ends being lazy."""
+        """Gives the parameters their shapes if they have none yet; the module is then complete."""
         if self.dim is None:
             self._materialize(dim)
         stop_being_lazy(self)
@@ -110,7 +111,7 @@ class LazyDim(LazyModuleMixin, Pretrained):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for former, name in FORMER_NAMES.items():
-            # With both there, the new one may be but the model's own value, filled in by a loader.
+            # If both are there, a loader may have filled in the model's own value as the new one.
             if prefix + former in state_dict and prefix + name not in state_dict:
                 state_dict[prefix + name] = state_dict.pop(prefix + former)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -118,8 +119,8 @@ class LazyDim(LazyModuleMixin, Pretrained):
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
-            "DMoE: torch.jit.script cannot compile it. Use torch.export.export, or torch.compile "
-            "to make it faster."
+            "DMoE: torch.jit.script cannot compile this layer. Use torch.export.export to export "
+            "it, or torch.compile to make it faster."
         )
 
     def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Balance losses: pure functions of what one call routed."""
+"""Balance losses: functions of the routing of one call."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ from .tensors import Routing
 
 
 def load_balancing_loss(routing: Routing, *, per_attribute: bool = False) -> Tensor:
-    """The auxiliary loss of Switch Transformer and GShard: 1.0 at perfect balance, at most E.
+    """The load-balancing loss of Switch Transformer and GShard: 1 at perfect balance, at most E.
 
-    ``E · Σ_e f_e · P_e``, with f the share of the T·k assignments that expert e got, and P the
-    mean over tokens of the full softmax of the logits (Fedus et al., arXiv:2101.03961, eq. 4-6;
-    Lepikhin et al., arXiv:2006.16668). Only P carries a gradient.
+    The loss is small if all experts get equally many tokens:
+
+        loss = E · Σ_e f_e · P_e
+
+    f_e is the share of the T·k assignments that went to expert e. P_e is the mean over the tokens
+    of the softmax of all logits. Only P has a gradient (Fedus et al.,
+    [arXiv:2101.03961](https://arxiv.org/abs/2101.03961), eq. 4-6; Lepikhin et al.,
+    [arXiv:2006.16668](https://arxiv.org/abs/2006.16668)).
 
     Args:
-        routing: of one call.
-        per_attribute: the unweighted mean of that loss over the attribute values present, so
-            that a minority group is not outvoted. Unknown (-1) counts as a value; of several
-            attributes, every value of every one of them counts alike.
+        routing: The routing of one call.
+        per_attribute: Computes the loss within each attribute value that is present, and returns
+            their unweighted mean. So a group with few tokens counts as much as one with many.
+            Unknown (-1) counts as a value. With several attributes, every value of each of them
+            counts alike.
 
     Returns:
-        A scalar of the logits' dtype; 0 where there are no tokens.
+        A scalar with the dtype of the logits. It is 0 if there are no tokens.
 
     Raises:
-        ValueError: with ``per_attribute`` if the routing carries no attributes.
+        ValueError: ``per_attribute`` is set, but the routing has no attributes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import Routing, load_balancing_loss
         >>> logits = torch.zeros(4, 2)
@@ -42,8 +48,8 @@ def load_balancing_loss(routing: Routing, *, per_attribute: bool = False) -> Ten
         return _grouped_balance(routing, probabilities_TE, everyone, 1).mean()
     if routing.attributes is None:
         raise ValueError(
-            "per_attribute=True: this routing carries no attributes. Pass them to the layer, or "
-            "open `with routing(attributes):` around it."
+            "per_attribute=True: this routing has no attributes. Pass them to the layer, or open "
+            "`with routing(attributes):` around its call."
         )
     if not len(probabilities_TE):
         return probabilities_TE.sum()
@@ -55,17 +61,22 @@ def load_balancing_loss(routing: Routing, *, per_attribute: bool = False) -> Ten
 
 
 def importance_loss(routing: Routing) -> Tensor:
-    """CV² of the experts' summed gates, with the population variance: 0 at perfect balance.
+    """The squared coefficient of variation of the experts' gates: 0 at perfect balance.
 
-    Shazeer et al., arXiv:1701.06538, eq. 6-7.
+    The importance of an expert is the sum of its gates over all tokens (Shazeer et al.,
+    [arXiv:1701.06538](https://arxiv.org/abs/1701.06538), eq. 6-7):
+
+        loss = variance over the experts of the importance / (mean of the importance)²
+
+    The variance is that of a population: it divides by E.
 
     Args:
-        routing: of one call.
+        routing: The routing of one call.
 
     Returns:
-        A scalar of the gates' dtype; 0 where there are no tokens.
+        A scalar with the dtype of the gates. It is 0 if there are no tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import Routing, importance_loss
         >>> all_to_0 = torch.zeros(4, 1, dtype=torch.int64)
@@ -82,17 +93,18 @@ def importance_loss(routing: Routing) -> Tensor:
 
 
 def router_z_loss(routing: Routing) -> Tensor:
-    """Mean over tokens of logsumexp(logits)²: keeps the logits small.
+    """The router z-loss: the mean over the tokens of logsumexp(logits)².
 
-    Zoph et al. (ST-MoE), arXiv:2202.08906, eq. 5.
+    It pulls the router's logits towards small values, which makes training more stable (Zoph et
+    al., ST-MoE, [arXiv:2202.08906](https://arxiv.org/abs/2202.08906), eq. 5).
 
     Args:
-        routing: of one call.
+        routing: The routing of one call.
 
     Returns:
-        A scalar of the logits' dtype; 0 where there are no tokens.
+        A scalar with the dtype of the logits. It is 0 if there are no tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import Routing, router_z_loss
         >>> all_to_0 = torch.zeros(4, 1, dtype=torch.int64)

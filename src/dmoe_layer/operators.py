@@ -1,4 +1,4 @@
-"""What the layer's registered operators share: seeds, how they are called, what they refuse."""
+"""What the registered operators share: seeds, how they are called, and what they refuse."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def draw_seed() -> Tensor:
-    """A seed from PyTorch's global CPU generator, so that manual_seed and checkpointing rule it.
+    """Draws a seed from PyTorch's global CPU generator, which ``torch.manual_seed`` controls.
 
-    On the CPU whatever the device of the data: an operator reads it without waiting for the GPU.
+    It is on the CPU whatever the device of the data, so that an operator does not wait for the GPU.
     """
     return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
 
 
 def seeded_generator(device: torch.device, seed: Tensor) -> torch.Generator:
-    """A generator of its own for one operator call, so that its backward can draw again."""
+    """Makes a generator for one operator call, so that backward can draw the same numbers."""
     return torch.Generator(device).manual_seed(int(seed))
 
 
 def refuse_functional_derivatives(x: Tensor) -> None:
-    """Raises inside torch.func's and forward-mode derivatives, which would silently be zero."""
+    """Raises inside derivatives of torch.func and of forward mode, which would be zero."""
     if torch.compiler.is_compiling():
         return
     if in_functional_derivative(x) or forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(
-            "DMoE: torch.func's derivatives (grad, vjp, jvp, jacrev, hessian) and forward mode do "
-            "not pass through its operators. Use torch.autograd.grad or .backward()."
+            "DMoE: the layer does not support derivatives by torch.func (grad, vjp, jvp, jacrev, "
+            "hessian) or by forward mode. Use torch.autograd.grad or .backward()."
         )
 
 
 def undispatched(operator: Any) -> Callable[..., Any]:
-    """A registered operator without a derivative, to be called: its own function where it may be.
+    """Makes a function that calls a registered operator without a derivative as fast as possible.
 
-    PyTorch's dispatcher costs an operator written in Python about 100 µs a call, the time that a
-    small kernel takes. Eager PyTorch does without; whoever looks at operators is shown them, see
-    :func:`_is_eager`.
+    PyTorch's dispatcher costs an operator written in Python about 100 µs per call, the time of a
+    small kernel. In eager PyTorch the function calls the operator's own function instead. Where
+    something looks at operators (see ``_is_eager``), it calls the operator.
     """
     function = function_of_operator(operator)
 
@@ -61,9 +61,9 @@ def undispatched(operator: Any) -> Callable[..., Any]:
 def differentiable(
     operator: Any, save_for_backward: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Registers an operator's derivative; returns the operator to be called, as ``undispatched``.
+    """Registers an operator's derivative; returns the function to call, as ``undispatched`` does.
 
-    Eager PyTorch calls an ``autograd.Function`` of the same three functions.
+    In eager PyTorch that function calls an ``autograd.Function`` of the same three functions.
     """
     operator.register_autograd(backward, setup_context=save_for_backward)
     function = function_of_operator(operator)
@@ -84,16 +84,16 @@ def differentiable(
 
 
 def refuse_double_backward(backward_operator: Any) -> Callable[..., Any]:
-    """Makes second derivatives through a backward operator an error that says so.
+    """Makes a second derivative through a backward operator an error that says so.
 
-    Returns the operator to be called, as ``undispatched``. With ``create_graph=True`` somebody may
-    want a second derivative: that is the registered operator's to refuse.
+    Returns the function to call, as ``undispatched`` does. With ``create_graph=True`` the user may
+    want a second derivative, which the registered operator then refuses.
     """
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
-            "DMoE: has no second derivatives (gradient penalties, Hessians). Take them with "
-            "respect to inputs that do not pass through the layer, or detach its output there."
+            "DMoE: the layer has no second derivatives (gradient penalties, Hessians). Take them "
+            "only with respect to inputs that do not pass through the layer, or detach its output."
         )
 
     backward_operator.register_autograd(refuse)
@@ -106,11 +106,11 @@ def refuse_double_backward(backward_operator: Any) -> Callable[..., Any]:
 
 
 def _is_eager(inputs: tuple[Any, ...]) -> bool:
-    """Whether a call is plain eager PyTorch's, which nobody sees who must be shown an operator.
+    """Whether a call is one of plain eager PyTorch, in which nothing needs to see an operator.
 
-    torch.compile, torch.export, torch.jit.trace and make_fx must; so must every dispatch mode, as
-    of FLOP counters, fake tensors and selective checkpointing, torch.func, and subclasses of
-    Tensor, which are told what is done with them. On the meta device an operator is its fake.
+    torch.compile, torch.export, torch.jit.trace and make_fx need to see operators. So do dispatch
+    modes (those of FLOP counters, fake tensors and selective checkpointing), torch.func, and
+    subclasses of Tensor. On the meta device an operator is its fake.
     """
     return (
         not torch.compiler.is_compiling()

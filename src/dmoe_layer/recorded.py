@@ -1,4 +1,4 @@
-"""What a scope has recorded: its calls in a chain, and their table of the experts' loads."""
+"""What a scope has recorded: a chain of calls, and the table of the experts' loads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .tensors import Routing
 
 
 class Recorded:
-    """One recorded call and the one before it; the first of a chain is empty.
+    """One recorded call, and the call before it. The first item of a chain is empty.
 
-    A chain and not a list: torch.compile guards on a list's length and on every item in it, and
-    would compile each of a model's blocks anew for its place in the list.
+    This is a chain and not a list, because torch.compile guards on the length of a list and on
+    every item in it. It would compile each block of a model again for its place in the list.
     """
 
     def __init__(self, routed: Any, sizes: tuple[int, ...] | None, before: Any) -> None:
@@ -34,16 +34,17 @@ def calls_in_order(last: Recorded) -> list[Recorded]:
 
 
 def load_table(calls: list[Recorded], per_call: bool, attribute: int) -> Tensor:
-    """Each attribute value's share of tokens by expert; see :meth:`routing.load_table`."""
+    """How the tokens of each value are shared among the experts; see ``routing.load_table``."""
     n_experts = sorted({call.routed.logits.shape[-1] for call in calls})
     if len(n_experts) != 1:
         raise ValueError(
             "load_table: no DMoE was called inside this scope."
             if not calls
-            else f"load_table: the calls have different numbers of experts, {n_experts}; "
-            "look at `routings` one by one."
+            else f"load_table: the calls have different numbers of experts, {n_experts}, so "
+            "that one table cannot hold them. Look at `routings` one by one."
         )
-    # Without attributes at all, one row for everybody; beside calls that have some, none.
+    # If no call has attributes, one row counts all tokens. Beside calls that have some, a call
+    # without attributes counts in no row.
     some = any(call.routed.attributes is not None for call in calls)
     values = [_values_of(call.routed, attribute, default=-1 if some else 0) for call in calls]
     n_values = max(_n_values(call, v, attribute) for call, v in zip(calls, values, strict=True))
@@ -55,7 +56,7 @@ def load_table(calls: list[Recorded], per_call: bool, attribute: int) -> Tensor:
 
 
 def _values_of(routed: Routing, attribute: int, default: int) -> Tensor:
-    """Each token's value of one attribute, or the default where there are none: (T,)."""
+    """The value of one attribute for each token, or the default if there are none: (T,)."""
     values = routed.attributes
     if values is None:
         values = routed.expert_indices.new_full((len(routed.logits),), default)
@@ -72,6 +73,6 @@ def _n_values(call: Recorded, values_T: Tensor, attribute: int) -> int:
 
 
 def _count(routed: Routing, values_T: Tensor, n_values: int) -> Tensor:
-    # Row 0 takes the unknown, and is dropped.
+    # Row 0 counts the unknown, and is dropped.
     shape = (n_values + 1, routed.logits.shape[-1])
     return count_assignments(routed.expert_indices, values_T + 1, shape)[1:]

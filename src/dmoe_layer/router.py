@@ -1,4 +1,4 @@
-"""The router: scores every token with its sample's own router, and keeps the k best experts."""
+"""The router: scores every token by the router of its sample, and selects the k best experts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NOISE = ("train", "always", "never")
 
 
 class BackendRoute:
-    """A backend's ``route`` as a layer hands it to its router.
+    """The ``route`` function of a backend, in the form in which a layer passes it to its router.
 
-    The router returns the Routing alone, as to anybody, and its hooks see nothing else; the plan
-    is left here for the layer.
+    The router returns only the Routing, whoever calls it, and its hooks see nothing else. The
+    layer finds the backend's plan here.
 
     Attributes:
-        plan: after the call, what the backend's ``experts`` need of it.
-        wants_attributes: whether anybody will read the Routing's attributes, a number a token.
+        plan: What the backend's ``experts`` needs from the call. It is set when the call is over.
+        wants_attributes: Whether anyone will read the attributes of the Routing, one per token.
     """
 
     def __init__(
@@ -46,48 +46,62 @@ class BackendRoute:
         return routing
 
     def plan_of(self, routing: Routing) -> Any:
-        """The plan, or an error where a hook or a router of one's own has chosen other experts."""
+        """Returns the plan; raises if a hook or a user's own router has chosen other experts."""
         replaced = not torch.compiler.is_compiling() and routing.expert_indices is not self._indices
         if self.plan is None or replaced:
             raise RuntimeError(
-                "backend='triton': the router's experts were replaced (by a hook or a router of "
-                "your own), but are sorted already. Use backend='eager', which follows them."
+                "backend='triton': a hook or a router of your own replaced the router's experts, "
+                "but the kernels have already sorted the tokens by expert. Use backend='eager', "
+                "which takes the new experts."
             )
         return self.plan
 
 
 class AttributeRouter(LazyDim):
-    """Noisy top-k gating with one router for each attribute value.
+    """The router of a [`DMoE`][] by itself: noisy top-k gating, a router for each attribute value.
 
-    For a token x of a sample whose attribute has value a (Oh et al., ICML 2025,
-    arXiv:2502.00619, after Shazeer et al., arXiv:1701.06538)::
+    For a token x of a sample whose attribute has the value a, the router computes a score R for
+    each expert, and the gates K of the k experts with the highest scores (Oh et al., ICML 2025,
+    [arXiv:2502.00619](https://arxiv.org/abs/2502.00619), after Shazeer et al.,
+    [arXiv:1701.06538](https://arxiv.org/abs/1701.06538)):
 
-        R(x) = x·W_a + b_a + N(0,1) * softplus(x·W'_a + b'_a)      noise as ``noise`` says
+        R(x) = x·W_a + b_a + N(0,1) * softplus(x·W'_a + b'_a)
         K(x) = softmax over the k largest of R(x)
 
-    All routers stand in two parameters, ``w_A2ED`` (A, 2, E, D) and ``bias`` (A, 2, E); index 0 of
-    the axis of length 2 has the clean weights W and b, index 1 the noise weights W' and b'. So the
-    value that is absent from a batch still gets a zero gradient. Scores, softmax and gates are at
-    least fp32, also under autocast.
+    The second term of R is noise. ``noise`` says when it is added. Scores and gates are at least
+    fp32, under autocast too.
 
     Args:
-        dim: width D of a token; None learns it from the first input or a state_dict.
-        n_experts: E.
-        k: experts a token.
-        attribute_sizes: None (one router for all), an int (one attribute with that many
-            values) or a tuple (several attributes; their routers' scores, clean and noise, are
-            summed).
-        unknown: what the attribute value -1 does: "error" raises, "average" averages that
-            attribute's routers' scores, "learned" has a router of its own.
-        noise: "train" (in training only), "always" (what the paper's released code does),
-            "never".
-        device, dtype: of the parameters.
+        dim: The width D of a token. If it is None, the router learns its width from the first
+            input or from a state_dict.
+        n_experts: The number of experts, E.
+        k: The number of experts to which each token goes.
+        attribute_sizes: The number of values of each attribute. An int stands for one attribute
+            with that many values. With a tuple there are several attributes, and the scores of
+            their routers are summed, noise included. None gives one router for all samples.
+        unknown: What the router does with the attribute value -1, which stands for "unknown".
+            "error" raises an error. "average" averages the scores of that attribute's routers.
+            "learned" gives the unknown value a router of its own.
+        noise: When noise is added to the scores: "train" (in training only), "always" (as the
+            paper's released code does) or "never".
+        device: The device of the parameters.
+        dtype: The floating-point dtype of the parameters.
+
+    Attributes:
+        dim: The width D of a token, or None as long as the router does not know it.
+        w_A2ED: The weights of all A routers, (A, 2, E, D). Index 0 of the axis of length 2 holds
+            W, and index 1 holds W'.
+        bias: The biases of all routers, (A, 2, E). Index 0 holds b, and index 1 holds b'.
+
+    One tensor holds the weights of all routers. So the router of a value that a batch does not
+    contain still gets a gradient, which is zero.
 
     Raises:
-        ValueError, TypeError: for an option that does not fit, at construction.
-        MissingAttributesError: if called without attributes though ``attribute_sizes`` is set.
+        ValueError: An option is out of range, or two options do not fit together. The error comes
+            at construction.
+        TypeError: An option has the wrong type. The error comes at construction.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import AttributeRouter
         >>> router = AttributeRouter(16, n_experts=8, k=2, attribute_sizes=3)
@@ -133,7 +147,7 @@ class AttributeRouter(LazyDim):
         return {"w_A2ED": (routers, 2, self.n_experts, dim), "bias": (routers, 2, self.n_experts)}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws weights and biases as ``nn.Linear`` does; nothing if the width is not known."""
+        """Draws weights and biases as ``nn.Linear`` does, if the router knows its width."""
         if self.dim is None:
             return
         bound = 1 / math.sqrt(self.w_A2ED.shape[-1])
@@ -148,7 +162,7 @@ class AttributeRouter(LazyDim):
         tokens_per_sample: Tensor | None = None,
         route: BackendRoute | None = None,
     ) -> None:
-        """Learns ``dim`` from the first input, once nothing is wrong with it."""
+        """Checks the first input, and learns ``dim`` from it."""
         self._check_input(x, tokens_per_sample)
         check_device(x, self.w_A2ED, "router")
         batch = (x if tokens_per_sample is None else tokens_per_sample).shape[0]
@@ -170,18 +184,24 @@ class AttributeRouter(LazyDim):
         tokens_per_sample: Tensor | None = None,
         route: BackendRoute | None = None,
     ) -> Routing:
-        """Routes every token.
+        """Chooses the experts of every token.
 
         Args:
-            x: (B, T, D); or, with ``tokens_per_sample``, the samples' tokens one after another,
-                (sum of the counts, D).
-            attributes: integers, (B,) or (B, n); a batch of 1 or a scalar applies to every
-                sample; -1 is unknown.
-            tokens_per_sample: (B,) int64, how many tokens of a ragged batch each sample has.
-            route: that of a :class:`DMoE`, which has checked x; None: plain PyTorch's.
+            x: The tokens, (B, T, D). With ``tokens_per_sample`` they are (T, D): all tokens of
+                the first sample, then those of the second, and so on.
+            attributes: The samples' attribute values: integers of shape (B,), or (B, n) for n
+                attributes. A scalar or a batch of 1 applies to every sample. -1 means unknown.
+            tokens_per_sample: How many tokens each sample has, (B,) int64, if the samples differ.
+            route: The backend of the calling [`DMoE`][], which has checked x. None stands for
+                plain PyTorch.
 
         Returns:
-            Routing, over all tokens sample after sample.
+            The routing of all tokens, sample after sample.
+
+        Raises:
+            MissingAttributesError: The router has ``attribute_sizes``, and there are no attributes.
+            ValueError: The shape, the device or an attribute value does not fit.
+            TypeError: x or the attributes have the wrong dtype.
         """
         if route is None:
             route = BackendRoute(aten.route if exporting() else eager_route)
@@ -202,10 +222,10 @@ class AttributeRouter(LazyDim):
         return Routing(routing.expert_indices, routing.gates, routing.logits, attributes_T)
 
     def values_of(self, x: Tensor, batch: int, attributes: Any) -> Tensor | None:
-        """The attribute values of ``batch`` samples, (B, n) on ``x``'s device, or an error.
+        """Returns the attribute values of ``batch`` samples, (B, n) on ``x``'s device, or raises.
 
-        A router without ``attribute_sizes`` takes a scope's attributes, which are only recorded,
-        refuses any others, and has None without.
+        A router without ``attribute_sizes`` accepts attributes of a scope, which are only recorded.
+        It refuses attributes that are passed to the call, and returns None if there are none.
         """
         values, bounds_2N, from_scope = None, None, False
         if attributes is not None:
@@ -232,7 +252,7 @@ class AttributeRouter(LazyDim):
             raise ValueError(f"x: got {describe(x)}, expected {form}.")
 
     def _table(self, parameter: Tensor) -> Tensor:
-        """All rows that a value can point to: every value's router, then the unknown ones."""
+        """The routers of all values, then those of the unknown values."""
         if self.unknown != "average" or self.sizes is None:
             return parameter
         parameter = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -240,7 +260,7 @@ class AttributeRouter(LazyDim):
         return torch.cat([parameter, *means])
 
     def _rows(self, values_BN: Tensor) -> Tensor:
-        """The row of the table for each sample and attribute: its value's, or its unknown's."""
+        """The row of the table for each sample and attribute, whose value may be unknown."""
         sizes = self.sizes or ()
         starts = (0, *itertools.accumulate(sizes))
         columns = []
@@ -253,5 +273,5 @@ class AttributeRouter(LazyDim):
 
 
 def is_watched(router: nn.Module) -> bool:
-    """Whether others than its layer see what a router returns: hooks, or a class of their own."""
+    """Whether anyone but the layer sees what a router returns: a hook, or a class of the user's."""
     return type(router) is not AttributeRouter or has_forward_hooks(router)

@@ -1,4 +1,4 @@
-"""The scope: carries attributes into every DMoE of a model, and the routings out of it."""
+"""The scope: gives attributes to every DMoE of a model, and collects their routings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tensors import Routing
 
 
 class _Current(threading.local):
-    """The open scope of each thread: two threads may use one model at once."""
+    """The open scope of each thread, since two threads may use one model at the same time."""
 
     # Set in every thread's own instance: torch.compile does not guard on a class's default.
     def __init__(self) -> None:
@@ -31,29 +31,37 @@ _current = _Current()
 
 
 class routing:
-    """Scope around a forward pass: every DMoE inside reads the attributes and is recorded.
+    """A scope around a model's forward pass, for a ``with`` statement.
+
+    Every [`DMoE`][] that runs inside the scope reads its attributes from there, so that the model's
+    own ``forward`` needs no new argument. The scope records the routing of each of these calls. It
+    then gives the balance losses and the table of the experts' loads.
+
+    - Scopes may be nested: an inner scope hides the attributes and the record of the outer one.
+    - A scope belongs to the thread that opened it.
+    - A record holds on to the autograd graph of its calls. Delete the scope after the training
+      step, and use ``torch.no_grad()`` in evaluation.
+    - ``torch.compile`` works with any scope. A program that ``torch.export``, ``torch.jit.trace``
+      or ``make_fx`` captures must open its scope itself, and take the attributes as an input.
+      Attributes of a scope around the capture would become constants of the program, so the layer
+      refuses them.
 
     Args:
-        attributes: integers, (batch,), or (batch, n) for n attributes; a batch of 1 or a scalar
-            applies to every sample; -1 is unknown. None: only records. They are copied when the
-            scope opens; on a GPU that costs the one wait of the whole pass.
-        record: False keeps no routing, for prediction: what a call has routed is let go of when
-            it returns. There are no losses and no load table of such a scope.
-
-    An inner scope hides the outer one, its attributes and its record. The scope belongs to the
-    thread that opened it. Routings keep their autograd graph, so let go of the scope after the
-    step; in evaluation use ``torch.no_grad()``.
-
-    A program that ``torch.export``, ``torch.jit.trace`` or ``make_fx`` captures must open its
-    scope itself, from attributes that are an input of it: those of a scope around the capture
-    would be frozen into it, and are refused. ``torch.compile`` follows any scope.
+        attributes: The samples' attribute values: integers of shape (batch,), or (batch, n) for n
+            attributes. A scalar or a batch of 1 applies to every sample. -1 means unknown. They
+            are copied when the scope opens. If they are on a GPU, the program waits for it once,
+            here. With None the scope only records.
+        record: Whether the scope records. With False, a call's routing is freed when the call
+            returns, which saves memory in prediction. Such a scope has no losses and no load table.
 
     Raises:
-        TypeError, ValueError: for attributes that are no integers, have no values, or are of more
-            than 2 dimensions.
-        RuntimeError: inside, where a program that is being captured reads the attributes.
+        TypeError: The attributes are not integers, or ``record`` is not a bool.
+        ValueError: The attributes have more than 2 dimensions, or are on the meta device, where
+            tensors have no values.
+        RuntimeError: The scope is already open. Inside the scope, a layer raises this error if a
+            program that is being captured would read its attributes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import DMoE, routing
         >>> layer = DMoE(16, n_experts=8, k=2, attribute_sizes=3)
@@ -72,12 +80,12 @@ class routing:
         self._outer: routing | None = None
         self._opened_in_pass = -1
         self._records = record
-        # That of its making and not of its opening: there its attributes were copied.
+        # The capture in which the scope was made, since its attributes were copied then.
         self._made_in_capture = program_capture()
 
     def __enter__(self) -> routing:
         if self._is_open:
-            raise RuntimeError("routing: this scope is already open; make a new one.")
+            raise RuntimeError("routing: this scope is already open. Make a new one.")
         self._opened_in_pass = _pass_now()
         self._is_open = True
         self._outer, _current.scope = _current.scope, self
@@ -89,7 +97,7 @@ class routing:
 
     @property
     def attributes(self) -> Tensor | None:
-        """A copy of the attributes, int64, in the shape that was given."""
+        """A copy of the attributes as int64, in the shape in which they were given, or None."""
         readable = _readable(self)
         return None if readable is None else readable.values.clone()
 
@@ -97,24 +105,28 @@ class routing:
     def attribute_values(
         x: Tensor, attribute_sizes: int | tuple[int, ...], *, unknown: str = "error"
     ) -> Tensor:
-        """The open scope's attributes, one row for each sample of ``x``, checked as DMoE does.
+        """Returns the attributes of the open scope, one row for each sample of ``x``.
 
-        For modules of your own that need them beside the experts, such as FiLM: a model is then
-        told its attributes in one place.
+        It is for modules of your own that need the attributes too, such as FiLM (feature-wise
+        linear modulation, which scales and shifts features by the attribute). So a model receives
+        its attributes in one place. The values are checked as [`DMoE`][] checks them.
 
         Args:
-            x: (batch, ...), on the device where the values are wanted.
-            attribute_sizes: how many values each attribute has, as of :class:`DMoE`.
-            unknown: as of :class:`DMoE`: "error" refuses -1, with the others it comes out as -1.
+            x: A tensor (batch, ...) on the device on which the values are needed.
+            attribute_sizes: The number of values of each attribute, as in [`DMoE`][].
+            unknown: "error" raises an error for the value -1. With "average" or "learned" the
+                value is returned as -1.
 
         Returns:
-            (batch, n) int64 for n attributes.
+            The values, (batch, n) int64 for n attributes.
 
         Raises:
-            MissingAttributesError: if no scope with attributes is open.
-            ValueError, TypeError: for attributes or arguments that do not fit.
+            MissingAttributesError: No scope with attributes is open.
+            ValueError: An attribute value is out of range, the number of samples does not fit, or
+                x has no batch axis.
+            TypeError: x is no tensor, or ``attribute_sizes`` is None.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from dmoe_layer import routing
             >>> with routing(torch.tensor([0, 2])):
@@ -126,64 +138,78 @@ class routing:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {describe(x)}, expected a tensor (batch, ...).")
         if x.ndim == 0:
-            raise ValueError(f"x: got {describe(x)}, expected (batch, ...): a row for each sample.")
+            raise ValueError(f"x: got {describe(x)}, expected (batch, ...), a row for each sample.")
         sizes = as_sizes(attribute_sizes)
         if sizes is None:
             raise TypeError(
-                "attribute_sizes: got None, expected how many values each attribute has, an int or "
-                "a tuple of ints."
+                "attribute_sizes: got None, expected the number of values of each attribute, an "
+                "int or a tuple of ints."
             )
         values, bounds, _ = current_attributes() or (None, None, True)
         return check_attributes(x, x.shape[0], values, bounds, list(sizes), unknown)
 
     @property
     def routings(self) -> list[Routing]:
-        """What every DMoE call inside the scope routed, in call order; none with record=False."""
+        """The [`Routing`][] of every DMoE call inside the scope, in call order."""
         return [call.routed for call in calls_in_order(self._last_call)]
 
     def load_balancing_loss(self, *, per_attribute: bool = False) -> Tensor:
-        """Mean over the calls of :func:`load_balancing_loss`; 0 if there was no call.
+        """The mean of [`load_balancing_loss`][dmoe_layer.load_balancing_loss] over all calls.
 
-        With ``per_attribute`` each call's is the mean over the attribute values present.
+        Args:
+            per_attribute: Whether the loss of a call is the unweighted mean over the attribute
+                values that are present.
+
+        Returns:
+            A scalar. It is 0 if there was no call.
 
         Raises:
-            RuntimeError: the scope keeps no record.
+            ValueError: ``per_attribute`` is set, but a call had no attributes.
+            RuntimeError: The scope was opened with ``record=False``.
         """
         return self._mean(load_balancing_loss, per_attribute=per_attribute)
 
     def importance_loss(self) -> Tensor:
-        """Mean over the calls of :func:`importance_loss`; 0 if there was no call.
+        """The mean of [`importance_loss`][dmoe_layer.importance_loss] over all calls.
+
+        Returns:
+            A scalar. It is 0 if there was no call.
 
         Raises:
-            RuntimeError: the scope keeps no record.
+            RuntimeError: The scope was opened with ``record=False``.
         """
         return self._mean(importance_loss)
 
     def router_z_loss(self) -> Tensor:
-        """Mean over the calls of :func:`router_z_loss`; 0 if there was no call.
+        """The mean of [`router_z_loss`][dmoe_layer.router_z_loss] over all calls.
+
+        Returns:
+            A scalar. It is 0 if there was no call.
 
         Raises:
-            RuntimeError: the scope keeps no record.
+            RuntimeError: The scope was opened with ``record=False``.
         """
         return self._mean(router_z_loss)
 
     def load_table(self, *, per_call: bool = False, attribute: int = 0) -> Tensor:
-        """Each attribute value's share of tokens by expert.
+        """The experts' loads: how the tokens of each attribute value were shared among the experts.
+
+        Each token counts k times, once for each of its experts. Row a of the table belongs to the
+        value a and sums to 1. It is all 0 if no token has the value a. Unknown tokens (-1) count in
+        no row. If no call had attributes, the table has one row for all tokens. If only some calls
+        had attributes, the others count in no row.
 
         Args:
-            per_call: one table a call instead of one over all calls together.
-            attribute: which one, where samples have several.
+            per_call: Whether to return one table for each call, instead of one table for all.
+            attribute: The attribute to look at, counted from 0, if there are several.
 
         Returns:
-            (A, E) fp32, or (calls, A, E). Row a says how the (token, slot) pairs of value a were
-            shared among the experts and sums to 1; it is all 0 where value a has no tokens.
-            Unknown (-1) has no row, nor have calls without attributes beside calls with some;
-            where no call has any, there is one row, for all tokens.
+            The table for A values and E experts, (A, E) fp32, or (calls, A, E) with ``per_call``.
 
         Raises:
-            ValueError: if there was no call, if the calls have different numbers of experts, or
-                if there is no such attribute.
-            RuntimeError: the scope keeps no record.
+            ValueError: There was no call, the calls have different numbers of experts, or there
+                is no such attribute.
+            RuntimeError: The scope was opened with ``record=False``.
         """
         self._require_record("load_table")
         return load_table(calls_in_order(self._last_call), per_call, attribute)
@@ -191,8 +217,8 @@ class routing:
     def _require_record(self, reader: str) -> None:
         if not self._records:
             raise RuntimeError(
-                f"{reader}: this scope was opened with record=False and has kept no routing; open "
-                "it with `routing(attributes)` to have a record."
+                f"{reader}: this scope was opened with record=False, so that it recorded no "
+                "routing. Open it with `routing(attributes)` instead."
             )
 
     def _mean(self, loss_of: Callable[..., Tensor], **options: Any) -> Tensor:
@@ -204,10 +230,10 @@ class routing:
 
 
 def current_attributes() -> Attributes | None:
-    """The attributes of this thread's open scope, if it has any.
+    """Returns the attributes of this thread's open scope, if it has any.
 
     Raises:
-        RuntimeError: a program is being captured, and the scope is none of its own.
+        RuntimeError: A program is being captured, and it did not open the scope itself.
     """
     return None if _current.scope is None else _readable(_current.scope)
 
@@ -218,14 +244,14 @@ def _readable(scope: routing) -> Attributes | None:
     return scope._attributes
 
 
-@constant_for_dynamo  # which buries the text of an error that it has traced
+@constant_for_dynamo  # since Dynamo hides the text of an error that it has traced
 def _refuse_to_freeze() -> None:
     raise RuntimeError(
         "routing: a program is being captured (by torch.export, torch.jit.trace, make_fx or "
-        "torch.onnx), and reads the attributes of a scope that was opened outside of it. They "
-        "would be frozen into the program, which would route everybody's samples by them. Make "
-        "them an input of it: pass `layer(x, attributes=...)`, or capture, outside of any scope, a "
-        "module that opens the scope itself:\n"
+        "torch.onnx), and it reads the attributes of a scope that was opened outside of it. They "
+        "would become constants of the program, which would then route every sample by them. Make "
+        "the attributes an input of the program: pass `layer(x, attributes=...)`, or capture, "
+        "outside of any scope, a module that opens the scope itself:\n"
         "    def forward(self, x, attributes):\n"
         "        with routing(attributes):\n"
         "            return self.model(x)"
@@ -233,9 +259,9 @@ def _refuse_to_freeze() -> None:
 
 
 def records() -> bool:
-    """Whether this thread's open scope keeps a record of a call that is made now.
+    """Whether this thread's open scope records a call that is made now.
 
-    Neither a recompute nor a call that is being captured is one of the scope around it.
+    It does not record a recompute, nor a call that is being captured inside the scope.
     """
     scope = _current.scope
     if scope is None or not scope._records:
@@ -244,26 +270,26 @@ def records() -> bool:
 
 
 def record(routed: Routing, sizes: tuple[int, ...] | None) -> None:
-    """Adds a call to this thread's open scope, if it keeps a record."""
+    """Adds a call to this thread's open scope, if the scope records it."""
     scope = _current.scope
     if scope is not None and records():
         scope._last_call = Recorded(routed, sizes, scope._last_call)
 
 
 def _pass_now() -> int:
-    """Which backward pass this thread is at work in, -1 if none.
+    """The number of the backward pass in which this thread is at work, -1 outside of one.
 
-    A call during another pass than that in which its scope was opened is a recompute of
-    activation checkpointing. A compiled graph holds its recomputes itself.
+    A scope is opened during some pass, or outside of all. A call during another one is a recompute
+    of activation checkpointing. A compiled graph contains its recomputes itself.
     """
     return -1 if torch.compiler.is_compiling() else backward_pass()
 
 
 def _without_record(scope: routing | None) -> routing | None:
-    """A scope of the same attributes whose record nobody reads.
+    """A scope with the same attributes, whose record nobody reads.
 
-    It records if the other does: a compiled block reads that, and shall be recomputed by the
-    graph that has computed it.
+    It records if the other scope does. A compiled block depends on that, and the graph that
+    computed a block must also recompute it.
     """
     if scope is None:
         return None
@@ -273,7 +299,7 @@ def _without_record(scope: routing | None) -> routing | None:
 
 
 class _Carried(AbstractContextManager[None]):
-    """Puts a scope (or the lack of one) in place again; may be entered many times."""
+    """Opens a scope (or the lack of one) again; it may be entered many times."""
 
     def __init__(self, scope: routing | None) -> None:
         self.scope = scope
@@ -288,23 +314,24 @@ class _Carried(AbstractContextManager[None]):
 
 
 def carry_routing(fn: Callable[..., Any] | None = None) -> Any:
-    """Makes a function safe to recompute: it will find the scope that is open now.
+    """Makes a function safe for activation checkpointing: a recompute finds the right attributes.
 
-    Activation checkpointing calls a block a second time, during backward: by then the scope may
-    have closed, another may be open, or another thread may be at work. The recompute finds the
-    attributes of the first call and records nothing.
+    Activation checkpointing calls a block a second time, during backward. By then the
+    [`routing`][] scope may have closed, another scope may be open, or another thread may be at
+    work. The function that ``carry_routing`` returns uses the scope that is open now, whenever it
+    runs. A recompute reads the attributes of the first call, and records nothing.
+
+    Use it with ``use_reentrant=False``. The reentrant variant runs the first call without autograd,
+    so that the balance losses of that call would have no gradient.
 
     Args:
-        fn: what the checkpoint is to run; without it, the pair of contexts that
-            ``checkpoint(..., context_fn=carry_routing)`` asks for.
+        fn: The function or module that the checkpoint runs. Without it, ``carry_routing`` returns
+            the pair of contexts that ``checkpoint(..., context_fn=carry_routing)`` needs.
 
     Returns:
-        A function of ``fn``'s arguments and result; or that pair of contexts.
+        A function with the arguments and the result of ``fn``, or the pair of contexts.
 
-    Use it with ``use_reentrant=False``; the reentrant variant runs the first call without
-    autograd, so that what it records carries no gradient.
-
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.utils.checkpoint import checkpoint
         >>> from dmoe_layer import DMoE, carry_routing, routing

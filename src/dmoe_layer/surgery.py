@@ -1,4 +1,4 @@
-"""Surgery: gives a trained model's routers one attribute value more, or one less."""
+"""Adds an attribute value to the routers of a trained model, or removes one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from .layer import DMoE
 from .router import AttributeRouter
 
+__all__ = ["add_attribute_value", "remove_attribute_value"]
+
 
 def add_attribute_value(
     model: nn.Module,
@@ -21,46 +23,46 @@ def add_attribute_value(
     start: str | int = "mean",
     optimizer: Optimizer | None = None,
 ) -> int:
-    """Gives an attribute one value more, such as a new hospital, in every router of a model.
+    """Adds a value to an attribute, such as a new hospital, in every router of a model.
 
-    The new value comes last: of an attribute with values 0 .. 3 it is 4. It has a router of its
-    own and shares the experts. The outputs for all values that were there stay as they are, to the
-    bit, and so do their routers' gradients and optimizer state. One thing moves: with
-    ``unknown="average"`` the value -1 is the average over one value more.
+    The new value is the last one: if the attribute had the values 0 .. 3, the new value is 4. It
+    gets a router of its own, and shares the experts with the other values. The outputs for all old
+    values stay the same to the bit. So do the gradients and the optimizer state of their routers.
+    There is one exception: with ``unknown="average"``, the value -1 now also averages over the new
+    router.
 
-    The parameters stay the same objects with one row more, so that every optimizer still holds
-    them. But an optimizer that has state, such as Adam after its first step, must be given here, or
-    its next step raises an error about shapes. Its state for the new value starts as the value
-    itself does, by ``start``: a running mean of squares that began at zero would make the first
-    steps several times too long.
+    **The optimizer.** The parameters stay the same objects and get one more row, so that an
+    optimizer still holds them. An optimizer that has state, such as Adam after its first step, must
+    be passed here. Otherwise its next step raises an error about shapes. Its state for the new
+    value starts as ``start`` says, like the router itself. If Adam's running mean of squares
+    started at zero, the first steps would be several times too long.
 
-    A change of one model is not a change of others: give an averaged copy (EMA) to a call of its
-    own. What the model around the layers knows of its attributes, such as a configuration or a
-    table of names, is the caller's to change.
+    **Other models.** Call this function for each copy of the model too, such as an averaged copy
+    (EMA). If the rest of your code lists the attribute values, such as a configuration or a table
+    of names, change that yourself.
 
     Args:
-        model: a :class:`DMoE`, an :class:`AttributeRouter`, or any module that holds some. Those
-            without ``attribute_sizes`` are left alone. A layer that stands in several places is
+        model: A [`DMoE`][], an [`AttributeRouter`][], or any module that contains some. Those
+            without ``attribute_sizes`` do not change. A layer that occurs in several places is
             changed once.
-        attribute: which of several attributes gets the value, counted from 0.
-        start: the router that the new value starts with: "mean", the mean of the attribute's
-            routers; or a value, whose router it starts as a copy of. -1 copies the router of the
-            unknown, which there is with ``unknown="learned"``.
-        optimizer: that trains the model; or None.
+        attribute: The attribute that gets the value, counted from 0, if there are several.
+        start: The weights with which the new router starts. "mean" takes the mean of the routers
+            of that attribute. A number copies the router of that value. -1 copies the router of the
+            unknown value, which exists with ``unknown="learned"``.
+        optimizer: The optimizer that trains the model, or None.
 
     Returns:
         The new value.
 
     Raises:
-        ValueError: if no router looks at attributes, if they have different numbers of values, if
-            there is no such attribute or start, if a layer does not know its width yet, if
-            parameters are sharded (FSDP) or parametrized, if a ``DistributedDataParallel`` is
-            around the routers (give ``ddp.module``, and wrap it anew), or if the optimizer holds
-            none of their parameters or keeps state of a form that is not known. Nothing is changed
-            then.
-        TypeError: for an argument of another kind.
+        ValueError: No router uses attributes, the routers have different numbers of values, or
+            the attribute or the start does not exist. A layer does not know its width yet. The
+            parameters are sharded (FSDP) or parametrized, or a ``DistributedDataParallel`` wraps
+            the model (pass ``ddp.module``, and wrap it again). The optimizer holds none of the
+            routers' parameters, or its state has an unknown form. The model is not changed then.
+        TypeError: An argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import DMoE
         >>> from dmoe_layer.surgery import add_attribute_value
@@ -97,30 +99,33 @@ def remove_attribute_value(
     attribute: int = 0,
     optimizer: Optimizer | None = None,
 ) -> dict[int, int]:
-    """Takes a value of an attribute out of every router of a model.
+    """Removes a value of an attribute from every router of a model.
 
-    **The values above it move down by one**: after value 1 of four has gone, what was 2 is 1 and
-    what was 3 is 2. The returned table says so for every value that stays. Data must be told by the
-    new numbers from then on: an old 2 would be taken for what was 3, and nothing could notice.
+    **The higher values move down by one.** If you remove the value 1 of four, the old value 2
+    becomes 1, and the old value 3 becomes 2. The function returns the new number of every value
+    that stays. From then on the data must use the new numbers. An old 2 would go through the router
+    of the old 3, and no error would show it.
 
-    For every value that stays, the output under its new number is what it was under the old one, to
-    the bit, and its routers' gradients and optimizer state go with it. With ``unknown="average"``
-    the value -1 is the average over one value less. What else is to be known is said in
-    :func:`add_attribute_value`.
+    The outputs for all values that stay are the same to the bit, under their new numbers. So are
+    the gradients and the optimizer state of their routers. With ``unknown="average"``, the value -1
+    now averages over one router less. What [`add_attribute_value`][] says about the optimizer and
+    about other models holds here too.
 
     Args:
-        model: as of :func:`add_attribute_value`.
-        value: that goes, 0 .. size - 1. The last one of an attribute cannot.
-        attribute: which of several attributes it is a value of, counted from 0.
-        optimizer: that trains the model; or None.
+        model: A [`DMoE`][], an [`AttributeRouter`][], or any module that contains some.
+        value: The value to remove, 0 .. size - 1. The only value of an attribute cannot be removed.
+        attribute: The attribute to which the value belongs, counted from 0.
+        optimizer: The optimizer that trains the model, or None.
 
     Returns:
-        The new number of each value that stays, by its old one.
+        A table from the old number of each value that stays to its new number.
 
     Raises:
-        ValueError, TypeError: as of :func:`add_attribute_value`. Nothing is changed then.
+        ValueError: The value does not exist or is the only one, or one of the reasons of
+            [`add_attribute_value`][]. The model is not changed then.
+        TypeError: An argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import DMoE
         >>> from dmoe_layer.surgery import remove_attribute_value
@@ -141,8 +146,8 @@ def remove_attribute_value(
         )
     if found.size == 1:
         raise ValueError(
-            f"value: got {value}, the only value of attribute {attribute}, and a router needs one. "
-            "Make a layer without that attribute instead."
+            f"value: got {value}, which is the only value of attribute {attribute}, but a router "
+            "needs at least one. Make a layer without that attribute instead."
         )
 
     def without_value(table: Tensor, router: AttributeRouter) -> Tensor:
@@ -155,20 +160,20 @@ def remove_attribute_value(
     return {old: new for new, old in enumerate(stay)}
 
 
-# By name: to import the second takes half a second, and other libraries have some of these names.
+# By name, since the import of the second takes half a second, and other libraries use these names.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 
-# What is done with a tensor that has a row for each of a router's rows.
+# Edits a tensor that has a row for each row of a router's parameters.
 _Edit = Callable[[Tensor, AttributeRouter], Tensor]
 
 
 class _Found(NamedTuple):
-    """The routers of a model that look at attributes.
+    """The routers of a model that use attributes.
 
     Attributes:
-        routers: by name.
-        layers: those that hold one of them.
-        size: how many values the attribute has.
+        routers: The routers by name.
+        layers: The layers that hold one of them.
+        size: The number of values of the attribute.
     """
 
     routers: dict[str, AttributeRouter]
@@ -177,7 +182,7 @@ class _Found(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Where an attribute's rows stand in a router's table: its values', and its unknown's."""
+    """The rows of an attribute in a router's table: those of its values, and of the unknown."""
 
     first: int
     end: int
@@ -190,22 +195,22 @@ def _rows(router: AttributeRouter, attribute: int) -> _Rows:
 
 
 def _find(model: nn.Module, attribute: int) -> _Found:
-    """The routers that get a value or lose one, once nothing is wrong with model and attribute."""
+    """Checks model and attribute, and returns the routers that get a value or lose one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
     routers, layers = {}, []
     for name, module in model.named_modules():
         if wrapper := _WRAPPERS & {kind.__name__ for kind in type(module).__mro__}:
             raise ValueError(
-                f"model: {name or 'it'} is a {wrapper.pop()}, which has taken stock of the "
-                "parameters. Change the model before it is wrapped; of a DistributedDataParallel, "
-                "change what is inside, ddp.module, and wrap that anew."
+                f"model: {name or 'it'} is a {wrapper.pop()}, which has stored the shapes of the "
+                "parameters. Change the model before you wrap it. If it is a "
+                "DistributedDataParallel, change the model inside, ddp.module, and wrap that again."
             )
         if isinstance(module, DMoE) and module.attribute_sizes is not None:
             if not isinstance(module.router, AttributeRouter):
                 raise ValueError(
-                    f"{name or 'model'}: its router is a {type(module.router).__name__}, expected "
-                    "an AttributeRouter. How the values of another stand in it is not known here."
+                    f"{name or 'model'}: the router is a {type(module.router).__name__}, expected "
+                    "an AttributeRouter. Where another router stores its values is not known here."
                 )
             layers.append(module)
         if isinstance(module, AttributeRouter) and module.sizes is not None:
@@ -213,7 +218,7 @@ def _find(model: nn.Module, attribute: int) -> _Found:
     if not routers:
         raise ValueError(
             f"model: {type(model).__name__} has no DMoE or AttributeRouter with attribute_sizes, "
-            "and so no value to add or to remove."
+            "so there is no attribute whose values could change."
         )
     if isinstance(attribute, bool) or not isinstance(attribute, int):
         raise TypeError(
@@ -223,7 +228,7 @@ def _find(model: nn.Module, attribute: int) -> _Found:
         attributes = len(router.sizes or ())
         if not 0 <= attribute < attributes:
             raise ValueError(
-                f"attribute: got {attribute}, expected 0 .. {attributes - 1}: {name} has "
+                f"attribute: got {attribute}, expected 0 .. {attributes - 1}, since {name} has "
                 f"attribute_sizes={router.attribute_sizes}."
             )
         _check_parameters(name, router)
@@ -231,8 +236,8 @@ def _find(model: nn.Module, attribute: int) -> _Found:
     if len({*sizes.values()}) > 1:
         seen = ", ".join(f"{size} in {name}" for name, size in sizes.items())
         raise ValueError(
-            f"model: its routers have different numbers of values of attribute {attribute} "
-            f"({seen}), so that one number would not name one value. Change them one by one."
+            f"model: its routers have different numbers of values for attribute {attribute} "
+            f"({seen}), so that one number would mean different values. Change them one by one."
         )
     return _Found(routers, layers, next(iter(sizes.values())))
 
@@ -243,22 +248,22 @@ def _check_parameters(name: str, router: AttributeRouter) -> None:
         parameter = router._parameters.get(each)
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
-                f"{name}: does not know its width yet, so there are no routers to keep. Run the "
-                "model once on an example first, or make the layer with other attribute_sizes."
+                f"{name}: the layer does not know its width yet, so it has no routers to change. "
+                "Run the model once on an example first, or make the layer with other "
+                "attribute_sizes."
             )
         if parameter is None:
             raise ValueError(
-                f"{name}.{each}: is no parameter of its own: parametrized or pruned (take that off "
-                "first), or held by FSDP (change the model before it is wrapped)."
+                f"{name}.{each}: this is no parameter of the router itself. If it is parametrized "
+                "or pruned, undo that first. If FSDP holds it, change the model before you wrap it."
             )
         width = parameter.shape[-1] if parameter.ndim else 0
         expected = router._shapes(width)[each]
         if type(parameter) is not nn.Parameter or tuple(parameter.shape) != expected:
             raise ValueError(
                 f"{name}.{each}: got a {type(parameter).__name__} of shape "
-                f"{tuple(parameter.shape)}, expected a whole Parameter of shape {expected}. Of "
-                "sharded parameters (FSDP, tensor parallelism) change the model before it is "
-                "sharded."
+                f"{tuple(parameter.shape)}, expected a whole Parameter of shape {expected}. If it "
+                "is sharded (FSDP, tensor parallelism), change the model before you shard it."
             )
 
 
@@ -266,17 +271,20 @@ def _check_start(start: str | int, found: _Found) -> None:
     if start == "mean":
         return
     if isinstance(start, (bool, str)) or not isinstance(start, int):
-        raise TypeError(f"start: got {start!r}, expected 'mean' or an int, a value to copy.")
+        raise TypeError(
+            f"start: got {start!r}, expected 'mean', or an int, the value whose router is copied."
+        )
     if start == -1:
         for name, router in found.routers.items():
             if router.unknown != "learned":
                 raise ValueError(
-                    f"start: got -1, but {name} has unknown={router.unknown!r}, expected "
-                    "'learned', with which the unknown has a router to copy."
+                    f"start: got -1, but {name} has unknown={router.unknown!r}. Only with "
+                    "unknown='learned' does the unknown value have a router that can be copied."
                 )
     elif not 0 <= start < found.size:
         raise ValueError(
-            f"start: got {start}, expected 'mean' or 0 .. {found.size - 1}, a value to copy."
+            f"start: got {start}, expected 'mean' or 0 .. {found.size - 1}, the value whose router "
+            "is copied."
         )
 
 
@@ -289,7 +297,7 @@ def _change(found: _Found, edit: _Edit, edit_gradient: _Edit, optimizer: Optimiz
         _check_optimizer(optimizer, owners)
         states = {parameter: _states(parameter, optimizer) for parameter in owners}
     edited = []
-    # All are made before the first is put in place: memory may run out.
+    # All new tensors are made before the first one replaces an old one, since memory may run out.
     with torch.inference_mode(False), torch.no_grad():
         for parameter, router in owners.items():
             grad = None if parameter.grad is None else edit_gradient(parameter.grad, router)
@@ -297,8 +305,8 @@ def _change(found: _Found, edit: _Edit, edit_gradient: _Edit, optimizer: Optimiz
             edited.append((parameter, edit(parameter, router), grad, state))
     for parameter, table, grad, state in edited:
         parameter.grad = None
-        # Of another dtype in between: with it goes the autograd node that still expects gradients
-        # of the old shape, and lives on in the graph of any earlier loss.
+        # The dtype changes in between, which drops the autograd node of the parameter. That node
+        # would expect gradients of the old shape, and the graph of an earlier loss keeps it alive.
         other = torch.float32 if table.dtype == torch.float64 else torch.float64
         parameter.data = table.new_empty(0, dtype=other)
         parameter.data = table
@@ -314,30 +322,30 @@ def _check_optimizer(optimizer: Optimizer, parameters: Collection[Tensor]) -> No
         )
     if not any(p in parameters for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            "optimizer: holds no parameter of the model's routers; give the one that trains them, "
-            "or none."
+            "optimizer: it holds no parameter of the model's routers. Pass the one that trains "
+            "them, or None."
         )
 
 
 def _states(parameter: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
-    """What an optimizer keeps for each row of a parameter, by its name for it."""
+    """The state that an optimizer has for each row of a parameter, by its name."""
     by_row = {}
     for key, value in optimizer.state.get(parameter, {}).items():
         if not isinstance(value, Tensor) or value.ndim == 0:
-            continue  # such as a count of steps
-        # Adafactor's sums over rows or columns of the last two axes stand there with length 1.
+            continue  # A number for the whole parameter, such as a count of steps.
+        # Adafactor has sums over one of the last two axes, which then has the length 1.
         if value.ndim != parameter.ndim or value.shape[0] != parameter.shape[0]:
             raise ValueError(
-                f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape "
-                f"{tuple(value.shape)} for a router's parameter of shape {tuple(parameter.shape)}: "
-                "which part is which value's cannot be told. Make a new optimizer instead."
+                f"optimizer: {type(optimizer).__name__} has a state {key!r} of shape "
+                f"{tuple(value.shape)} for a router's parameter of shape {tuple(parameter.shape)}, "
+                "so which part belongs to which value is not known. Make a new optimizer instead."
             )
         by_row[key] = value
     return by_row
 
 
 def _resize(found: _Found, attribute: int, size: int) -> None:
-    """Tells routers and layers how many values the attribute has now."""
+    """Updates the number of values in the routers and layers."""
 
     def resized(sizes: Any) -> Any:
         if isinstance(sizes, int):

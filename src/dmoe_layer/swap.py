@@ -1,4 +1,4 @@
-"""swap_mlps: puts layers in the place of the MLPs of a model that somebody else wrote."""
+"""swap_mlps: replaces the MLPs of an existing model by DMoE layers."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from .upcycling import upcycled
 
 
 class SwappedDMoE(DMoE):
-    """A :class:`DMoE` in the place of somebody else's MLP, called as that was.
+    """A [`DMoE`][] in the place of a model's MLP block, which the model calls like the old block.
 
-    It takes its tokens first, or under the name that the old block had for them, such as
-    ``hidden_states``. What else the host passes and the block could do without, a size, a flag or
-    None, is ignored. Attributes come from the open scope; ``attributes=``, ``mask=`` and
-    ``return_routing=`` ask for what they do in :class:`DMoE`, unless the old block had a
-    parameter of that name.
+    The first argument holds the tokens. They may also come under the name that the old block had
+    for them, such as ``hidden_states``. The layer ignores other arguments that are no tensors, such
+    as a size, a flag or None. The attributes come from the open scope. ``attributes=``, ``mask=``
+    and ``return_routing=`` mean what they mean in [`DMoE`][], unless the old block had a parameter
+    with that name.
 
     Raises:
-        TypeError: for an argument that the old block did not take, and for a second tensor, which
-            is never read as attributes.
+        TypeError: The model passes an argument that the old block did not have, or a second
+            tensor. The layer never reads a second tensor as attributes.
     """
 
     _block_parameters: tuple[str, ...] = ("x",)
-    _block_took_more = False  # than those, by *args or **kwargs
+    _block_took_more = False  # by *args or **kwargs
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Routing]:
         names = self._block_parameters
@@ -56,24 +56,23 @@ class SwappedDMoE(DMoE):
             given = [(names[0], kwargs.pop(names[0]))]
         if not given:
             raise TypeError(
-                f"forward: got no tokens, expected them first or as {names[0]}=; got the "
-                f"arguments {', '.join(kwargs) or '()'}."
+                f"forward: got no tokens. Pass them as the first argument or as {names[0]}=. Got "
+                f"the arguments {', '.join(kwargs) or '()'}."
             )
         for name, value in (*given[1:], *kwargs.items()):
             if name not in names and not self._block_took_more:
                 raise TypeError(
-                    f"forward: got an argument {name!r} ({describe(value)}), which the block had "
-                    f"no place for whose this layer has taken; it took {', '.join(names)}. "
-                    "Attributes come from `with routing(attributes):`, or by name, "
-                    "layer(x, attributes=...)."
+                    f"forward: got an argument {name!r} ({describe(value)}), but the block that "
+                    f"this layer replaced had the parameters {', '.join(names)}. Pass attributes "
+                    "by `with routing(attributes):`, or by name, layer(x, attributes=...)."
                 )
             if _holds_tensor(value):
                 raise TypeError(
                     f"forward: got a second tensor, argument {name!r} ({describe(value)}). A DMoE "
-                    "in the place of an MLP takes its tokens and nothing else: a second tensor "
-                    "of the host is not read as attributes, and what the old block did with it "
-                    "the layer does not do. Attributes come from `with routing(attributes):`, or "
-                    "by name, layer(x, attributes=...)."
+                    "that replaces an MLP takes only its tokens. It does not do what the old block "
+                    "did with a second tensor, and it does not read that as attributes. Pass "
+                    "attributes by `with routing(attributes):`, or by name, "
+                    "layer(x, attributes=...)."
                 )
         return super().forward(given[0][1], **options)
 
@@ -93,52 +92,61 @@ def swap_mlps(
     upcycle: bool = False,
     **options: Any,
 ) -> list[str]:
-    """Replaces MLP blocks of ``model`` with :class:`DMoE` layers, in place.
+    """Replaces MLP blocks of ``model`` by [`DMoE`][] layers, in place.
 
-    Each new layer takes its width (D and H), device, dtype and train/eval state from the block
-    it replaces, and is called as that was (:class:`SwappedDMoE`). A block that stands in several
-    places of the model is replaced by one layer, in all of them. Either all matching blocks are
-    replaced or, if one cannot be read, none. Hooks on a block go with it, and the new parameters
-    require gradients even where the old were frozen.
+    ``pattern`` selects the blocks by name. Each new layer takes its width (D and H), its device,
+    its dtype and its train/eval state from the block that it replaces. The model calls it like the
+    old block ([`SwappedDMoE`][]). Either all matching blocks are replaced or, if one cannot be
+    read, none of them.
 
-    A block may be gated (SwiGLU, GEGLU), of one linear layer D -> 2·H or of two D -> H; H is then
-    the layer's ``hidden_dim``. Its linear layers may be convolutions of size 1 on maps
-    (B, C, ...); the layer then has ``channel_dim=1``. A copy of the block is tried, and of blocks
-    that differ in nothing but their weights, one is.
+    **What can be replaced.**
 
-    A match may also be a host on which an MLP's linear layers stand, as on
-    ``torch.nn.TransformerEncoderLayer`` (``linear1``, ``activation``, ``linear2``), on Hugging
-    Face's OPT and Whisper (``fc1``, ``activation_fn``, ``fc2``), BERT and VideoMAE
-    (``intermediate.dense``, ``output.dense``) and ConvNeXt (``pwconv1``, ``act``, ``pwconv2``),
-    or one after another in an ``nn.Sequential``. The layer then takes the place of the first one;
-    activation and second one become ``nn.Identity``. The host's own dropouts, all of them, now
-    act on the layer's output, so that the layer's own is 0 unless given. Where the host is
-    sequence-first the layer has ``batch_dim=1``. Give the model that holds all of a
-    ``torch.nn.TransformerEncoder``, which must leave its fast path too.
+    - A module that holds nothing but an MLP: two linear layers with an activation between them.
+    - A gated MLP (SwiGLU, GEGLU). Its first part is one linear layer D -> 2·H or two layers D -> H.
+    - An MLP of convolutions of size 1 on maps (B, C, ...). The layer then has ``channel_dim=1``.
+    - An MLP whose two linear layers are part of a larger module, the *host*. Known hosts are
+      ``torch.nn.TransformerEncoderLayer``, Hugging Face's OPT, Whisper, BERT, VideoMAE and
+      ConvNeXt, and any ``nn.Sequential`` that holds linear layer, activation and linear layer one
+      after another. The new layer replaces the first linear layer. The activation and the second
+      linear layer become ``nn.Identity``.
+
+    The function runs a copy of each block on random tokens, to make sure that the block computes an
+    MLP. Of blocks that differ only in their weights, it runs one.
+
+    **What you should know.**
+
+    - A block that occurs in several places of the model is replaced by one layer in all of them.
+    - Hooks on a replaced block are lost.
+    - The new parameters require gradients even if the old ones were frozen.
+    - All dropouts of a host stay, and now act on the layer's output. So the layer's own dropout is
+      0 there unless you pass one.
+    - If a host is sequence-first, the layer has ``batch_dim=1``.
+    - Pass the model that contains the whole ``torch.nn.TransformerEncoder``, not only its layers.
+      The encoder must stop using its fast path too.
 
     Args:
-        model: any module that has MLP blocks D -> H -> D inside.
-        pattern: a glob on the names that ``model.named_modules()`` gives (``*`` matches dots
-            too), or a predicate ``(name, module) -> bool`` or ``(module) -> bool``. A match
-            inside a match is left out.
-        upcycle: starts every expert as the old MLP (see :meth:`DMoE.from_mlp`): in eval mode
-            the model's output stays what it was.
-        options: further arguments of :class:`DMoE`, such as ``attribute_sizes``. Without
-            ``upcycle`` new experts take only the width from the block (unless ``hidden_dim`` is
-            given): their activation (ReLU) and dropout (0.1) are DMoE's defaults, whatever the
-            block's are, unless given here.
+        model: Any module that contains MLP blocks D -> H -> D.
+        pattern: Which modules to replace: a glob on the names that ``model.named_modules()``
+            gives, or a function ``(name, module) -> bool`` or ``(module) -> bool``. In a glob,
+            ``*`` matches dots too. A match inside another match is ignored.
+        upcycle: Whether every expert starts as a copy of the old MLP ([`DMoE.from_mlp`][]). In
+            eval mode the model's output then does not change.
+        **options: Further arguments of [`DMoE`][], such as ``attribute_sizes``. Without
+            ``upcycle``, new experts take only their width from the block. Their activation (ReLU)
+            and dropout (0.1) are the defaults of [`DMoE`][], unless you pass others.
 
     Returns:
-        The names under which the layers stand: those of the replaced blocks, or of hosts' first
-        linear layers.
+        The names of the new layers: those of the replaced blocks, or those of the first linear
+            layers of hosts.
 
     Raises:
-        ValueError: if nothing matches (naming what could have), or if a matching block is no
-            two-layer MLP and holds none (naming the part that could not be read).
-        TypeError: for a model, pattern or option of another kind, and, with ``upcycle``, for an
-            option that the block decides.
+        ValueError: No module matches, and the error names modules that could be replaced. Or a
+            matching module is no two-layer MLP and contains none, and the error names the part
+            that could not be read.
+        TypeError: An argument has the wrong type, or ``upcycle`` is set together with an option
+            that the block decides.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from dmoe_layer import swap_mlps
         >>> mlp = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
@@ -149,7 +157,7 @@ def swap_mlps(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
     check_flag("upcycle", upcycle)
-    # Names of shared modules too: a block must be replaced wherever it stands.
+    # With the names of shared modules, since a block must be replaced wherever it occurs.
     named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n]
     matching = {m for _, m in outermost(named, as_predicate(pattern))}
     if not matching:
@@ -194,12 +202,12 @@ def _on_host(host: nn.Module, mlp: HostMlp) -> str:
 
 
 class _Match(NamedTuple):
-    """What takes the place of a match: a layer as wide as an MLP that has been read.
+    """A match of the pattern, and what is known about the layer that replaces it.
 
     Attributes:
-        mlp: what has been read.
-        host_mlp: where the MLP stands on a host; None: the match itself is one.
-        options: of the layer.
+        mlp: What has been read of the MLP.
+        host_mlp: Where the MLP is on its host. None if the match itself is the MLP.
+        options: The options of the layer.
     """
 
     mlp: Mlp
@@ -208,13 +216,13 @@ class _Match(NamedTuple):
 
 
 def _read(block: nn.Module, upcycle: bool, options: dict[str, Any], trials: Trials) -> _Match:
-    """What takes the place of a match. Nothing is drawn.
+    """Reads what is needed to replace a match. No random number is drawn.
 
     Raises:
-        ValueError: saying why nothing can.
+        ValueError: It cannot be replaced. The error says why.
     """
     if isinstance(block, DMoE):
-        raise ValueError("is a DMoE already; match the blocks that are not.")
+        raise ValueError("this module is a DMoE already. Match only modules that are not.")
     dropout = options.get("dropout")
     try:
         mlp = read_mlp(block, upcycle=upcycle, dropout=dropout, trials=trials)
@@ -225,10 +233,12 @@ def _read(block: nn.Module, upcycle: bool, options: dict[str, Any], trials: Tria
             raise
     kind = type(block).__name__
     if not mlps:
-        raise ValueError(f"{kind}: holds a DMoE already; match the blocks that do not.")
+        raise ValueError(f"{kind} contains a DMoE already. Match only modules that do not.")
     if len(mlps) > 1:
         places = "; ".join(map(str, mlps[:3])) + ("; ..." if len(mlps) > 3 else "")
-        raise ValueError(f"{kind}: holds {len(mlps)} MLPs ({places}). Match what holds one.")
+        raise ValueError(
+            f"{kind} contains {len(mlps)} MLPs ({places}). Match a module that contains one."
+        )
     axis = trials.of(block, lambda: try_host_mlp(block, mlps[0]))
     options = {"dropout": 0.0, **({"batch_dim": axis} if axis else {}), **options}
     part, dropout = as_block(block, mlps[0]), options["dropout"]
@@ -238,7 +248,7 @@ def _read(block: nn.Module, upcycle: bool, options: dict[str, Any], trials: Tria
 
 
 def _replacement(block: nn.Module, match: _Match, upcycle: bool) -> SwappedDMoE:
-    """The layer, drawn or upcycled."""
+    """Makes the layer, with new weights or upcycled."""
     mlp, options = match.mlp, match.options
     if upcycle:
         options = {name: value for name, value in options.items() if name != "dropout"}
@@ -257,7 +267,7 @@ def _replacement(block: nn.Module, match: _Match, upcycle: bool) -> SwappedDMoE:
 
 
 def _parameters_of(block: nn.Module) -> tuple[tuple[str, ...], bool]:
-    """The names by which a block may be given what it takes, and whether it takes others too."""
+    """The names of a block's parameters, and whether it accepts arguments of other names too."""
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(block.forward).parameters.values()
     names = tuple(each.name for each in parameters if each.kind not in starred) or ("x",)
@@ -271,9 +281,9 @@ def _hint(
     upcycle: bool,
     options: dict[str, Any],
 ) -> str:
-    """What was perhaps meant, of all that would be taken; or what to do where there is nothing."""
+    """Names modules that may have been meant, or says what to do if there are none."""
     if as_predicate(pattern)("", model):
-        return " Only the model itself does, and it cannot replace itself: see DMoE.from_mlp."
+        return " Only the model itself matches, and it cannot replace itself. Use DMoE.from_mlp."
     mlps: list[str] = []
     hosts: list[str] = []
     trials = Trials()
@@ -283,22 +293,23 @@ def _hint(
             (mlps if match.host_mlp is None else hosts).append(name)
     if not mlps and not hosts and upcycle:
         hint = _hint(model, pattern, named, False, options)
-        return f" No block can be upcycled. Without upcycle=True:{hint}"
+        return f" No module can be upcycled. Without upcycle=True:{hint}"
     if not mlps and not hosts:
-        return f" The model has no block that is a two-layer MLP. {advice_for(model)}"
+        return f" The model has no module that is a two-layer MLP. {advice_for(model)}"
     if isinstance(pattern, str):
         for names in (mlps, hosts):
             names.sort(key=lambda name: -difflib.SequenceMatcher(None, pattern, name).ratio())
     if mlps:
         return f" Close candidates: {_shown(mlps)}."
-    # A layer has brothers, which one glob names, unless it matches others too.
+    # A model has many such layers. One glob names them all, unless it matches other modules too.
     globs = {".".join("*" if part.isdigit() else part for part in h.split(".")) for h in hosts}
     matched = [name for glob in globs for name, _ in outermost(named, as_predicate(glob))]
     if sorted(matched) == sorted(hosts):
         hosts = [repr(glob) for glob in sorted(globs)]
     return (
-        " The model has no block that is a two-layer MLP, but layers on which the linear layers of "
-        f"one stand, as on torch.nn.TransformerEncoderLayer. Match those: {_shown(hosts)}."
+        " The model has no module that is a two-layer MLP by itself, but it has layers that hold "
+        "the parts of one, as torch.nn.TransformerEncoderLayer does. Match those layers: "
+        f"{_shown(hosts)}."
     )
 
 

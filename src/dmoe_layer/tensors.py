@@ -1,4 +1,4 @@
-"""The tuples of tensors that travel from room to room; shape letters as in ``layer``."""
+"""The tuples of tensors that modules pass to each other; ``layer`` explains the shape letters."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """What one call routed. Plain tensors, never detached; T counts the tokens inside the mask.
+    """Where one call of a [`DMoE`][] sent its tokens: a tuple of plain tensors.
+
+    T is the number of tokens inside the mask. The tokens of the first sample come first, then those
+    of the second, and so on. Within a sample they have the order of ``x`` with its channels moved
+    to the last axis. The tensors belong to the autograd graph, so that a loss of them trains the
+    router.
 
     Attributes:
-        expert_indices: (T, k) int64, the experts of each token, best first.
-        gates: (T, k), the softmax over those k scores; sums to 1. At least fp32.
-        logits: (T, E), the scores that were ranked, noise included. At least fp32.
-        attributes: (T,) int64, each token's attribute value (-1: unknown), (T, n) for n
-            attributes, or None where no attributes were given.
+        expert_indices: The experts of each token, best first: (T, k) int64.
+        gates: The weights of those experts, (T, k), at least fp32: the softmax over their k scores.
+            The gates of a token sum to 1.
+        logits: The scores of all experts, noise included: (T, E), at least fp32.
+        attributes: The attribute value of each token's sample, with -1 for unknown: (T,) int64, or
+            (T, n) for n attributes. None if there were no attributes.
 
-    Tokens stand sample after sample, in the order of ``x`` with the channels moved last.
-
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import DMoE
         >>> layer, x = DMoE(16, attribute_sizes=3), torch.randn(2, 10, 16)
@@ -35,22 +39,23 @@ class Routing(NamedTuple):
     attributes: Tensor | None = None
 
 
-# By which pickle finds it again. It was defined there, and a file that holds one names the place:
-# so those of an older layout load here, and those of this one load there.
+# A pickled Routing names this module, where the class was once defined. So old files load with this
+# version, and new files load with old versions.
 Routing.__module__ = "dmoe_layer.router"
 
 
 class RouterWeights(NamedTuple):
-    """A row for every router, clean (0) and noise (1) weights side by side."""
+    """The weights of all routers; on the second axis 0 is the clean router, 1 its noise."""
 
     w_A2ED: Tensor
     b_A2E: Tensor
 
 
 class ExpertWeights(NamedTuple):
-    """All experts' two layers; without biases ``b1_EH`` and ``b2_ED`` are None.
+    """The two layers of all experts. Without biases ``b1_EH`` and ``b2_ED`` are None.
 
-    Of gated experts w1 is (E, 2H, D) and b1 (E, 2H): H rows of the gate, then H of the linear half.
+    Gated experts have a w1 of (E, 2H, D) and a b1 of (E, 2H): first the H rows of the gate, then
+    the H rows of the linear half.
     """
 
     w1_EHD: Tensor
@@ -63,10 +68,10 @@ class ExpertOptions(NamedTuple):
     """How the experts compute.
 
     Attributes:
-        activation: a name of ``activations.ACTIVATIONS``.
-        dropout: the probability of zeroing an entry of an expert's output.
-        seed: what dropout is drawn from, an int64 scalar on the CPU; None drops nothing.
-        dtype: that of the operands, which autocast may have chosen.
+        activation: A name of ``activations.ACTIVATIONS``.
+        dropout: The probability of setting an entry of an expert's output to zero.
+        seed: The seed of the dropout, an int64 scalar on the CPU. None stands for no dropout.
+        dtype: The dtype of the operands, which autocast may have chosen.
     """
 
     activation: str

@@ -1,4 +1,4 @@
-"""Upcycling: makes a layer whose every expert starts as an MLP that has been read."""
+"""Upcycling: makes a layer in which every expert starts as a given MLP."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def upcycled(kind: type[Layer], mlp: Mlp, **options: Any) -> Layer:
-    """A layer of the class ``kind``, ``DMoE`` or one of its own, with the MLP for every expert.
+    """Makes a layer of the class ``kind`` (``DMoE`` or a subclass); each expert is the MLP.
 
-    The experts are not drawn first: only the router takes numbers from the random generator.
+    The experts' weights are not drawn at random first. Only the router uses the random generator.
 
     Raises:
-        TypeError: for an option that the MLP decides.
+        TypeError: An option was passed that the MLP decides.
     """
     decided = {"dim", "hidden_dim", "activation", "bias", "zero_init", "device", "dtype"}
     if clash := sorted(decided & options.keys()):
-        raise TypeError(f"from_mlp: {', '.join(clash)} is decided by the MLP; leave it out.")
+        raise TypeError(f"from_mlp: got {', '.join(clash)}, which the MLP decides. Leave it out.")
     layer: Any = kind.__new__(kind)
-    vars(layer)["_is_overwritten"] = True  # as its reset_parameters reads, in __init__
+    vars(layer)["_is_overwritten"] = True  # for reset_parameters, which __init__ calls
     layer.__init__(
         mlp.dim,
         hidden_dim=mlp.hidden_dim,

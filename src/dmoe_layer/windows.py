@@ -1,4 +1,4 @@
-"""Whose a window is: the attributes of windows that were cut from a batch of images."""
+"""The attributes of windows that were cut from a batch of images."""
 
 from __future__ import annotations
 
@@ -13,42 +13,47 @@ from .checks import describe
 
 
 def window_attributes(attributes: Any, places: Sequence[Sequence[slice]]) -> Tensor:
-    """One row of attributes for each window of a batch, that of the sample it was cut from.
+    """Returns the attributes of each sliding window: those of the sample it was cut from.
 
-    Sliding windows of a batch are no samples: MONAI's ``sliding_window_inference`` hands a model
-    the first windows of the first volume, then further ones, and the windows of one call may be
-    of several volumes. A scope opened around it would give each window the attributes of the
-    sample at the window's place in the call, and where there happen to be as many windows as
-    samples nothing would say so. With ``with_coord=True`` MONAI tells where each window lies::
+    MONAI's ``sliding_window_inference`` calls a model with batches of windows. The windows of one
+    call may come from several volumes, so the first window need not belong to the first volume. A
+    [`routing`][] scope around the whole inference would give window i the attributes of sample i.
+    No error would tell, if a call happens to have as many windows as there are samples. With
+    ``with_coord=True`` MONAI also passes where each window lies, and this function finds the
+    sample:
 
-        def predictor(windows, places):
-            with routing(window_attributes(site, places), record=False):
-                return model(windows)
+    ```python
+    def predictor(windows, places):
+        with routing(window_attributes(site, places), record=False):
+            return model(windows)
 
-        logits = sliding_window_inference(
-            volumes, (96, 96, 96), 4, predictor, overlap=0.5, with_coord=True
-        )
+    logits = sliding_window_inference(
+        volumes, (96, 96, 96), 4, predictor, overlap=0.5, with_coord=True
+    )
+    ```
 
     Args:
-        attributes: integers, (batch,), or (batch, n) for n attributes, of the volumes that the
-            windows are cut from; a batch of 1 or a scalar applies to every window.
-        places: where each window lies, as MONAI's ``with_coord=True`` says: a sequence of slices
-            for each window, of which the first, ``slice(b, b + 1)``, names the sample b. They are
-            to be read while the predictor runs; afterwards MONAI may write to them.
+        attributes: The attribute values of the volumes: integers of shape (batch,), or (batch, n)
+            for n attributes. A scalar or a batch of 1 applies to every window.
+        places: Where each window lies, as MONAI passes it to the predictor: a sequence of slices
+            for each window. The first slice, ``slice(b, b + 1)``, says that the window belongs to
+            the sample b. Call this function while the predictor runs, since MONAI may overwrite
+            the slices afterwards.
 
     Returns:
-        (windows,), or (windows, n) where the attributes have two dimensions; on their device.
+        The attributes of the windows, (windows,), or (windows, n) if the attributes have two
+            dimensions. They are on the device of the attributes.
 
     Raises:
-        TypeError: for attributes that are no integers, or places that are no such slices.
-        ValueError: for attributes of more than two dimensions, or a window of a sample that has
-            none.
+        TypeError: The attributes are not integers, or the places are not such slices.
+        ValueError: The attributes have more than two dimensions, or there is no row for the
+            sample of a window.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import window_attributes
-        >>> site = torch.tensor([2, 0])  # of a batch of two volumes
-        >>> places = [  # of three windows, two of the first volume and one of the second
+        >>> site = torch.tensor([2, 0])  # a batch of two volumes
+        >>> places = [  # two windows of the first volume, one of the second
         ...     (slice(0, 1), slice(None), slice(0, 96), slice(0, 96), slice(0, 96)),
         ...     (slice(0, 1), slice(None), slice(48, 144), slice(0, 96), slice(0, 96)),
         ...     (slice(1, 2), slice(None), slice(0, 96), slice(0, 96), slice(0, 96)),
@@ -65,9 +70,9 @@ def window_attributes(attributes: Any, places: Sequence[Sequence[slice]]) -> Ten
     for window, sample in enumerate(samples):
         if sample >= rows.shape[0]:
             raise ValueError(
-                f"attributes: got shape {tuple(values.shape)}, but window {window} is of sample "
-                f"{sample}: expected a row for each volume of the batch that the windows are cut "
-                "from, or a batch of 1 that applies to all of them."
+                f"attributes: got shape {tuple(values.shape)}, but window {window} was cut from "
+                f"sample {sample}. Expected a row for each volume of the batch, or a batch of 1 "
+                "that applies to all of them."
             )
     return rows[samples]
 
@@ -76,13 +81,13 @@ def _sequence(places: Any) -> Sequence[Any]:
     if isinstance(places, (str, Tensor)) or not isinstance(places, Sequence):
         raise TypeError(
             f"places: got {describe(places)}, expected a sequence of slices for each window, as "
-            "sliding_window_inference(..., with_coord=True) hands them to its predictor."
+            "sliding_window_inference(..., with_coord=True) passes them to its predictor."
         )
     return places
 
 
 def _sample_of(window: int, place: Any) -> int:
-    """The sample that a window was cut from, by the first of its slices."""
+    """The sample from which a window was cut, by the first of its slices."""
     first: Any = place[0] if isinstance(place, Sequence) and place else None
     try:  # its ends may be NumPy's integers
         start, stop = operator.index(first.start), operator.index(first.stop)
@@ -90,8 +95,8 @@ def _sample_of(window: int, place: Any) -> int:
         start = stop = -1
     if start < 0 or stop != start + 1:
         raise TypeError(
-            f"places[{window}]: got {place!r:.120}, expected slices that begin with the sample's, "
-            "slice(b, b + 1), as sliding_window_inference(..., with_coord=True) hands them to its "
-            "predictor."
+            f"places[{window}]: got {place!r:.120}, expected slices of which the first is that of "
+            "the sample, slice(b, b + 1), as sliding_window_inference(..., with_coord=True) passes "
+            "them to its predictor."
         )
     return start

@@ -36,7 +36,7 @@ def test_tokens_flattened_into_the_batch_are_named_as_the_likely_cause(of):
             run(x, GOOD)
 
     ways = "routing(attributes.repeat_interleave(3, dim=0))", "dmoe_layer.window_attributes"
-    quotes = "(4,)", "batch of 12", "expected (12,)", "12 is 3 x 4", "3 rows a sample", FLATTENED
+    quotes = "(4,)", "batch of 12", "Expected (12,)", "12 is 3 x 4", "3 rows per sample", FLATTENED
     assert_refused(layer, call, ValueError, *quotes, *ways)
 
 
@@ -87,7 +87,7 @@ def test_a_mask_does_not_make_widths_into_tokens():
         ([0.0, 1.0], 3, TypeError, r"x: got \[0\.0, 1\.0\] \(list\), expected a tensor \(batch"),
         (None, 3, TypeError, r"x: got None \(NoneType\), expected a tensor \(batch"),
         (torch.tensor(1.0), 3, ValueError, r"x: got torch.float32 of shape \(\), expected \(batch"),
-        (torch.zeros(4, 2), None, TypeError, "attribute_sizes: got None, expected how many"),
+        (torch.zeros(4, 2), None, TypeError, "attribute_sizes: got None, expected the number"),
         (torch.zeros(4, 2), (), ValueError, "attribute_sizes: got no size"),
         (torch.zeros(4, 2), 0, ValueError, "attribute_sizes: got 0, expected at least 1"),
     ],

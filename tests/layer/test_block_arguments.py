@@ -69,8 +69,8 @@ class Looked(Mlp):
     [
         (
             Masked,
-            r"'fc1' is not given the block's input. It was given H=4, 4 for what could not be made "
-            r"up \('mask'\)\.$",
+            r"'fc1' does not get the block's input. In the trial it got H=4, 4 for what could not "
+            r"be made up \('mask'\)\.$",
         ),
         (
             Looked,
@@ -143,8 +143,8 @@ class Broken(Mlp):
     ("block", "words"),
     [
         (Pair(), "Pair: could not run it .*: it returned tuple, expected one tensor"),
-        (Flat(), r"Flat: .*of \(4, 16, 8\) it made \(64, 8\)"),
-        (Pooled(), r"Pooled: .*of \(4, 16, 8\) it made \(4, 1, 8\)"),
+        (Flat(), r"Flat: .*output for \(4, 16, 8\) has the shape \(64, 8\)"),
+        (Pooled(), r"Pooled: .*output for \(4, 16, 8\) has the shape \(4, 1, 8\)"),
         (
             nn.Sequential(InBuffers(D, H), nn.ReLU(), nn.Linear(H, D)),
             "could not read '0': its weight is a buffer, expected an nn.Parameter.*requires_grad",
@@ -189,8 +189,11 @@ class Functional(Mlp):
 @pytest.mark.parametrize(
     ("around", "words"),
     [
-        (lambda x, y: x + y, "with 'fc2' at zero its output is not: it may hold a residual"),
-        (lambda x, y: y.cumsum(1), "its tokens do not go through it alone"),
+        (
+            lambda x, y: x + y,
+            "with 'fc2' at zero its output is not zero. It may contain a residual",
+        ),
+        (lambda x, y: y.cumsum(1), "it mixes tokens"),
         (lambda x, y: y, None),
     ],
 )

@@ -144,12 +144,12 @@ class MixFfn(nn.Module):
     [
         (
             MixFfn(),
-            "between 'fc1' and 'fc2' stands a depthwise 3x3 convolution .'depthwise' Conv2d., so "
-            "that no token goes through it alone",
+            "between 'fc1' and 'fc2' there is a depthwise 3x3 convolution .'depthwise' Conv2d., "
+            "which mixes tokens",
         ),
         (
             nn.Sequential(pointwise(2)(D, H), nn.Conv2d(H, H, 3, padding=1), pointwise(2)(H, D)),
-            "between '0' and '2' stands a 3x3 convolution .'1' Conv2d., so that no token",
+            "between '0' and '2' there is a 3x3 convolution .'1' Conv2d., which mixes tokens",
         ),
         (convolutional_mlp(GlobalNorm()), "between '0' and '2' mixes hidden units or tokens"),
     ],

@@ -159,7 +159,7 @@ def test_a_checkpoint_with_the_former_names_of_biases_is_not_drawn_over(tmp_path
 def test_upcycling_an_mlp_that_is_not_loaded_yet_fails_with_the_way(checkpoint):
     folder, old = checkpoint
     with pytest.raises(
-        RuntimeError, match=r"no w1_EHD, .* Load the model with its MLPs, then swap"
+        RuntimeError, match=r"no w1_EHD, .* Load the model with its MLPs first, and then swap"
     ):
         Upcycled.from_pretrained(folder)
     model, x = ViTModel.from_pretrained(folder), images()

@@ -127,14 +127,14 @@ def test_gated_mlps_give_way_to_new_experts_of_their_width():
         # EVA02 and Primus scale what stands between.
         (
             Paired(between=nn.LayerNorm(H)),
-            r"\('gate' 8 -> 16, 'up' 8 -> 16, 'down' 16 -> 8\) as a gated MLP \(GLU\): what stands "
+            r"\('gate' 8 -> 16, 'up' 8 -> 16, 'down' 16 -> 8\) as a gated MLP \(GLU\): what lies "
             "between 'gate' and 'up' and 'down' mixes hidden units or tokens .*'between' Layer"
-            "Norm.*only new experts",
+            "Norm.*Only new experts",
         ),
         (Chunked(between=nn.LayerNorm(H)), "'weights_in' and 'weights_out' mixes.*LayerNorm"),
-        (Chunked(torch.sigmoid), "stands none of swiglu, geglu, geglu_tanh; only new experts"),
-        (Paired(F.relu), "stands none of swiglu, geglu, geglu_tanh; only new experts"),
-        (Paired(nn.Identity()), "stands none of swiglu, geglu, geglu_tanh; only new experts"),
+        (Chunked(torch.sigmoid), r"is none of swiglu, geglu, geglu_tanh\. Only new experts"),
+        (Paired(F.relu), r"is none of swiglu, geglu, geglu_tanh\. Only new experts"),
+        (Paired(nn.Identity()), r"is none of swiglu, geglu, geglu_tanh\. Only new experts"),
     ],
 )
 def test_what_cannot_be_upcycled_says_so_and_gives_way_to_new_experts(block, words):
@@ -171,7 +171,7 @@ class OfSum(Paired):
     [
         (WithResidual(), "its output is not that of 'down'.*residual"),
         (OfOther(), "between 'weights_in' and 'weights_out' mixes hidden units or tokens"),
-        (OfSum(), "'up' is not given the block's input"),
+        (OfSum(), "'up' does not get the block's input"),
     ],
 )
 def test_what_is_no_gated_mlp_is_refused(block, words, upcycle):

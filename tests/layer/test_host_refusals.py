@@ -84,16 +84,17 @@ REFUSED = {
     # One hidden unit too many for two halves.
     "another activation, odd": (lambda: Host(nn.Mish(), 13), f"{BETWEEN}.*ion' Mish"),
     "an activation that works elsewhere too": (
-        ActsTwice, "ActsTwice: .*the host puts out something else, as if it used one of the parts"
+        ActsTwice,
+        "ActsTwice: .*the output of the host is different, as if it used one of the parts",
     ),
-    "a weight that is read": (ReadsWeight, "ReadsWeight: .*something else: .* attribute 'weight'"),
+    "a weight that is read": (ReadsWeight, "ReadsWeight: .*is different: .* attribute 'weight'"),
     "further arguments": (
         Demands,
         r"Demands: could not try .*\(batch, tokens, 8\).*no attribute 'scale'.*module of its own",
     ),
     "what cannot be copied": (Locked, "Locked: could not copy it to try its MLP .*lock"),
     "two MLPs": (
-        two, r"ModuleDict: holds 2 MLPs \('tokens.1', 'tokens.2', 'tokens.3'; .*Match what holds"
+        two, r"ModuleDict contains 2 MLPs \('tokens.1', 'tokens.2', 'tokens.3'; .*Match a module"
     ),
 }  # fmt: skip
 
@@ -143,7 +144,7 @@ def test_computed_weights_upcycle_no_better_than_elsewhere():
 def test_a_host_that_holds_a_layer_already_says_so(pattern):
     model = nn.Sequential(Host(), Host())
     swap_mlps(model, "0")
-    with pytest.raises(ValueError, match=r"^0: Host: holds a DMoE already; match the blocks"):
+    with pytest.raises(ValueError, match=r"^0: Host contains a DMoE already. Match only modules"):
         swap_mlps(model, pattern)
     assert swap_mlps(model, "1") == ["1.linear1"]
 

@@ -65,7 +65,7 @@ def test_an_axis_that_the_map_does_not_have():
 
 def test_a_list_of_modules_which_is_never_called():
     for pattern in ("stages", "*"):
-        refused(Net(), pattern, ValueError, "stages: is of the kind ModuleList.*never called")
+        refused(Net(), pattern, ValueError, "stages: this module is a ModuleList, .*never called")
 
 
 @pytest.mark.parametrize("wrap", [lambda y: (y, y), lambda y: [y], lambda y: {"out": y}])
@@ -89,21 +89,28 @@ def test_a_module_that_was_not_tried_and_gives_no_single_tensor_is_refused_when_
 
     model = nn.ModuleDict({"split": Split()})
     insert_after(model, "split")
-    with pytest.raises(TypeError, match="Split returned tuple, and experts can follow one tensor"):
+    with pytest.raises(TypeError, match="Split returned tuple, but a layer can only follow"):
         model["split"](torch.randn(2, 4, 8, 8))
 
 
 def test_what_has_experts_already():
     model = Net()
     _, undo = insert_after(model, "stages.*")
-    refused(model, "stages.*", ValueError, r"stages.0: has an attribute 'moe' already \(DMoE\)")
-    refused(model, "stages.0.moe", ValueError, "stages.0.moe: is a DMoE itself")
+    refused(
+        model,
+        "stages.*",
+        ValueError,
+        r"stages.0: this module has an attribute 'moe' already \(DMoE\)",
+    )
+    refused(model, "stages.0.moe", ValueError, "stages.0.moe: this module is a DMoE itself")
     undo()
     insert_after(model, "stages.*")
     for taken in (None, 3):
         model = Net()
         model.stages[0].moe = taken
-        refused(model, "stages.*", ValueError, "stages.0: has an attribute 'moe' already")
+        refused(
+            model, "stages.*", ValueError, "stages.0: this module has an attribute 'moe' already"
+        )
         assert model.stages[0].moe is taken
 
 
@@ -179,7 +186,7 @@ def test_one_that_cannot_leaves_all_the_others_without():
         def __init__(self):
             super().__init__(nn.ModuleList(), Stage())
 
-    refused(Net2(), "stages.*", ValueError, "stages.1: is of the kind ModuleList")
+    refused(Net2(), "stages.*", ValueError, "stages.1: this module is a ModuleList")
 
 
 @pytest.mark.parametrize("pattern", ["stages.*", "stages.?", "stages.[01]"])
@@ -212,4 +219,4 @@ def test_a_pattern_without_a_match_brings_up_names_that_can_be_taken():
 
 @pytest.mark.parametrize("pattern", ["", lambda module: isinstance(module, Net)])
 def test_the_model_itself_is_no_module_of_the_model(pattern):
-    refused(Net(), pattern, ValueError, "Only the model itself does")
+    refused(Net(), pattern, ValueError, "Only the model itself matches")

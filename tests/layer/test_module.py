@@ -186,7 +186,9 @@ def test_parameters_on_another_device_are_refused_instead_of_read(part):
     else:
         layer = meta
     owner = "router" if part == "router" else "layer"
-    with pytest.raises(ValueError, match=f"x: is on cpu, but the {owner}'s .* are on meta"):
+    with pytest.raises(
+        ValueError, match=f"x: got a tensor on cpu, but the {owner}'s .* are on meta"
+    ):
         layer(torch.randn(3, 5, 6), A3)
     with pytest.raises(ValueError, match="the router's parameters are on meta"):
         meta.router(torch.randn(3, 5, 6), A3)

@@ -88,7 +88,7 @@ NO_TWO_LAYER_MLP = {
         "between '0' and '3' mixes hidden units or tokens .*'1' Do, '2' GELU",
     ),
     "residual": (lambda: Altered(lambda x, y: x + y), "mlp", "output is not that of '2'.*residual"),
-    "a scale of 1": (Scaled, "mlp", "output is not that of '2': .*scale"),
+    "a scale of 1": (Scaled, "mlp", r"output is not that of '2'\. .*scale"),
     "dropout in eval": (
         lambda: Altered(lambda x, y: F.dropout(y, 0.5)), "mlp", "output is not that of '2'"
     ),
@@ -125,7 +125,7 @@ def test_a_block_that_is_no_two_layer_mlp_is_named_and_nothing_changes(model, up
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        (nn.Sequential(nn.LayerNorm(D), *mlp()), "'1' is not given the block's input .*'0' Layer"),
+        (nn.Sequential(nn.LayerNorm(D), *mlp()), "'1' does not get the block's input .*'0' Layer"),
         (nn.Sequential(*mlp(), nn.LayerNorm(D)), "output is not that of '2' .*'3' LayerNorm"),
     ],
 )
@@ -154,7 +154,9 @@ def test_what_mixes_tokens_is_found_in_every_mode_of_autograd(mixes, mode, upcyc
 def test_an_unknown_activation_does_not_upcycle_but_gives_way_to_new_experts(act):
     build, name = UNKNOWN_ACTIVATIONS[act]
     model = Block(mlp(build()))
-    with refused(model, rf"mlp: Seq.*between its linear layers stands none of relu, .*{name}"):
+    with refused(
+        model, rf"mlp: Seq.*the activation between its linear layers is none of relu, .*{name}"
+    ):
         swap_mlps(model, "mlp", upcycle=True)
     assert swap_mlps(model, "mlp", activation="silu", dropout=0.0) == ["mlp"]
     assert (model.mlp.dim, model.mlp.hidden_dim) == (D, H)
@@ -266,7 +268,7 @@ COMPUTED = {
         lambda block: block[0].register_forward_hook(lambda module, args, output: output * 2),
         "'0' does not compute what its weight and bias say",
     ),
-    "two dtypes": (lambda block: block[2].double(), "'0' is torch.float32 on cpu, '2' is .*64"),
+    "two dtypes": (lambda block: block[2].double(), "'0' is torch.float32 on cpu, but '2' is .*64"),
     "LoRA": (lambda block: setattr(block, "0", Lora(D, H)), "'0' does not compute.*LoRA"),
 }  # fmt: skip
 

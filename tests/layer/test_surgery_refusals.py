@@ -71,7 +71,7 @@ CALLS = {
         "optimizer: got dict"),
     "another's optimizer": (
         lambda m, o: add_attribute_value(m, optimizer=torch.optim.SGD(make().parameters(), lr=1)),
-        ValueError, "optimizer: holds no parameter of the model's routers"),
+        ValueError, "optimizer: it holds no parameter of the model's routers"),
     "no attributes": (
         lambda m, o: add_attribute_value(nn.Sequential(DMoE(6), nn.Linear(6, 6))), ValueError,
         "Sequential has no | attribute_sizes"),
@@ -84,7 +84,7 @@ CALLS = {
         ValueError, "attribute: got 1 | one.router has attribute_sizes=3"),
     "not its width": (
         lambda m, o: add_attribute_value(nn.ModuleList([m, DMoE(attribute_sizes=3)])), ValueError,
-        "1.router: does not know its width yet | Run the model once"),
+        "1.router: the layer does not know its width yet | Run the model once"),
 }  # fmt: skip
 
 
@@ -143,7 +143,7 @@ class RouterOfOnesOwn(nn.Module):
 def test_what_is_no_whole_parameter_of_a_router_is_refused():
     layer = make()
     parametrize.register_parametrization(layer.router, "w_A2ED", Twice())
-    with pytest.raises(ValueError, match=r"router.w_A2ED: is no parameter of its own"):
+    with pytest.raises(ValueError, match=r"router.w_A2ED: this is no parameter of the router"):
         add_attribute_value(layer)
     layer = make()
     layer.router.bias = nn.Parameter(torch.zeros(3, 4))
@@ -151,7 +151,7 @@ def test_what_is_no_whole_parameter_of_a_router_is_refused():
         add_attribute_value(layer)
     layer = make()
     layer.router = RouterOfOnesOwn()
-    with pytest.raises(ValueError, match="its router is a RouterOfOnesOwn"):
+    with pytest.raises(ValueError, match="the router is a RouterOfOnesOwn"):
         add_attribute_value(nn.Sequential(layer, AttributeRouter(6, attribute_sizes=3)))
 
 
@@ -160,10 +160,12 @@ def test_sharded_models_are_refused():
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
         sharded = fully_shard(nn.Sequential(make()), mesh=mesh)
-        with pytest.raises(ValueError, match=r"0\.router\.w_A2ED: got a DTensor .* before it is"):
+        with pytest.raises(
+            ValueError, match=r"0\.router\.w_A2ED: got a DTensor .* before you shard it"
+        ):
             add_attribute_value(sharded)
         flat = FullyShardedDataParallel(nn.Sequential(make()), device_id=torch.device("cpu"))
-        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*before it is wrapped"):
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*before you wrap it"):
             add_attribute_value(nn.ModuleList([flat]))
     finally:
         dist.destroy_process_group()

@@ -164,7 +164,7 @@ def test_a_predicate_sees_name_and_module_or_the_module(pattern):
 
 def test_arguments_of_another_kind_are_refused():
     for pattern in (None, 3, b"*.mlp", ["*.mlp"], MLPBlock, nn.GELU(), {"*.mlp"}):
-        with pytest.raises(TypeError, match=r"pattern: got .*expected a glob .*or a predicate"):
+        with pytest.raises(TypeError, match=r"pattern: got .*expected a glob .*or a function"):
             swap_mlps(Block(mlp()), pattern)
     with pytest.raises(TypeError, match=r"model: got str, expected a torch.nn.Module"):
         swap_mlps("model", "*.mlp")
@@ -188,7 +188,7 @@ def test_a_pattern_without_a_match_brings_up_the_mlps_of_the_model(pattern):
 
 def test_a_model_without_mlp_blocks_is_told_why():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, H, batch_first=True), 2)
-    with refused(model, r"no block that is a two-layer MLP.*TransformerEncoderLay"):
+    with refused(model, r"no module that is a two-layer MLP.*TransformerEncoderLay"):
         swap_mlps(model, "*.mlp")
     with pytest.raises(ValueError, match="matches no module"):
         swap_mlps(nn.Sequential(nn.LazyLinear(3)), "*.mlp")
@@ -196,14 +196,14 @@ def test_a_model_without_mlp_blocks_is_told_why():
 
 @pytest.mark.parametrize("pattern", ["", lambda module: isinstance(module, MLPBlock)])
 def test_the_model_itself_cannot_be_swapped_in_place(pattern):
-    with pytest.raises(ValueError, match=r"Only the model itself does.*from_mlp"):
+    with pytest.raises(ValueError, match=r"Only the model itself matches.*from_mlp"):
         swap_mlps(MLPBlock(D, H), pattern)
 
 
 def test_what_is_swapped_already_is_named():
     model = nn.Sequential(Block(mlp()), Block(mlp()))
     swap_mlps(model, "0.mlp")
-    with refused(model, r"0.mlp: is a DMoE already"):
+    with refused(model, r"0.mlp: this module is a DMoE already"):
         swap_mlps(model, "*.mlp")
     assert swap_mlps(model, "1.mlp") == ["1.mlp"]
 

@@ -40,7 +40,7 @@ def test_only_what_would_be_taken_is_named():
 
 def test_where_nothing_can_be_upcycled_new_experts_are_offered():
     model = nn.ModuleDict({"mlp": mlp(nn.Mish())})
-    with refused(model, r"No block can be upcycled\. Without upcycle=True: Close candidates: mlp"):
+    with refused(model, r"No module can be upcycled\. Without upcycle=True: Close candidates: mlp"):
         swap_mlps(model, "ffn", upcycle=True)
 
 
@@ -80,7 +80,7 @@ def test_names_of_a_similar_spelling_that_would_not_be_taken_are_not_named():
 )
 def test_layers_on_which_an_mlp_stands_are_named_themselves(build, names):
     model = build()
-    words = "no block that is a two-layer MLP, but layers .*TransformerEncoderLayer. Match those: "
+    words = "no module that is a two-layer MLP by itself, .*EncoderLayer does. Match those layers: "
     with refused(model, f"matches no module. The model has {words}{names}"):
         swap_mlps(model, "*.mlp")
     glob = names.replace("\\", "").strip("'.$")
@@ -98,7 +98,9 @@ def test_layers_on_which_an_mlp_stands_are_named_themselves(build, names):
 )
 def test_networks_of_convolutions_are_told_of_experts_behind_a_stage(build):
     model = build()
-    with refused(model, "no block that is a two-layer MLP.*insert_after.*channel_dim=1, residual="):
+    with refused(
+        model, "no module that is a two-layer MLP.*insert_after.*channel_dim=1, residual="
+    ):
         swap_mlps(model, "*.mlp")
     with pytest.raises(ValueError, match="matches no module") as caught:
         swap_mlps(model, "*.mlp")
@@ -110,7 +112,7 @@ def test_networks_of_convolutions_are_told_of_experts_behind_a_stage(build):
 
 def test_a_model_whose_mlps_are_none_is_told_to_move_them():
     model = hugging_face("Segformer", num_channels=1, **SMALL)()
-    with refused(model, "no block that is a two-layer MLP.*move it into a module first"):
+    with refused(model, "no module that is a two-layer MLP.*move it into a module first"):
         swap_mlps(model, "*.no")
 
 

@@ -13,9 +13,9 @@ from .gemm import round_rows
 
 
 class Block(NamedTuple):
-    """Rows ``start`` to ``stop`` of the sorted order, all of one expert.
+    """The rows ``start`` to ``stop`` of the sorted order, all of one expert.
 
-    A product of them reads as far as ``padded_stop``: into rows of the next block, or beyond all.
+    A product reads up to ``padded_stop``, into the rows of the next block or beyond the last row.
     """
 
     expert: int
@@ -37,19 +37,19 @@ class Block(NamedTuple):
 
 
 class Dispatch:
-    """Where the T·k (token, slot) pairs of some tokens' routing go: rows sorted by expert.
+    """Sorts the T·k (token, slot) pairs of some tokens by expert, into rows.
 
     Args:
-        expert_indices_TK: (T, k) int64.
-        n_experts: E.
-        block_rows: how many rows of one expert are computed together at most.
-        least_rows: that a product shall have at least (``gemm.round_rows``).
+        expert_indices_TK: The experts of each token, (T, k) int64.
+        n_experts: The number of experts, E.
+        block_rows: The most rows of one expert that are computed together.
+        least_rows: The least rows of a product (``gemm.round_rows``).
 
     Attributes:
-        order: (T·k,) int64; ``order[r]`` = t·k + j is the pair in sorted row r. Stable, so that
-            rows of one expert stand in the order of the tokens.
-        token_of_row: (T·k,) int64, ``order // k``.
-        blocks: all rows, in their order, cut by expert and then into parts of equal size.
+        order: ``order[r]`` = t·k + j is the pair in the sorted row r, (T·k,) int64. The sort is
+            stable, so that the rows of an expert have the order of the tokens.
+        token_of_row: ``order // k``, (T·k,) int64.
+        blocks: All rows in their order, cut by expert and then into parts of equal size.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Dispatch:
         self.blocks = list(_blocks(counts, block_rows, least_rows))
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor) -> Tensor:
-        """The weighted sum of each token's k rows. No atomics: deterministic."""
+        """The weighted sum of the k rows of each token, deterministic since without atomics."""
         rows_R = torch.arange(len(self.order), device=self.order.device)
         weights_TK = weights_TK.to(rows_RD.dtype)
         return F.embedding_bag(
@@ -72,7 +72,7 @@ class Dispatch:
         )
 
     def by_pair(self, values_R: Tensor) -> Tensor:
-        """One value a row, back in the order of the pairs: (T, k)."""
+        """Puts one value per row back into the order of the pairs: (T, k)."""
         return torch.empty_like(values_R).scatter_(0, self.order, values_R).view(self._shape)
 
 

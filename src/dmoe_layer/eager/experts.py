@@ -1,10 +1,10 @@
 """The experts' MLPs in plain PyTorch, forward and backward: chunks of tokens, blocks of rows.
 
-A chunk's tokens are gathered expert by expert, each expert computes its rows a block at a time,
-and the rows are summed back into the tokens. Where tokens are many, the hidden layer of a block is
-not kept: backward computes it again, and draws the same dropout from the seed. Everything is
-computed in few buffers that are used again and again: fresh memory costs the system's time, and a
-block that stays in the processor's cache costs less than one that does not.
+The tokens of a chunk are gathered expert by expert. Each expert computes its rows a block at a
+time, and the rows are summed back into the tokens. If there are many tokens, the hidden layer of a
+block is not saved. Backward computes it again, and draws the same dropout from the seed. Few
+buffers are used again and again, since new memory costs time, and so does a block that leaves the
+processor's cache.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def experts(
 ) -> Tensor:
     """Σ_j gates[t, j] · Expert_{indices[t, j]}(x[t]) for every token: (T, D), in x's dtype.
 
-    Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), computed in ``options.dtype``: x and weights
-    are converted block by block, so that no copy of them is kept for backward.
+    Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), computed in ``options.dtype``. x and weights
+    are converted block by block, so that no copy of them is saved for backward.
     """
     keep_hidden = keeps_hidden(x_TD, gates_TK, weights)
     y_TD: Tensor = _experts(x_TD, expert_indices_TK, gates_TK, *weights, *options, keep_hidden)[0]
@@ -70,7 +70,7 @@ def experts_forward(
     dtype: torch.dtype,
     keep_hidden: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and what backward needs of the hidden layer: (R, H), or an empty tensor."""
+    """The output, and the hidden layer for backward: (R, H), or an empty tensor."""
     weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
     options = ExpertOptions(activation, dropout, seed, dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
@@ -116,7 +116,7 @@ def experts_backward(
     keep_hidden: bool,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w1, b1, w2, b2; an empty tensor where ``needed`` says no."""
+    """The gradients of x, gates, w1, b1, w2, b2; empty tensors for those not ``needed``."""
     weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
     options = ExpertOptions(activation, dropout, seed, dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
@@ -138,7 +138,7 @@ def _(dy_TD, z_RH, x_TD, expert_indices_TK, gates_TK, w1, b1, w2, b2, *options):
 
 
 class _Expert(NamedTuple):
-    """One expert's weights, in the dtype that is computed in."""
+    """The weights of one expert, in the dtype of the computation."""
 
     w1_HD: Tensor
     b1_H: Tensor | None
@@ -159,7 +159,7 @@ class _Chunk(NamedTuple):
 
 
 class _ExpertPass:
-    """What forward and backward of one call do alike: rows in, hidden layer, rows out."""
+    """What forward and backward of one call share: rows in, hidden layer, rows out."""
 
     def __init__(
         self,
@@ -193,12 +193,14 @@ class _ExpertPass:
             yield _Chunk(slice(start, stop), slice(start * k, stop * k), dispatch)
 
     def scratch(self, width: int, dtype: torch.dtype | None = None) -> Scratch:
-        """Room for a block's rows, in the dtype that is computed in or another."""
+        """Memory for the rows of a block, in the dtype of the computation or another."""
         return Scratch(self.x_TD, width, dtype or self.dtype)
 
     def row_buffer(self) -> Tensor:
-        """Room for a chunk's rows. A block's padding reaches into the next one's, and the last
-        block's beyond them all, where zeros keep the processor from slow numbers.
+        """Memory for the rows of a chunk.
+
+        The padding of a block reaches into the next one. That of the last block reaches beyond all
+        rows, where zeros avoid numbers that are slow to compute with.
         """
         rows, beyond = self._most_rows, most_padding(min(self._most_rows, self.block_rows))
         buffer_XD = new_empty(self.x_TD, (rows + beyond, self.x_TD.shape[1]), self.dtype)
@@ -216,17 +218,17 @@ class _ExpertPass:
             rows_RD.copy_(source_CD.index_select(0, tokens_R))
 
     def operand(self, rows_XD: Tensor, block: Block) -> Tensor:
-        """A block's rows and padding as a product's operand.
+        """The rows and the padding of a block as the operand of a product.
 
-        Of odd widths a copy, which starts where memory is aligned: MKL rounds otherwise where it
-        is not, and where a block starts depends on a sample's batch-mates.
+        For odd widths it is a copy, which starts at aligned memory. Otherwise MKL rounds
+        differently, and where a block starts depends on the other samples of the batch.
         """
         block_XD = rows_XD[block.padded]
         aligned = rows_XD.shape[1] * rows_XD.element_size() % 16 == 0
         return block_XD if aligned else block_XD.clone()
 
     def expert_of(self, block: Block) -> _Expert:
-        """The block's expert's weights; blocks of one expert follow each other."""
+        """The weights of the block's expert; blocks of one expert follow each other."""
         if self._last is None or self._last[0] != block.expert:
             w1_EHD, b1_EH, w2_EDH, b2_ED = self.weights
             e, dtype = block.expert, self.dtype
@@ -240,9 +242,9 @@ class _ExpertPass:
         return self._last[1]
 
     def hidden(self, expert: _Expert, x_XD: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden layer before and after its activation; of ReLU twice the latter.
+        """The hidden layer before and after its activation; for ReLU both are the latter.
 
-        Before a gated activation it is twice as wide. The next block's may overwrite it.
+        Before a gated activation it is twice as wide. The next block may overwrite it.
         """
         z_XH = linear(x_XD, expert.w1_HD, expert.b1_H, self._z_scratch)
         if self.relu:
@@ -254,7 +256,7 @@ class _ExpertPass:
 
 
 class _Gradients:
-    """The gradients of one call, which chunks add to; those that nobody needs stay empty.
+    """The gradients of one call, to which chunks add; those that are not needed stay empty.
 
     With dO the gradient of a token's output after dropout, g its gate and dA = dO·w2:
 

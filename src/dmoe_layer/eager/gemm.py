@@ -1,4 +1,4 @@
-"""The matrix products of a block, each by oneDNN or by BLAS, as processor and width say.
+"""The matrix products of a block, by oneDNN or by BLAS, depending on processor and width.
 
 PyTorch hands fp32 products on a CPU to BLAS, which is MKL on x86. A linear layer reaches oneDNN
 through the operator that torch.compile's code calls, a weight's gradient as that of a convolution
@@ -60,13 +60,13 @@ _SUMMED_ROWS = 512
 
 
 class Roads(NamedTuple):
-    """Which products go to oneDNN; all others go to BLAS.
+    """Which products oneDNN computes. BLAS computes all others.
 
     Attributes:
-        width: linear layers whose smaller width is at least this; None: none.
-        transposed_rows: of those with a transposed weight, which backward has, only products of
-            at most so many rows; None: all.
-        gradients: whether the gradients of the weights of such widths go too.
+        width: oneDNN computes linear layers whose smaller width is at least this. None: no layer.
+        transposed_rows: The most rows of a product with a transposed weight, as in backward. None:
+            any number.
+        gradients: Whether oneDNN also computes the gradients of the weights of such layers.
     """
 
     width: int | None
@@ -84,7 +84,7 @@ class Roads(NamedTuple):
 
 
 def roads_of(cpu: Processor) -> Roads:
-    """The rule, from the figures above."""
+    """The rule for a processor, which follows from the figures above."""
     if cpu.architecture != "x86" or cpu.capability not in ("AVX2", "AVX512"):
         return Roads(None)
     if cpu.capability == "AVX2":
@@ -96,19 +96,19 @@ def roads_of(cpu: Processor) -> Roads:
 
 @cache
 def roads() -> Roads:
-    """This machine's."""
+    """The rule for this machine."""
     if not ONEDNN_KEEPS_BITS or not has_onednn_linear():
         return Roads(None)
     return roads_of(processor())
 
 
 def road() -> str:
-    """Which products this machine's fp32 layers compute by which library, in words."""
+    """Says which library computes which products of fp32 layers on this machine."""
     return str(roads())
 
 
 def least_rows(w1_EHD: Tensor, w2_EDH: Tensor, dtype: torch.dtype) -> int:
-    """How many rows experts' products in ``dtype`` have at least: for oneDNN 2 are enough."""
+    """The least number of rows of an expert's product in ``dtype``; oneDNN needs only 2."""
     widths = (*w1_EHD.shape[1:], *w2_EDH.shape[1:])
     return 2 if _by_onednn(w1_EHD.device, dtype, *widths) else ROWS
 

@@ -1,4 +1,4 @@
-"""Large tensors on a CPU, in memory that the system hands out in few and large pages."""
+"""Makes large tensors on a CPU in memory of few, large pages."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# From here on glibc always maps fresh memory; smaller tensors mostly get some that was used before.
+# From this size on glibc always maps new memory. Smaller tensors mostly get memory that was used.
 LEAST_BYTES = 2**25
-# Linux's name for "in huge pages, please"; Python's mmap knows it on Linux alone.
+# The request for huge pages, which Python's mmap has only on Linux.
 _MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """``like.new_empty(shape)``, of which a large one costs fewer page faults.
+    """Makes ``like.new_empty(shape)``, with fewer page faults if it is large.
 
-    A tensor of many MiB is fresh memory in every call, and the system clears and maps it as it is
-    written for the first time: 4 KiB at a time by default, which took a fifth of a training step
-    at the width of a ViT. Where Linux leaves huge pages to be asked for (its default), this asks
-    for 2 MiB at a time. Elsewhere it changes nothing, and the numbers are the same anyway.
+    A tensor of many MiB is new memory in every call. The system clears and maps it when it is first
+    written, by default 4 KiB at a time. That took a fifth of a training step at the width of a ViT.
+    If Linux gives huge pages on request (its default), this function requests 2 MiB at a time.
+    Elsewhere it does nothing. The numbers are the same in any case.
     """
     empty = like.new_empty(shape, dtype=dtype)
     if _advise is not None and empty.device.type == "cpu" and empty.nbytes >= LEAST_BYTES:
         start = -(-empty.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = empty.data_ptr() + empty.nbytes - start
-        _advise(start, length, _MADV_HUGEPAGE)  # whether it was followed or not: no matter
+        _advise(start, length, _MADV_HUGEPAGE)  # It does not matter whether the system follows.
     return empty
 
 
 class Scratch:
-    """Rows of one width that are written again and again."""
+    """Memory for rows of one width that are written again and again."""
 
     def __init__(self, like: Tensor, width: int, dtype: torch.dtype) -> None:
         self._buffer = like.new_empty((0, width), dtype=dtype)
 
     def rows(self, rows: int) -> Tensor:
-        """The first ``rows``, with whatever stands in them; more than ever before are new."""
+        """The first ``rows`` rows, with any content; the memory grows if it has fewer."""
         if rows > self._buffer.shape[0]:
             width = self._buffer.shape[1]
             self._buffer = self._buffer[:0].clone()  # gives the old ones back first

@@ -21,29 +21,30 @@ def route(
     k: int,
     seed: Tensor | None,
 ) -> tuple[Routing, Tensor]:
-    """Scores every token, keeps its k best experts, and says so to the experts.
+    """Scores every token, and selects its k best experts.
 
     Args:
-        x: (B, T, D); or, with ``tokens_per_sample``, (sum of the counts, D).
-        weights: the table of routers.
-        rows_BN: sample b's router is the sum of these rows of the table; None: all samples
-            have the table's only one.
-        tokens_per_sample: (B,) int64, of a ragged batch.
-        k: experts a token.
-        seed: of the noise; None: there is none.
+        x: (B, T, D). With ``tokens_per_sample`` it is (sum of the counts, D).
+        weights: The table of routers.
+        rows_BN: The router of sample b is the sum of the rows ``rows_BN[b]`` of the table. With
+            None all samples have the only router of the table.
+        tokens_per_sample: The number of tokens of each sample of a ragged batch, (B,) int64.
+        k: The number of experts of a token.
+        seed: The seed of the noise. None stands for no noise.
 
     Returns:
-        The routing, without attributes, and the plan: of this backend the experts' indices.
+        The routing, without attributes, and the plan, which in this backend is the experts'
+            indices.
     """
     logits_TE = _logits(x, *weights, rows_BN, tokens_per_sample, seed)
     scores_TK, indices_TK = logits_TE.topk(k, dim=-1)
     return Routing(indices_TK, F.softmax(scores_TK, dim=-1), logits_TE), indices_TK
 
 
-# One operator with its own backward: autograd's would keep the scores, the noise and their
-# intermediate products, 5·T·E numbers, as much as x itself at the widths of a 3D U-Net, and each
-# sample's weights, many times x where a sample has few tokens. This one keeps x and a seed beside
-# the parameters, and draws the same noise again.
+# One operator with its own backward. Autograd would save the scores, the noise and intermediate
+# products, 5·T·E numbers, as much as x itself at the widths of a 3D U-Net. It would also save each
+# sample's weights, which are many times x if a sample has few tokens. This operator saves x, a seed
+# and the parameters, and draws the same noise again.
 @torch.library.custom_op("dmoe_layer::router_logits", mutates_args=())
 def router_logits(
     x: Tensor,
@@ -53,10 +54,10 @@ def router_logits(
     tokens_per_sample: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
-    """Scores of every token, (T, E): clean, plus noise when a seed is given.
+    """The scores of every token, (T, E), with noise if there is a seed.
 
-    Sample b's router is the sum of the table's rows ``rows_BN[b]``; without them, all
-    samples have the table's only one.
+    The router of sample b is the sum of the rows ``rows_BN[b]`` of the table. With None all samples
+    have the only router of the table.
     """
     with torch.autocast(x.device.type, enabled=False):
         tokens = _Tokens(x, w_A2ED, rows_BN, tokens_per_sample)
@@ -84,7 +85,7 @@ def router_logits_backward(
     tokens_per_sample: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w and b."""
+    """The gradients of x, w and b."""
     with torch.autocast(x.device.type, enabled=False):
         tokens = _Tokens(x, w_A2ED, rows_BN, tokens_per_sample)
         w_B2ED, b_B2E = tokens.routers(w_A2ED), tokens.routers(b_A2E)
@@ -117,10 +118,10 @@ def _(dlogits_TE, x, w_A2ED, b_A2E, rows_BN, tokens_per_sample, seed):  # type: 
 
 
 class _Tokens:
-    """The tokens of a batch as (B, T, D) in the precision of the scores, one matmul for all.
+    """The tokens of a batch as (B, T, D) in the precision of the scores, for one matmul.
 
-    Where all samples share a router they are one long sample. A ragged batch is padded with zeros
-    to its longest sample, and unpadded on the way out.
+    If all samples share a router, they count as one long sample. A ragged batch is padded with
+    zeros to its longest sample, and its results are unpadded.
     """
 
     def __init__(
@@ -159,10 +160,10 @@ class _Tokens:
             self.x_BTD = self.by_sample(x.to(self.dtype))
 
     def routers(self, table: Tensor) -> Tensor:
-        """(A, ...) to each sample's sum of its rows, (B, ...).
+        """Sums the rows of the table, (A, ...), that each sample has: (B, ...).
 
-        Rows are picked and added, never multiplied with a one-hot matrix: a NaN of one value's
-        router must not reach the others as 0 * NaN. Nor may it on the way back.
+        Rows are picked and added, and never multiplied with a one-hot matrix. A NaN in the router
+        of one value must not reach the others as 0 * NaN, in backward neither.
         """
         table = table.to(self.dtype)
         if self.rows_BN is None:
@@ -171,7 +172,7 @@ class _Tokens:
         return picked.unflatten(0, self.rows_BN.shape).sum(dim=1)
 
     def add_to_routers(self, total: Tensor, values_B: Tensor) -> None:
-        """The way back: adds each sample's values to all of its rows."""
+        """Adds each sample's values to all of its rows, for backward."""
         if self.rows_BN is None:
             total += values_B
         else:
@@ -179,14 +180,14 @@ class _Tokens:
                 total.index_add_(0, rows_B, values_B)
 
     def by_sample(self, values: Tensor) -> Tensor:
-        """(T, any) to (B, longest, any)."""
+        """Pads (T, any) to (B, longest, any)."""
         if self.positions_T is not None:
             padded = values.new_zeros(self.batch * self.longest, values.shape[-1])
             values = padded.index_copy_(0, self.positions_T, values)
         return values.reshape(self.batch, self.longest, values.shape[-1])
 
     def packed(self, values: Tensor) -> Tensor:
-        """(B, longest, any) to (T, any)."""
+        """Unpads (B, longest, any) to (T, any)."""
         values = values.reshape(self.batch * self.longest, values.shape[-1])
         return values if self.positions_T is None else values.index_select(0, self.positions_T)
 
@@ -199,7 +200,7 @@ def _score_dtype(x: Tensor, w_A2ED: Tensor) -> torch.dtype:
 
 
 def _noise(like_TE: Tensor, seed: Tensor) -> Tensor:
-    # Numbers are drawn in the order of memory: forward and backward must lay it out alike.
+    # Numbers are drawn in the order of memory, so forward and backward need the same layout.
     noise_TE = like_TE.new_empty(like_TE.shape)
     return noise_TE.normal_(generator=seeded_generator(like_TE.device, seed))
 

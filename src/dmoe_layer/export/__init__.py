@@ -1,10 +1,11 @@
-"""Programs that leave Python: a model as a function of (x, attributes), and as an ONNX file.
+"""Exports a model with its attributes as an input: for torch.export, and as an ONNX file.
 
-    torch.export.export(with_attributes(model), (x, attributes))    PyTorch's; C++ by AOTInductor
-    export_onnx(model, "model.onnx", x, attributes)                 ONNX Runtime, without PyTorch
+``torch.export.export(with_attributes(model), (x, attributes))`` gives a program of PyTorch, which
+AOTInductor compiles for C++. ``export_onnx(model, "model.onnx", x, attributes)`` writes a file that
+ONNX Runtime runs without PyTorch.
 
-While a program is exported, layers compute by ``dmoe_layer.aten``: in what comes out there is no
-operator that needs this package.
+While a program is exported, the layers compute by ``dmoe_layer.aten``, so that the program contains
+no operator that needs this package.
 """
 
 from .onnx import export_onnx

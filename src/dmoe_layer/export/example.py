@@ -1,4 +1,4 @@
-"""The example that a file is exported with, and what else it is tried on."""
+"""The example with which a file is exported, and the other inputs on which it is tried."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..router import AttributeRouter
 
 
 class FlatOutput(nn.Module):
-    """The model with its outputs as a tuple of tensors, whatever they come in."""
+    """A model whose outputs come as a tuple of tensors, whatever the original returns."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class FlatOutput(nn.Module):
 
 
 def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
-    """The tensors of a model's output by name; it may be one, a tuple, a dict, or nested ones."""
+    """The tensors of a model's output by name: a tensor, a tuple or a dict, which may be nested."""
     if isinstance(output, Tensor):
         return {name: output}
     if isinstance(output, Mapping):
@@ -36,7 +36,8 @@ def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
         ]
     else:
         raise TypeError(
-            f"model: its output has {describe(output)}, expected tensors, in tuples or dicts."
+            f"model: its output contains {describe(output)}, expected only tensors, which may be "
+            "in tuples or dicts."
         )
     return {key: tensor for part in parts for key, tensor in part.items()}
 
@@ -45,18 +46,19 @@ class Example:
     """The example, once the model has run on it.
 
     Attributes:
-        x, attributes: the example; attributes are int64, a row for each sample.
-        sizes: how many values each attribute has.
-        lowest: the lowest value of each attribute that is no error: -1 where unknown is allowed.
-        output_names: of the model's outputs.
+        x: The input.
+        attributes: Its attributes, int64, with a row for each sample.
+        sizes: The number of values of each attribute.
+        lowest: The lowest value that is no error: -1 if unknown is allowed, else 0.
+        output_names: The names of the model's outputs.
     """
 
     def __init__(self, x: Tensor, attributes: Any, wrapped: FlatOutput) -> None:
         routers = [m for m in wrapped.modules() if isinstance(m, AttributeRouter) and m.sizes]
         if attributes is not None and not routers:
             raise ValueError(
-                "attributes: got some, but no layer of the model has attribute_sizes, and nothing "
-                "would look at them. Pass None."
+                "attributes: got attributes, but no layer of the model has attribute_sizes, so "
+                "nothing would use them. Pass None."
             )
         self.x, self.attributes = x.detach().as_subclass(Tensor), None
         if attributes is not None:
@@ -70,11 +72,11 @@ class Example:
         for name, output in outputs.items():
             if output.dtype == torch.bfloat16:
                 raise ValueError(
-                    f"model: its {name} is torch.bfloat16, which NumPy does not have. Leave "
-                    "torch.autocast, or have the model return output.float()."
+                    f"model: its {name} is torch.bfloat16, which NumPy does not support. Export it "
+                    "outside of torch.autocast, or make the model return output.float()."
                 )
         self.output_names = list(outputs)
-        # Only now, since the layers themselves have refused what does not fit.
+        # Not before the run, since the layers refuse what does not fit.
         if self.attributes is not None:
             self.attributes = self.attributes.to(torch.int64)
         self.sizes = [min(sizes) for sizes in zip(*(r.sizes or () for r in routers), strict=True)]
@@ -82,7 +84,7 @@ class Example:
         self.unknown = ", ".join(sorted({router.unknown for router in routers}))
 
     def batch(self, size: int, rows: Iterator[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """So many samples, the example's again and again, with the next rows of values."""
+        """A batch of ``size`` samples: the example's in turn, with the next rows of values."""
         x = self.x[[i % self.x.shape[0] for i in range(size)]]
         if self.attributes is None:
             return x, None
@@ -90,7 +92,7 @@ class Example:
         return x, values.reshape(size, *self.attributes.shape[1:])
 
     def rows(self) -> list[list[int]]:
-        """Rows of values, in which every value of every attribute is."""
+        """Rows of values that contain every value of every attribute."""
         values = [range(self.lowest, size) for size in self.sizes]
         count = max(map(len, values), default=1)
         return [[own[i % len(own)] for own in values] for i in range(count)]

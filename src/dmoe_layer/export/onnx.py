@@ -1,4 +1,4 @@
-"""Writes a model as an ONNX file of standard operators, once the file has proved itself."""
+"""Writes a model as an ONNX file of standard operators, after it has checked the file."""
 
 from __future__ import annotations
 
@@ -38,50 +38,70 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     tolerance: float = 1e-3,
 ) -> OnnxCheck:
-    """Writes ``model`` as an ONNX file of standard operators, and runs it beside the model.
+    """Writes ``model`` as an ONNX file of standard operators, and checks the file.
 
-    The file has the inputs ``image``, as x, and ``attribute``, int64 as ``attributes``; a tensor
-    that the model returns is called ``output``, those of a tuple ``output_0`` and so on, and those
-    of a dict as its keys. An attribute that is out of range, or unknown where a layer has
-    unknown="error", makes a run fail: with "indices element out of data bounds" in ONNX Runtime.
+    The file has the input ``image`` for x, and the input ``attribute`` (int64) for the attributes.
+    If the model returns a tensor, the output is called ``output``. A tuple gives ``output_0``,
+    ``output_1`` and so on. A dict gives its keys. A run fails if an attribute value is out of
+    range, or if it is unknown and a layer has ``unknown="error"``. ONNX Runtime then reports
+    "indices element out of data bounds".
 
-    Before the file takes its name it is run by ONNX Runtime on the CPU: on the example; on every
-    value of every attribute, unknown too where that is allowed, in batches of one and of one more
-    than the example's; on an example twice as large along each further axis of ``dynamic_axes``;
-    and on wrong values, which it must refuse.
+    ONNX Runtime runs the file on the CPU before it gets its name, and the results are compared
+    with those of the model. The inputs of this check are:
+
+    - the example;
+    - every value of every attribute, and the unknown value if it is allowed, in batches of one
+      sample and of one sample more than the example has;
+    - an example that is twice as large, for each further axis of ``dynamic_axes``;
+    - wrong attribute values, which the file must refuse.
 
     Args:
-        model: in eval mode; in float32, float64 or float16, but not bfloat16, which NumPy does not
-            have. Its layers read the attributes from the scope. What :func:`with_attributes` has
-            made of a model is taken as that model, with its form of the experts.
-        path: the file, in a folder that exists. A file that is there is replaced, whole or not at
-            all, as the last thing that is done. Weights of more than 2 GiB go to a second one
-            beside it, with ".data" at the end of its name.
-        x: an example of its input, (batch, ...).
-        attributes: that of its attributes, (batch,), or (batch, n) for n attributes; a batch of 1
-            or a scalar applies to every sample. None for a model without layers that route by
-            attributes: the file then has no second input.
-        dynamic_axes: the axes of x whose size the file leaves open; 0 is the batch.
-        experts: "sparse", "dense" or "auto"; see :func:`with_attributes`.
-        opset: the version of ONNX's operators, 18 or newer.
-        attribute_values: the attributes' names, and what their values mean, in order; written to
-            the metadata. Example: ``{"site": ["Boston", "Leeds"]}``.
-        metadata: more entries for the metadata. The file says of itself: ``dmoe_layer.version``,
-            ``torch.version`` and ``dmoe_layer.attributes``, a JSON list of {"name", "size",
-            "values", "unknown"}, one for each attribute; name and values are null where not given.
-        tolerance: the largest difference, as :class:`OnnxCheck` has it, that is let pass.
+        model: A model in eval mode, in float32, float64 or float16. bfloat16 is not possible,
+            because NumPy does not support it. The layers of the model read the attributes from a
+            scope. A wrapper that [`with_attributes`][] made is exported with its own form of the
+            experts.
+        path: The file, in a folder that exists. An existing file is replaced at the end, as a whole
+            or not at all. If the weights take more than 2 GiB, they go into a second file beside
+            it, whose name ends in ".data".
+        x: An example of the model's input, (batch, ...).
+        attributes: The attributes of the example, (batch,), or (batch, n) for n attributes. A
+            scalar or a batch of 1 applies to every sample. Pass None for a model in which no layer
+            routes by attributes. The file then has no second input.
+        dynamic_axes: The axes of x whose size the file leaves open. 0 is the batch.
+        experts: "sparse", "dense" or "auto", as in [`with_attributes`][].
+        opset: The version of ONNX's operators, 18 or newer.
+        attribute_values: The name of each attribute, and the meaning of its values in order, such
+            as ``{"site": ["Boston", "Leeds"]}``. They are written into the file's metadata.
+        metadata: Further entries of the metadata. The file always has ``dmoe_layer.version``,
+            ``torch.version`` and ``dmoe_layer.attributes``. The last one is a JSON list with an
+            entry {"name", "size", "values", "unknown"} for each attribute. Name and values are
+            null without ``attribute_values``.
+        tolerance: The largest difference between file and model that is allowed. It is relative,
+            as in [`OnnxCheck`][].
 
     Returns:
-        What was found.
+        The result of the check.
 
     Raises:
-        ImportError: onnx, onnxscript or onnxruntime is missing: ``pip install
-            'dmoe-layer[export]'``.
-        ValueError, TypeError: for arguments that do not fit, a model in training mode, and one
-            that takes or returns bfloat16.
-        RuntimeError: the file differs from the model, lets a wrong attribute pass, or has operators
-            that are not ONNX's own. Nothing is written then; nor is it where PyTorch's exporter or
-            ONNX Runtime raises an error of its own.
+        ImportError: onnx, onnxscript or onnxruntime is not installed. The extra ``export`` of this
+            package brings them.
+        ValueError: An argument is out of range, the model is in training mode, or the model takes
+            or returns bfloat16.
+        TypeError: An argument has the wrong type.
+        RuntimeError: The file's results differ from the model's, the file accepts a wrong attribute
+            value, or it needs operators that are not ONNX's own. Nothing is written then. The same
+            holds if PyTorch's exporter or ONNX Runtime raises an error.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from dmoe_layer import DMoE
+        >>> from dmoe_layer.export import export_onnx
+        >>> model = torch.nn.Sequential(DMoE(16, attribute_sizes=3)).eval()
+        >>> x, attributes = torch.randn(2, 10, 16), torch.tensor([0, 2])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = export_onnx(model, f"{folder}/model.onnx", x, attributes)
+        >>> found.largest_difference < 1e-3
+        True
     """
     _require_packages()
     target = _checked_target(path)
@@ -130,8 +150,8 @@ def _require_packages() -> None:
     missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if find_spec(n) is None]
     if missing:
         raise ImportError(
-            f"export_onnx: needs {', '.join(missing)}, not installed: pip install "
-            "'dmoe-layer[export]'."
+            f"export_onnx: not installed: {', '.join(missing)}. The extra 'export' of dmoe-layer "
+            "brings all that is needed, such as by pip install '.[export]' in a clone."
         )
 
 
@@ -139,34 +159,36 @@ def _require_inference(model: nn.Module) -> None:
     training = [name or "the model" for name, m in model.named_modules() if m.training]
     if training:
         raise ValueError(
-            f"model: {training[0]} is in training mode, expected eval mode, in which the file will "
-            "be run. Call model.eval()."
+            f"model: {training[0]} is in training mode, but the file will run in eval mode. Call "
+            "model.eval() first."
         )
     for name, module in model.named_modules():
         if isinstance(module, AttributeRouter) and module.noise == "always":
             raise ValueError(
-                f"model: {name} has noise='always', with which each run of a file answers "
-                "otherwise, so that it cannot be checked. Set its noise to 'train' or 'never'."
+                f"model: {name} has noise='always', so that each run gives another result, and the "
+                "file cannot be checked. Set its noise to 'train' or 'never'."
             )
 
 
 def _refuse_bfloat16(model: nn.Module, x: Tensor) -> None:
     if x.dtype == torch.bfloat16:
         raise ValueError(
-            "x: got torch.bfloat16, which NumPy does not have, and so no run could be handed. Pass "
-            "x.float(), and the model in float32."
+            "x: got torch.bfloat16, which NumPy does not support, so that the file could not be "
+            "run. Pass x.float(), and the model in float32."
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype == torch.bfloat16:
             raise ValueError(
                 f"model: {name} is torch.bfloat16, in which ONNX Runtime does not compute on the "
-                "CPU. Export copy.deepcopy(model).float(): the same weights, in float32."
+                "CPU. Export copy.deepcopy(model).float(), which has the same weights in float32."
             )
 
 
 def _checked_axes(x: Any, axes: Sequence[int]) -> list[int]:
     if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[0] == 0:
-        raise TypeError(f"x: got {describe(x)}, expected a tensor (batch, ...) of some samples.")
+        raise TypeError(
+            f"x: got {describe(x)}, expected a tensor (batch, ...) of at least one sample."
+        )
     if not isinstance(axes, Iterable):
         raise TypeError(f"dynamic_axes: got {describe(axes)}, expected axes of x, such as (0,).")
     wrong = [
@@ -178,7 +200,7 @@ def _checked_axes(x: Any, axes: Sequence[int]) -> list[int]:
 
 
 def _checked_values(attribute_values: Any) -> Mapping[str, Sequence[str]]:
-    """Names and values by which a reader of the file finds each value's number."""
+    """Checks the names and values by which a reader of the file finds the number of a value."""
     if attribute_values is None:
         return {}
     if not isinstance(attribute_values, Mapping):
@@ -195,8 +217,8 @@ def _checked_values(attribute_values: Any) -> Mapping[str, Sequence[str]]:
             )
         if len({*values}) < len(values):
             raise ValueError(
-                f"attribute_values: got {name!r}: {values!r:.60}, expected a text of its own for "
-                "each value, by which its number is found."
+                f"attribute_values: got {name!r}: {values!r:.60}, expected a different text for "
+                "each value, since a reader finds the value's number by it."
             )
     return attribute_values
 
@@ -210,8 +232,9 @@ def _metadata(
     lengths = [len(values) for _, values in given]
     if attribute_values is not None and lengths != example.sizes:
         raise ValueError(
-            f"attribute_values: got {dict(zip(attribute_values, lengths, strict=True))}, names and "
-            f"numbers of values, expected {len(example.sizes)} of sizes {example.sizes}."
+            f"attribute_values: got {dict(zip(attribute_values, lengths, strict=True))}, which are "
+            f"names and numbers of values, expected {len(example.sizes)} attributes with "
+            f"{example.sizes} values."
         )
     attributes = [
         {
@@ -238,7 +261,7 @@ def _metadata(
 
 
 def _export(wrapped: nn.Module, example: Example, axes: list[int], opset: int) -> Any:
-    """The program by ``torch.onnx``, which fixes a batch of one: of one it is shown two."""
+    """Exports the program; ``torch.onnx`` gets two samples, since it would fix a batch of one."""
     size = max(example.x.shape[0], 2) if 0 in axes else example.x.shape[0]
     x, attributes = example.batch(size, cycle(example.rows()))
     # The axes' names in the file.
@@ -258,31 +281,31 @@ def _export(wrapped: nn.Module, example: Example, axes: list[int], opset: int) -
     )
     if program is None:
         raise RuntimeError(
-            "export_onnx: torch.onnx.export gave no program back, and said nothing. Try another "
-            f"PyTorch than {torch.__version__}."
+            "export_onnx: torch.onnx.export returned no program, and gave no reason. Try another "
+            f"version of PyTorch than {torch.__version__}."
         )
     if (written := program.model.opset_imports.get("")) != opset:
         raise ValueError(f"opset: got {opset}, but torch.onnx wrote the program in {written}.")
     _fold_weights(program.model)
     if attributes is not None and 0 in axes:
         _spread_rows(program.model.graph)
-    # Of each operator torch.onnx says from which line of which file on this machine it came.
+    # torch.onnx notes for each operator from which line of which file on this machine it came.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
     foreign = {f"{n.domain}::{n.op_type}" for n in program.model.graph.all_nodes() if n.domain}
     if foreign:
         raise RuntimeError(
-            f"model: its program has {', '.join(sorted(foreign))}, which ONNX does not define, and "
-            "other runtimes do not have."
+            f"model: its program needs the operators {', '.join(sorted(foreign))}, which ONNX does "
+            "not define, so that other runtimes do not have them."
         )
     return program
 
 
 def _spread_rows(graph: Any) -> None:
-    """Takes one row of attributes for every sample, as layers do, and else a row for each.
+    """Makes a program accept one row of attributes for all samples, as layers do, or one for each.
 
-    torch.export knows but one size for both inputs' batches, and reads it off either; so that what
-    a program did with another number of rows would depend on the form of its experts.
+    torch.export has one size for the batches of both inputs, and may read it from either. So what a
+    program did with another number of rows would depend on the form of its experts.
     """
     from onnx_ir import convenience, node, tensor
 
@@ -294,7 +317,7 @@ def _spread_rows(graph: Any) -> None:
         both = [size.outputs[0], columns.outputs[0]]
         shape += [columns, node("Concat", both, {"axis": 0})]
     spread = node("Expand", [attribute, shape[-1].outputs[0]])
-    # An image of one would take the number of rows: this refuses it.
+    # A batch of one image would become as many as there are rows. This refuses it.
     rows = node("Reshape", [spread.outputs[0], shape[-1].outputs[0]])
     rows.outputs[0].shape, rows.outputs[0].type = attribute.shape, attribute.type
     convenience.replace_all_uses_with(attribute, rows.outputs[0])
@@ -303,9 +326,9 @@ def _spread_rows(graph: Any) -> None:
 
 
 def _fold_weights(program: Any) -> None:
-    """Does once and for all what is done to weights alone: picking an expert's, transposing them.
+    """Computes in advance what is done only to weights, such as to pick an expert's, or transpose.
 
-    A product's weights then stand in the file as such, where quantizers look for them.
+    The file then contains the weights of each product as such, where quantizers look for them.
     """
     from onnxscript.optimizer import fold_constants_ir, remove_unused_nodes
 

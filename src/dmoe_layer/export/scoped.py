@@ -12,37 +12,41 @@ from ..scope import routing
 
 
 def with_attributes(model: nn.Module, *, experts: str = "auto") -> nn.Module:
-    """``model`` as a module of two tensors, whose ``forward(x, attributes)`` opens the scope.
+    """Wraps ``model`` in a module of two inputs, ``forward(x, attributes)``, which opens the scope.
 
-    It is what exporters want: attributes are an input of the program, and the scope is its own. It
-    holds ``model`` itself under the name ``model``, and serves without export too.
+    A program that is exported needs the attributes as an input, and must open its own scope. The
+    wrapper does both. It holds ``model`` itself under the name ``model``, and also works without
+    export.
+
+    A wrong attribute value is an error in the exported program too. A program of PyTorch raises it
+    when it runs. A program that was exported to ONNX reads at an index out of range, which ONNX
+    Runtime reports as an error.
 
     Args:
-        model: called with x alone; its layers read the attributes from the scope, of which no
-            record is kept. What this function has returned is taken as the model that it holds,
-            and "auto" then leaves the form as it is.
-        experts: how the experts are computed in a program that is exported; outside of one it says
-            nothing. "sparse": each expert computes the rows of its own tokens, k experts a token,
-            in shapes that depend on the data. "dense": all experts compute all tokens, n_experts/k
-            times the work, in fixed shapes, as TensorRT and ExecuTorch want them. "auto": dense
-            where k = n_experts, and where the program's number of tokens is fixed and so small that
-            all experts' multiply-adds are at most ``aten.DENSE_MULTIPLY_ADDS``; else sparse.
+        model: A model that is called with x alone, and whose layers read the attributes from a
+            scope. The scope records no routing. If ``model`` is such a wrapper already, the model
+            inside is wrapped, and "auto" does not change how its experts are computed.
+        experts: How an exported program computes the experts. It has no effect outside of export.
+            "sparse": each expert computes the tokens that were sent to it, in shapes that depend
+            on the data. "dense": all experts compute all tokens. That is n_experts/k times the
+            work, but all shapes are fixed, as TensorRT and ExecuTorch need. "auto": dense if k =
+            n_experts, or if the number of tokens is fixed and all experts together need at most
+            2²¹ multiply-adds; otherwise sparse. (A multiply-add is a product and a sum.)
 
     Returns:
-        A module whose ``forward`` takes x as ``model`` does, and attributes, integers (batch,), or
-        (batch, n) for n attributes.
+        A module whose ``forward`` takes x, as ``model`` does, and the attributes: integers of shape
+            (batch,), or (batch, n) for n attributes.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit.
+        TypeError: ``model`` is no module.
+        ValueError: ``experts`` is none of the three names.
 
-    In a program of PyTorch's a wrong attribute raises an error as the program runs; in one that was
-    exported to ONNX, an index that is out of range.
-
-    Example:
+    Examples:
         >>> import torch
         >>> from dmoe_layer import DMoE
         >>> from dmoe_layer.export import with_attributes
-        >>> model = with_attributes(torch.nn.Sequential(DMoE(16, attribute_sizes=3)).eval())
+        >>> model = torch.nn.Sequential(DMoE(16, attribute_sizes=3)).eval()
+        >>> model = with_attributes(model)
         >>> x, attributes = torch.randn(2, 10, 16), torch.tensor([0, 2])
         >>> program = torch.export.export(model, (x, attributes)).module()
         >>> torch.allclose(program(x, attributes), model(x, attributes), atol=1e-5)

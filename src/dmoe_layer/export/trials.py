@@ -1,4 +1,4 @@
-"""Runs a file beside its model: every attribute value, other sizes, and what it must refuse."""
+"""Compares a file with its model: on every attribute value, other sizes, and wrong values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .example import Example
 
 
 class OnnxCheck(NamedTuple):
-    """What :func:`export_onnx` found as it ran the file beside the model.
+    """The result of the check by [`export_onnx`][], which compares the file with the model.
 
     Attributes:
-        largest_difference: of all runs and outputs: the largest |file - model|, over the largest
-            |model| of the same output and run.
-        runs: how many inputs were compared.
+        largest_difference: The largest relative difference over all runs and outputs. For one
+            output it is the largest |file - model|, divided by the largest |model|.
+        runs: The number of inputs that were compared.
     """
 
     largest_difference: float
@@ -28,7 +28,7 @@ class OnnxCheck(NamedTuple):
 
 
 def _trials(example: Example, axes: list[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """What the file and the model are both run on."""
+    """The inputs on which both the file and the model run."""
     yield example.x, example.attributes
     batch, rows = example.x.shape[0], example.rows()
     sizes, endless, done = cycle([1, batch + 1] if 0 in axes else [batch]), cycle(rows), 0
@@ -48,7 +48,7 @@ def check(
     import onnxruntime
 
     quiet = onnxruntime.SessionOptions()
-    quiet.log_severity_level = 4  # it writes of the runs that shall fail
+    quiet.log_severity_level = 4  # It would log the runs that must fail.
     session = onnxruntime.InferenceSession(written, quiet, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor, attributes: Tensor | None) -> list[np.ndarray]:
@@ -65,10 +65,11 @@ def check(
         if largest > tolerance:
             raise RuntimeError(
                 f"export_onnx: the file differs from the model by {largest:.1e} of the largest "
-                f"output, expected at most tolerance={tolerance}: on x {tuple(x.shape)} with "
-                f"attributes {None if attributes is None else attributes.tolist()}. Where two "
-                "experts score alike, rounding decides which a token goes to, and a few outputs "
-                "may rightly differ."
+                f"output, expected at most tolerance={tolerance}. It did so on x of shape "
+                f"{tuple(x.shape)} with the attributes "
+                f"{None if attributes is None else attributes.tolist()}. If two experts have "
+                "nearly the same score, rounding decides to which one a token goes. Then a few "
+                "outputs may differ although the file is right."
             )
     for wrong in _wrong_values(example):
         try:
@@ -76,8 +77,8 @@ def check(
         except Exception:
             continue
         raise RuntimeError(
-            f"export_onnx: the file took the attributes {wrong.tolist()}, of which the first "
-            "sample has one that the model refuses."
+            f"export_onnx: the file accepted the attributes {wrong.tolist()}, although the model "
+            "refuses a value of the first sample."
         )
     return OnnxCheck(largest, runs)
 
@@ -94,7 +95,7 @@ def _wrong_values(example: Example) -> Iterator[Tensor]:
 
 
 def _difference(found: np.ndarray, true: np.ndarray) -> float:
-    """The largest difference over the largest true value; without end where only one has a NaN."""
+    """The largest difference over the largest true value; infinite if only one has a NaN."""
     if found.shape != true.shape:
         return float("inf")
     if (np.isnan(found) != np.isnan(true)).any():

@@ -1,1 +1,1 @@
-"""Models that somebody else wrote: which modules are meant, what they compute, where MLPs stand."""
+"""Reads models of other libraries: finds the modules of a pattern, and the MLPs in them."""

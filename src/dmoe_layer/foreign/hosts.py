@@ -1,8 +1,8 @@
-"""Takes MLPs whose linear layers stand on their host: finds them, tries them, replaces them.
+"""Finds, tries and replaces MLPs whose linear layers are parts of a larger module, the host.
 
-The layer takes the place of the first linear layer, and nothing that of the activation and of the
-second one. All else of the host stays where it is: dropouts, norms and residuals act on what the
-layer puts out as they did on what the second linear layer put out.
+The new layer replaces the first linear layer. The activation and the second linear layer become
+``nn.Identity``. All else of the host stays: its dropouts, norms and residuals act on the output of
+the new layer as they did on that of the second linear layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KNOWN = (
     HostMlp("pwconv1", "act", "pwconv2"),  # Hugging Face's ConvNeXt
 )
 
-# What a host may ask for besides its tokens, here 16 of them. All else that it needs is None.
+# Arguments that a host may need besides its 16 tokens. For all others that it needs it gets None.
 _FURTHER: dict[str, Callable[[Tensor], Any]] = {
     "memory": lambda x: x,
     "encoder_hidden_states": lambda x: x,
@@ -46,7 +46,7 @@ _FURTHER: dict[str, Callable[[Tensor], Any]] = {
     "width": lambda x: 4,
 }
 
-# The forms in which a host may be given (batch, 16 tokens, D).
+# The layouts in which a host may take (batch, 16 tokens, D).
 _FORMS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x_BTD: x_BTD,
     lambda x_BTD: x_BTD.mT.unflatten(2, (4, 4)),  # (B, D, H, W)
@@ -56,7 +56,7 @@ _FORMS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def find_host_mlps(host: nn.Module) -> list[HostMlp]:
-    """The MLPs that stand on a host: under names that are known, or one by one in a Sequential."""
+    """Finds the MLPs of a host: by known names, or part after part in an ``nn.Sequential``."""
     parts = [known for known in _KNOWN if _is_mlp(*(_at(host, name) for name in known))]
     for name, module in host.named_modules():
         if isinstance(module, nn.Sequential):
@@ -66,22 +66,22 @@ def find_host_mlps(host: nn.Module) -> list[HostMlp]:
 
 
 def try_host_mlp(host: nn.Module, mlp: HostMlp) -> int:
-    """The axis of the samples in what the first linear layer is given; or an error.
+    """Returns the axis of the samples in the input of the first linear layer, or raises.
 
-    A copy of the host runs, on random weights and tokens. What its second linear layer puts out
-    must follow by the formula of an MLP from what the first one is given, and with a formula in
-    their place the host must put out what it did.
+    A copy of the host runs with random weights on random tokens. The output of the second linear
+    layer must follow from the input of the first one by the formula of an MLP. If that formula
+    replaces the MLP, the output of the host must be the same.
 
     Raises:
-        ValueError: saying why nothing can take the MLP's place.
+        ValueError: The MLP cannot be replaced. The error says why.
     """
-    # Whoever swaps under no_grad or inference_mode asks for no less.
+    # The trial needs gradients, also if the user swaps under no_grad or inference_mode.
     with torch.inference_mode(False), torch.enable_grad():
         return _try(host, mlp)
 
 
 def as_block(host: nn.Module, mlp: HostMlp) -> nn.Module:
-    """The MLP that stands on a host, as a module of its own; its parts are those of the host."""
+    """The MLP of a host as one module, which shares its parts with the host."""
     first, activation, second = (_at(host, name) for name in mlp)
     block = nn.Sequential(
         first, activation if isinstance(activation, nn.Module) else _Called(activation), second
@@ -91,18 +91,18 @@ def as_block(host: nn.Module, mlp: HostMlp) -> nn.Module:
 
 
 def replace_host_mlp(host: nn.Module, mlp: HostMlp, layer: nn.Module) -> None:
-    """Puts a layer in the place of the MLP that stands on a host."""
+    """Replaces the MLP of a host by a layer."""
     for name, module in zip(mlp, (layer, nn.Identity(), nn.Identity()), strict=True):
         parent, _, leaf = name.rpartition(".")
         setattr(host.get_submodule(parent), leaf, module)
-    # In eval PyTorch's own layer hands the weights of its linears to one fused operator, unless
-    # its activation is another than these two.
+    # In eval mode PyTorch's own layer passes the weights of its linear layers to a fused operator,
+    # if its activation is one of these two.
     if isinstance(host, nn.TransformerEncoderLayer):
         host.activation_relu_or_gelu = 0
 
 
 def leave_nested_tensors(model: nn.Module, hosts: set[nn.Module]) -> None:
-    """Keeps PyTorch's encoders from packing padded batches for layers that have been replaced."""
+    """Stops PyTorch's encoders from packing padded batches, if their layers have been changed."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and not hosts.isdisjoint(module.layers):
             module.use_nested_tensor = False
@@ -135,10 +135,10 @@ def _try(host: nn.Module, mlp: HostMlp) -> int:
     elif (activation := probe.activation()) is None:
         modules = ", ".join(probe.others[1]).replace("'host.", "'")
         between = f" (modules there: {modules})" if modules else ""
-        fault = f"what stands between {mlp.first!r} and {mlp.second!r} is none of "
+        fault = f"the activation between {mlp.first!r} and {mlp.second!r} is none of "
         fault += ", ".join(n for n, a in ACTIVATIONS.items() if not a.gated) + between
         if "convolution" in between:
-            fault += ", so that no token goes through it alone"
+            fault += ". A convolution mixes tokens"
     else:
         axis = probe.batch_axis()
         try:
@@ -146,7 +146,7 @@ def _try(host: nn.Module, mlp: HostMlp) -> int:
         except ValueError as failed:
             same, error = False, failed.__cause__
         if not same:
-            fault = "with a layer in its place the host puts out something else"
+            fault = "with a layer in its place the output of the host is different"
             fault += f": {error}" if error else ", as if it used one of the parts elsewhere too"
     if fault:
         raise ValueError(f"{kind}: could not replace its MLP ({mlp}): {fault}.")
@@ -167,12 +167,12 @@ def _is_mlp(first: Any, activation: Any, second: Any) -> bool:
 
 
 def _in_sequential(sequential: nn.Sequential) -> list[HostMlp]:
-    """Linear, activation, linear, one after another, beside modules that do something else.
+    """Finds linear layer, activation and linear layer, among modules that do something else.
 
-    Where there is nothing else the Sequential is an MLP itself, and with a third linear layer it
-    is something that is not known.
+    If there is nothing else, the Sequential is an MLP itself. With a third linear layer, what it
+    computes is not known.
     """
-    # Of a module that stands there twice named_children knows one name only.
+    # named_children gives only one name of a module that occurs twice.
     parts = {n: m for n, m in sequential._modules.items() if not _passes_on(m)}
     linears = [m for m in parts.values() if isinstance(m, nn.Module) and is_linear(m)]
     if len(parts) == 3 or len(linears) != 2:
@@ -198,7 +198,7 @@ class _Called(nn.Module):
 
 
 class _CalledHost(nn.Module):
-    """A host that is called with tokens alone and puts out one tensor."""
+    """A host that is called with tokens only, and returns one tensor."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class _HostProbe(Probe):
         self.called, self._mlp = self._module, mlp  # type: ignore[assignment]
 
     def activation(self) -> str | None:
-        """That by which the second linear layer's output follows from the first one's input."""
+        """The activation by which the output of the second linear layer follows from the input."""
         first, second = self.linears
         y = self.outputs[self.names[1]]
         z = apply_linear(first, self.inputs[self.names[0]])
@@ -240,13 +240,13 @@ class _HostProbe(Probe):
         return None
 
     def batch_axis(self) -> int:
-        """Which axis of the first linear layer's input tells the samples apart: 0, or 1.
+        """The axis of the samples in the input of the first linear layer: 0 or 1.
 
-        Tokens of one sample depend on tokens of the host that they have in common; those of two
-        samples have none. Where nothing tells the axes apart it is 0, as everywhere.
+        Tokens of one sample depend on common tokens of the host. Tokens of two samples do not. If
+        this does not distinguish the axes, it is 0, as in most models.
         """
         x_BTD = self.x
-        # Small ones: softmax of large ones is one of them alone, and hides the others.
+        # The numbers must be small: a softmax of large ones is that of the largest alone.
         small = x_BTD / x_BTD.abs().amax(dim=-1, keepdim=True) / 10
         self.x = small.requires_grad_()
         self.run(training=False)
@@ -263,7 +263,7 @@ class _HostProbe(Probe):
         return int(bool(along_0) and not along_1)
 
     def run_without_mlp(self, activation: str) -> Tensor:
-        """The host's output with the formula of the MLP in its place."""
+        """Runs the host with the formula of the MLP in the place of the MLP."""
         first, second = self.linears
         act = ACTIVATIONS[activation].forward
         formula = _Called(lambda x: apply_linear(second, act(apply_linear(first, x))))

@@ -1,4 +1,4 @@
-"""Whether two foreign modules are of one kind, so that a trial of the one tells of the other."""
+"""Whether two modules differ only in their weights, so that one trial holds for both."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import nn
 
 Told = TypeVar("Told")
-# Values that are alike if they look alike: repr tells -0.0 from 0.0, True from 1 and 1 from "1".
+# Values that are equal if their repr is. It distinguishes -0.0 from 0.0, and True and "1" from 1.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
 class Trials:
-    """What trials of modules told, or the errors in which they ended; one of a kind has one."""
+    """The results of trials of modules, or their errors; there is one trial for each kind."""
 
     def __init__(self) -> None:
-        # With the modules, whose parts the keys name by identity: those must stay alive.
+        # The modules are stored too, since the keys name their parts by identity. They must live.
         self._told: dict[Hashable, tuple[nn.Module, Any]] = {}
 
     def of(self, module: nn.Module, trial: Callable[[], Told], *options: Hashable) -> Told:
-        """What ``trial()`` tells of the module, or told of one of its kind with these options.
+        """The result of ``trial()``, or of an earlier one of the same kind and options.
 
         Raises:
-            ValueError: that of the trial.
+            ValueError: The error of the trial.
         """
         key = kind_of(module), options
         if key not in self._told:
@@ -42,21 +42,21 @@ class Trials:
 def kind_of(module: nn.Module) -> Hashable:
     """A key that two modules share only if they differ in nothing but their parameters' values.
 
-    It holds classes, names, hooks, and every attribute: numbers and strings by value, containers
-    by what they hold, parameters by what they are, submodules in the same way again, and all
-    else, such as functions, configurations and buffers, by identity. So what is not known here
-    makes a module a kind of its own. The key counts as long as the modules live.
+    It holds classes, names, hooks, and every attribute. Numbers and strings count by value,
+    containers by their items, parameters by shape and dtype, and submodules in the same way again.
+    All else, such as functions, configurations and buffers, counts by identity. So a module with
+    an unknown attribute is a kind by itself. The key is valid as long as the modules live.
     """
     return _of_module(module, {})
 
 
 def _of_module(module: nn.Module, seen: dict[int, int]) -> Hashable:
-    # One that stands in two places is another thing than two that look alike.
+    # One module in two places differs from two equal modules.
     if id(module) in seen:
         return "again", seen[id(module)]
     seen[id(module)] = len(seen)
     if any(vars(kind).get("__slots__") for kind in type(module).__mro__):
-        return id(module)  # its attributes do not all stand in vars()
+        return id(module)  # vars() does not contain all of its attributes.
     attributes: list[tuple[str, Hashable]] = []
     for name, value in vars(module).items():
         if name == "_modules":

@@ -1,4 +1,4 @@
-"""The linear layers of foreign blocks, whatever their class: what they weigh, and what they say."""
+"""The linear layers of a block, whatever their class: their weights, biases and widths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is one linear layer for every token by itself.
+    """Whether a module is one linear layer for every token by itself.
 
     That is ``nn.Linear``, a 1x1 convolution, and the ``Conv1D`` of Hugging Face's GPT-2 family.
     """
@@ -25,32 +25,32 @@ def is_1x1_convolution(module: nn.Module) -> bool:
 
 
 def is_spatial_convolution(module: nn.Module) -> bool:
-    """Whether it is a convolution that makes a token of several, or several of one."""
+    """Whether a module is a convolution that mixes tokens or makes new ones."""
     return isinstance(module, _CONVOLUTIONS + _TRANSPOSED) and not _is_1x1(module)
 
 
 def _is_1x1(convolution: Any) -> bool:
-    """Whether it takes every token by itself, and leaves all where they are."""
+    """Whether a convolution computes every token by itself, and neither moves nor adds any."""
     unpadded = isinstance(convolution.padding, str) or not any(convolution.padding)
     return unpadded and {*convolution.kernel_size, *convolution.stride} == {1}
 
 
 def describe_convolution(convolution: Any) -> str:
-    """A convolution in an error's words, such as "depthwise 3x3 convolution"."""
+    """Describes a convolution for an error, such as "depthwise 3x3 convolution"."""
     depthwise = 1 < convolution.groups == convolution.in_channels
     size = "x".join(map(str, convolution.kernel_size))
     return f"{'depthwise ' * depthwise}{size} convolution"
 
 
 def shown_linears(block: nn.Module) -> str:
-    """The linear layers of a block in an error's words, such as "'fc1' 8 -> 32, 'fc2' 32 -> 8"."""
+    """Describes the linear layers of a block, such as "'fc1' 8 -> 32, 'fc2' 32 -> 8"."""
     found = [(name, module) for name, module in block.named_modules() if is_linear(module)]
     texts = [f"{name or 'itself'!r} {' -> '.join(map(str, widths_of(m)))}" for name, m in found]
     return ", ".join(texts[:6]) + (", ..." if len(texts) > 6 else "")
 
 
 def widths_of(linear: Any) -> tuple[int, int]:
-    """(in, out), without a look at a weight that is computed when looked at."""
+    """The widths (in, out), without reading a weight that is computed when it is read."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
     if isinstance(linear, _CONVOLUTIONS):
@@ -60,7 +60,7 @@ def widths_of(linear: Any) -> tuple[int, int]:
 
 
 def weight_shape_of(linear: Any) -> tuple[int, ...]:
-    """The shape that its weight should have."""
+    """The shape that the weight of a linear layer should have."""
     width_in, width_out = widths_of(linear)
     if isinstance(linear, _CONVOLUTIONS):
         return (width_out, width_in, *linear.kernel_size)
@@ -68,7 +68,7 @@ def weight_shape_of(linear: Any) -> tuple[int, ...]:
 
 
 def weight_of(linear: Any) -> Tensor:
-    """(out, in), as ``nn.Linear`` has it; ``Conv1D``'s is stored transposed."""
+    """The weight as (out, in), like that of ``nn.Linear``; ``Conv1D`` stores it transposed."""
     weight: Tensor = linear.weight
     if isinstance(linear, _CONVOLUTIONS):
         return weight.flatten(1)
@@ -76,13 +76,13 @@ def weight_of(linear: Any) -> Tensor:
 
 
 def bias_of(linear: Any) -> Tensor | None:
-    """(out,), or None, also where there is not even the name."""
+    """The bias, (out,), or None, also if the layer has no such attribute."""
     bias: Tensor | None = getattr(linear, "bias", None)
     return bias
 
 
 def apply_linear(linear: Any, x: Tensor) -> Tensor:
-    """What a linear layer's weight and bias say of its input, whatever it does itself."""
+    """Computes a linear layer from its weight and bias, whatever its own forward does."""
     if isinstance(linear, _CONVOLUTIONS):
         return F.linear(x.movedim(1, -1), weight_of(linear), bias_of(linear)).movedim(-1, 1)
     return F.linear(x, weight_of(linear), bias_of(linear))

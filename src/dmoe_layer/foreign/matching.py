@@ -1,4 +1,4 @@
-"""Which modules of a model a pattern means."""
+"""Finds the modules of a model that match a pattern."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 def outermost(
     named: list[tuple[str, nn.Module]], matches: Callable[[str, nn.Module], bool]
 ) -> list[tuple[str, nn.Module]]:
-    """The matching modules that are inside no other matching module."""
+    """The matching modules that are not inside another matching module."""
     found: list[tuple[str, nn.Module]] = []
-    for name, module in named:  # a module comes right before what is inside it
+    for name, module in named:  # A module comes right before the modules inside it.
         inside = bool(found) and name.startswith(f"{found[-1][0]}.")
         if not inside and matches(name, module):
             found.append((name, module))
@@ -23,16 +23,16 @@ def outermost(
 
 
 def as_predicate(pattern: Any) -> Callable[[str, nn.Module], bool]:
-    """Whether a module is meant, from a glob on names or a predicate of one or two arguments."""
+    """Makes a predicate of a glob on names, or of a predicate with one or two arguments."""
     if isinstance(pattern, str):
         return lambda name, module: fnmatch.fnmatchcase(name, pattern)
-    # A class is callable too, but does not say of a module whether it is one.
+    # A class is callable too, but a call does not test whether a module is an instance.
     if not callable(pattern) or isinstance(pattern, (type, nn.Module)):
         raise TypeError(
             f"pattern: got {pattern!r}, expected a glob on module names such as '*.mlp', or a "
-            "predicate such as lambda name, module: isinstance(module, MLPBlock)."
+            "function such as lambda name, module: isinstance(module, MLPBlock)."
         )
-    # Arguments with a default (lambda module, kind=MLPBlock: ...) are not ours to fill.
+    # Arguments with a default (lambda module, kind=MLPBlock: ...) stay as they are.
     required = [
         parameter
         for parameter in inspect.signature(pattern).parameters.values()

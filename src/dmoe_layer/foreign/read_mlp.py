@@ -1,6 +1,6 @@
-"""Reads an MLP that somebody else wrote: its weights, activation and dropout.
+"""Reads the weights, the activation and the dropout of an MLP of another library.
 
-Its widths are those of its linear layers. What it computes is tried (``trial``), on a copy: the
+Its linear layers give its widths. A copy is run (``trial``) to see what the block computes. The
 block itself is neither run nor changed.
 """
 
@@ -28,19 +28,20 @@ from .linears import (
 from .trial import Layers, Reading, try_block
 
 _NO_MODULE = (
-    "Where an MLP is no module of its own, match the layer on which its linear layers stand, such "
-    "as a torch.nn.TransformerEncoderLayer or a layer of BERT, or move it into a module first."
+    "If an MLP is no module by itself, match the layer that holds its linear layers, such as a "
+    "torch.nn.TransformerEncoderLayer or a layer of BERT, or move it into a module first."
 )
 _CONVOLUTIONAL = (
-    "Networks of convolutions have none; their experts go behind a stage: insert_after(model, "
-    "pattern, ...) puts a DMoE(channel_dim=1, residual=True) behind each module that matches."
+    "Convolutional networks have none. Put experts behind their stages instead: insert_after("
+    "model, pattern, ...) puts a DMoE(channel_dim=1, residual=True) behind each matching module."
 )
 
 
 class Mlp(NamedTuple):
-    """A two-layer MLP, weights as (out, in). All that follows channel_dim is for upcycling only.
+    """A two-layer MLP with its weights as (out, in).
 
-    Of a gated one the rows of w1 and b1 are those of the gate, then those of the linear half.
+    The fields after channel_dim are only set for upcycling. In a gated MLP, the rows of the gate
+    come first in w1 and b1, and then those of the linear half.
     """
 
     dim: int
@@ -59,17 +60,17 @@ class Mlp(NamedTuple):
 def read_mlp(
     mlp: nn.Module, *, upcycle: bool, dropout: float | None = None, trials: Trials | None = None
 ) -> Mlp:
-    """The widths, device and dtype of a two-layer MLP; to ``upcycle`` it, all that it computes.
+    """Reads the widths, the device and the dtype of a two-layer MLP, and its weights to upcycle it.
 
     Args:
-        mlp: the block.
-        upcycle: whether its weights and activation are wanted too; then it must have one of the
-            activations that are known here.
-        dropout: replaces the block's rate, which then is not read.
-        trials: those of blocks before, which may spare that of this one.
+        mlp: The block.
+        upcycle: Whether to read its weights and its activation too. The activation must then be a
+            known one.
+        dropout: Replaces the block's dropout rate, which is then not read.
+        trials: The trials of earlier blocks, one of which may also hold for this block.
 
     Raises:
-        ValueError: saying which part is not that of such an MLP, or why it could not be run.
+        ValueError: The block is no such MLP, or could not be run. The error names the part.
     """
     layers = find_layers(mlp)
     parts = {name: mlp.get_submodule(name) for name in layers.names}
@@ -81,8 +82,8 @@ def read_mlp(
     for other, (other_dtype, other_device) in rest if upcycle else ():
         if (other_dtype, other_device) != (dtype, device):
             raise ValueError(
-                f"{type(mlp).__name__}: could not read it as one MLP: {name!r} is {dtype} on "
-                f"{device}, {other!r} is {other_dtype} on {other_device}."
+                f"{type(mlp).__name__}: could not read it as one MLP, because {name!r} is {dtype} "
+                f"on {device}, but {other!r} is {other_dtype} on {other_device}."
             )
     channel_dim = 1 if is_1x1_convolution(parts[name]) else -1
     read = Mlp(layers.dim, layers.hidden_dim, device, dtype, channel_dim)
@@ -103,10 +104,10 @@ def read_mlp(
 
 
 def find_layers(mlp: nn.Module) -> Layers:
-    """The linear layers of a block D -> H -> D, gated or not; looks only, runs nothing.
+    """Finds the linear layers of a block D -> H -> D, gated or not, without running it.
 
     Raises:
-        ValueError: saying what keeps the block from being one.
+        ValueError: The block is not one. The error says why.
     """
     if not isinstance(mlp, nn.Module):
         raise TypeError(f"mlp: got {type(mlp).__name__}, expected a torch.nn.Module.")
@@ -121,15 +122,15 @@ def find_layers(mlp: nn.Module) -> Layers:
         if is_spatial_convolution(module):
             between = " and ".join(map(repr, layers.names))
             raise ValueError(
-                f"{kind}: could not read it as a two-layer MLP: beside or between {between} stands "
-                f"a {describe_convolution(module)} ({name!r} {type(module).__name__}), so that no "
-                "token goes through it alone."
+                f"{kind}: could not read it as a two-layer MLP. Beside or between {between} there "
+                f"is a {describe_convolution(module)} ({name!r} {type(module).__name__}), which "
+                "mixes tokens."
             )
     return layers
 
 
 def _as_layers(widths: dict[str, tuple[int, int]]) -> Layers | None:
-    """The order in which linear layers of such widths make an MLP, if they do."""
+    """The order in which linear layers of these widths make an MLP, or None."""
     for last in reversed(widths):
         first = tuple(name for name in widths if name != last)
         hidden_dim, dim = widths[last]
@@ -150,7 +151,7 @@ def advice_for(module: nn.Module) -> str:
 
 @torch.no_grad()
 def _joined(linears: list[Any], n_rolled: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the first layers as one, with the last so many rows moved to the front."""
+    """The first layers as one weight and bias, with the last ``n_rolled`` rows at the front."""
     weights, biases = [weight_of(linear) for linear in linears], [bias_of(x) for x in linears]
     if len(linears) == 1 and not n_rolled:
         return weights[0], biases[0]
@@ -165,12 +166,12 @@ def _joined(linears: list[Any], n_rolled: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _require_plain_weight(label: str, linear: nn.Module) -> None:
-    """Raises unless a linear layer's own weight has its shape; one that is computed is not read."""
+    """Raises unless the weight of a linear layer has its shape; a computed one is not read."""
     for name, _ in linear.named_buffers(recurse=False):
         if name in ("weight", "bias"):
             raise ValueError(
-                f"{label}: its {name} is a buffer, expected an nn.Parameter. Is it quantized? If "
-                "it is frozen, make it a parameter with requires_grad=False."
+                f"{label}: its {name} is a buffer, expected an nn.Parameter. It may be quantized. "
+                "If it is frozen, make it a parameter with requires_grad=False."
             )
     weight = dict(linear.named_parameters(recurse=False)).get("weight")
     if weight is None:
@@ -181,13 +182,13 @@ def _require_plain_weight(label: str, linear: nn.Module) -> None:
     if weight.shape != shape or not weight.is_floating_point():
         raise ValueError(
             f"{label}: its weight is {weight.dtype} of shape {tuple(weight.shape)}, expected "
-            f"floating point of shape {shape}. Is it quantized or sharded?"
+            f"floating point of shape {shape}. It may be quantized or sharded."
         )
 
 
 def _require_parameters(mlp: nn.Module, name: str, linear: nn.Module) -> None:
     """Raises unless a linear layer's weight and bias are parameters of its own."""
-    # Without a look at a computed one: spectral_norm, for one, changes its buffers at each.
+    # A computed weight is not read, since spectral_norm changes its buffers each time.
     computed = None
     if "weight" not in dict(linear.named_parameters(recurse=False)):
         computed = "weight"
@@ -196,8 +197,8 @@ def _require_parameters(mlp: nn.Module, name: str, linear: nn.Module) -> None:
     if computed:
         raise ValueError(
             f"{type(mlp).__name__}: could not read '{name}.{computed}': it is no parameter but "
-            "computed from others (weight_norm, pruning, LoRA). Make it one first, for instance "
-            "with torch.nn.utils.parametrize.remove_parametrizations."
+            "computed from others (weight_norm, pruning, LoRA). Make it a parameter first, for "
+            "instance with torch.nn.utils.parametrize.remove_parametrizations."
         )
 
 
@@ -209,7 +210,7 @@ def _looks_of(mlp: nn.Module, name: str, linear: nn.Module) -> tuple[torch.dtype
 
 
 def _found_instead(mlp: nn.Module) -> str:
-    """What a block has in the place of linear layers that fit, in an error's words."""
+    """Says, for an error, what a block has instead of linear layers that fit."""
     inside = sorted({type(module).__name__ for module in mlp.children()})
     shown = shown_linears(mlp) or f"inside: {', '.join(inside[:6]) or 'nothing'}"
     advice = f" {advice_for(mlp)}" if inside else ""

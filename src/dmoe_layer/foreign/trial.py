@@ -1,8 +1,8 @@
-"""A trial of a foreign block: which activation and dropout it has, or what else it is.
+"""Finds the activation and the dropout of a block by a trial, or says why the block is no MLP.
 
-The output of a ``Probe`` is held against w2·act(w1·x + b1) + b2 for every activation that is known
-here, a gated one with either half as the gate. So an activation that is a plain function is found
-too, and no residual, norm, scale or hook is overlooked: with any of them the output is another.
+The output of a ``Probe`` is compared with w2·act(w1·x + b1) + b2 for every known activation. For a
+gated one, either half may be the gate. So an activation that is a plain function is found too. A
+residual, a norm, a scale or a hook would change the output, and is not overlooked.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ class Layers(NamedTuple):
     """The linear layers of a block, by name.
 
     Attributes:
-        first: those that are given the block's input: one, or the two of a gated MLP.
-        last: the one behind the activation.
-        dim, hidden_dim: D and H.
-        gated: whether the first ones give 2·H together.
+        first: The layers that get the block's input: one, or the two of a gated MLP.
+        last: The layer behind the activation.
+        dim: The width D.
+        hidden_dim: The width H.
+        gated: Whether the first layers give 2·H together.
     """
 
     first: tuple[str, ...]
@@ -39,13 +40,13 @@ class Layers(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a trial told.
+    """The result of a trial.
 
     Attributes:
-        names: of the linear layers, the last one last.
-        activation: its name; "" where it is none that is known.
-        gate_last: of a gated MLP, whether the gate is the second half of what the first layers say.
-        dropout: the rate of the dropout at the end, if that was asked for.
+        names: The names of the linear layers, the last one last.
+        activation: The name of the activation, or "" if it is not a known one.
+        gate_last: Whether the gate of a gated MLP is the second half of the first layers' output.
+        dropout: The rate of the dropout at the end, if it was read.
     """
 
     names: tuple[str, ...]
@@ -54,22 +55,22 @@ class Reading(NamedTuple):
     dropout: float
 
 
-@torch.inference_mode(False)  # whoever swaps in it asks for no less of a look
+@torch.inference_mode(False)  # The trial is the same if the user swaps in it.
 def try_block(mlp: nn.Module, layers: Layers, *, upcycle: bool, with_rate: bool) -> Reading:
-    """What a block computes.
+    """Finds out what a block computes.
 
     Args:
-        mlp: the block.
-        layers: its linear layers.
-        upcycle: whether it must have one of the activations that are known here.
-        with_rate: whether its dropout's rate is wanted.
+        mlp: The block.
+        layers: Its linear layers.
+        upcycle: Whether it must have one of the known activations.
+        with_rate: Whether to read the rate of its dropout.
 
     Raises:
-        ValueError: it is no two-layer MLP, saying why, or it could not be run.
+        ValueError: It is no two-layer MLP, or it could not be run. The error says why.
     """
     kind, probe = type(mlp).__name__, Probe(mlp, layers.names)
     output = _run(probe)
-    # Of three layers of one width, only now it is known which one is the last.
+    # If three layers have the same width, only the run shows which one is the last.
     ran = [*probe.inputs]
     if layers.dim == layers.hidden_dim and {*ran} == {*probe.names}:
         probe.names, probe.linears = (*ran,), [probe.linears[probe.names.index(n)] for n in ran]
@@ -78,14 +79,14 @@ def try_block(mlp: nn.Module, layers: Layers, *, upcycle: bool, with_rate: bool)
         what = "it as a two-layer MLP"
         if layers.gated:
             what = f"its linear layers ({shown_linears(mlp)}) as a gated MLP (GLU)"
-        given = f" It was given {probe.shown_made_up()}." if probe.made_up else ""
+        given = f" In the trial it got {probe.shown_made_up()}." if probe.made_up else ""
         raise ValueError(f"{kind}: could not read {what}: {fault}.{given}")
     rate = _dropout_of(kind, probe, output) if with_rate else 0.0
     return Reading(probe.names, activation, gate_last, rate)
 
 
 def _run(probe: Probe) -> Tensor:
-    """The block's output for the first layout of tokens that it takes."""
+    """Runs the block on the first layout of tokens that it accepts."""
     forms = [lambda x: x, lambda x: x.unflatten(1, (4, 4)), lambda x: x.unflatten(1, (4, 2, 2))]
     if is_1x1_convolution(probe.linears[0]):
         n_axes = len(probe.linears[0].kernel_size)
@@ -101,7 +102,7 @@ def _run(probe: Probe) -> Tensor:
 
 
 def _activation_of(probe: Probe, layers: Layers, output: Tensor) -> tuple[str, bool]:
-    """The activation with which the formula gives the output, and whether its gate stands last."""
+    """The activation for which the formula gives the output, and whether the gate comes last."""
     x = probe.form(probe.x)
     if output.shape != x.shape:
         return "", False
@@ -119,14 +120,14 @@ def _activation_of(probe: Probe, layers: Layers, output: Tensor) -> tuple[str, b
 
 
 def _fault_of(probe: Probe, layers: Layers, output: Tensor, upcycle: bool) -> str | None:
-    """The first thing by which a block is no MLP, in the order in which data pass through it.
+    """Says why a block is no MLP: the first reason in the order in which data pass through it.
 
-    Its activation, and that it stands between the linear layers with a norm, is a fault only to
-    upcycle it: new experts have one of their own.
+    An unknown activation, or a norm beside it, is only a fault for upcycling, since new experts
+    have an activation of their own.
     """
     x, rows = probe.form(probe.x), probe.rows
     if output.shape != x.shape:
-        return f"of {tuple(x.shape)} it made {tuple(output.shape)}"
+        return f"its output for {tuple(x.shape)} has the shape {tuple(output.shape)}"
     *first, last = probe.names
     from_to = f"{' and '.join(map(repr, first))} and {last!r}"
     before, *inside, after = probe.others if len(probe.others) > 2 else [[], *probe.others, []]
@@ -134,15 +135,15 @@ def _fault_of(probe: Probe, layers: Layers, output: Tensor, upcycle: bool) -> st
     if probe.ran_in_order():
         for name in first:
             if not same_output(rows(probe.inputs[name]), rows(x)):
-                return f"{name!r} is not given the block's input{_modules_there(before)}"
-        mixes = f"what stands between {from_to} mixes hidden units or tokens{between}"
+                return f"{name!r} does not get the block's input{_modules_there(before)}"
+        mixes = f"what lies between {from_to} mixes hidden units or tokens{between}"
         if probe.mixes_tokens():
             return mixes
         if upcycle and probe.mixes_units():
-            return f"{mixes}; only new experts, without upcycling, can take the place of that"
+            return f"{mixes}. Only new experts can replace it, without upcycle=True"
         if not same_output(rows(output), rows(probe.outputs[last])):
             what = f"its output is not that of {last!r}{_modules_there(after)}"
-            return f"{what}: it may hold a residual, a norm, a scale or a hook"
+            return f"{what}. It may contain a residual, a norm, a scale or a hook"
         if upcycle:
             for name, linear in zip(probe.names, probe.linears, strict=True):
                 expected = apply_linear(linear, rows(probe.inputs[name]))
@@ -155,19 +156,19 @@ def _fault_of(probe: Probe, layers: Layers, output: Tensor, upcycle: bool) -> st
     known = ", ".join(
         n for n, activation in ACTIVATIONS.items() if activation.gated is layers.gated
     )
-    only = "only new experts, without upcycling, can take the place of that"
-    return f"between its linear layers stands none of {known}{between}; {only}"
+    only = "Only new experts can replace it, without upcycle=True"
+    return f"the activation between its linear layers is none of {known}{between}. {only}"
 
 
 def _fault_of_functional(probe: Probe, output: Tensor) -> str | None:
-    """That of a block of unknown activation whose linear layers are not run as modules in turn."""
+    """The reason for a block with an unknown activation, whose linear layers do not run in turn."""
     if probe.others_change(lambda output: output):
-        return "its tokens do not go through it alone"
+        return "it mixes tokens"
     with torch.no_grad():
         for parameter in probe.linears[-1].parameters():
             parameter.zero_()
     if probe.run(training=False).any():
-        return f"with {probe.names[-1]!r} at zero its output is not: it may hold a residual"
+        return f"with {probe.names[-1]!r} at zero its output is not zero. It may contain a residual"
     return None
 
 
@@ -176,7 +177,7 @@ def _modules_there(names: list[str]) -> str:
 
 
 def _dropout_of(kind: str, probe: Probe, output: Tensor) -> float:
-    """The rate of the dropout behind the last linear layer, from what it makes of its output."""
+    """Reads the rate of the dropout behind the last linear layer from its effect."""
     name = probe.names[-1]
     after = probe.run(training=True)
     before = probe.outputs.get(name, output)  # what was dropped before does not count
@@ -197,6 +198,6 @@ def _dropout_of(kind: str, probe: Probe, output: Tensor) -> float:
     if uneven or a_sample_lost or none_lost or by_channel:
         raise ValueError(
             f"{kind}: could not read its dropout: in training, what follows {name!r} does more "
-            "than to drop some values and scale the others. Give a rate to use instead."
+            "than to drop some values and scale the others. Pass dropout= with the rate to use."
         )
     return rate

@@ -34,7 +34,7 @@ class BackwardOutputs(NamedTuple):
 
 
 class ExpertCall:
-    """One call: its tensors, weights in the dtype they are computed in, and sizes as options."""
+    """One call: its tensors, its weights in the computation's dtype, its sizes as options."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ExpertCall:
         )
         self.parameter_dtype = weights.w1_EHD.dtype
         self.n_experts, self.dim, self.hidden = weights.w2_EDH.shape
-        self.first_rows = weights.w1_EHD.shape[1]  # an expert's: H, or 2H of a gated one
+        self.first_rows = weights.w1_EHD.shape[1]  # of an expert: H, or 2H if gated
         self.gated = ACTIVATIONS[activation].gated
         self.rows, self.k = len(self.order), gates_TK.shape[1]
         self.relu = activation == "relu"
@@ -74,18 +74,18 @@ class ExpertCall:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
     def programs(self, rows: int) -> int:
-        """As many as have all tiles, with so many rows each."""
+        """The number of programs for all tiles, if a program computes ``rows`` rows."""
         return self.tiles.shape[0] * (TILE.value // rows)
 
     def offset_opts(self, width: int) -> dict[str, Any]:
-        """Of kernels whose tensors have a row of at most so many numbers for each pair."""
+        """The option of kernels whose tensors have at most ``width`` numbers for each pair."""
         return {"OFFSET": offset_type(self.rows * width)}
 
     def pair_sums(self) -> tuple[Tensor, Tensor | None]:
-        """Where kernels leave the pairs' rows that each token's sum is made of.
+        """Makes the memory for the pairs' rows, which are summed for each token.
 
-        (T, D) in x's dtype for first pairs, which becomes the sum, and (T·(k - 1), D) for others.
-        So the sum takes no memory of its own.
+        The first pair of each token has (T, D) in the dtype of x, which becomes the sum. The others
+        have (T·(k - 1), D). So the sum needs no further memory.
         """
         tokens, others = self.x.shape[0], self.k - 1
         rest = self.empty(tokens * others, self.dim) if others else None
@@ -105,7 +105,7 @@ class ExpertCall:
 
 
 def draw_kept(order_R: Tensor, dim: int, dropout: float, seed: Tensor) -> Tensor:
-    """Which entries of the sorted pairs' outputs dropout keeps: a bit each, (R, ⌈D / 32⌉) int32."""
+    """Draws (R, ⌈D / 32⌉) int32: a bit for each output of a sorted pair, 0 if dropout zeros it."""
     (order_R,) = contiguous(order_R)
     kept = order_R.new_empty((order_R.shape[0], -(-dim // 32)))
     launch(

@@ -1,4 +1,4 @@
-"""The experts by Triton kernels, as registered operators with autograd."""
+"""The experts' computation by Triton kernels, as registered operators with autograd."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def experts(
 
 
 def _kept(pairs: SortedPairs, dim: int, options: ExpertOptions) -> Tensor | None:
-    """The bits of what dropout keeps, if it drops anything."""
+    """The bits of the entries that dropout does not zero, or None if it zeros none."""
     if options.seed is None or in_steps(options.dropout, options.seed)[0] == 0:
         return None
     kept_RW: Tensor = _draw(pairs.order_R, dim, options.dropout, options.seed)
@@ -145,7 +145,7 @@ def _(dy_TD, hidden, x_TD, order_R, offsets, tiles, gates_TK, w1, b1, w2, b2, *o
 
 
 def _nothing(x_TD: Tensor, dtype: torch.dtype) -> Tensor:
-    """In place of a gradient that nobody wants: an operator's outputs are always tensors."""
+    """Replaces a gradient that is not needed, since the outputs of an operator are tensors."""
     return x_TD.new_empty((0,), dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched; sizes of blocks, and sums of what many programs leave."""
+"""Launches Triton kernels, chooses sizes of blocks, and sums the results of many programs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from .kernels.sums import sum_chunks_kernel
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **options: Any) -> None:
-    """Runs ``kernel`` on the device of ``on``; an empty grid is nothing to do."""
+    """Runs ``kernel`` on the device of ``on``; an empty grid runs nothing."""
     if 0 in grid:
         return
     if on.is_cuda and on.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(on):
             return launch(kernel, grid, on, *arguments, **options)
-    # Fusing a product and a sum rounds once instead of twice. Said, since Triton's default is about
-    # to change.
+    # A fused product and sum rounds once instead of twice. The option is explicit, because Triton's
+    # default is about to change.
     kernel[grid](*arguments, **options, enable_fp_fusion=True)
 
 
 def contiguous(*tensors: Any) -> tuple[Any, ...]:
-    """Tensors as kernels read them, without gaps and in order; None stays None.
+    """Makes tensors contiguous, as kernels read them; None stays None.
 
-    Subclasses such as MONAI's MetaTensor have methods of their own, which Triton must not meet.
+    They become plain tensors, since subclasses such as MONAI's MetaTensor change methods that
+    Triton calls.
     """
     return tuple(
         t
@@ -38,23 +39,23 @@ def contiguous(*tensors: Any) -> tuple[Any, ...]:
 
 
 def block_size(size: int, least: int = 16) -> int:
-    """The power of two that a block needs to hold ``size``; a GEMM's side is at least 16."""
+    """The smallest power of two that is at least ``size``; the side of a GEMM is at least 16."""
     return max(least, 1 << (size - 1).bit_length())
 
 
 def most_tiles(rows: int, block: int, groups: int) -> int:
-    """As many tiles as ``rows`` in ``groups`` can need, however they are shared out; never none."""
+    """The most tiles that ``rows`` in ``groups`` can need, however they are split; at least one."""
     return rows // block + max(groups, 1)
 
 
 def gemm_precision() -> str:
-    """How a GEMM of fp32 numbers is done on tensor cores.
+    """How tensor cores compute a GEMM of fp32 numbers.
 
-    As three products of tf32 parts, which has fp32's accuracy; as one only where the user has
-    allowed that to PyTorch's own matmul.
+    They compute three products of tf32 parts, which are as exact as fp32. They compute only one if
+    the user has allowed that for PyTorch's own matmul.
     """
     matmul = torch.backends.cuda.matmul
-    # Where both settings are there, reading the old one is an error once the new one was written.
+    # If both settings exist, it is an error to read the old one after the new one was written.
     new = getattr(matmul, "fp32_precision", None)
     allowed = matmul.allow_tf32 if new is None else new == "tf32"
     return "tf32" if allowed else "tf32x3"
@@ -70,24 +71,26 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 def is_hopper(device: torch.device) -> bool:
     """Whether a GPU has compute capability 9.0 or more, whose matrix products read shared memory.
 
-    Elsewhere their operands stand in registers. Of no GPU, in the interpreter: yes.
+    On other GPUs their operands are in registers. Without a GPU, in the interpreter, the answer is
+    yes.
     """
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-# Numbers of a tensor from which on their offsets need 64 bits.
+# A tensor with at least so many numbers needs offsets of 64 bits.
 LEAST_INT64 = 2**31
 
 
 def offset_type(numbers: int) -> Any:
-    """The type of offsets into a tensor of so many numbers; 32 bits take half the instructions."""
+    """The type of offsets into a tensor of that size; 32 bits take half the instructions."""
     return tl.int32 if numbers < LEAST_INT64 else tl.int64
 
 
 class Shares(NamedTuple):
-    """Each chunk of rows' share in the gradients of a weight and its bias: (chunks, ...) in fp32.
+    """The share of each chunk of rows in the gradients of a weight and its bias, in fp32.
 
-    ``chunk_rows`` are the rows of a chunk; 0 where the tensors are the gradients themselves.
+    The tensors are (chunks, ...). ``chunk_rows`` is the number of rows of a chunk, or 0 if the
+    tensors are the gradients themselves.
     """
 
     weight: Tensor
@@ -96,14 +99,14 @@ class Shares(NamedTuple):
 
 
 def sum_block(numbers: int) -> int:
-    """How many of so many numbers a program sums. Of few, fewer and more chunks at a time."""
+    """How many numbers a program sums: fewer, but more chunks at a time, if there are few."""
     return 128 if numbers < 2**14 else 512
 
 
 def sum_chunks(offsets: Tensor, *layers: Shares) -> list[Tensor]:
-    """Each layer's weight and bias, in order, summed over its groups' chunks: (groups, ...).
+    """Sums the weight and the bias of each layer over the chunks of each group: (groups, ...).
 
-    The order of a sum is always the same, and one launch sums all.
+    The order of a sum is always the same. One launch computes all of them.
     """
     open_ = [layer for layer in layers if layer.chunk_rows]
     groups = offsets.shape[0] - 1

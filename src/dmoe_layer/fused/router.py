@@ -39,7 +39,7 @@ def route(
     k: int,
     seed: Tensor | None,
 ) -> tuple[Routing, SortedPairs]:
-    """As ``eager.router.route``, in one kernel, with the sort by expert as the plan."""
+    """Computes what ``eager.router.route`` does in one kernel; the plan is the sort by expert."""
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     found = _route(x, *weights, rows_BN, tokens_per_sample, k, seed, trained and seed is not None)
     logits_TE, indices_TK, gates_TK, *pairs, _, _ = found
@@ -90,10 +90,10 @@ def _fused_route(
 
 
 def _outputs(x: Tensor, w_A2ED: Tensor, k: int, keep_slopes: bool) -> tuple[Tensor, ...]:
-    """Room for what ``_fused_route`` returns.
+    """Makes the memory for what ``_fused_route`` returns.
 
-    Of x in fp32 the slopes are kept in fp32, since a gradient's error hangs on theirs. Of the two
-    halves bf16 is as good as they are, and does not lose the smallest slopes as fp16 would.
+    If x is in fp32, so are the slopes, since the error of a gradient depends on theirs. If x has
+    half precision, bf16 is exact enough, and does not lose the smallest slopes as fp16 would.
     """
     tokens, n_experts = x.numel() // x.shape[-1], w_A2ED.shape[2]
     slope_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
@@ -127,7 +127,7 @@ def fused_route_backward(
     rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w and b."""
+    """The gradients of x, w and b."""
     dlogits, dgates, chosen, gates, slopes = contiguous(dlogits, dgates, chosen, gates, slopes)
     x, w_A2ED, rows_BN = contiguous(x, w_A2ED, rows_BN)
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
@@ -164,12 +164,12 @@ def _(dlogits, dgates, chosen, gates, slopes, x, w_A2ED, b_A2E, *options):  # ty
 
 
 class _Samples:
-    """Where each sample's tokens stand, and the blocks that the router's kernels cut them into.
+    """Where the tokens of each sample are, and into which blocks the router's kernels cut them.
 
     Attributes:
-        count: samples.
-        each: tokens of each, if all have as many; else 0.
-        offsets: where each one's tokens begin, (count + 1,), if they have not.
+        count: The number of samples.
+        each: The number of tokens of each sample, if all have the same; else 0.
+        offsets: Where the tokens of each sample begin, (count + 1,), if the numbers differ.
     """
 
     def __init__(
@@ -253,8 +253,8 @@ def _backward(ctx: Any, dlogits: Any, _: Any, dgates: Any, *__: Any) -> tuple[Te
         return (None,) * 8
     if ctx.lacks_slopes:
         raise RuntimeError(
-            "dmoe_layer::fused_route: got keep_slopes=False with a seed, which keeps nothing of "
-            "the noise's gradient. Call it with keep_slopes=True to differentiate it."
+            "dmoe_layer::fused_route: got keep_slopes=False with a seed, so that the gradient of "
+            "the noise is not known. Call it with keep_slopes=True to differentiate it."
         )
     return *_route_backward(dlogits, dgates, *ctx.saved_tensors), *[None] * 5
 

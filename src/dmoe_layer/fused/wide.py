@@ -1,7 +1,7 @@
-"""Launches of the wide experts' kernels: grouped matrix products, the hidden layer between them.
+"""Launches the kernels of wide experts: grouped matrix products with a hidden layer in memory.
 
-In backward the hidden layer is what forward has kept or, where rows are many, computed again, a
-segment of rows at a time.
+Backward takes the hidden layer that forward saved. If there are many rows, it computes the hidden
+layer again, a segment of rows at a time.
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def _offset_opts(call: ExpertCall) -> dict[str, Any]:
 def backward(
     call: ExpertCall, dy: Tensor, kept: Tensor, of_rows: bool, of_weights: bool
 ) -> BackwardOutputs:
-    """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``.
+    """The gradients of x and gates if ``of_rows``, and of the weights if ``of_weights``.
 
-    ``kept`` is the hidden layer, (R, H) or, if gated, (R, 2H); or empty.
+    ``kept`` is the saved hidden layer, (R, H) or, if gated, (R, 2H), or empty.
     """
     # Few columns, for da, z and h stand in registers together: with all of them Triton 3.7 spills
     # on compute capability 8.0, even where the activation is ReLU. With both halves of a gated

@@ -14,7 +14,7 @@ REFUSED = [
     ({"dtype": torch.float64}, (2, 16, 16), "float64"),
     ({"n_experts": 65}, (2, 16, 16), "n_experts is 65"),
     ({"n_experts": 9, "k": 9}, (2, 16, 16), "k is 9"),
-    ({}, (2, 15, 16), "15 tokens a sample"),
+    ({}, (2, 15, 16), "a sample has 15 tokens"),
     ({}, (4097, 16, 16), "4097 samples"),
 ]
 
@@ -23,7 +23,7 @@ def test_an_activation_that_the_kernels_lack_is_left_to_the_eager_backend(monkey
     plain = ACTIVATIONS["silu"]._replace(fused=False)
     monkeypatch.setitem(ACTIVATIONS, "swish", plain)
     layer, x = DMoE(16, activation="swish", backend="triton"), torch.randn(2, 16, 16)
-    with pytest.raises(RuntimeError, match="activation is swish, which the kernels do not have"):
+    with pytest.raises(RuntimeError, match="activation is swish, which the kernels do not support"):
         layer(x)
     layer.backend = "auto"
     assert layer(x).shape == x.shape
@@ -52,7 +52,7 @@ def test_explain_says_which_backend_and_why():
     narrow, eager = pair()
     x = torch.randn(2, 16, 16, device=HERE)
     assert backend.explain(narrow, x).startswith("triton: D = 16 is narrow")
-    assert backend.explain(eager, x) == "eager: the layer was told to use it"
+    assert backend.explain(eager, x) == "eager: the layer has backend='eager'"
     wide = DMoE(200, channel_dim=1, backend="triton").to(HERE)
     volume = torch.randn(1, 200, 4, 2, 2, device=HERE)
     assert backend.explain(wide, volume).startswith("triton: D = 200 is wide")
@@ -68,7 +68,10 @@ def test_explain_says_which_backend_and_why():
 
 @pytest.mark.parametrize(
     ("machine", "words"),
-    [("triton", "Triton is not installed"), ("interpreter", "x is on cpu; the kernels need a GPU")],
+    [
+        ("triton", "Triton is not installed"),
+        ("interpreter", "x is on cpu, but the kernels need a GPU"),
+    ],
 )
 def test_a_machine_without_triton_or_gpu_is_told_so(machine, words, monkeypatch):
     if machine == "triton":
@@ -88,5 +91,5 @@ def test_a_hook_that_replaces_the_experts_is_refused_since_they_are_sorted_alrea
             expert_indices=routing.expert_indices.flip(1)
         )
     )
-    with pytest.raises(RuntimeError, match=r"experts were replaced .* Use backend='eager'"):
+    with pytest.raises(RuntimeError, match=r"replaced the router's experts.* Use backend='eager'"):
         layer(x, a)
