@@ -1,6 +1,6 @@
 """The command line: `python -m reference_models convert|check|train|cross-validate|evaluate|...`.
 
-Each command is a function in this file, whose arguments become its flags, and an entry in `COMMANDS`.
+Each command is a function in this file, whose arguments become its flags, and is in `COMMANDS`.
 """
 
 from __future__ import annotations
