@@ -14,6 +14,8 @@ The design was fixed before the first run:
 - A scene is tested on five seeds. If the interval of any difference between dMoE and a rival then
   includes zero, it is tested on ten. The first two scenes are tested on ten in any case. Every run
   that ends is in the csv.
+- The order of the runs changed once: the other scenes now come before the variants of the layer. At
+  that time five seeds of the first scene and two of the second had been run.
 - dMoE is called ahead of a rival if Student's 95 % interval of the difference in mean test Dice,
   paired by seed, excludes zero on all seeds of the plan. Intervals are not corrected for their
   number.
