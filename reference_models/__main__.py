@@ -6,7 +6,7 @@ Each command is a function in this file, whose arguments become its flags, and i
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,7 +184,7 @@ def _study(settings: Annotated[StudySettings, tyro.conf.arg(name="")]) -> int:
 
 
 # The commands by name, and how tyro makes flags of their arguments.
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "check": _check,
     "convert": _convert,
     "train": _train,

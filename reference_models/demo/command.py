@@ -69,11 +69,13 @@ class DemoSettings:
     """Trains a dense network, a plain MoE, FiLM and dMoE on the MNI152 brain, and compares them."""
 
     out: Path = Path("demo_output")
-    """Folder for the runs, the picture and the report. Runs that are there already are not trained
-    again."""
+    """Folder for the runs, the picture and the report.
+    Runs that are there already are not trained again."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the initial weights, the order of the cases, the augmentation and the routing noise.
-    The picture and the report show the first seed, and scores.csv has all of them."""
+    """Seeds of the initial weights, the order of the
+    cases, the augmentation and the routing noise. The
+    picture and the report show the first seed, and
+    scores.csv has all of them."""
     epochs: int | None = None
     """Number of epochs. The default is that of the preset."""
     processes: int = min(len(METHODS), os.cpu_count() or 1)

@@ -52,8 +52,10 @@ class Scoring:
     """How masks are scored."""
 
     tolerance: float = 2.0
-    """Tolerance of the surface Dice, in the data's unit (mm, or pixels where the files do not say).
-    Set it to the distance between two experts' outlines, if you know it."""
+    """Tolerance of the surface Dice, in the data's unit
+    (mm, or pixels where the files do not say). Set it
+    to the distance between the outlines of two human
+    readers, if you know it."""
     resamples: int = 2000
     """Number of resamples of the bootstrap, and number of shuffles of the group labels."""
     seed: int = 0
@@ -65,8 +67,10 @@ class EvaluateRun(RunSettings):
     """Scores a trained run, several runs together, or a cross-validation."""
 
     split: Split = "test"
-    """Split whose cases are scored. For a cross-validation's folder, validation means all cases,
-    each predicted by the fold that it was held out from."""
+    """Split whose cases are scored. For a
+    cross-validation's folder, validation means all
+    cases, each predicted by the fold that it was held
+    out from."""
     out: Path | None = None
     """Folder to write to. The default is evaluation-<split> in the run's folder."""
     scoring: Annotated[Scoring, tyro.conf.arg(name="")] = field(default_factory=Scoring)
@@ -84,9 +88,12 @@ class EvaluateRun(RunSettings):
 class EvaluatePredictions:
     """Scores masks that any tool has written.
 
-    The folder has one file for each case. For images this is `<case id>.png` (or .tif, .bmp) with 8
-    bits, grey or palette, or `<case id>.npy` with integers. For volumes it is `<case id>.nii.gz`
-    (or .nii, .mha, .nrrd) on the image's grid. The values are labels, and the size is the image's.
+    The folder has one file for each case. Images are
+    `<case id>.png`, .tif or .bmp with 8 bits, grey or
+    palette, or `<case id>.npy` with integers. Volumes are
+    `<case id>.nii.gz`, .nii, .mha or .nrrd on the grid of
+    the image. The values are labels, and each mask is as
+    large as its image.
     """
 
     folder: Path
@@ -94,9 +101,11 @@ class EvaluatePredictions:
     data: Annotated[DataSettings, tyro.conf.arg(name="")]
     """Data set that the masks belong to."""
     split: Literal["train", "validation", "test", "all"] = "test"
-    """Split whose cases are scored. all means every case that has a mask in the data, which suits
-    the masks of a cross-validation. If the folder has no mask of the data set's own test cases, all
-    leaves them out."""
+    """Split whose cases are scored. all means every case
+    that has a mask in the data, which suits the masks
+    of a cross-validation. If the folder has no mask
+    of the data set's own test cases, all leaves them
+    out."""
     leave_out_unknown: bool = False
     """Leave out the cases whose attribute is not known, as the evaluation of a run may do."""
     out: Path = Path("evaluation")

@@ -28,8 +28,10 @@ class PredictSettings(RunSettings):
     """
 
     split: Literal["train", "validation", "test", "all"] = "test"
-    """Split whose cases are predicted. all means every case of the data, such as the data of
-    another --root. Cases of a folder need no true mask to be predicted."""
+    """Split whose cases are predicted. all means every
+    case of the data, also if another --root names the
+    data. Cases of a folder need no true mask to be
+    predicted."""
     out: Path | None = None
     """Folder to write to. The default is predictions-<split> in the run's folder."""
 

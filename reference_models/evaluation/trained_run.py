@@ -32,28 +32,35 @@ class RunSettings:
     """Says which trained run is used, on which data, and how."""
 
     run: Path | tuple[Path, ...]
-    """Folder of the run. If you name several, their networks predict together, by the mean of their
-    probabilities. If you name the folder of a cross-validation, the networks of all folds predict
-    together; for the split validation, each case is predicted by the fold that held it out."""
+    """Folder of the run. If you name several, their
+    networks predict together, by the mean of their
+    probabilities. If you name the folder of a
+    cross-validation, the networks of all folds
+    predict together; for the split validation, each
+    case is predicted by the fold that held it out."""
     which: Which | None = None
-    """Checkpoint to load. The default is the best one, or the last one for a cross-validation's
-    folder."""
+    """Checkpoint to load. The default is the best one,
+    or the last one for a cross-validation's folder."""
     root: Path | None = None
     """Folder of the data, if they no longer lie where the run found them."""
     batch_size: int | None = None
-    """Number of images, or of windows of a volume, that are computed at a time. The default is the
-    number in training."""
+    """Number of images, or of windows of a volume, that
+    are computed at a time. The default is the number
+    in training."""
     workers: int = 0
     """Number of processes that read cases."""
     device: str | None = None
-    """Device that the network runs on, such as cpu or cuda. The default is a GPU, if there is
-    one."""
+    """Device that the network runs on, such as cpu or
+    cuda. The default is a GPU, if there is one."""
     leave_out_unknown: bool = False
-    """Leave out the cases whose attribute is not known. This is always done for a run that was
-    trained without such cases."""
+    """Leave out the cases whose attribute is not known.
+    This is always done for a run that was trained
+    without such cases."""
     onnx: Path | None = None
-    """File that `export` has written from this run. ONNX Runtime then computes the masks on the
-    CPU, and the console says in how many voxels they differ from PyTorch's masks."""
+    """File that `export` has written from this run. ONNX
+    Runtime then computes the masks on the CPU, and
+    the console says in how many voxels they differ
+    from PyTorch's masks."""
 
     @property
     def named(self) -> tuple[Path, ...]:

@@ -39,27 +39,33 @@ class StudySettings:
     """Finds out when an attribute-aware router helps: trains every method in every scene."""
 
     quick: bool = False
-    """Make a smoke run of some minutes: the same jobs with very little training and two seeds. Its
+    """Make a smoke run of some minutes: the same jobs
+    with very little training and two seeds. Its
     numbers mean nothing."""
     out: Path | None = None
-    """Folder of the jobs. Jobs that are done there are not run again. By default study_output, or
+    """Folder of the jobs. Jobs that are done there are
+    not run again. By default study_output, or
     study_output/quick with --quick."""
     results: Path | None = None
     """Folder of tables and figures. By default `results` in the folder of the jobs."""
     seeds: tuple[int, ...] | None = None
-    """Seeds, which the data and the initial weights each use in another way. Learning rates are
-    chosen on the first seed. By default 10 to 14, or 10 and 11 with --quick."""
+    """Seeds of the data and of the initial weights.
+    Learning rates are chosen on the first seed. By
+    default 10 to 14, or 10 and 11 with --quick."""
     scenes: tuple[str, ...] = tuple(SCENES)
     """Names of the scenes to train in. By default all of them."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Names of the methods to train. By default all of them. Some methods take the learning rate of
+    """Names of the methods to train. By default all of
+    them. Some methods take the learning rate of
     another method, which is then trained as well."""
     shares: tuple[float, ...] = SHARES
-    """Share of the phantom's training cases that each attribute value has. There are as many
-    values as shares."""
+    """Share of the phantom's training cases that each
+    attribute value has. There are as many values as
+    shares."""
     rule: Rule = "margin"
-    """How the phantom's attribute changes the outline: by how far out it runs (margin), or by
-    which half of the lesion it covers (direction)."""
+    """How the phantom's attribute changes the outline:
+    by how far out it runs (margin), or by which half
+    of the lesion it covers (direction)."""
     processes: int = 2
     """Number of jobs that run at the same time, each of them on one core."""
 

@@ -22,13 +22,15 @@ class SitesSettings:
     """Continues the study of many sites that share a few rules, and of new sites."""
 
     results: Path = RESULTS
-    """Folder of the page and of the csv, which record what has been run. By default the folder in
-    this repository."""
+    """Folder of the page and of the csv, which record
+    what has been run. By default the folder in this
+    repository."""
     out: Path = Path("study_output/sites")
     """Folder of trained networks. A network that is missing there is trained again when needed."""
     processes: int = 2
-    """Number of jobs that run at the same time, each of them on one core. 0: run nothing, and write
-    the page from the csv."""
+    """Number of jobs that run at the same time, each of
+    them on one core. 0: run nothing, and write the
+    page from the csv."""
 
 
 def sites(settings: SitesSettings) -> None:

@@ -29,12 +29,14 @@ class UnknownSettings:
     """Continues the study of prediction without knowing the attribute of any test case."""
 
     results: Path = RESULTS
-    """Folder of the page and of the csv, which records what has been run. By default the folder in
-    this repository."""
+    """Folder of the page and of the csv, which records
+    what has been run. By default the folder in this
+    repository."""
     out: Path = Path("study_output/unknown")
     """Folder of the training under way."""
     most: int | None = None
-    """Number of trainings after which to stop. By default all that are left. 0: run nothing, and
+    """Number of trainings after which to stop. By
+    default all that are left. 0: run nothing, and
     write the page from the csv."""
 
 
