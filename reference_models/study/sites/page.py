@@ -16,6 +16,7 @@ from ..methods import METHODS
 from ..quote import short
 from ..statistics import student_interval
 from . import plan as design
+from .learning import TRAINING
 from .plan import COMPARED, FIRST_SEEDS, LABELLED, MAIN, RIVALS, SCENES, SEEDS, VARIANTS
 from .runner import MADE_WITH, SiteRows
 from .tables import SiteRun
@@ -23,6 +24,8 @@ from .tables import SiteRun
 PAGE = "README.md"
 _NONE = "—"
 _NOT_RUN = "not run"
+# A training whose best weights come this soon had hardly begun: most take thousands of steps.
+EARLY_STEPS = 500
 
 
 def write_page(results: Path) -> None:
@@ -135,7 +138,7 @@ def compared(rows: SiteRows) -> str:
             ["", "Dice", "lowest tenth of sites", "dMoE minus this", "multiply-adds", "steps"],
             lines,
         )
-        parts.append(f"{title}\n\n{verdict(rows, name)}\n\n{table}")
+        parts.append(f"{title}\n\n{verdict(rows, name)}\n\n{table}\n\n{endings(rows, name)}")
     legend = (
         "Dice is the **mean over seeds** (lowest … highest seed; number of seeds). The third "
         "column has the mean difference, paired by seed, with Student's 95 % interval and the "
@@ -159,6 +162,37 @@ def verdict(rows: SiteRows, scene: str) -> str:
         words.setdefault(state, []).append(METHODS[rival].title)
     states = "; ".join(f"{state} {', '.join(names)}" for state, names in words.items())
     return f"**On all {len(wanted)} seeds of the plan dMoE is {states}.**"
+
+
+def endings(rows: SiteRows, scene: str) -> str:
+    """How the trainings of a scene ended, and the differences without those that ended early."""
+    runs = [run for method in COMPARED for run in _runs(rows, scene, method)]
+    cut_off = sum(not run.stopped for run in runs)
+    text = (
+        f"{cut_off} of the {len(runs)} trainings reached {TRAINING.most} steps before validation "
+        "stopped rising"
+    )
+    text += ", so longer training could change these scores." if cut_off else "."
+    early = {
+        method: {run.seed for run in _runs(rows, scene, method) if run.steps <= EARLY_STEPS}
+        for method in COMPARED
+    }
+    found = [
+        f"{METHODS[method].title} on seed {', '.join(map(str, sorted(seeds)))}"
+        for method, seeds in early.items()
+        if seeds
+    ]
+    if not found:
+        return text
+    text += f" The best weights were those of step {EARLY_STEPS} or before with "
+    text += f"{'; '.join(found)}. Without the seeds on which one of the two networks did so, "
+    without = []
+    for rival in RIVALS:
+        if left_out := early["dmoe"] | early[rival]:
+            seeds = [seed for seed in SEEDS if seed not in left_out]
+            by_seed = rows.plan.differences(scene, "dmoe", rival, seeds)
+            without.append(f"dMoE minus {METHODS[rival].title} is {difference(by_seed)}")
+    return f"{text}{', and '.join(without)}. This second comparison was not planned."
 
 
 def decided(rows: SiteRows) -> str:
@@ -185,7 +219,12 @@ def overview(rows: SiteRows) -> str:
     if not lines:
         return decided(rows)
     header = ["scene", "seeds", "dMoE, Dice", *(f"dMoE minus {METHODS[r].title}" for r in RIVALS)]
-    return f"{decided(rows)}\n\n{markdown_table(header, lines)}"
+    ends = [
+        f"- {scene.title}: {endings(rows, name)}"
+        for name, scene in SCENES.items()
+        if _complete(rows, name, COMPARED)
+    ]
+    return "\n\n".join([decided(rows), markdown_table(header, lines), "\n".join(ends)])
 
 
 def newcomers_overview(rows: SiteRows) -> str:
