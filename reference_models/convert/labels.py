@@ -235,9 +235,12 @@ def _guessed(found: Mapping[int, Path]) -> tuple[list[str], list[int]]:
             "were smoothed, compressed as JPEG, or no masks; export them again with one number for "
             "each label"
         )
+    same = ""
+    if values == [0, 1, WHITE]:
+        same = f"; if 1 and {WHITE} mean the same, write the masks that hold {WHITE} again with 1"
     raise DataError(
         f"{found[top]}: the masks hold {_list(found)}, and it is not known which is which; name "
-        f"them, as in --labels {_example(found)}"
+        f"them, as in --labels {_example(found)}{same}"
     )
 
 

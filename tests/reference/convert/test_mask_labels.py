@@ -118,6 +118,11 @@ def test_several_masks_of_one_image_are_put_together(tmp_path):
 SMOOTH = np.tile(np.arange(32, dtype=np.uint8) * 8, (24, 1))
 REFUSED = {
     "other greys": ([grey(128, 255)], (), "hold 0, 128, 255.*background=0 'label1=128'"),
+    "one white mask": (
+        [grey(1), grey(255)],
+        (),
+        r"us_001.*hold 0, 1, 255, .*'label2=255'; if 1 and 255 mean the same, write the masks",
+    ),
     "a gap": ([grey(2)], (), "hold 0, 2, and it is not known which is which"),
     "two colours": ([coloured(RED, GREEN)], (), "background=0 'label1=#00ff00' 'label2=#ff0000'"),
     "smoothed": ([SMOOTH], (), "32 values, 0, 8, 16.*as if they were smoothed, compressed as JPEG"),
