@@ -97,7 +97,9 @@ def test_files_for_other_programs_fit_their_published_schemas(schema, paths):
 
 def test_a_workflow_that_does_not_fit_the_schema_is_found(tmp_path):
     text = (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
-    (tmp_path / "release.yml").write_text(text.replace("id-token: write", "id-token: all"))
+    (tmp_path / "release.yml").write_text(
+        text.replace("id-token: write", "id-token: all"), encoding="utf-8"
+    )
     done = schema_check("vendor.github-workflows", tmp_path / "release.yml")
     assert done.returncode == 1, done.stdout + done.stderr
 

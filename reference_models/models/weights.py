@@ -73,8 +73,8 @@ def load_dense(model: UNet, path: Path) -> None:
     layers = [stage.mlp for stage in model.stages]
     if not all(isinstance(layer, DMoE) for layer in layers):
         raise WeightsError(
-            f"{path}: these weights are for a network that has experts in place of its MLPs; make "
-            "the network with block='moe'."
+            f"{path}: these weights cannot start this network, which has no experts in place of "
+            "its MLPs; make the network with block='moe'."
         )
     try:
         file = Entries(path, load_file(path), pytorch)

@@ -26,7 +26,9 @@ def test_capability_road_and_vendor_are_those_of_this_process(monkeypatch):
     facts = run_facts(CPU, torch.float32)
     assert (facts.capability, facts.road) == ("AVX2", "linear layers by hand")
     assert facts.vendor == vendor() != ""
-    assert facts.hardware().endswith("AVX2); our products by linear layers by hand")
+    assert facts.hardware().endswith(
+        "AVX2); matrix products of this layer by linear layers by hand"
+    )
     for name in ("vendor", "capability", "road"):
         assert f"{name} {getattr(facts, name)}" in facts.one_line()
     # Of other dtypes the layer does not choose.

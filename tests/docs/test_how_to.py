@@ -39,7 +39,7 @@ def test_the_script_for_several_processes_gives_them_the_same_weights(tmp_path):
     assert torchrun == "torchrun"
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *arguments],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, capture_output=True, encoding="utf-8",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     sums = dict(re.findall(r"process (\d): weights sum to ([\d.]+)", run.stdout))

@@ -61,7 +61,7 @@ def test_the_command_says_how_far_file_and_network_are_apart(exported):
         # Of one value alone, which is a quarter of all logits.
         (
             lambda run, image, told: run(image, told) * (1 + (told == 2).any()),
-            r"attributes \[2\] \d+ of 768 logits differ .*more than 0\.001.*at most 50\.0%",
+            r"attributes \[2\], \d+ of 768 logits differ .*more than 0\.001.*at most 50\.0%",
         ),
         (
             lambda run, image, told: run(image, told.clamp(0, 2)),

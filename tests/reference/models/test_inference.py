@@ -118,7 +118,9 @@ def test_every_window_is_told_its_own_samples_attribute(windows):
 
 
 def test_a_volume_smaller_than_the_patch_is_not_padded_with_what_is_no_air():
-    with pytest.raises(ValueError, match=r"got volumes of \(32, 31, 40\), expected at least"):
+    with pytest.raises(
+        ValueError, match=r"got volumes of \(32, 31, 40\) voxels, expected at least"
+    ):
         answered(Told(), noise(2, 1, 32, 31, 40))
 
 

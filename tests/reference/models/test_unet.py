@@ -80,17 +80,19 @@ def test_a_network_that_is_told_nothing_does_not_look_at_what_is_not_known(kind)
         (
             [[0], [0], [0]],
             ValueError,
-            ": got shape (3, 1), 1 a sample, but attribute_sizes=(3, 2) needs 2: expected (3, 2).",
+            ": got shape (3, 1), which is 1 per sample, but attribute_sizes=(3, 2) needs 2 per "
+            "sample. Expected the shape (3, 2).",
         ),
         (
             [[0, 0], [0, 0]],
             ValueError,
-            ": got shape (2, 2) for a batch of 3 samples: expected (3, 2), or a batch of 1 that",
+            ": got shape (2, 2) for a batch of 3 samples. Expected (3, 2), or a batch of 1 that",
         ),
         (
             [0, 0, 0],
             ValueError,
-            ": got shape (3,), 1 a sample, but attribute_sizes=(3, 2) needs 2: expected (3, 2).",
+            ": got shape (3,), which is 1 per sample, but attribute_sizes=(3, 2) needs 2 per "
+            "sample. Expected the shape (3, 2).",
         ),
         (
             [[0.0, 1.0]] * 3,
@@ -183,7 +185,7 @@ def test_experts_that_start_as_a_dense_network_compute_what_it_does(tmp_path, op
         ({}, {"block": "film"}, r"left over: stages.0.film.scale_shift.weight"),
         ({}, {"block": "moe"}, "holds no MLP from which experts can start"),
         ({}, {"block": "per_value"}, "holds no MLP from which experts can start"),
-        ({"block": "mlp"}, {}, "that has experts in place of its MLPs; make the network with"),
+        ({"block": "mlp"}, {}, "which has no experts in place of its MLPs; make the network with"),
         ({}, "nan", "NaN or infinity"),
         ({}, "cut", "damaged or is not a safetensors file"),
         ({}, "missing", "damaged or is not a safetensors file"),

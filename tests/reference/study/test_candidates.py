@@ -109,7 +109,10 @@ def test_a_shared_router_has_one_set_of_weights_and_biases_of_each_value():
         ({"placement": "before"}, "placement: got 'before', expected one of mlp, after, beside"),
         ({"router": "none"}, "router: got 'none'"),
         ({"placement": "after", "merge": True}, "placement: got 'after', expected mlp with merge"),
-        ({"hidden": 1, "k": 4, "placement": "after"}, "hidden: got 1, .* by 8"),
+        (
+            {"hidden": 1, "k": 4, "placement": "after"},
+            "hidden: got 1, .* that 8, the number of experts of a token, divides",
+        ),
         (
             {"modulate": True, "attribute_sizes": None},
             "modulate: the network needs attribute_sizes",
