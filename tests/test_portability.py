@@ -41,9 +41,12 @@ NEED_NNUNET = {
     f"reference_models.nnunet.{name}"
     for name in ("predictor", "trainer", "trainers.nnUNetTrainerDMoE")
 }
-# No import finds what Python has on POSIX systems alone, nor Triton, nor nnU-Net.
+# No import finds what Python has on POSIX systems alone, nor Triton, nor nnU-Net. Only psutil, which
+# transformers imports where it is installed, is imported before: it has other code for Windows.
 AS_ON_WINDOWS = """
-import sys
+import contextlib, sys
+with contextlib.suppress(ImportError):
+    import psutil
 absent = "fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"
 sys.modules.update(dict.fromkeys((*absent, "triton", "nnunetv2")))
 """
