@@ -187,8 +187,8 @@ def endings(rows: SiteRows, scene: str) -> str:
     text += f" The best weights were those of step {EARLY_STEPS} or before with "
     text += f"{'; '.join(found)}. Without the seeds on which one of the two networks did so, "
     without = []
-    for rival in RIVALS:
-        if left_out := early["dmoe"] | early[rival]:
+    for rival in early:
+        if rival != "dmoe" and (left_out := early["dmoe"] | early[rival]):
             seeds = [seed for seed in SEEDS if seed not in left_out]
             by_seed = rows.plan.differences(scene, "dmoe", rival, seeds)
             without.append(f"dMoE minus {METHODS[rival].title} is {difference(by_seed)}")
