@@ -41,8 +41,8 @@ NEED_NNUNET = {
     f"reference_models.nnunet.{name}"
     for name in ("predictor", "trainer", "trainers.nnUNetTrainerDMoE")
 }
-# No import finds what Python has on POSIX systems alone, nor Triton, nor nnU-Net. Only psutil, which
-# transformers imports where it is installed, is imported before: it has other code for Windows.
+# No import finds what Python has on POSIX systems alone, nor Triton, nor nnU-Net. Only psutil,
+# which transformers imports where it is there, is imported before: it has other code for Windows.
 AS_ON_WINDOWS = """
 import contextlib, sys
 with contextlib.suppress(ImportError):
