@@ -25,6 +25,7 @@ _CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+_OF_TOKENS = (nn.Linear, nn.LayerNorm)  # They act on the last axis, where tokens have channels.
 # A forward method that uses one of these may run all children in turn, and so the new one too.
 _CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 # The side of the image on which a copy on meta is tried. A large image costs nothing there, and
@@ -71,6 +72,8 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
     - Each layer takes its device, dtype and train/eval state from its module. It takes its width
       from a trial: a copy of the module on the "meta" device runs on an image that has as many
       channels as the module's first convolution takes.
+    - A module without a convolution, such as a block of a transformer, may return tokens
+      (B, ..., C). Pass ``channel_dim=-1`` for these.
     - If the trial is not possible, because there is no convolution or a second input, the layer
       learns its width at its first call. Then run the model once before you pass its parameters to
       an optimizer, or wrap it for distributed training.
@@ -93,8 +96,8 @@ def insert_after(model: nn.Module, pattern: str | Callable[..., bool], **options
 
     Raises:
         ValueError: No module matches, and the error suggests names. Or a matching module is never
-            called itself (such as an ``nn.ModuleList``), does not return one tensor, or already
-            has a child ``moe``.
+            called itself (such as an ``nn.ModuleList``), does not return one tensor, already has
+            a child ``moe``, or may return tokens while ``channel_dim`` is not given.
         TypeError: An argument has the wrong type. When the model runs, a layer raises this error
             if its module was not tried here and does not return one tensor.
 
@@ -187,6 +190,15 @@ def _make_layer(model: nn.Module, module: nn.Module, options: dict[str, Any]) ->
         read = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
         if not runs_layer and (container or not _CHILDREN.isdisjoint(read)):
             raise ValueError(_runs_children(module))
+        parts = [*module.modules()]
+        of_tokens = any(isinstance(part, _OF_TOKENS) for part in parts)
+        of_maps = any(isinstance(part, _CONVOLUTIONS) for part in parts)
+        if of_tokens and not of_maps and "channel_dim" not in options:
+            raise ValueError(
+                f"channel_dim: got none. {type(module).__name__} has linear layers or layer norms "
+                "and no convolution, so it may return tokens. Pass channel_dim=-1 if it returns "
+                "tokens (B, ..., C), or channel_dim=1 if it returns feature maps (B, C, ...)."
+            )
     else:
         runs_layer = trial.runs_layer
         channel_dim = options.get("channel_dim", 1)

@@ -63,6 +63,18 @@ def test_an_axis_that_the_map_does_not_have():
         model(torch.randn(1, 1, 8, 8))
 
 
+def test_a_block_that_may_return_tokens_without_their_axis():
+    def model():
+        return nn.Sequential(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), nn.ReLU())
+
+    refused(model(), "0", ValueError, r"^0: channel_dim: got none\. .*channel_dim=-1")
+    tokens = model()
+    insert_after(tokens, "0", channel_dim=-1)
+    assert tokens(torch.randn(2, 5, 4)).shape == (2, 5, 4)
+    assert tokens[0].moe.dim == 4
+    insert_after(model(), "1")  # What has no parameters may return anything.
+
+
 def test_a_list_of_modules_which_is_never_called():
     for pattern in ("stages", "*"):
         refused(Net(), pattern, ValueError, "stages: this module is a ModuleList, .*never called")
