@@ -1,8 +1,11 @@
-"""How the study's pages write numbers: short, with their sign, and with their interval."""
+"""How the study's pages write numbers, and the link to the page that explains them."""
 
 from __future__ import annotations
 
 from .tables import Difference, ScoreSummary
+
+# Results can be written into any folder, so the link is not relative.
+EXPLAINED = "[The study's page](https://github.com/dmoe-layer/dmoe-layer/blob/main/docs/explanation/study.md)"
 
 
 def quotation(row: Difference) -> str:

@@ -12,7 +12,7 @@ from ..recipes.serial import flat
 from .figures import FIGURES, FOLDER
 from .jobs import TOLD_SHUFFLED, TOLD_UNKNOWN, TOLD_WRONG
 from .methods import METHODS
-from .quote import interval, quotation, short, signed
+from .quote import EXPLAINED, interval, quotation, short, signed
 from .results import Results
 from .scenes import SCENES
 from .statistics import BLOCKS
@@ -45,8 +45,8 @@ def made_with(results: Results) -> str:
     smoke = "**A smoke run: too little training and too few cases. Its numbers mean nothing.** "
     return (
         f"{smoke if results.smoke else ''}The command `study` wrote these tables from the csv "
-        "files beside this page. The repository's page docs/explanation/study.md explains the "
-        "scenes, the methods and the findings.\n\n"
+        f"files beside this page. {EXPLAINED} explains the scenes, the methods and the "
+        "findings.\n\n"
         "**ES-Dice** is Dice / (1 + Σ_g |Dice − Dice_g|), summed over the groups g, which are the "
         "values of the first attribute. It falls when the mean Dice falls and when groups differ. "
         "A *blind* network does not receive the attribute.\n\n"

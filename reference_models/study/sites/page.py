@@ -13,7 +13,7 @@ from ...files import write_whole
 from ...markdown import markdown_table
 from ..csv_table import read_result
 from ..methods import METHODS
-from ..quote import short
+from ..quote import EXPLAINED, short
 from ..statistics import student_interval
 from . import plan as design
 from .learning import TRAINING
@@ -50,8 +50,8 @@ def text_of(rows: SiteRows, machines: Sequence[dict[str, Any]]) -> str:
     parts = [
         "# Many sites, few protocols",
         "The command `python -m reference_models.study.sites` writes this page and continues the "
-        "study. The repository's page docs/explanation/study.md says what the results mean. Dice "
-        "is the mean Dice of the test cases. A *blind* network does not receive the site.",
+        f"study. {EXPLAINED} says what the results mean. Dice is the mean Dice of the test cases. "
+        "A *blind* network does not receive the site.",
         "## The design, fixed before the first run",
         (design.__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(),
         "## What has been run",

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...files import write_whole
 from ...markdown import markdown_table
 from ..methods import METHODS
-from ..quote import short
+from ..quote import EXPLAINED, short
 from ..scenes import SCENES
 from ..sites.page import difference, of_seeds
 from ..statistics import student_interval
@@ -43,7 +43,7 @@ def text_of(rows: Sequence[UnknownScore]) -> str:
     parts = [
         "# When the attribute is unknown in testing",
         "The command `python -m reference_models.study.unknown` writes this page and runs the jobs "
-        "that are left. The repository's page docs/explanation/study.md says what they mean.",
+        f"that are left. {EXPLAINED} says what they mean.",
         "Networks, data and steps are those of the study. Nothing was chosen on the seeds "
         f"({SEEDS[0]} to {SEEDS[-1]}), and the learning rates are those that the study chose on "
         "seed 10. Except in the first line of a network, the network does not know the attribute "
