@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What needs a GPU, in two calls for a machine that is lent for fifteen minutes in all.
-#   gpu.sh first    seven minutes at most: right or wrong, the goals, and a sweep of the worst launches
-#   gpu.sh second   three minutes and twenty seconds, with the sweep's winners in the code: right or
-#                   wrong, the goals, and the 3D network, for which there must be MONAI
-# Each leaves one file in OUT, all that was printed and measured until then. What PYTHONPATH names is
-# kept: packages that the machine lacks can be carried.
+# Runs what needs a GPU, in two calls of limited length, for a GPU that is rented by the minute.
+#   gpu.sh first    seven minutes at most: the correctness tests, the goals, and a sweep of the
+#                   worst launches
+#   gpu.sh second   three minutes and twenty seconds, with the sweep's winners in the code: the
+#                   correctness tests, the goals, and the 3D network, which needs MONAI
+# Each call leaves one file in OUT, with all that was printed and measured until then. Python also
+# finds packages in the folders that PYTHONPATH names.
 set -u
 cd "$(dirname "$0")/.."
 CALL=${1:-}

@@ -17,7 +17,7 @@ def shape_table(rows: list[LayerRow]) -> str:
     """Every provider of one shape with all numbers; those that were not timed say why."""
     header = [
         "provider", "pass", "ms (quartiles)", "× loop", "TFLOP/s", "GB/s", "of roofline",
-        "peak MiB", "kept, T·d", "note",
+        "peak MiB", "stored for backward, T·d", "note",
     ]  # fmt: skip
     lines = []
     for row in rows:

@@ -46,7 +46,7 @@ class StepMemory:
     Attributes:
         forward_peak: at most, during forward; y included.
         peak: at most, during forward and backward; y and all gradients included.
-        held: between the two, y excluded: what is kept for backward beside x.
+        held: between the two, y excluded: what is stored for backward beside x.
         excess: ``peak`` less y, x's gradient and the parameters' gradients.
         eval_peak: at most, in eval mode without gradients; y included.
     """

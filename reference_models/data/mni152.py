@@ -66,8 +66,8 @@ class Mni152(Dataset):
     """
 
     name = "mni152"
-    classes = ("background", "outlined")
-    regions = {"outlined": (1,)}  # noqa: RUF012
+    classes = ("background", "outlined tissue")
+    regions = {"outlined tissue": (1,)}  # noqa: RUF012
     attributes = (Attribute("protocol", PROTOCOLS),)
     channels = 1
     unit = "mm"

@@ -40,7 +40,7 @@ SCENES: dict[str, Scene] = {
     "appearance": Scene("(b) an appearance that the image shows", "appearance"),
     "none": Scene("(c) an attribute without effect", "none"),
     "two": Scene("(d) two attributes, some combinations unseen in training", "two"),
-    "mri": Scene("(e) real MRI, a contouring protocol", None, region="outlined", epochs=3),
+    "mri": Scene("(e) real MRI, a contouring protocol", None, region="outlined tissue", epochs=3),
 }
 
 

@@ -1,4 +1,4 @@
-"""``gpu.sh`` fits the minutes that a GPU is lent for, and says what it found whatever went wrong.
+"""``gpu.sh`` keeps to its limits of time, and says what it found whatever went wrong.
 
 A stub stands in for the interpreter, and one for ``timeout``, which writes down what it was given.
 """
@@ -77,7 +77,7 @@ class Run:
                 "PYTHON": str(folder / "python"),
                 "OUT": str(self.out),
                 "STUB_LOG": str(log),
-                "PYTHONPATH": "carried",
+                "PYTHONPATH": "packages",
                 "PYTHONUNBUFFERED": "",
                 **environment,
             },
@@ -103,7 +103,7 @@ def test_a_call_fits_its_minutes_and_leaves_one_file(tmp_path, call, most):
     # Compiled, then right, then timed.
     first, *others = run.order("kernels prewarm", "-m pytest tests/layer/fused", "-m benchmarks --")
     assert [first, *others] == sorted([first, *others])
-    assert all(c.startswith("run carried 1 ") for c in run.commands)  # carried, and unbuffered
+    assert all(c.startswith("run packages 1 ") for c in run.commands)  # found, and unbuffered
     assert [path.name for path in run.out.iterdir()] == [f"{call}.tar.gz"]
     with tarfile.open(run.out / f"{call}.tar.gz") as tar:
         names = {name.removeprefix("./") for name in tar.getnames()}

@@ -1,4 +1,4 @@
-"""Where a GPU is lent there is no MONAI: what runs there is collected without it."""
+"""What runs on a GPU machine without MONAI can be collected without it."""
 
 import subprocess
 import sys
