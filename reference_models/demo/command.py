@@ -163,10 +163,10 @@ def _rows(done: Mapping[tuple[int, str], _Done]) -> list[Row]:
     """Makes a row for each training, and one more for dMoE with shuffled attributes."""
     rows = []
     for (seed, method), result in done.items():
-        for told in (AS_GIVEN, "shuffled") if method == "dMoE" else (AS_GIVEN,):
-            dice = dice_of(region_of(result.summary, told))
+        for attributes in (AS_GIVEN, "shuffled") if method == "dMoE" else (AS_GIVEN,):
+            dice = dice_of(region_of(result.summary, attributes))
             capability = torch.backends.cpu.get_cpu_capability()
-            rows.append(Row(seed, capability, method, told, dice))
+            rows.append(Row(seed, capability, method, attributes, dice))
     return rows
 
 

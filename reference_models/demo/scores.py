@@ -12,7 +12,7 @@ from ..files import write_whole
 from ..markdown import markdown_table
 from ..metrics.scores import RegionScores, Summary
 
-COLUMNS = ("seed", "cpu_capability", "method", "told")
+COLUMNS = ("seed", "cpu_capability", "method", "attributes")
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Row:
         seed: the seed of the training.
         cpu_capability: the instruction set that PyTorch's operators used.
         method: one of the demo's methods.
-        told: the attributes that the network received: "as given", or "shuffled" among the cases.
+        attributes: those that the network received: "as given", or "shuffled" among the cases.
         dice: the mean Dice of each group and, under "ES-Dice", that score.
     """
 
     seed: int
     cpu_capability: str
     method: str
-    told: str
+    attributes: str
     dice: Mapping[str, float]
 
 
@@ -56,7 +56,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow([*COLUMNS, *rows[0].dice])
             for row in rows:
                 cells = [f"{dice:.4f}" for dice in row.dice.values()]
-                writer.writerow([row.seed, row.cpu_capability, row.method, row.told, *cells])
+                writer.writerow([row.seed, row.cpu_capability, row.method, row.attributes, *cells])
 
     write_whole(path, write)
 
@@ -69,7 +69,7 @@ def read_rows(path: Path) -> list[Row]:
                 int(line["seed"]),
                 line["cpu_capability"],
                 line["method"],
-                line["told"],
+                line["attributes"],
                 {name: float(line[name]) for name in line if name not in COLUMNS},
             )
             for line in csv.DictReader(file)
@@ -88,8 +88,8 @@ def ranges(rows: Iterable[Row]) -> str:
     """
     found: dict[str, list[Mapping[str, float]]] = {}
     for row in rows:
-        name = row.method if row.told == AS_GIVEN else f"{row.method}, {row.told} attributes"
-        found.setdefault(name, []).append(row.dice)
+        received = "" if row.attributes == AS_GIVEN else f", {row.attributes} attributes"
+        found.setdefault(row.method + received, []).append(row.dice)
     columns = list(next(iter(found.values()))[0])
     lines = []
     for name, dice in found.items():

@@ -43,6 +43,14 @@ def require_alike(
         for name in here | there
         if here.get(name) != there.get(name)
     ]
+    receiving = {
+        recipe.model.told: run for run, (recipe, *_) in ((first, expected), (folder, found))
+    }
+    if len(receiving) > 1:
+        differing.append(
+            f"the network of {receiving[True]} receives the attributes, and the network of "
+            f"{receiving[False]} does not"
+        )
     if differing:
         raise RunError(
             f"{folder}: cannot predict together with {first}, because their settings differ; "
@@ -62,7 +70,6 @@ def _terms(recipe: Recipe, rooted: bool) -> dict[str, Any]:
         | {f"windows.{name}": value for name, value in (vars(windows) if windows else {}).items()}
         | {
             "leave_out_unknown": recipe.leave_out_unknown,
-            "told": recipe.model.told,
             "unknown": recipe.model.unknown,
         }
     )

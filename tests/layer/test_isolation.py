@@ -46,7 +46,7 @@ def test_a_mask_that_keeps_nothing_gives_zero_and_zero_gradients():
     assert not x.grad.any()
 
 
-def test_the_mask_gives_the_same_as_computing_the_kept_tokens_alone():
+def test_the_mask_gives_the_same_as_computing_the_tokens_inside_it_alone():
     layer, x = eval_layer(), torch.randn(3, 9, 16)
     mask, a = torch.rand(3, 9) < 0.4, torch.tensor([2, 0, 1])
     y = layer(x, a, mask=mask)

@@ -129,7 +129,7 @@ def test_as_many_windows_as_patients_are_paired_wrongly_by_a_scope_around_them(v
     ],
     ids=["plain", "buffered", "buffered_rows", "processed"],
 )
-def test_monais_windows_are_told_their_own_patients_attributes(voxelwise, at_once, options):
+def test_monais_windows_receive_their_own_patients_attributes(voxelwise, at_once, options):
     volumes, site = torch.randn(3, 1, 20, 16), torch.tensor([0, 2, 1])
 
     def predictor(windows, places):

@@ -53,8 +53,8 @@ def verdict_of(dense, plain, film, dmoe, film_shuffled=0.5, dmoe_shuffled=0.5):
     [
         (0.57, 0.57, 0.75, 0.61),  # dMoE has hardly gained
         (0.57, 0.57, 0.61, 0.75),  # FiLM has not
-        (0.57, 0.72, 0.75, 0.75),  # nor do they need to be told
-        (0.57, 0.57, 0.75, 0.75, 0.6, 0.5),  # nor told right
+        (0.57, 0.72, 0.75, 0.75),  # nor do they need to receive it
+        (0.57, 0.57, 0.75, 0.75, 0.6, 0.5),  # nor the right one
         (0.57, 0.57, 0.75, 0.75, 0.5, 0.6),
     ],
 )
@@ -85,10 +85,10 @@ def test_rows_are_read_as_they_were_written(tmp_path):
             seed,
             "AVX2",
             "dMoE",
-            told,
+            attributes,
             {"brain": 0.9812, "white matter": 0.83, "ES-Dice": 0.7},
         )
-        for seed, told in ((0, "as given"), (3, "shuffled"))
+        for seed, attributes in ((0, "as given"), (3, "shuffled"))
     ]
     write_rows(tmp_path / "scores.csv", rows)
     assert read_rows(tmp_path / "scores.csv") == rows
@@ -208,7 +208,7 @@ def test_the_demo_compares_four_models_and_goes_on_where_it_was(tmp_path, monkey
         "dense": ["as given"], "plain MoE": ["as given"], "FiLM": every, "dMoE": every
     }  # fmt: skip
     rows = read_rows(tmp_path / "scores.csv")
-    assert [(row.method, row.told) for row in rows] == [
+    assert [(row.method, row.attributes) for row in rows] == [
         *((name, "as given") for name in command.METHODS), ("dMoE", "shuffled")
     ]  # fmt: skip
     trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/best-*/*")}

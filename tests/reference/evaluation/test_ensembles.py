@@ -184,7 +184,7 @@ def test_scores_on_the_cases_that_chose_the_checkpoint_say_so(three, tmp_path):
         ),
         (
             {"model": UNetSettings(widths=(4,), hidden=2, block="mlp")},
-            "told: .* has True, .* False",
+            "the network of .* receives the attributes, and the network of .* does not",
         ),
         ({"data": DataSettings("mni152")}, "data.data: .* has phantom, .* mni152"),
     ],
