@@ -25,7 +25,11 @@ def given_attributes(cases: Sequence[Case]) -> np.ndarray:
 def left_out_note(cases: Sequence[Case]) -> str:
     """Says which cases are left out, and why; an empty text if there are none."""
     ids = [case.case_id for case in cases]
-    return f"left out, because an attribute is not known: {shown(ids)}" if ids else ""
+    return (
+        f"These cases were left out, because an attribute is not known: {shown(ids)}."
+        if ids
+        else ""
+    )
 
 
 def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -39,10 +43,15 @@ def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], 
         For each condition the attributes (N, A), and for every condition, run or not, a note.
     """
     given_NA = given_attributes(run.cases)
-    told, notes = {AS_GIVEN: given_NA}, {AS_GIVEN: left_out_note(run.left_out)}
+    told, left_out = {AS_GIVEN: given_NA}, left_out_note(run.left_out)
     if run.unknown is None:
-        why = "not run: this network does not receive the attributes"
-        return told, notes | dict.fromkeys(("shuffled", "wrong", "unknown"), why)
+        why = "This network does not receive the attributes."
+        notes = dict.fromkeys(("shuffled", "wrong", "unknown"), f"not run: {why}")
+        return told, {AS_GIVEN: joined(why, left_out)} | notes
+    given = f"Each case had its true attribute{'s' if given_NA.shape[1] > 1 else ''}."
+    if (given_NA == UNKNOWN).any():
+        given += " A value that the data do not state was given as unknown."
+    notes = {AS_GIVEN: joined(given, left_out)}
     rng = np.random.default_rng(seed)
     told["shuffled"] = given_NA[rng.permutation(len(given_NA))]
     told["wrong"] = given_NA.copy()
@@ -58,22 +67,27 @@ def attributes_told(run: TrainedRun, seed: int) -> tuple[dict[str, np.ndarray], 
         ("unknown", "Every attribute was given as unknown"),
     ):
         right = int((told[condition] == given_NA).all(axis=1).sum())
-        notes[condition] = f"{how}; {right} of {len(given_NA)} cases got their true values"
+        notes[condition] = f"{how}. {right} of {len(given_NA)} cases got their true values."
     if run.unknown == "error" and run.twin:
         del told["unknown"]
-        notes["unknown"] = "not run: the exported file refuses an attribute that is not known"
+        notes["unknown"] = "not run: The exported file refuses an attribute that is not known."
     elif run.unknown == "error":
         notes["unknown"] += (
-            "; the network, trained with unknown='error', averages over the values here"
+            " The network was not trained for unknown values; here it averages over all values."
         )
     if run.unknown == "learned" and not all(_trained_on_unknown(run, m) for m in run.members):
         notes["unknown"] += (
-            "; no training case was unknown, so the router for unknown values was never trained"
+            " No training case was unknown, so the router for unknown values was never trained."
         )
     if untrained := _untrained(run):
-        lacking = f"no training case had this value, so it was never learned: {untrained}"
-        notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], lacking)))
+        lacking = f"No training case had this value, so it was never learned: {untrained}."
+        notes[AS_GIVEN] = joined(notes[AS_GIVEN], lacking)
     return told, notes
+
+
+def joined(*sentences: str) -> str:
+    """Joins sentences of a note, some of which may be empty."""
+    return " ".join(filter(None, sentences))
 
 
 def _trained_on_unknown(run: TrainedRun, member: Member) -> bool:

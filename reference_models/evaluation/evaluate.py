@@ -30,7 +30,7 @@ from ..metrics.region import IGNORING, POLICY, RegionScore, score_region
 from ..metrics.scores import Condition, RegionScores, Summary
 from ..report.page import write_report
 from ..report.pictures import Picture, pictures_wanted
-from .conditions import AS_GIVEN, attributes_told, left_out_note
+from .conditions import AS_GIVEN, attributes_told, joined, left_out_note
 from .inference import predictions
 from .masks import assign_masks, choose_cases, find_masks, read_mask, write_mask
 from .summary import (
@@ -140,7 +140,7 @@ def evaluate_run(settings: EvaluateRun) -> Summary:
                 scored[condition].append(_score(run.dataset, sample, mask, settings.scoring))
             paths[sample.case_id] = write_mask(folder / "masks", sample, masks[AS_GIVEN])
         if run.twin:
-            notes[AS_GIVEN] = "; ".join(filter(None, (notes[AS_GIVEN], run.twin.note())))
+            notes[AS_GIVEN] = joined(notes[AS_GIVEN], run.twin.note())
         result = _Evaluation(
             run.dataset,
             run.cases,
@@ -199,9 +199,8 @@ def evaluate_predictions(settings: EvaluatePredictions) -> Summary:
                 f"{settings.folder}: cannot be scored as masks of the {settings.split} split of "
                 f"{dataset.name}:\n" + "\n".join(f"- {fault}" for fault in faults + damaged)
             )
-        read = "The masks were read from files, so no network was run"
-        remarks = (read, note, left_out_note(left_out))
-        notes = {AS_GIVEN: "; ".join(filter(None, remarks))}
+        read = "The masks were read from files, so no network was run."
+        notes = {AS_GIVEN: joined(read, note, left_out_note(left_out))}
         result = _Evaluation(dataset, cases, {AS_GIVEN: scored}, notes, loads={})
         return _write(folder, result, settings, str(settings.folder), paths)
 

@@ -106,7 +106,7 @@ def choose_cases(
     own = [case.case_id for case in cases if case.split == "test"]
     if not own or len(own) == len(cases) or any(case_id in files for case_id in own):
         return cases, ""
-    note = f"the data's own test cases have no mask in the folder and are not scored: {shown(own)}"
+    note = f"The data's own test cases have no mask in the folder and are not scored: {shown(own)}."
     return tuple(case for case in cases if case.split != "test"), note
 
 

@@ -316,8 +316,8 @@ def _require_known(cases: Sequence[Case], split: str) -> None:
     if unknown := [case.case_id for case in cases if UNKNOWN in case.attributes]:
         raise DataError(
             f"{len(unknown)} of {len(cases)} cases ({split}) have an attribute that is not known "
-            f"({shown(unknown)}), and the run was trained with unknown='error', so it has no "
-            "router for them. Leave them out with --leave-out-unknown, or train with --unknown "
+            f"({shown(unknown)}), and the run was not trained for unknown values, so it has "
+            "no router for them. Leave them out with --leave-out-unknown, or train with --unknown "
             "learned."
         )
 

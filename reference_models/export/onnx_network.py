@@ -103,7 +103,7 @@ class Twin:
         """Says how many voxels differ."""
         return (
             f"onnxruntime computed the masks from {self.file.name}: {self.differing:,} of "
-            f"{self.voxels:,} voxels differ from PyTorch's"
+            f"{self.voxels:,} voxels differ from PyTorch's."
         )
 
 

@@ -23,7 +23,7 @@ from ..metrics.scores import (
 )
 from .charts import MOST_DOTS, chart, heat
 from .pictures import LONGEST, Picture, colour_of, data_uris, examples, pictures_wanted
-from .words import COVERAGE, comparisons_made, gap_by_chance
+from .words import LIMITS, comparisons_made, gap_by_chance, without_truth
 
 
 def write_report(
@@ -61,7 +61,8 @@ def write_report(
         compared=_compared,
         by_chance=lambda scores: gap_by_chance(scores, summary),
         comparisons_made=comparisons_made(summary),
-        coverage=COVERAGE,
+        limits=LIMITS,
+        without_truth=without_truth,
         counted=_counted(summary),
         heat=heat,
         rows=_rows,

@@ -9,15 +9,12 @@ from ..metrics.scores import Comparison, RegionScores, Summary
 
 LIKELY = 0.05  # a p-value above it is what chance shows often enough
 LEAST_SHOWN = 0.0005  # less is printed as 0.000
-# What `metrics.simulation` has found; its table is in docs/explanation/gaps.md.
-COVERAGE = (
-    "In simulations of two to ten groups of 10 to 1,500 cases whose scores vary alike, with means "
-    "alike or one of them lower by up to 0.08, they held the truth in at least 93 of 100 samples. "
-    "With twenty groups of 30 they held it in at least 87. Where one case in twenty is missed "
-    "altogether, and a group of 10 stands beside larger ones, they held it in at least 88. Where "
-    "the scores of one group vary 2.5 times as much as the others', they held it in at least 86. "
-    "There a gap between groups of equal means had a probability of 0.05 or less in up to 12 of "
-    "100 samples, elsewhere in up to 8."
+# The numbers of `metrics.simulation` are on that page.
+LIMITS = (
+    "They can be too narrow where there are as many as twenty groups, where the scores of one "
+    "group vary much more than the others', or where some cases are missed altogether and a small "
+    "group stands beside larger ones. How often they hold the truth in simulations stands in the "
+    "documentation, on the page “When is a gap more than chance?” (docs/explanation/gaps.md)."
 )
 
 
@@ -111,14 +108,38 @@ def comparisons_made(summary: Summary) -> str:
     )
 
 
+def without_truth(scores: RegionScores) -> str:
+    """Says in which groups no case has the region; an empty text if there is no such group.
+
+    Example:
+        >>> from types import SimpleNamespace as Group
+        >>> groups = [Group(value="A", n=3, empty_truth=3), Group(value="B", n=4, empty_truth=1)]
+        >>> without_truth(Group(groups=groups))
+        'the truth is empty in every case of A. There Dice says only whether the prediction is
+        empty, too: it is 1 for a case where it is, and 0 where it is not.'
+    """
+    groups = [group for group in scores.groups if group.n]
+    empty = [group.value for group in groups if group.empty_truth == group.n]
+    if not empty:
+        return ""
+    those = "" if len(empty) == len(groups) else f" of {' and of '.join(empty)}"
+    return (
+        f"the truth is empty in every case{those}. There Dice says only whether the prediction is "
+        "empty, too: it is 1 for a case where it is, and 0 where it is not."
+    )
+
+
 def findings(summary: Summary) -> Iterator[str]:
     """Yields a line about each gap of an evaluation, for a terminal."""
     for attribute, regions in summary.conditions[0].scores.items():
         for scores in regions:
+            where = f'For the region "{scores.region}", by {attribute},'
             if said := gap_by_chance(scores, summary):
                 yield (
-                    f"For {scores.region} by {attribute}, the gap between the highest and the "
-                    f"lowest mean Dice of a group is {scores.gap.value:.3f}. {said}"
+                    f"{where} the gap between the highest and the lowest mean Dice of a group is "
+                    f"{scores.gap.value:.3f}. {said}"
                 )
+            if said := without_truth(scores):
+                yield f"{where} {said}"
     if said := comparisons_made(summary):
         yield said

@@ -106,7 +106,7 @@ def test_each_case_is_scored_by_the_fold_that_it_was_held_out_from(crossed, tmp_
     assert [c.name for c in summary.conditions if c.scores] == [
         "as given", "shuffled", "wrong", "unknown",
     ]  # fmt: skip
-    assert summary.conditions[1].note.endswith("of 20 cases got their true values")
+    assert summary.conditions[1].note.endswith("of 20 cases got their true values.")
     groups = summary.conditions[0].scores["site"][0].groups
     assert sum(group.n_subjects for group in groups) == 20
 

@@ -163,6 +163,7 @@ def test_the_page_holds_picture_scores_and_words_and_links_to_every_report(tmp_p
     for words in ("YSBwaWN0dXJl", "A &amp; B", "0.981", "0.567", "The title", "What it shows.",
                   "What chance makes of it.", "What it does not show."):  # fmt: skip
         assert words in page
+    assert "The title" not in page[page.index("<body>") :].replace('alt="The title.', "")  # once
     # Terms are explained before the numbers, no dark screen makes dark paper, and no table is cut.
     assert page.index("What ES-Dice is.") < page.index("0.567")
     assert "@media screen and (prefers-color-scheme: dark)" in page

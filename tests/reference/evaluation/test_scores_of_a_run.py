@@ -32,10 +32,11 @@ def test_a_network_told_the_truth_a_lie_or_nothing_scores_as_worked_out_by_hand(
     for value, between in zip(dice_of(summary, "wrong"), allowed, strict=True):
         assert min(between) - 1e-9 <= value <= max(between) + 1e-9
     notes = {c.name: c.note for c in summary.conditions}
+    assert notes["as given"] == "Each case had its true attribute."
     assert "0 of 12 cases got their true values" in notes["wrong"]
     assert "0 of 12 cases got their true values" in notes["unknown"]
     # As many of the shuffled are right as score 1.
-    right = int(notes["shuffled"].split("; ")[1].split(" ")[0])
+    right = int(notes["shuffled"].split(". ")[1].split(" ")[0])
     assert right < 12
     rates = dice_of(summary, "shuffled")
     assert max(rates) < 1

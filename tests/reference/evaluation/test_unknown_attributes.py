@@ -27,7 +27,7 @@ def test_without_a_route_for_the_unknown_the_routers_are_averaged_and_it_says_so
     averaging = evaluate_run(EvaluateRun(run_of(Ruler(unknown="average"), Bars()), scoring=FEW))
     assert refusing.conditions[3].scores == averaging.conditions[3].scores
     assert refusing.conditions[3].load == averaging.conditions[3].load
-    assert "averages over the values" in refusing.conditions[3].note
+    assert "here it averages over all values." in refusing.conditions[3].note
     assert "averages" not in averaging.conditions[3].note
 
 
@@ -53,7 +53,7 @@ def test_a_unet_of_any_kind_is_told_the_truth_a_lie_or_nothing(block, unet_run, 
     assert (unknown == -1).all()
     assert not any(torch.equal(answers[0], answer) for answer in answers[1:])
     # Trained with "error" it averages here, as one that was trained to.
-    assert "averages over the values" in summary.conditions[3].note
+    assert "here it averages over all values." in summary.conditions[3].note
     images = torch.stack([torch.from_numpy(dataset.load(c).image_CS) for c in dataset.cases])
     with routing(unknown):
         expected = forward(averaging, images)

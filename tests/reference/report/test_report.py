@@ -103,7 +103,7 @@ def region(groups, name="lesion", compared=None):
 
 
 def summary(regions, values, conditions=()):
-    given = Condition("as given", "all told the truth", {"site": tuple(regions)}, {})
+    given = Condition("as given", "all received the truth", {"site": tuple(regions)}, {})
     return Summary(
         "made-up", "test", "nowhere", 87, 55, "mm", 1.5, 20, 234, {"site": values},
         {"site": (1 / len(values),) * len(values)}, "Both empty: 1.", (given, *conditions),
@@ -220,13 +220,13 @@ def test_the_difference_a_condition_makes_is_shown_and_why_one_was_not_run(tmp_p
     given = region([group("a", 41, 0.601), group("b", 46, 0.703)])
     changed = region([group("a", 41, 0.501), group("b", 46, 0.703)])
     conditions = (
-        Condition("shuffled", "40 told another", {"site": (changed,)}, {}),
+        Condition("shuffled", "40 received another", {"site": (changed,)}, {}),
         Condition("wrong", "not run: only one value", {}, {}),
     )
     text = written(tmp_path, summary([given], ("a", "b"), conditions)).text
     assert "−0.100" in text
     assert "wrong (not run): only one value" in text
-    assert "as given : all told the truth" in text
+    assert "as given : all received the truth" in text
     silent = dataclasses.replace(conditions[0], note="")
     text = written(tmp_path, summary([given], ("a", "b"), (silent,))).text
     assert "shuffled lesion by site" in text  # no colon where nothing is noted
@@ -303,6 +303,37 @@ def test_what_is_not_defined_is_a_dash_with_its_reason(tmp_path):
     assert "– no case" in text
     assert "– not defined in any case" in text
     assert "No group has a score: there is nothing to compare." in text
+
+
+@pytest.mark.parametrize(
+    ("empty", "said"),
+    [
+        ((41, 46), "the truth is empty in every case. There Dice"),
+        ((41, 45), "the truth is empty in every case of a. There Dice"),
+        ((40, 45), ""),
+    ],
+)
+def test_where_no_case_has_the_region_page_and_terminal_say_so(tmp_path, empty, said):
+    groups = [group("a", 41, 0.601), group("b", 46, 0.703), group("c", 0, 0.5)]
+    groups = [
+        dataclasses.replace(g, empty_truth=n) for g, n in zip(groups, (*empty, 0), strict=True)
+    ]
+    made = summary([region(groups, "left lung")], ("a", "b", "c"))
+    text = written(tmp_path, made).text
+    short = text[text.index("In short") : text.index("On this page")]
+    assert short.count("the truth is empty in every case") == bool(said)
+    assert said in short
+    lines = [line for line in findings(made) if "the truth is empty" in line]
+    assert len(lines) == bool(said)
+    assert all(line.startswith('For the region "left lung", by site, the truth') for line in lines)
+
+
+def test_every_chart_has_a_heading_of_its_own(tmp_path):
+    groups = [group("a", 41, 0.601), group("b", 46, 0.703)]
+    regions = [region(groups, "left lung"), region(groups, "right lung")]
+    text = written(tmp_path, summary(regions, ("a", "b"))).text
+    for name in ("left lung", "right lung"):
+        assert text.count(f"Dice of each case: {name} by site") == 1
 
 
 def test_many_groups_many_regions_one_group_and_no_attribute_make_a_page(tmp_path):
@@ -392,7 +423,7 @@ def test_every_group_has_its_median_case_first_with_truth_beside_prediction(tmp_
         for alt in expected
         for title in ("truth", "prediction")
     ]
-    assert "site: a Median case: a1 Dice lesion 0.400. Truth Prediction" in page.text
+    assert "site: a Median case: a1 Dice: lesion 0.400. Truth Prediction" in page.text
     factor = LONGEST // 48
     for title, (start, stop) in {"truth": (2, 7), "prediction": (3, 6)}.items():
         shown = page.pixels(f"{expected[0]}: outline of the {title} on the image")
