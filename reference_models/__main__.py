@@ -45,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_anything()
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="python -m reference_models", args=arguments, config=CONFIG
+            COMMANDS,
+            prog="python -m reference_models",
+            description="Choose a command. Add --help behind its name to see its flags.",
+            args=arguments,
+            config=CONFIG,
         )
     except (DataError, RunError) as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
@@ -92,7 +96,7 @@ def _train(recipe: Annotated[_Preset, tyro.conf.arg(name="")], resume: bool = Fa
     Example: python -m reference_models train small3d --root my_folder --out run
 
     Args:
-        recipe: The settings.
+        recipe: The preset to start from.
         resume: Go on with the run in --out, as if it had never
             stopped. Give the same flags as before.
     """
@@ -107,6 +111,9 @@ def _cross_validate(recipe: Annotated[_Preset, tyro.conf.arg(name="")]) -> int:
     same command goes on; folds that are trained already stay as they are.
 
     Example: python -m reference_models cross-validate small3d --root my_folder --out folds
+
+    Args:
+        recipe: The preset to start from.
     """
     return _print_findings(*cross_validate(recipe))
 
@@ -117,6 +124,9 @@ def _evaluate(settings: Annotated[_Evaluated, tyro.conf.arg(name="")]) -> int:
     It writes the scores as csv and json, and a report as a page for the browser.
 
     Example: python -m reference_models evaluate run --run run
+
+    Args:
+        settings: What is scored: a trained run, or a folder of masks.
     """
     return _print_findings(*settings.score())
 

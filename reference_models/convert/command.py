@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import track
 from ..data.endings import LOSSLESS, VOLUMES
 from ..errors import DataError, reading
 from ..files import write_results
+from ..terminal import OR_NONE
 from .labels import Labels, find_labels, look_at_masks, write_labels
 from .pairing import Pair, list_files, pair
 from .rows import Rows, read_rows
@@ -51,7 +53,7 @@ class ConvertSettings:
     to: Path
     """Folder to write. It must not exist yet, or be
     empty."""
-    labels: tuple[str, ...] = ()
+    labels: Annotated[tuple[str, ...], OR_NONE] = ()
     """Names of the labels, the background first. Without
     this flag the labels are named foreground, or
     label 1, label 2 and so on, if the masks leave no
@@ -61,7 +63,7 @@ class ConvertSettings:
       of other numbers or of colours.
     Pixels of a label named ignore count in no loss
     and no score."""
-    channels: tuple[str, ...] = ()
+    channels: Annotated[tuple[str, ...], OR_NONE] = ()
     """Names of the channels. Name CT volumes in
     Hounsfield units CT, so that they are clipped to a
     window; other channels are brought to mean 0 and
@@ -80,7 +82,7 @@ def convert(settings: ConvertSettings) -> list[str]:
     """Writes the folder, completely or not at all.
 
     Returns:
-        Sentences that say what was done and what was left out; the last one names the next command.
+        Sentences that say what was done and what was left out; the last two name the next commands.
 
     Raises:
         DataError: `to` exists already, or the files leave open what to write.
@@ -115,6 +117,7 @@ def convert(settings: ConvertSettings) -> list[str]:
         return copied
 
     copied = write_results(to, write, contents=())
+    root, volumes = f"--data folder --root {shlex.quote(str(to))}", _ending(pairs) in VOLUMES
     return [
         f"{len(pairs)} masks were paired with their images by name.",
         *pairing.remarks(),
@@ -124,8 +127,9 @@ def convert(settings: ConvertSettings) -> list[str]:
         f"{copied} files were copied, since the system allows no links here."
         if copied
         else "The files are links to your files: do not move those, or copy the folder by cp -rL.",
-        f"Written: {to}. Next: python -m reference_models check --data folder --root "
-        f"{shlex.quote(str(to))}",
+        f"Written: {to}. Next: python -m reference_models check {root}",
+        f"Then train: python -m reference_models train {'small3d' if volumes else 'small'} {root} "
+        f"--attributes {shlex.quote(rows.attribute)}",
     ]
 
 

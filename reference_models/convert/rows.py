@@ -30,6 +30,12 @@ class Rows:
     cells: Mapping[str, tuple[str, ...]]
     remarks: tuple[str, ...]
 
+    @property
+    def attribute(self) -> str:
+        """The first column that can be an attribute; one that seems to name patients comes last."""
+        columns = [column for column in self.columns if column.lower() not in RESERVED]
+        return min(columns, key=lambda column: bool(_PEOPLE.search(column)))
+
 
 def read_rows(path: Path, pairs: Mapping[str, Pair], case: str | None, subject: str | None) -> Rows:
     """Finds the row of each case; a case without a row gets empty cells, which count as unknown.

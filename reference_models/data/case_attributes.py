@@ -69,9 +69,9 @@ class CaseAttributes:
         if lost := [name for name, row in zip(case_ids, rows, strict=True) if UNKNOWN in row]:
             raise DataError(
                 f"{self.path}: {len(lost)} of {len(rows)} cases have an unknown attribute "
-                f"({shown(lost)}), and there is no router for unknown values. Fill in the value, "
-                "or leave the cases out: of splits_final.json to train, of the folder of images to "
-                "predict."
+                f"({shown(lost)}), and there is no router for unknown values. Fill in the "
+                "values. Or leave these cases out: before you train, remove them from "
+                "splits_final.json; before you predict, remove their images from the folder."
             )
         return torch.tensor(rows)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..errors import DataError
+from ..terminal import OR_NONE
 from . import fairseg, ham10000
 from .cases import Attribute, Dataset
 from .folder import Folder
@@ -41,9 +42,10 @@ class DataSettings:
     """Folder that holds the files of the data set. Leave
     it out for mni152 and phantom, which have no
     files."""
-    attributes: tuple[str, ...] = ()
-    """The attributes that the router receives. Without
-    this flag it receives the first of these:
+    attributes: Annotated[tuple[str, ...], OR_NONE] = ()
+    """The attributes by whose values the cases are
+    grouped; in training, the router receives them.
+    Without this flag, the first of these is used:
     - fairseg: race, gender, ethnicity, language,
       maritalstatus, age.
     - ham10000: age, sex, localization.
@@ -56,9 +58,8 @@ class DataSettings:
     used. Without that, the data set's own split is
     used, and --split-seed splits the rest."""
     fold: Fold | None = None
-    """Number of the fold to train, counted from 0. The
-    validation cases are those that the fold holds
-    out. The folds are those of a splits_final.json
+    """Number of the fold, counted from 0. The validation
+    cases are those that the fold holds out. The folds are those of a splits_final.json
     or, without one, are made by subject and
     stratified by the default attribute. Without this
     flag the first fold of a splits_final.json is

@@ -327,7 +327,10 @@ def _member(path: Path, members: np.lib.npyio.NpzFile, aliases: tuple[str, ...])
                 raise _pickled(path, name) from error
             raise
         if not isinstance(array, np.ndarray):  # numpy returns bytes for a member that is no array
-            raise ValueError("no array")
+            raise DataError(
+                f"{path}: The entry {name} holds {type(array).__name__}, but a NumPy array was "
+                "expected. Copy or download the file again."
+            )
     return array
 
 

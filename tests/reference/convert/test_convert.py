@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import shutil
 import stat
 
@@ -29,7 +30,17 @@ def tree(folder):
     }
 
 
-def test_pngs_and_a_csv_become_a_folder_by_one_command(tmp_path, capsys):
+def trained(sentence, monkeypatch):
+    """The settings with which the command at a sentence's end trains."""
+    settings = []
+    monkeypatch.setattr(
+        "reference_models.__main__.train", lambda recipe, **_: settings.append(recipe)
+    )
+    assert main(shlex.split(sentence.partition("-m reference_models ")[2])) == 0
+    return settings[0]
+
+
+def test_pngs_and_a_csv_become_a_folder_by_one_command(tmp_path, monkeypatch, capsys):
     settings = loose(tmp_path)
     for folder in ("a", "b"):
         for path in (tmp_path / folder).iterdir():
@@ -38,9 +49,14 @@ def test_pngs_and_a_csv_become_a_folder_by_one_command(tmp_path, capsys):
     flags = {"images": "a", "masks": "b", "attributes": "c.csv", "to": "out"}
     arguments = [part for flag, name in flags.items() for part in (f"--{flag}", tmp_path / name)]
     assert main(["convert", *map(str, arguments)]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    check, train = capsys.readouterr().out.splitlines()[-2:]
     to = settings.to
-    assert last.endswith(f"python -m reference_models check --data folder --root {to}")
+    assert check.endswith(f"python -m reference_models check --data folder --root {to}")
+    assert train == (
+        f"Then train: python -m reference_models train small --data folder --root {to} "
+        "--attributes sex"
+    )
+    assert trained(train, monkeypatch).data == DataSettings("folder", to, ("sex",))
     after = tree(tmp_path)
     assert {path: after[path] for path in before} == before  # and no mode of theirs changed
     assert sorted(path.name for path in to.iterdir()) == [
@@ -120,15 +136,16 @@ def test_what_is_not_paired_and_what_has_no_row_is_said_in_sentences(tmp_path):
     assert any("1 of 5 cases" in line and line.endswith("unknown: us_005.") for line in said)
 
 
-def test_the_patients_column_is_named_or_asked_for(tmp_path):
-    rows = ["patient id;file;sex", *(f"P{i // 2};us_{i:03}.png;M" for i in range(6))]
+def test_the_patients_column_is_named_or_asked_for(tmp_path, monkeypatch):
+    rows = ["patient id;file;the sex", *(f"P{i // 2};us_{i:03}.png;M" for i in range(6))]
     settings = loose(tmp_path, rows=rows)
     said, _, rows, _ = converted(settings)
-    assert rows[0] == ["case", "patient id", "sex"]
+    assert rows[0] == ["case", "patient id", "the sex"]
+    assert trained(said[-1], monkeypatch).data.attributes == ("the sex",)  # not the patient
     assert any("--subject 'patient id'" in line for line in said)
     shutil.rmtree(settings.to)
     said, _, rows, _ = converted(settings, subject="patient id")
-    assert rows[:2] == [["case", "subject", "sex"], ["us_000", "P0", "M"]]
+    assert rows[:2] == [["case", "subject", "the sex"], ["us_000", "P0", "M"]]
     assert not any("--subject" in line for line in said)
 
 
@@ -187,7 +204,7 @@ def test_photographs_get_masks_of_png_and_three_channels(tmp_path):
 
 
 @pytest.mark.parametrize("value", [1, 255])
-def test_volumes_are_laid_out_with_their_place(tmp_path, value):
+def test_volumes_are_laid_out_with_their_place(tmp_path, monkeypatch, value):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     for i in range(3):
@@ -202,6 +219,9 @@ def test_volumes_are_laid_out_with_their_place(tmp_path, value):
         ("background", "tumour"), ("CT", "PET"),
     )  # fmt: skip
     said, content, _, labels = converted(settings)
+    recipe = trained(said[-1], monkeypatch)
+    assert recipe.model.axes == 3
+    assert recipe.data.attributes == ("site",)
     assert content == {
         "channel_names": {"0": "CT", "1": "PET"},
         "labels": {"background": 0, "tumour": 1},
