@@ -89,25 +89,37 @@ def measure(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.export", description=__doc__)
     parser.add_argument(
-        "--subjects", default="all", help=f"networks: all, or some of {', '.join(SUBJECTS)}"
+        "--subjects",
+        default="all",
+        help="Networks to measure, separated by commas: all, or some of "
+        f"{', '.join(SUBJECTS)}. The default is all.",
     )
     parser.add_argument(
-        "--ways", default="all", help=f"kinds of program: all, or some of {', '.join(WAYS)}"
+        "--ways",
+        default="all",
+        help="Kinds of program to measure, separated by commas: all, or some of "
+        f"{', '.join(WAYS)}. The default is all.",
     )
-    parser.add_argument("--threads", type=int, help="number of threads (default: PyTorch's)")
     parser.add_argument(
-        "--seconds", type=float, default=15.0, help="time for each network; 0 means one round"
+        "--threads", type=int, help="Number of threads. The default is PyTorch's own number."
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=15.0,
+        help="Seconds of timing for each network. 0 means one round. The default is %(default)g.",
     )
     parser.add_argument(
         "--files",
         type=Path,
         default=Path("bench_output/export-files"),
-        help="folder for the ONNX files; files that exist there are not written again",
+        help="Folder for the ONNX files. A file that exists there is not written again. The "
+        "default is %(default)s.",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the CSV file. By default a run of everything writes to "
-        "benchmarks/results and renews benchmarks/README.md; other runs write to bench_output",
+        help="Folder for the CSV file. By default a run of everything writes to benchmarks/results "
+        "and renews benchmarks/README.md. Other runs write to bench_output.",
     )
     return parser

@@ -66,15 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds",
         type=int,
-        help=f"number of timed rounds (default: as many as fit into {SECONDS:g} seconds for each "
-        f"point, but {LEAST_ROUNDS} to {MOST_ROUNDS}; {LEAST_ROUNDS} for large points)",
+        help="Number of timed rounds. By default a point has as many as fit into "
+        f"{SECONDS:g} seconds, but at least {LEAST_ROUNDS} and at most {MOST_ROUNDS}. A large "
+        f"point has {LEAST_ROUNDS}.",
     )
-    parser.add_argument("--quick", action="store_true", help="two small points of each, two rounds")
-    parser.add_argument("--threads", type=int, help="number of PyTorch's threads")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="Measure only two small points of each number, in two rounds.",
+    )
+    parser.add_argument(
+        "--threads", type=int, help="Number of threads. The default is PyTorch's own number."
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for CSV and plot. By default a whole run writes to benchmarks/results and "
-        "renews benchmarks/README.md; other runs write to bench_output",
+        help="Folder for the CSV file and the plot. By default a whole run writes to "
+        "benchmarks/results and renews benchmarks/README.md. Other runs write to bench_output.",
     )
     return parser

@@ -2,9 +2,10 @@
 
 Without a command it compiles the launches of the layer at the shapes of the benchmark's goals, for
 each compute capability. Registers, stack and shared memory come from the binary's resource table,
-and instructions from its disassembly. ``matrix`` does so for all widths, dtypes and activations.
-``predict`` estimates times from the counts. On a GPU, ``prewarm`` compiles all that the goals and
-the sweep launch, and ``sweep`` times the launches of a goal with other block sizes.
+and instructions from its disassembly. The command "matrix" does so for all widths, dtypes and
+activations. The command "predict" estimates times from the counts. On a GPU, "prewarm" compiles all
+that the goals and the sweep launch, and "sweep" times the launches of a goal with other block
+sizes.
 """
 
 from __future__ import annotations
@@ -120,23 +121,35 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__)
     parser.set_defaults(run=_report)
     commands = parser.add_subparsers(metavar="command")
-    matrix = commands.add_parser("matrix", help="compile all widths, dtypes and activations")
+    matrix = commands.add_parser("matrix", help="Compiles all widths, dtypes and activations.")
     for name, known in (("capabilities", GPUS), ("dtypes", DTYPES), ("widths", WIDTHS)):
         some = ",".join(map(str, known))
-        matrix.add_argument(f"--{name}", default="all", help=f"all, or some of {some}")
+        words = f"The {name} to compile, separated by commas: all, or some of {some}."
+        matrix.add_argument(f"--{name}", default="all", help=f"{words} The default is all.")
     matrix.set_defaults(run=_matrix)
-    predict = commands.add_parser("predict", help="estimate the goals' times by a model")
+    predict = commands.add_parser("predict", help="Estimates the goals' times by a model.")
     predict.set_defaults(run=_predict)
-    warm = commands.add_parser("prewarm", help="compile all that is timed; needs a GPU")
-    warm.add_argument("--own", action="store_true", help="leave out the sweep's other block sizes")
+    warm = commands.add_parser("prewarm", help="Compiles all that is timed. It needs a GPU.")
     warm.add_argument(
-        "--processes", type=int, help="number of processes (default: one for each core)"
+        "--own", action="store_true", help="Leave out the other block sizes of the sweep."
+    )
+    warm.add_argument(
+        "--processes",
+        type=int,
+        help="Number of processes that compile. The default is one for each core.",
     )
     warm.set_defaults(run=_prewarm)
-    sweep = commands.add_parser("sweep", help="time other block sizes; needs a GPU")
-    sweep.add_argument("shape", choices=tuple(GOALS))
-    sweep.add_argument("--rounds", type=int, default=5)
-    sweep.add_argument("--out", type=Path, help="folder for the CSV (default: bench_output)")
+    sweep = commands.add_parser("sweep", help="Times other block sizes. It needs a GPU.")
+    sweep.add_argument("shape", choices=tuple(GOALS), help="The goal whose launches are timed.")
+    sweep.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="Number of timed rounds. The default is %(default)d.",
+    )
+    sweep.add_argument(
+        "--out", type=Path, help="Folder for the CSV file. The default is bench_output."
+    )
     sweep.set_defaults(run=_sweep)
     return parser
 

@@ -91,36 +91,48 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--shapes",
-        help="comma-separated groups (goals, stages, sweep, and small on a CPU), names of shapes, "
-        "or batch x tokens x width x attribute values, such as 2x1024x48x4 (default: all)",
+        help="Shapes to measure, separated by commas. Each one is a group (goals, stages, sweep, "
+        "and small on a CPU), the name of a shape, or batch x tokens x width x attribute values, "
+        "such as 2x1024x48x4. The default is all.",
     )
     parser.add_argument(
         "--providers",
         default="all",
-        help=f"implementations: all, or some of {','.join(PROVIDERS)}",
+        help="Implementations to measure, separated by commas: all, or some of "
+        f"{','.join(PROVIDERS)}. The default is all.",
     )
     parser.add_argument(
         "--rounds",
         type=int,
-        help="number of timed rounds (default: 20 on a GPU; on a CPU as many as fit into "
-        f"{SECONDS:g} seconds for each shape, but {LEAST_ROUNDS} to {MOST_ROUNDS})",
+        help="Number of timed rounds. The default is 20 on a GPU. On a CPU a shape has as many as "
+        f"fit into {SECONDS:g} seconds, but at least {LEAST_ROUNDS} and at most {MOST_ROUNDS}.",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a short run: two rounds, and two small shapes unless --shapes names others",
+        help="Make a short run of two rounds. It measures two small shapes, unless --shapes names "
+        "others.",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: a GPU if there is one, else the CPU"
+        "--device",
+        choices=("cpu", "cuda"),
+        help="Device that computes. The default is a GPU if there is one, and else the CPU.",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU"
+        "--dtype",
+        choices=DTYPES,
+        help="Number format of the layer. The default is float32 on a CPU, and bfloat16 on a GPU.",
     )
-    parser.add_argument("--threads", type=int, help="number of PyTorch's threads on the CPU")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="Number of threads on the CPU. The default is PyTorch's own number.",
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for CSV and plot. By default a run of all shapes and providers writes to "
-        "benchmarks/results and renews benchmarks/README.md; other runs write to bench_output",
+        help="Folder for the CSV file and the plot. By default a run of all shapes and "
+        "implementations writes to benchmarks/results and renews benchmarks/README.md. Other runs "
+        "write to bench_output.",
     )
     return parser

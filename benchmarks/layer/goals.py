@@ -52,8 +52,8 @@ class _GpuBounds(NamedTuple):
     """Goals of forward+backward: times faster than others, and memory in T·d.
 
     ``loop``, ``peer``, ``dense``: the boolean-mask loop, the best peer, and the dense MLP of equal
-    active FLOPs. ``held``: what is stored for backward beside x. ``excess``: the peak above x, y and
-    gradients.
+    active FLOPs. ``held``: what is stored for backward beside x. ``excess``: the peak above x, y
+    and gradients.
     """
 
     loop: float

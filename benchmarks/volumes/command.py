@@ -1,8 +1,8 @@
-"""``python -m benchmarks.volumes``: memory and time of the 3D network's training step, by patch.
+"""Measures memory and time of the 3D network's training step, for patches of several sizes.
 
-The paper's 3D Residual U-Net without experts, with the paper's code's way of computing them (a
-boolean mask for each), and with this layer: alone, with experts for half of the voxels only, and
-with gradient checkpointing.
+The network is the paper's 3D Residual U-Net. It is measured without experts, with experts computed
+as in the paper's code (a boolean mask for each expert), and with this layer. This layer is measured
+alone, with experts for half of the voxels only, and with gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -101,20 +101,37 @@ def parse_patches(text: str) -> list[Patch]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.volumes", description=__doc__)
-    parser.add_argument("--patches", help="batch x sides, separated by commas, such as 1x96x96x64")
-    parser.add_argument("--networks", default="all", help=f"all, or some of {','.join(NETWORKS)}")
     parser.add_argument(
-        "--rounds", type=int, help="timed rounds (default: 3 on a CPU, 10 on a GPU)"
+        "--patches",
+        help="Patches to measure, separated by commas. Write each one as batch x sides, such as "
+        f"1x96x96x64. The default is {PATCHES['cpu']} on a CPU, and {PATCHES['cuda']} on a GPU.",
     )
-    parser.add_argument("--quick", action="store_true", help="measure two small patches")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: a GPU if there is one, else the CPU"
+        "--networks",
+        default="all",
+        help=f"Networks to measure, separated by commas: all, or some of {','.join(NETWORKS)}. "
+        "The default is all.",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, both on a GPU")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="Number of timed rounds. The default is 3 on a CPU and 10 on a GPU.",
+    )
+    parser.add_argument("--quick", action="store_true", help="Measure two small patches.")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="Device that computes. The default is a GPU if there is one, and else the CPU.",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="Number format of the network. The default is float32 on a CPU, and both on a GPU.",
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the CSV. By default a run of everything writes to benchmarks/results and "
-        "renews benchmarks/README.md; other runs write to bench_output",
+        help="Folder for the CSV file. By default a run of everything writes to benchmarks/results "
+        "and renews benchmarks/README.md. Other runs write to bench_output.",
     )
     return parser

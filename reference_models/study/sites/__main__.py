@@ -21,10 +21,10 @@ RESULTS = Path(__file__).parent / "results"
 class SitesSettings:
     """Continues the study of many sites that share a few rules, and of new sites."""
 
-    results: Path = RESULTS
+    results: Path | None = None
     """Folder of the page and of the csv, which record
-    what has been run. By default the folder in this
-    repository."""
+    what has been run. By default this repository's
+    own folder."""
     out: Path = Path("study_output/sites")
     """Folder of trained networks. A network that is missing there is trained again when needed."""
     processes: int = 2
@@ -36,10 +36,11 @@ class SitesSettings:
 def sites(settings: SitesSettings) -> None:
     """Runs the jobs that are not done yet, and writes the page."""
     torch.set_num_threads(1)
+    results = settings.results or RESULTS
     if settings.processes:
-        run_sites(settings.results, settings.out, processes=settings.processes)
-    write_page(settings.results)
-    if settings.results == RESULTS:
+        run_sites(results, settings.out, processes=settings.processes)
+    write_page(results)
+    if results == RESULTS:
         renew_documents()
 
 

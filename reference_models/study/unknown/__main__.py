@@ -27,10 +27,10 @@ STUDY = Path(__file__).parents[1] / "results"  # whose learning rates are taken
 class UnknownSettings:
     """Continues the study of prediction without knowing the attribute of any test case."""
 
-    results: Path = RESULTS
+    results: Path | None = None
     """Folder of the page and of the csv, which records
-    what has been run. By default the folder in this
-    repository."""
+    what has been run. By default this repository's
+    own folder."""
     out: Path = Path("study_output/unknown")
     """Folder of the training under way."""
     most: int | None = None
@@ -42,7 +42,7 @@ class UnknownSettings:
 def unknown(settings: UnknownSettings) -> None:
     """Runs the jobs that are not done yet, and writes the page."""
     torch.set_num_threads(1)
-    results = settings.results
+    results = settings.results or RESULTS
     results.mkdir(parents=True, exist_ok=True)
     there = (results / UNKNOWN_SCORES.name).exists()
     rows = UNKNOWN_SCORES.read(results) if there else []
