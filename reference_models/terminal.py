@@ -1,17 +1,9 @@
-"""Lets commands print any text, even if the terminal or the pipe cannot show all letters.
-
-It also says how `--help` shows that a flag has no default.
-"""
+"""Lets commands print any text, even if the terminal or the pipe cannot show all letters."""
 
 from __future__ import annotations
 
 import io
 import sys
-
-import tyro
-
-# For a flag that takes several words, and none by default: `--help` would show "(default: )".
-OR_NONE = tyro.conf.arg(help_behavior_hint=lambda words: f"(default: {words or 'None'})")
 
 
 def print_anything() -> None:

@@ -15,10 +15,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from ..data.datasets import OR_NONE
 from ..data.endings import LOSSLESS, VOLUMES
 from ..errors import DataError, reading
 from ..files import write_results
-from ..terminal import OR_NONE
 from .labels import Labels, find_labels, look_at_masks, write_labels
 from .pairing import Pair, list_files, pair
 from .rows import Rows, read_rows

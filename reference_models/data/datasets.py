@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
+
 from ..errors import DataError
-from ..terminal import OR_NONE
 from . import fairseg, ham10000
 from .cases import Attribute, Dataset
 from .folder import Folder
@@ -23,6 +24,8 @@ from .phantom import Phantom, PhantomSettings
 from .splits import Fold
 from .table import UNKNOWN_TEXTS
 
+# For a flag that takes several words, and none by default: `--help` would show "(default: )".
+OR_NONE = tyro.conf.arg(help_behavior_hint=lambda words: f"(default: {words or 'None'})")
 FORMER_NAMES = {Folder.former_name: Folder.name}  # older recipes and commands still have these
 
 

@@ -128,7 +128,7 @@ def test_an_evaluation_by_the_file_has_the_same_scores_and_loads(exported, tmp_p
     # The file refuses what PyTorch's network, for an evaluation, takes the average for.
     assert own.conditions[3].scores
     assert not found.conditions[3].scores
-    assert "not run: the exported file refuses" in found.conditions[3].note
+    assert "not run: The exported file refuses" in found.conditions[3].note
 
 
 def test_the_file_itself_refuses_what_the_network_does(exported):
