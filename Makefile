@@ -35,7 +35,7 @@ gpu:
 # One thread a process: the tests are small, and as many of them run at once as there are cores. Who
 # is done takes over tests that wait for another process: those of the kernels are long.
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout 180 --numprocesses auto --dist worksteal
 
 # What takes minutes: kernels of every dtype, compiled for five GPUs; ONNX files of larger networks.
 slow: .venv/test

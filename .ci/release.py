@@ -23,7 +23,7 @@ def refusals(tag: str) -> list[str]:
     cited = _only(r"^version: (.+)$", "CITATION.cff")
     if cited != version:
         found.append(f"CITATION.cff says version {cited}, but _version.py says {version}.")
-    heading = rf"^## {re.escape(version)}(?: - (.*))?$"
+    heading = rf"^## \[{re.escape(version)}\](?: - (.*))?$"
     sections = re.findall(heading, _read("CHANGELOG.md"), flags=re.MULTILINE)
     if len(sections) != 1:
         found.append(f"CHANGELOG.md has {len(sections)} sections of {version}, expected one.")

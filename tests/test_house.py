@@ -187,6 +187,16 @@ def test_the_wheel_holds_the_package_alone_and_runs_the_readmes_first_snippet(tm
     assert "dmoe_layer/py.typed" in names
     needs = [n for n in header.get_all("Requires-Dist") if "extra ==" not in n]
     assert {re.match(r"\w+", n).group() for n in needs} == {"torch", "einops", "numpy"}
+    # A package index has none of the repository's files beside the README.
+    targets = re.findall(r"\]\(([^)]*)\)", header.get_payload())
+    ours = "https://github.com/dmoe-layer/dmoe-layer/blob/main/"
+    of_files = [target for target in targets if target.startswith(ours)]
+    assert len(of_files) > 20
+    assert all((ROOT / target.removeprefix(ours).split("#")[0]).exists() for target in of_files)
+    picture = "https://raw.githubusercontent.com/dmoe-layer/dmoe-layer/main/"
+    assert [t for t in targets if t not in of_files] == [
+        f"{picture}reference_models/demo/results/picture.png"
+    ]
 
     # A new environment that holds the wheel; torch, einops and numpy are borrowed by path, which
     # does not bring this checkout along.

@@ -13,7 +13,7 @@ import dmoe_layer
 
 ROOT = Path(__file__).parent.parent
 VERSION = "src/dmoe_layer/_version.py"
-HEADING = re.compile(rf"^## {re.escape(dmoe_layer.__version__)} - (.*)$", flags=re.MULTILINE)
+HEADING = re.compile(rf"^## \[{re.escape(dmoe_layer.__version__)}\] - (.*)$", flags=re.MULTILINE)
 
 
 @pytest.fixture

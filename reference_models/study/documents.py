@@ -1,4 +1,4 @@
-"""The parts of docs/ that are made of the studies' csv, and the figure of "Should I use this?".
+"""The table and the figure of "Should I use this?", which are made of the studies' csv.
 
 `python -m reference_models.study.documents` renews them, and the pages beside the csv.
 """
@@ -17,12 +17,12 @@ from .results import Results
 from .sites import page as sites_page
 from .sites.runner import SiteRows
 from .unknown import page as unknown_page
-from .unknown.trials import UNKNOWN_SCORES
 from .when_it_helps import DRAWN, FIGURE, scenes_drawn, write_figure
 
 HERE = Path(__file__).parent
 STUDY, SITES, UNKNOWN = HERE / "results", HERE / "sites/results", HERE / "unknown/results"
 DOCS = HERE.parents[1] / "docs"
+START = Path("start/should-i-use-this.md")
 
 
 def renew() -> None:
@@ -42,25 +42,15 @@ def renew_documents() -> None:
     """Renews what stands in docs/.
 
     Raises:
-        DataError: a csv or a mark in a page is missing.
+        DataError: a csv or a mark in the page is missing.
     """
-    for page, mark, text in sections():
-        replace_section(page, mark, text)
+    replace_section(DOCS / START, "costs", costs())
     write_figure(scenes_drawn(Results(STUDY), SiteRows.read(SITES)), DOCS / FIGURE)
 
 
-def sections() -> list[tuple[Path, str, str]]:
-    """The page, the mark and the text of each part."""
-    study, start = DOCS / "explanation/study.md", DOCS / "start/should-i-use-this.md"
-    sites = SiteRows.read(SITES)
-    costs = of_study.costs(Results(STUDY), [*DRAWN])
-    return [
-        (study, "sites", sites_page.overview(sites)),
-        (study, "new-sites", sites_page.newcomers_overview(sites)),
-        (study, "unknown", unknown_page.overview(UNKNOWN_SCORES.read(UNKNOWN))),
-        (start, "sites", sites_page.decided(sites)),
-        (start, "costs", costs),
-    ]
+def costs() -> str:
+    """A table of what the networks of the figure cost."""
+    return of_study.costs(Results(STUDY), [*DRAWN])
 
 
 if __name__ == "__main__":

@@ -164,6 +164,7 @@ def commands_shown():
     pages = [
         ROOT / "README.md",
         ROOT / "reference_models/README.md",
+        ROOT / "reference_models/demo/results/README.md",
         *(ROOT / "docs").rglob("*.md"),
     ]
     for page in sorted(pages):
@@ -204,6 +205,19 @@ def test_the_commands_that_pages_show_have_the_flags_that_there_are(command, mon
     )
     assert main(shlex.split(command)) == 0
     assert called == [command.split()[0]]
+
+
+def test_the_readmes_commands_train_a_network_and_report_it_by_group(tmp_path, monkeypatch, capsys):
+    """As they stand there, one after another, on small images for one epoch."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    train, evaluate = re.findall(r"^python -m reference_models (.+)$", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(train), "--epochs", "1", "--size", "32"]) == 0
+    assert main([*shlex.split(evaluate), "--resamples", "100"]) == 0
+    report = re.search(r"^report: (.+)$", capsys.readouterr().out, re.MULTILINE)[1]
+    assert Path(report).parts[:2] == ("runs", "brain")
+    written = Path(report).read_text(encoding="utf-8")
+    assert all(f"protocol: {group}" in written for group in ("brain", "grey matter"))
 
 
 def test_a_stopped_command_says_so_without_a_traceback(monkeypatch, capsys):

@@ -140,12 +140,12 @@ def compared(rows: SiteRows) -> str:
         )
         parts.append(f"{title}\n\n{verdict(rows, name)}\n\n{table}\n\n{endings(rows, name)}")
     legend = (
-        "Dice is the **mean over seeds** (lowest … highest seed; number of seeds). The third "
-        "column has the mean difference, paired by seed, with Student's 95 % interval and the "
+        "Dice is the **mean over seeds** (lowest … highest seed; number of seeds). A column named "
+        "minus has the mean difference, paired by seed, with Student's 95 % interval and the "
         "number of seeds on which dMoE is ahead. Multiply-adds are those of a forward pass over "
         "one image. Steps are those until the retained weights, as a median over seeds."
     )
-    return "\n\n".join([legend, *parts])
+    return "\n\n".join([legend, overview(rows), *parts])
 
 
 def verdict(rows: SiteRows, scene: str) -> str:
@@ -195,57 +195,21 @@ def endings(rows: SiteRows, scene: str) -> str:
     return f"{text}{', and '.join(without)}. This second comparison was not planned."
 
 
-def decided(rows: SiteRows) -> str:
-    """How many scenes have all seeds of the plan, and what each of these shows."""
-    whole = [
-        f"- {scene.title}. {verdict(rows, name)}"
-        for name, scene in SCENES.items()
-        if len(_complete(rows, name, COMPARED)) == len(rows.plan.seeds(name))
-    ]
-    count = f"{len(whole)} of the {len(SCENES)} scenes have all seeds of the plan."
-    return "\n".join([f"{count}\n", *whole]) if whole else f"{count} So nothing is decided yet."
-
-
 def overview(rows: SiteRows) -> str:
-    """How dMoE differs from the other methods, a line for each scene that has been begun."""
-    lines = []
+    """How many scenes are done, and how dMoE differs from the others in each that was begun."""
+    lines, done = [], 0
     for name, scene in SCENES.items():
         seeds = sorted(_complete(rows, name, COMPARED))
+        wanted = len(rows.plan.seeds(name))
+        done += len(seeds) == wanted
         if seeds:
             scores = [run.dice for run in _runs(rows, name, "dmoe") if run.seed in seeds]
-            cells = [scene.title, f"{len(seeds)} of {len(rows.plan.seeds(name))}", of_seeds(scores)]
+            cells = [scene.title, f"{len(seeds)} of {wanted}", of_seeds(scores)]
             cells += [difference(rows.plan.differences(name, "dmoe", r, seeds)) for r in RIVALS]
             lines.append(cells)
-    if not lines:
-        return decided(rows)
     header = ["scene", "seeds", "dMoE, Dice", *(f"dMoE minus {METHODS[r].title}" for r in RIVALS)]
-    ends = [
-        f"- {scene.title}: {endings(rows, name)}"
-        for name, scene in SCENES.items()
-        if _complete(rows, name, COMPARED)
-    ]
-    return "\n\n".join([decided(rows), markdown_table(header, lines), "\n".join(ends)])
-
-
-def newcomers_overview(rows: SiteRows) -> str:
-    """What few and many labelled cases of a new site do for each network."""
-    tested = [row for row in rows.adaptations if row.seed in SEEDS]
-    ends = LABELLED[0], LABELLED[-1]
-    ways = [("none", 0), *((part, cases) for cases in ends for part in ("own", "all"))]
-    lines = []
-    for scene in MAIN:
-        for method in COMPARED:
-            own = [row for row in tested if (row.scene, row.method) == (scene, method)]
-            if own:
-                found = [[r.dice for r in own if (r.part, r.cases) == way] for way in ways]
-                cells = [SCENES[scene].title, METHODS[method].title, *map(of_seeds, found)]
-                lines.append(cells)
-    if not lines:
-        return "No network has met a new site yet."
-    titles = {"own": "only what the site has for itself", "all": "all weights"}
-    header = ["scene", "network", "no labelled case, site unknown"]
-    header += [f"{cases} labelled: {titles[part]}" for part, cases in ways[1:]]
-    return markdown_table(header, lines)
+    count = f"{done} of the {len(SCENES)} scenes have all seeds of the plan."
+    return f"{count}\n\n{markdown_table(header, lines)}" if lines else count
 
 
 def unknown(rows: SiteRows) -> str:

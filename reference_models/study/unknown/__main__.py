@@ -14,7 +14,6 @@ from ...errors import DataError, RunError
 from ...files import write_whole
 from ...training.runs import lock_run
 from .. import tables
-from ..documents import renew_documents
 from ..scenes import Design
 from .page import write_page
 from .plan import jobs
@@ -59,8 +58,6 @@ def unknown(settings: UnknownSettings) -> None:
             _write(results / UNKNOWN_SCORES.name, UNKNOWN_SCORES.text(rows))
             Console(highlight=False, soft_wrap=True).print(f"{job.name}: done", markup=False)
     write_page(results)
-    if results == RESULTS:
-        renew_documents()
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...files import write_whole
 from ...markdown import markdown_table
 from ..methods import METHODS
-from ..quote import EXPLAINED, short
+from ..quote import EXPLAINED
 from ..scenes import SCENES
 from ..sites.page import difference, of_seeds
 from ..statistics import student_interval
@@ -93,29 +93,6 @@ def verdict(rows: Sequence[UnknownScore]) -> str:
     if not ahead:
         return "**No method has a clearly higher ES-Dice than the layer's policy in all scenes.**"
     return f"**Clearly above the layer's policy in all scenes by ES-Dice: {', '.join(ahead)}.**"
-
-
-def overview(rows: Sequence[UnknownScore]) -> str:
-    """Every network's scores by every method, a line for each scene and network."""
-    lines = []
-    for scene in SCENES_TRIED:
-        for method in METHODS_TRIED:
-            of_network = [r for r in rows if (r.scene, r.method) == (scene, method)]
-            cells = []
-            for way in WORDS:
-                own = [row for row in of_network if row.way == way]
-                scores = [
-                    short(sum(getattr(row, name) for row in own) / len(own))
-                    for name in ("es_dice", "overall", "worst")
-                    if own
-                ]
-                cells.append(" / ".join(scores) or "—")
-            if of_network:
-                seeds = len({row.seed for row in of_network})
-                lines.append([SCENES[scene].title, METHODS[method].title, f"{seeds}", *cells])
-    return f"{verdict(rows)}\n\n" + markdown_table(
-        ["scene", "network", "seeds", *WORDS.values()], lines
-    )
 
 
 def _lines(rows: Sequence[UnknownScore], scene: str, method: str) -> list[list[str]]:

@@ -70,12 +70,9 @@ def test_the_committed_page_is_what_the_committed_csv_give():
     assert written == page.text_of(Results(COMMITTED)), RENEW
 
 
-@pytest.mark.parametrize(
-    ("path", "mark", "text"),
-    [pytest.param(*part, id=f"{part[0].stem}-{part[1]}") for part in documents.sections()],
-)
-def test_what_the_documents_show_is_what_the_committed_csv_give(path, mark, text):
-    assert section(mark, text) in path.read_text(encoding="utf-8"), RENEW
+def test_the_costs_shown_are_what_the_committed_csv_give():
+    written = (documents.DOCS / documents.START).read_text(encoding="utf-8")
+    assert section("costs", documents.costs()) in written, RENEW
 
 
 def test_the_committed_figure_is_drawn_from_the_committed_csv():
@@ -84,10 +81,12 @@ def test_the_committed_figure_is_drawn_from_the_committed_csv():
         assert image.text["Source"] == when_it_helps.digest(scenes), RENEW
 
 
-def of_many_sites():
-    """The differences that the generated page of many sites shows."""
-    page = (documents.SITES / "README.md").read_text(encoding="utf-8")
-    return {*QUOTATION.findall(page)}
+def of_other_studies():
+    """The differences that the generated pages of many sites and of unknown attributes show."""
+    pages = [results / "README.md" for results in (documents.SITES, documents.UNKNOWN)]
+    return {
+        found for page in pages for found in QUOTATION.findall(page.read_text(encoding="utf-8"))
+    }
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.stem)
@@ -95,7 +94,7 @@ def test_every_number_that_a_page_quotes_is_a_row_of_the_committed_csv(path):
     prose = GENERATED.sub("", path.read_text(encoding="utf-8"))
     results = Results(COMMITTED)
     quoted = {" ".join(found.split()) for found in QUOTATION.findall(prose)}
-    assert quoted <= {quotation(row) for row in results.differences} | of_many_sites()
+    assert quoted <= {quotation(row) for row in results.differences} | of_other_studies()
     # The page that explains how to read a number takes one apart.
     prose = re.sub(r"\*\*\+?\.\d{3}( to \.\d{3})?\*\*", "", QUOTATION.sub("", prose))
     # Nothing that looks like a difference goes without its interval.
@@ -222,17 +221,14 @@ def test_a_page_is_written_whole_or_not_at_all(made, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_every_document_that_shows_numbers_is_renewed_between_its_marks(tmp_path, monkeypatch):
+def test_the_document_that_shows_costs_is_renewed_between_its_marks(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "DOCS", tmp_path)
-    for path, mark, _ in documents.sections():
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"before\n{section(mark, 'old')}\nafter\n")
+    path = tmp_path / documents.START
+    path.parent.mkdir()
+    path.write_text(f"before\n{section('costs', 'old')}\nafter\n", encoding="utf-8")
     documents.renew_documents()
-    for path, mark, text in documents.sections():
-        written = path.read_text(encoding="utf-8")
-        assert f"before\n{section(mark, text)}\nafter\n" in written
-        assert "old" not in written.split()
+    written = path.read_text(encoding="utf-8")
+    assert written == f"before\n{section('costs', documents.costs())}\nafter\n"
     assert (tmp_path / when_it_helps.FIGURE).exists()
     path.write_text("no mark", encoding="utf-8")
     with pytest.raises(DataError, match=r"expected the marks .*, one is missing; add both"):
