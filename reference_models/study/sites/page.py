@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,18 +81,14 @@ def progress(rows: SiteRows) -> str:
         seeds = _complete(rows, name, COMPARED)
         wanted = len(rows.plan.seeds(name))
         more = "" if name in MAIN or wanted == len(SEEDS) else f", {len(SEEDS)} if needed"
-        adapted = {
-            row.seed
-            for row in rows.adaptations
-            if row.scene == name and row.seed in SEEDS[:FIRST_SEEDS]
-        }
+        adapted = {row.seed for row in rows.adaptations if row.scene == name and row.seed in SEEDS}
         tried = _complete(rows, name, (*VARIANTS, "dmoe"))
         lines.append(
             [
                 f"`{name}`: {scene.title}",
                 f"{tuned} of {len(COMPARED)}",
                 f"{len(seeds)} of {wanted}{more}",
-                f"{len(adapted)} of {FIRST_SEEDS} started" if name in MAIN else _NONE,
+                f"{len(adapted)} of {len(SEEDS)} started" if name in MAIN else _NONE,
                 f"{len(tried)} of {FIRST_SEEDS}" if name in MAIN else _NONE,
             ]
         )
@@ -251,28 +249,38 @@ def unknown(rows: SiteRows) -> str:
 
 def newcomers(rows: SiteRows) -> str:
     """How much a few labelled cases of a new site help."""
-    tested = [row for row in rows.adaptations if row.seed in SEEDS]
+    scores: defaultdict[tuple[str, str, str, int], dict[int, float]] = defaultdict(dict)
+    numbers: dict[tuple[str, str, str], int] = {}
+    for row in rows.adaptations:
+        if row.seed in SEEDS:
+            scores[row.scene, row.method, row.part, row.cases][row.seed] = row.dice
+            numbers[row.scene, row.method, row.part] = row.numbers
     parts = []
     for scene in MAIN:
-        lines = []
-        for method in COMPARED:
-            for part in ("none", "own", "all"):
-                found = [
-                    row
-                    for row in tested
-                    if (row.scene, row.method, row.part) == (scene, method, part)
-                ]
-                if not found:
-                    continue
-                cells = [
-                    of_seeds([row.dice for row in found if row.cases == cases])
-                    for cases in (0, *LABELLED)
-                ]
-                lines.append([METHODS[method].title, part, f"{found[0].numbers:,}", *cells])
-        title = f"### `{scene}`: {SCENES[scene].title}"
-        header = ["", "adapted", "numbers", "no case", *(f"{n} cases" for n in LABELLED)]
-        table = markdown_table(header, lines) if lines else f"{_NOT_RUN}."
-        parts.append(f"{title}\n\n{table}")
+        lines, minus = [], []
+        for method, part in itertools.product(COMPARED, ("none", "own", "all")):
+            if (scene, method, part) not in numbers:
+                continue
+            of_cases = [scores[scene, method, part, cases] for cases in (0, *LABELLED)]
+            cells = [of_seeds([*of_seed.values()]) for of_seed in of_cases]
+            title = METHODS[method].title
+            lines.append([title, part, f"{numbers[scene, method, part]:,}", *cells])
+            if part == "none" or (method, part) == ("dmoe", "own"):
+                continue
+            pairs = [
+                (scores[scene, "dmoe", "own", cases], of_seed)
+                for cases, of_seed in zip(LABELLED, of_cases[1:], strict=True)
+            ]
+            cells = [difference([a[s] - b[s] for s in sorted(a.keys() & b)]) for a, b in pairs]
+            minus.append([title, part, *cells])
+        cases = [f"{n} case{'s' * (n > 1)}" for n in LABELLED]
+        parts.append(f"### `{scene}`: {SCENES[scene].title}")
+        if not lines:
+            parts.append(f"{_NOT_RUN}.")
+            continue
+        parts.append(markdown_table(["", "adapted", "numbers", "no case", *cases], lines))
+        parts.append("The Dice of dMoE, whose router alone is adapted, minus that of:")
+        parts.append(markdown_table(["", "adapted", *cases], minus))
     legend = (
         "The scores are the Dice of the new sites' test cases. The second column says which "
         "weights were adapted: none, and the network receives the value that means unknown; own, "

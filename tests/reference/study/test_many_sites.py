@@ -18,7 +18,7 @@ from reference_models.study.sites.learning import Schedule, build, case_dice, tr
 from reference_models.study.sites.newcomer import adapt, extended
 from reference_models.study.sites.plan import COMPARED, SCENES, TUNING_SEED, Job, Plan, Scene
 from reference_models.study.sites.runner import SiteRows, run_sites
-from reference_models.study.sites.tables import SiteRun
+from reference_models.study.sites.tables import Adaptation, SiteRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -275,7 +275,8 @@ def test_the_committed_page_is_what_the_committed_tables_give():
     written = (RESULTS / page.PAGE).read_text(encoding="utf-8")
     assert written == page.text_of(rows, machines)
     # A scene that has not been run in full is not counted, and its table decides nothing.
-    left = {job.scene for job in rows.plan.ahead()}
+    ahead = [job for job in rows.plan.ahead() if job.task != "adapt" and job.method in COMPARED]
+    left = {job.scene for job in ahead}
     of_all = f"{len(SCENES) - len(left)} of the {len(SCENES)} scenes have all seeds of the plan."
     assert page.overview(rows).startswith(of_all)
     _, _, compared = written.partition("## Where dMoE is ahead")
@@ -335,6 +336,32 @@ def test_trainings_that_hardly_began_are_named_and_left_out_of_a_second_comparis
     assert left.startswith("+.011") or left.startswith("+.010")
     assert f"did so, dMoE minus FiLM + MLP is {left}. This second" in text
     assert text in page.compared(rows)
+
+
+def test_at_a_new_site_dmoes_router_is_compared_on_the_seeds_that_both_have():
+    def row(method, part, cases, seed, dice):
+        return Adaptation(
+            scene="mri-few", method=method, seed=seed, learning_rate=0.01, part=part, cases=cases,
+            adapt_rate=0.01, steps=25, numbers=1234, dice=dice, by_site=(dice,),
+        )  # fmt: skip
+
+    dmoe = {(1, 10): 0.8, (1, 11): 0.9, (1, 12): 0.1, (3, 10): 0.85}
+    film = {(1, 10): 0.7, (1, 11): 0.85, (3, 10): 0.9}
+    tuning = row("film", "own", 1, plan.TUNING_SEED, 0.0)
+    text = page.newcomers(
+        SiteRows(
+            [],
+            [
+                *(row("dmoe", "own", *key, dice) for key, dice in dmoe.items()),
+                *(row("film", "own", *key, dice) for key, dice in film.items()),
+                tuning,
+            ],
+        )
+    )
+    (scores, minus) = [line for line in text.splitlines() if line.startswith("| FiLM + MLP | own")]
+    assert scores.split(" | ")[2:5] == ["1,234", "—", "**.775** (.700 … .850; 2)"]
+    assert minus.split(" | ")[2:4] == [page.difference([0.1, 0.05]), page.difference([-0.05])]
+    assert text.count("minus that of") == 1  # in the scene that has rows
 
 
 def test_no_scene_is_there_that_cannot_be_made():
