@@ -32,7 +32,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turns links between files of the repository, as GitHub reads them, into links of the site.
 
-    What the site does not have, such as code, is linked to where it lies in the repository.
+    What the site does not have, such as code and notebooks, is linked to where it lies in the
+    repository.
     """
     folder = Path(page.file.abs_src_path or "").parent
 
@@ -41,7 +42,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not path.exists() or ROOT not in path.parents:
             return link[0]
         place = _place(path)
-        if files.get_file_from_path(place) is None:
+        file = files.get_file_from_path(place)
+        if file is None or file.inclusion.is_excluded():
             return f"{config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
         return posixpath.relpath(place, posixpath.dirname(page.file.src_uri))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dmoe_layer
-from dmoe_layer import export
+from dmoe_layer import backend, export
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dmoe_layer"
@@ -127,6 +127,7 @@ def test_readme_names_every_public_name():
     functions = set(export.__all__) - {"OnnxCheck"}  # which export_onnx returns
     expected = {*dmoe_layer.__all__, *(f"export.{name}" for name in functions)}
     expected |= {f"surgery.{name}_attribute_value" for name in ("add", "remove")}
+    expected |= {f"backend.{name}" for name in backend.__all__}
     assert sorted(named) == sorted(expected)
 
 
