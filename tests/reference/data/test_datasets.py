@@ -25,7 +25,7 @@ def test_settings_take_the_tables_names_and_the_help_tells_its_attributes(capsys
     text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     for name, source in DATASETS.items():
         if source.attributes:
-            assert "receives the first of these:" in text
+            assert "the first of these is used:" in text
             assert f"- {name}: {', '.join(source.attributes)}." in text
 
 
