@@ -172,11 +172,14 @@ def operators_are_seen() -> bool:
     return _dispatches_to_python() or torch.jit.is_tracing()
 
 
+_is_legacy_batched = getattr(
+    getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda tensor: True
+)
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether ``autograd.grad(is_grads_batched=True)`` runs over it; unknown counts as yes."""
-    functorch = getattr(torch._C, "_functorch", None)
-    asked = getattr(functorch, "is_legacy_batchedtensor", None)
-    return True if asked is None else bool(asked(tensor))
+    return bool(_is_legacy_batched(tensor))
 
 
 def function_of_operator(operator: Any) -> Callable[..., Any]:

@@ -112,12 +112,11 @@ def _is_eager(inputs: tuple[Any, ...]) -> bool:
     modes (those of FLOP counters, fake tensors and selective checkpointing), torch.func, and
     subclasses of Tensor. On the meta device an operator is its fake.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not operators_are_seen()
-        and all(map(_is_plain, (i for i in inputs if isinstance(i, Tensor))))
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN_TENSORS and not tensor.is_meta and not is_batched(tensor)
+    if torch.compiler.is_compiling() or operators_are_seen():
+        return False
+    for given in inputs:  # A loop, since this runs for every operator of every step.
+        if isinstance(given, Tensor) and (
+            type(given) not in PLAIN_TENSORS or given.is_meta or is_batched(given)
+        ):
+            return False
+    return True
