@@ -163,9 +163,11 @@ class Plan:
             yield from self._of(scene, COMPARED, (TUNING_SEED, *SEEDS), "adapt")
         for scene in MAIN:
             yield from self._of(scene, tuple(VARIANTS), SEEDS[:FIRST_SEEDS], "train")
-        for scene in SCENES:
-            if scene not in MAIN:
-                yield from self._compared(scene, self.seeds(scene))
+        others = [scene for scene in SCENES if scene not in MAIN]
+        for scene in others:
+            yield from self._compared(scene, SEEDS[:FIRST_SEEDS])
+        for scene in others:
+            yield from self._compared(scene, self.seeds(scene))
 
     def seeds(self, scene: str) -> tuple[int, ...]:
         """The seeds that a scene is to be tested on, as far as that is decided."""
