@@ -183,14 +183,17 @@ def endings(rows: SiteRows, scene: str) -> str:
     if not found:
         return text
     text += f" The best weights were those of step {EARLY_STEPS} or before with "
-    text += f"{'; '.join(found)}. Without the seeds on which one of the two networks did so, "
+    text += f"{'; '.join(found)}."
     without = []
     for rival in early:
         if rival != "dmoe" and (left_out := early["dmoe"] | early[rival]):
             seeds = [seed for seed in SEEDS if seed not in left_out]
-            by_seed = rows.plan.differences(scene, "dmoe", rival, seeds)
-            without.append(f"dMoE minus {METHODS[rival].title} is {difference(by_seed)}")
-    return f"{text}{', and '.join(without)}. This second comparison was not planned."
+            if by_seed := rows.plan.differences(scene, "dmoe", rival, seeds):
+                without.append(f"dMoE minus {METHODS[rival].title} is {difference(by_seed)}")
+    if without:
+        text += " Without the seeds on which one of the two networks did so, "
+        text += f"{'; '.join(without)}. This second comparison was not planned."
+    return text
 
 
 def overview(rows: SiteRows) -> str:

@@ -336,6 +336,9 @@ def test_trainings_that_hardly_began_are_named_and_left_out_of_a_second_comparis
     assert left.startswith("+.011") or left.startswith("+.010")
     assert f"did so, dMoE minus FiLM + MLP is {left}. This second" in text
     assert text in page.compared(rows)
+    # Where no seed is left there is no second comparison.
+    only = SiteRows([run for run in rows.runs if run.seed in (plan.TUNING_SEED, 12)], [])
+    assert page.endings(only, "mri-own").endswith("FiLM + MLP on seed 12.")
 
 
 def test_at_a_new_site_dmoes_router_is_compared_on_the_seeds_that_both_have():
