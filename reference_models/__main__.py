@@ -26,7 +26,7 @@ from .metrics.scores import Summary
 from .recipes.presets import DESCRIPTIONS, PRESETS
 from .report.words import findings
 from .study.command import StudySettings, study
-from .terminal import print_anything
+from .terminal import ends_with_its_reader, print_anything
 from .training.loop import train
 
 _Preset: Any = tyro.extras.subcommand_type_from_defaults(PRESETS, DESCRIPTIONS, prefix_names=False)
@@ -209,4 +209,5 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_with_its_reader():
+        sys.exit(main())

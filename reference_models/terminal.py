@@ -1,9 +1,12 @@
-"""Lets commands print any text, even if the terminal or the pipe cannot show all letters."""
+"""Lets commands print any text, and end quietly if nobody reads it any more."""
 
 from __future__ import annotations
 
 import io
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def print_anything() -> None:
@@ -14,3 +17,24 @@ def print_anything() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another class
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def ends_with_its_reader() -> Iterator[None]:
+    """Ends the program without a traceback when the reader of its output has gone, as `head` does.
+
+    Raises:
+        SystemExit: with code 141, which shells give a program that a broken pipe has ended.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # What is still in memory would fail when Python ends.
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        raise  # another pipe than stdout

@@ -62,11 +62,11 @@ class DataSettings:
     used, and --split-seed splits the rest."""
     fold: Fold | None = None
     """Number of the fold, counted from 0. The validation
-    cases are those that the fold holds out. The folds are those of a splits_final.json
-    or, without one, are made by subject and
-    stratified by the default attribute. Without this
-    flag the first fold of a splits_final.json is
-    used, or else no fold.
+    cases are those that the fold holds out. The folds
+    are those of a splits_final.json or, without one,
+    are made by subject and stratified by the default
+    attribute. Without this flag the first fold of a
+    splits_final.json is used, or else no fold.
     - all: train on every case except the test cases,
       and hold out none."""
     folds: int | None = None
