@@ -35,16 +35,17 @@ _LEGEND = {
     "per_value": "one MLP for each value",
     "dmoe": "dMoE",
 }
-# What the attribute does in a scene of the study, in the order of the figure; "" is a site's.
+# What the attribute does in a scene, in the order of the figure.
 _HEADINGS = {
-    "decides": "The attribute decides, the image does not show it",
+    "few": "A few values decide, unseen in the image",
+    "sites": "Many sites decide, unseen in the image",
     "shown": "The image shows the attribute",
     "none": "The attribute has no effect",
 }
 _STUDY = {
-    "rule": ("decides", "phantom, a rule for each of 4 values"),
-    "two": ("decides", "phantom, two attributes"),
-    "mri": ("decides", "real MRI, 3 protocols"),
+    "rule": ("few", "phantom, a rule for each of 4 values"),
+    "two": ("few", "phantom, two attributes"),
+    "mri": ("few", "real MRI, 3 protocols"),
     "appearance": ("shown", "phantom, 4 appearances"),
     "none": ("none", "phantom, 4 values"),
 }
@@ -95,7 +96,7 @@ def scenes_drawn(study: Results, sites: SiteRows) -> list[Drawn]:
         }
         seeds = sorted(set.intersection(*(set(scores) for scores in by_method.values())))
         scores = {method: [of[seed] for seed in seeds] for method, of in by_method.items()}
-        found.append(Drawn("decides", of_sites.title, scores))
+        found.append(Drawn("sites", of_sites.title, scores))
     complete = [scene for scene in found if all(scene.scores.values())]
     return sorted(complete, key=lambda scene: [*_HEADINGS].index(scene.kind))
 
