@@ -35,6 +35,15 @@ def run_command(
     return 0
 
 
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag whose value `chosen_device` takes."""
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="Device that computes. The default is a GPU if there is one, and else the CPU.",
+    )
+
+
 def chosen_device(name: str | None) -> torch.device:
     """The device of this name; without a name a GPU if there is one, else the CPU.
 

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import chosen_device, chosen_names, require_at_least, run_command
+from ..arguments import (
+    add_device_flag,
+    chosen_device,
+    chosen_names,
+    require_at_least,
+    run_command,
+)
 from ..machine import device_kind, run_facts
 from ..output import SECTIONS, ResultsFolder
 from .goals import THREADS, goals_table
@@ -113,11 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Make a short run of two rounds. It measures two small shapes, unless --shapes names "
         "others.",
     )
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="Device that computes. The default is a GPU if there is one, and else the CPU.",
-    )
+    add_device_flag(parser)
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

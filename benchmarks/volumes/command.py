@@ -15,6 +15,7 @@ import torch
 
 from ..arguments import (
     ArgumentError,
+    add_device_flag,
     chosen_device,
     chosen_names,
     require_at_least,
@@ -118,11 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Number of timed rounds. The default is 3 on a CPU and 10 on a GPU.",
     )
     parser.add_argument("--quick", action="store_true", help="Measure two small patches.")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="Device that computes. The default is a GPU if there is one, and else the CPU.",
-    )
+    add_device_flag(parser)
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
