@@ -28,8 +28,17 @@ _TYPES = {
 _MATRIX = r"\b(?:H?G?MMA\.|UTC\w*MMA\b)[\w.]*"
 
 
+class Resources(NamedTuple):
+    """What a program of a compiled kernel takes; registers are those of a thread."""
+
+    warps: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
 class Binary(NamedTuple):
-    """The resources of a program of a compiled kernel; registers are those of a thread.
+    """A compiled kernel: its resources, and what its machine code says.
 
     Attributes:
         instructions: a warp's, outside of loops, in loops, in loops inside of loops.
@@ -48,17 +57,28 @@ class Binary(NamedTuple):
 def read_binary(launch: Launch, capability: int) -> Binary:
     """The launch's kernel as a GPU of this compute capability would run it."""
     compiled = compile_for(launch, capability)
-    usage = dump("--dump-resource-usage", compiled)
     code = dump("--dump-sass", compiled)
-    numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Binary(
+        *_resources(compiled),
+        matrix_instructions=" ".join(sorted(set(re.findall(_MATRIX, code)))),
+        instructions=instructions_by_depth(code),
+        loads_ahead=bool(re.search(r"\b(LDGSTS|UBLKCP|UTMALDG)", code)),
+    )
+
+
+def read_resources(launch: Launch, capability: int) -> Resources:
+    """Its resources alone: to disassemble a kernel takes as long as to compile it."""
+    return _resources(compile_for(launch, capability))
+
+
+def _resources(compiled: Any) -> Resources:
+    usage = dump("--dump-resource-usage", compiled)
+    numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
         warps=compiled.metadata.num_warps,
         registers=numbers["REG"],
         stack_bytes=numbers["STACK"] + numbers["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        matrix_instructions=" ".join(sorted(set(re.findall(_MATRIX, code)))),
-        instructions=instructions_by_depth(code),
-        loads_ahead=bool(re.search(r"\b(LDGSTS|UBLKCP|UTMALDG)", code)),
     )
 
 

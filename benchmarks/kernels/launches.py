@@ -141,7 +141,7 @@ def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Itera
     """
     from triton.runtime import JITFunction
 
-    from dmoe_layer.fused import narrow
+    from dmoe_layer.fused import narrow, router
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         take(Launch(kernel, arguments, options, grid))
@@ -150,7 +150,8 @@ def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Itera
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(backend, "_obstacle_of_machine", return_value=""),
-        mock.patch.object(narrow, "is_hopper", return_value=capability >= 90),
+        mock.patch.object(narrow, "compute_capability", return_value=capability),
+        mock.patch.object(router, "compute_capability", return_value=capability),
     ):
         yield
 

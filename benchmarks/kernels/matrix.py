@@ -6,14 +6,14 @@ import csv
 import hashlib
 import io
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from ..machine import ROOT
-from .binary import Binary, read_binary
+from .binary import read_resources
 from .launches import Launch, LayerStep, fused_activations
 from .report import DTYPES
 
@@ -25,8 +25,8 @@ _KERNELS = ROOT / "src" / "dmoe_layer" / "fused" / "kernels"
 class MatrixRow:
     """A line of the CSV: the worst of the binaries of a width, all activations together.
 
-    ``sources`` tells the kernels' code apart. ``stack_bytes`` are what spills; ``stack_in`` and
-    ``shared_in`` are the kernels that have most of it, empty where none has any.
+    ``sources`` tells the kernels' code and blocks apart. ``stack_bytes`` are what spills;
+    ``stack_in`` and ``shared_in`` are the kernels that have most of it, empty where none has any.
     """
 
     triton: str
@@ -50,17 +50,21 @@ class MatrixRow:
 def matrix_rows(
     capabilities: Sequence[int], dtypes: Sequence[str], widths: Sequence[int], old: list[MatrixRow]
 ) -> Iterator[MatrixRow]:
-    """A row of each that ``old`` has none of by this Triton and of these kernels."""
+    """A row of each that ``old`` has not by this Triton, with the same code and blocks."""
     import triton
 
-    sources = kernel_sources()
-    done = {row.what for row in old if row.sources == sources}
+    done = {(row.what, row.sources) for row in old}
     for capability, dtype, dim in product(capabilities, dtypes, widths):
-        if (triton.__version__, capability, dtype, dim) in done:
+        launches = _launches(capability, dtype, dim)
+        sources = kernel_sources(launches)
+        if ((triton.__version__, capability, dtype, dim), sources) in done:
             continue
         found = [
-            (f"{launch.kernel.__name__} {launch.variant} {activation}".replace("  ", " "), binary)
-            for activation, launch, binary in _binaries(capability, dtype, dim)
+            (
+                f"{launch.kernel.__name__} {launch.variant} {activation}".replace("  ", " "),
+                read_resources(launch, capability),
+            )
+            for launch, activation in launches.values()
         ]
         spilling = max(found, key=lambda one: one[1].stack_bytes)
         largest = max(found, key=lambda one: one[1].shared_bytes)
@@ -79,14 +83,13 @@ def matrix_rows(
         )
 
 
-def _binaries(capability: int, dtype: str, dim: int) -> Iterator[tuple[str, Launch, Binary]]:
-    """Each binary of a width once, with the activation that it was first compiled for."""
-    known = set()
+def _launches(capability: int, dtype: str, dim: int) -> dict[tuple[Any, ...], tuple[Launch, str]]:
+    """Each launch of a width by its key, with the activation that it is first compiled for."""
+    found: dict[tuple[Any, ...], tuple[Launch, str]] = {}
     for activation in fused_activations():
         for launch in LayerStep(dim, DTYPES[dtype], activation, capability=capability).launches():
-            if launch.key not in known:
-                known.add(launch.key)
-                yield activation, launch, read_binary(launch, capability)
+            found.setdefault(launch.key, (launch, activation))
+    return found
 
 
 def merged(old: list[MatrixRow], new: list[MatrixRow]) -> list[MatrixRow]:
@@ -105,9 +108,9 @@ def read_matrix(path: Path) -> list[MatrixRow]:
     return [MatrixRow(**{name: kinds[name](cell) for name, cell in row.items()}) for row in rows]
 
 
-def kernel_sources() -> str:
-    """The kernels' code in eight digits, without what is a comment or a docstring."""
-    digest = hashlib.sha256()
+def kernel_sources(launches: Iterable[tuple[Any, ...]]) -> str:
+    """Eight digits of the kernels' code, without comments and docstrings, and of launches' keys."""
+    digest = hashlib.sha256(repr(sorted(map(repr, launches))).encode())
     for path in sorted(_KERNELS.glob("*.py")):
         before = tokenize.NEWLINE
         for token in tokenize.generate_tokens(

@@ -31,8 +31,8 @@ CANDIDATES = {
         "rows:rows=128,warps=8",
         "rows:stages=2",
         "weights:stages=2",
-        "weights:stages=4",
-        "weights:rows=128,warps=8",
+        "weights:stages=3",
+        "weights:rows=128",
         "forward:rows=64",
     ),
     "stage-0-wide": (
@@ -42,10 +42,10 @@ CANDIDATES = {
         "weights:stages=2",
         "weights:rows=64,warps=4",
         "weights:hidden=32",
-        "forward:rows=64,warps=4",
+        "forward:hidden=64,stages=2",
     ),
     "2d": (
-        "gemm:stages=2",
+        "gemm:stages=3",
         "gemm:depth=32,stages=4",
         "gemm:columns=128,depth=64,stages=3",
         "gemm:columns=64,depth=64,warps=4",

@@ -87,9 +87,8 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
             read, written = row + first * element, (first + h if gated else h) * element
             return Work(2 * d * h, fill(h, "COLUMNS"), read, written, options["ROWS"])
         case "weight_backward_kernel":
-            sides = options["a_columns"], options["b_columns"]
-            read = sum(sides) * element
-            return Work(2 * math.prod(sides), fill(d, "COLUMNS"), read, 0, options["ROWS"])
+            read = (first + h) * element + 2 * row
+            return Work(2 * d * (first + h), fill(d, "COLUMNS"), read, 0, options["ROWS"])
         case _:
             return None
 
@@ -135,7 +134,7 @@ def trips(launch: Launch) -> tuple[float, ...]:
         case "weight_backward_kernel":
             rows = launch.value("order_ptr").shape[0] / options["n_experts"]
             passes = cut(launch.value("chunk_rows") if options["SPLIT"] else rows, "ROWS")
-            return (passes / 2,)  # of two loops each program passes one
+            return (passes / 4,)  # of four loops each program passes one
         case _:
             return ()
 

@@ -166,20 +166,19 @@ def operators_are_seen() -> bool:
     torch.func. If PyTorch no longer tells, the operators count as seen.
     """
     included = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
-    front = getattr(getattr(torch._C, "DispatchKey", None), "FuncTorchDynamicLayerFrontMode", None)
-    if included is None or front is None or included(front):
+    keys: Any = getattr(torch._C, "DispatchKey", None)
+    front = getattr(keys, "FuncTorchDynamicLayerFrontMode", None)
+    if included is None or front is None:
         return True
-    return _dispatches_to_python() or torch.jit.is_tracing()
+    # Not by _dispatches_to_python, which would look all of them up again: every operator asks.
+    modes = included(front) or included(keys.PreDispatch) or included(keys.Python)
+    return modes or torch.jit.is_tracing()
 
 
-_is_legacy_batched = getattr(
+# Whether ``autograd.grad(is_grads_batched=True)`` runs over a tensor; unknown counts as yes.
+is_batched: Callable[[Tensor], bool] = getattr(
     getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda tensor: True
 )
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether ``autograd.grad(is_grads_batched=True)`` runs over it; unknown counts as yes."""
-    return bool(_is_legacy_batched(tensor))
 
 
 def function_of_operator(operator: Any) -> Callable[..., Any]:

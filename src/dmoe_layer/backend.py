@@ -148,7 +148,7 @@ def _kernels_for(dim: int, dtype: torch.dtype, activation: str) -> str:
     """Says which of the Triton kernels compute experts of this width."""
     from .fused.narrow import fuses_backward, fuses_forward
 
-    if not fuses_forward(dim, dtype, activation):
+    if not fuses_forward(dim, dtype):
         return f"D = {dim} is wide, so that grouped matrix products compute the two layers"
     but = "" if fuses_backward(dim, dtype, activation) else ", except in backward"
     return f"D = {dim} is narrow, so that the hidden layer stays in registers{but}"

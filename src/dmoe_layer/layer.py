@@ -399,6 +399,7 @@ class DMoE(LazyDim):
 
 def _in_memory_format_of(x: Tensor, y: Tensor) -> Tensor:
     """``y`` in the memory format of ``x``, as element-wise operators choose it."""
-    if y.stride() == torch.empty_like(x, device="meta").stride():
+    # y has no gaps. If its strides are those of x, x has none either, and what is like x has them.
+    if y.stride() == x.stride() or y.stride() == torch.empty_like(x, device="meta").stride():
         return y
     return torch.empty_like(x).copy_(y)

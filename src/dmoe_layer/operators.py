@@ -115,8 +115,9 @@ def _is_eager(inputs: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or operators_are_seen():
         return False
     for given in inputs:  # A loop, since this runs for every operator of every step.
-        if isinstance(given, Tensor) and (
-            type(given) not in PLAIN_TENSORS or given.is_meta or is_batched(given)
-        ):
+        if type(given) in PLAIN_TENSORS:
+            if given.is_meta or is_batched(given):
+                return False
+        elif isinstance(given, Tensor):
             return False
     return True

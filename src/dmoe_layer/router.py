@@ -262,6 +262,8 @@ class AttributeRouter(LazyDim):
     def _rows(self, values_BN: Tensor) -> Tensor:
         """The row of the table for each sample and attribute, whose value may be unknown."""
         sizes = self.sizes or ()
+        if len(sizes) == 1 and self.unknown == "error":
+            return values_BN
         starts = (0, *itertools.accumulate(sizes))
         columns = []
         for i, values_B in enumerate(values_BN.unbind(dim=1)):

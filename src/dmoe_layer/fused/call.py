@@ -48,11 +48,11 @@ class ExpertCall:
         dtype: torch.dtype,
     ) -> None:
         self.dtype = dtype
-        self.x, self.gates, self.kept = contiguous(x_TD, gates_TK, kept_RW)
-        self.order, self.offsets, self.tiles = contiguous(*pairs)
-        self.w1, self.w2 = (self._operand(p) for p in (weights.w1_EHD, weights.w2_EDH))
-        self.b1, self.b2 = (
-            None if b is None else self._operand(b) for b in (weights.b1_EH, weights.b2_ED)
+        self.x, self.gates, self.kept, self.order, self.offsets, self.tiles = contiguous(
+            x_TD, gates_TK, kept_RW, *pairs
+        )
+        self.w1, self.b1, self.w2, self.b2 = contiguous(
+            *[p if p is None or p.dtype == dtype else p.to(dtype) for p in weights]
         )
         self.parameter_dtype = weights.w1_EHD.dtype
         self.n_experts, self.dim, self.hidden = weights.w2_EDH.shape
@@ -66,9 +66,6 @@ class ExpertCall:
         self.sizes = {"dim": self.dim, "hidden": self.hidden, "K": self.k}
         self.search_opts = {"n_experts": self.n_experts, "EXPERTS": block_size(self.n_experts, 2)}
         self.gemm_opts = {"PRECISION": gemm_precision()}
-
-    def _operand(self, parameter: Tensor) -> Tensor:
-        return parameter.to(self.dtype).contiguous()
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)

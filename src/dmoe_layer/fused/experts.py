@@ -29,7 +29,7 @@ def experts(
     ``pairs`` is the router's sort by expert. Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), with
     operands in ``options.dtype`` and sums in fp32.
     """
-    is_narrow = narrow.fuses_forward(x_TD.shape[1], options.dtype, options.activation)
+    is_narrow = narrow.fuses_forward(x_TD.shape[1], options.dtype)
     keep = not is_narrow and keeps_hidden(x_TD, gates_TK, weights)
     kept_RW = _kept(pairs, x_TD.shape[1], options)
     activation, dropout, _, dtype = options
@@ -77,15 +77,15 @@ def _fused_experts(
     weights = ExpertWeights(w1_EHD, b1_EH, w2_EDH, b2_ED)
     pairs = SortedPairs(order_R, offsets, tiles)
     call = ExpertCall(x_TD, pairs, gates_TK, weights, activation, dropout, kept_RW, dtype)
-    if narrow.fuses_forward(call.dim, dtype, activation):
+    if narrow.fuses_forward(call.dim, dtype):
         return narrow.forward(call), call.empty(0)
     return wide.forward(call, keep_hidden)
 
 
 @_fused_experts.register_fake
 def _(x_TD, order_R, offsets, tiles, gates_TK, w1_EHD, *options):  # type: ignore[no-untyped-def]
-    *_, activation, _, _, dtype, keep_hidden = options
-    keeps = keep_hidden and not narrow.fuses_forward(x_TD.shape[1], dtype, activation)
+    *_, dtype, keep_hidden = options
+    keeps = keep_hidden and not narrow.fuses_forward(x_TD.shape[1], dtype)
     shape = (order_R.shape[0], w1_EHD.shape[1]) if keeps else (0,)
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(shape, dtype=dtype)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import language as tl
 
@@ -19,9 +20,10 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **op
     if on.is_cuda and on.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(on):
             return launch(kernel, grid, on, *arguments, **options)
-    # A fused product and sum rounds once instead of twice. The option is explicit, because Triton's
-    # default is about to change.
-    kernel[grid](*arguments, **options, enable_fp_fusion=True)
+    # What ``kernel[grid](...)`` calls, without a function and a dictionary in between. A fused
+    # product and sum rounds once instead of twice. The option is explicit, because Triton's default
+    # is about to change.
+    kernel.run(*arguments, grid=grid, warmup=False, enable_fp_fusion=True, **options)
 
 
 def contiguous(*tensors: Any) -> tuple[Any, ...]:
@@ -30,12 +32,12 @@ def contiguous(*tensors: Any) -> tuple[Any, ...]:
     They become plain tensors, since subclasses such as MONAI's MetaTensor change methods that
     Triton calls.
     """
-    return tuple(
-        t
-        if t is None or (type(t) in PLAIN_TENSORS and t.is_contiguous())
-        else t.as_subclass(Tensor).contiguous()
-        for t in tensors
-    )
+    found = []
+    for t in tensors:
+        if t is not None and not (type(t) in PLAIN_TENSORS and t.is_contiguous()):
+            t = t.as_subclass(Tensor).contiguous()
+        found.append(t)
+    return tuple(found)
 
 
 def block_size(size: int, least: int = 16) -> int:
@@ -68,14 +70,16 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     ]
 
 
-def is_hopper(device: torch.device) -> bool:
-    """Whether a GPU has compute capability 9.0 or more, whose matrix products read shared memory.
+def compute_capability(device: torch.device) -> int:
+    """That of a GPU, times ten. Without a GPU, in the interpreter, the answer is 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
-    On other GPUs their operands are in registers. Without a GPU, in the interpreter, the answer is
-    yes.
-    """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
+# Triton 3.4, which is that of PyTorch 2.8, takes more registers than those after it.
+IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5)
 
 # A tensor with at least so many numbers needs offsets of 64 bits.
 LEAST_INT64 = 2**31
@@ -86,43 +90,24 @@ def offset_type(numbers: int) -> Any:
     return tl.int32 if numbers < LEAST_INT64 else tl.int64
 
 
-class Shares(NamedTuple):
-    """The share of each chunk of rows in the gradients of a weight and its bias, in fp32.
+def sum_chunks(offsets: Tensor, chunk_rows: int, shares: list[Tensor]) -> list[Tensor]:
+    """Sums the shares in the gradients of w1, b1, w2 and b2 over the chunks of each group.
 
-    The tensors are (chunks, ...). ``chunk_rows`` is the number of rows of a chunk, or 0 if the
-    tensors are the gradients themselves.
+    A group's rows are cut into chunks of ``chunk_rows``; shares are (chunks, ...) in fp32, sums
+    (groups, ...). The order of a sum is always the same. One launch computes all of them.
     """
-
-    weight: Tensor
-    bias: Tensor
-    chunk_rows: int
+    groups = offsets.shape[0] - 1
+    totals = [s.new_empty((groups, *s.shape[1:])) for s in shares]
+    numbers = [s.shape[1:].numel() for s in shares]
+    block = sum_block(max(numbers))
+    launch(
+        sum_chunks_kernel, (groups, sum(-(-n // block) for n in numbers)), offsets,
+        *shares, *totals, *numbers, offsets, groups, chunk_rows,
+        GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
+    )  # fmt: skip
+    return totals
 
 
 def sum_block(numbers: int) -> int:
     """How many numbers a program sums: fewer, but more chunks at a time, if there are few."""
     return 128 if numbers < 2**14 else 512
-
-
-def sum_chunks(offsets: Tensor, *layers: Shares) -> list[Tensor]:
-    """Sums the weight and the bias of each layer over the chunks of each group: (groups, ...).
-
-    The order of a sum is always the same. One launch computes all of them.
-    """
-    open_ = [layer for layer in layers if layer.chunk_rows]
-    groups = offsets.shape[0] - 1
-    totals = [[s.new_empty((groups, *s.shape[1:])) for s in layer[:2]] for layer in open_]
-    numbers = [[s.shape[1:].numel() for s in layer[:2]] for layer in open_]
-    if open_:
-        block = sum_block(max(map(max, numbers)))
-        given = [
-            (*layer[:2], *sums, *sizes, layer.chunk_rows)
-            for layer, sums, sizes in zip(open_, totals, numbers, strict=True)
-        ]
-        programs = sum(-(-n // block) for sizes in numbers for n in sizes)
-        launch(
-            sum_chunks_kernel, (groups, programs), offsets,
-            *given[0], *(given[1] if len(given) > 1 else [None] * 4 + [0] * 3), offsets, groups,
-            GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
-        )  # fmt: skip
-    summed = iter(totals)
-    return [s for layer in layers for s in (next(summed) if layer.chunk_rows else layer[:2])]

@@ -14,17 +14,23 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import narrow
-from .launch import Shares, block_size, is_hopper, launch, most_tiles, sum_chunks
+from .launch import (
+    IS_OLD,
+    block_size,
+    compute_capability,
+    launch,
+    most_tiles,
+    sum_chunks,
+)
 
 
-def fuses_forward(dim: int, dtype: torch.dtype, activation: str) -> bool:
-    """Whether experts of this width fit into registers without spilling.
+def fuses_forward(dim: int, dtype: torch.dtype) -> bool:
+    """Whether experts of this width are computed at once, without a hidden layer in memory.
 
-    Numbers of fp32, each split into three of tf32, take more of them, and so do the two halves of
-    gated experts.
+    In fp32, each number of which is split into three of tf32, few rows fit into registers: from
+    D = 48 on they take half as many instructions again as two matrix products.
     """
-    gated = ACTIVATIONS[activation].gated
-    return dim <= (64 if gated and dtype == torch.float32 else 128)
+    return dim <= (32 if dtype == torch.float32 else 128)
 
 
 def fuses_backward(dim: int, dtype: torch.dtype, activation: str) -> bool:
@@ -41,7 +47,7 @@ def fuses_backward(dim: int, dtype: torch.dtype, activation: str) -> bool:
 class _Blocks(NamedTuple):
     """How a kernel of narrow experts is cut: rows, slice of the hidden layer, warps, stages.
 
-    Chosen from what Triton's compiler makes of them for compute capability 8.0 and 9.0: nothing
+    Chosen from what Triton 3.4 to 3.9 make of them for compute capability 8.0 to 10.0: nothing
     spilled; then few instructions a row; then many warps to a multiprocessor.
     """
 
@@ -62,35 +68,40 @@ class _Blocks(NamedTuple):
 
 def _forward_blocks(call: ExpertCall) -> _Blocks:
     if call.dtype == torch.float32:
-        if call.dim <= 32:
-            return _Blocks(64, 32, 4, 2)
-        if call.dim <= 64:
-            return _Blocks(64, 16 if call.gated else 32, 8)
-        return _Blocks(32, 32, 8)
+        return _Blocks(64, 32, 4, 2)
     # More rows share the weights that a program reads; D = 24's hidden layer is three times 32.
     if call.dim <= 32:
-        return _Blocks(128, 32, 4)
-    if call.dim <= 64:
-        return _Blocks(128, 32 if call.gated else 64, 8, 2)
-    return _Blocks(128, 16, 8) if call.gated else _Blocks(64, 32, 8)
+        # On compute capability 10.0 Triton 3.9 spills without a second stage, and 3.4 with it,
+        # where experts are gated.
+        staged = not call.gated and compute_capability(call.x.device) >= 100
+        return _Blocks(128, 32, 4, 2 if staged else 1)
+    # Activations take registers; ReLU takes none.
+    return _Blocks(128, 32 if call.relu and call.dim <= 64 else 16, 8)
 
 
 def _row_blocks(call: ExpertCall) -> _Blocks:
-    return _Blocks(64, 32, 4)
+    return _Blocks(64, 32, _warps(call))
 
 
 def _weight_blocks(call: ExpertCall) -> _Blocks:
     """A slice's sums stand in registers, and rows are read two tiles ahead.
 
-    Five stages are two tiles, for a row's place in x is read before it. Before Hopper the operands
-    of D > 32, and the two halves of gated experts, leave no registers for that.
+    Five stages are two tiles, for a row's place in x is read before it. The two halves of gated
+    experts leave no registers for that, nor do the operands of D > 32 before compute capability
+    9.0, whose matrix products read shared memory.
     """
-    narrowest = call.dim <= 32
-    if narrowest and not call.gated:
-        return _Blocks(64, 32, 4, 5)
-    if is_hopper(call.x.device):
-        return _Blocks(64, 32, 4, 5) if narrowest else _Blocks(32, 64, 4, 5)
-    return _Blocks(64, 16, 4)
+    if call.gated:
+        return _Blocks(64, 16, 4)
+    if call.dim <= 32:
+        return _Blocks(64, 32, 4, 3 if IS_OLD else 5)
+    if compute_capability(call.x.device) >= 90:
+        return _Blocks(32, 64, _warps(call), 5)
+    return _Blocks(64, 16, _warps(call))
+
+
+def _warps(call: ExpertCall) -> int:
+    # The same rows in more threads take fewer registers of each, and more instructions.
+    return 8 if IS_OLD and call.dim > 32 else 4
 
 
 def forward(call: ExpertCall) -> Tensor:
@@ -139,7 +150,7 @@ def _of_weights(call: ExpertCall, dy: Tensor) -> list[Tensor]:
         dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.kept,
         w1, b1, w2, b2, chunk, call.scale, **call.search_opts, **_options(call, blocks),
     )  # fmt: skip
-    return sum_chunks(call.offsets, Shares(w1, b1, chunk), Shares(w2, b2, chunk))
+    return sum_chunks(call.offsets, chunk, [w1, b1, w2, b2])
 
 
 def _options(call: ExpertCall, blocks: _Blocks) -> dict[str, Any]:

@@ -11,7 +11,14 @@ from ..operators import differentiable, refuse_double_backward
 from ..tensors import RouterWeights, Routing
 from .kernels import routing as kernels
 from .kernels.common import TILE
-from .launch import block_size, contiguous, launch, most_tiles, triton_dtype
+from .launch import (
+    block_size,
+    compute_capability,
+    contiguous,
+    launch,
+    most_tiles,
+    triton_dtype,
+)
 
 # A chunk of tokens is one program of the backward: enough of them to fill a GPU several times.
 CHUNKS = 1024
@@ -148,12 +155,12 @@ def fused_route_backward(
         n_experts=n_experts, dim=dim, K=chosen.shape[1], **{**samples.blocks, **samples.backward},
     )  # fmt: skip
     # Few numbers make few programs: each then takes more chunks at a time.
-    block = 32 if 2 * n_experts * dim < 1024 else 128
+    block, at_once = (32, 128) if 2 * n_experts * dim < 1024 else (128, 16)
     blocks = -(-2 * n_experts * dim // block) + -(-2 * n_experts // block)
     launch(
         kernels.sum_routers_kernel, (len(w_A2ED), blocks), x,
         dw_shares, db_shares, routers, dw, db, n_chunks, n_experts=n_experts, dim=dim,
-        ROUTERS=routers.shape[1], CHUNKS=4096 // block, BLOCK=block,
+        ROUTERS=routers.shape[1], CHUNKS=at_once, BLOCK=block,
     )  # fmt: skip
     return dx, dw, db
 
@@ -219,8 +226,11 @@ class _Samples:
             tokens, warps = 16, 8
         elif is_half:
             tokens, warps = 64, 4 if dim <= 64 else 8
-        else:
+        elif dim > 32:
             tokens, warps = 32, 4
+        else:
+            # On compute capability 10.0 Triton 3.9 spills with few tokens, and on 8.0 with many.
+            tokens, warps = 16 if compute_capability(x.device) < 100 else 64, 4
         self.backward: dict[str, Any] = {
             "TOKENS": tokens,
             "DIM": dim,

@@ -15,7 +15,7 @@ from torch import Tensor
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import wide
 from .kernels.common import TILE
-from .launch import Shares, block_size, launch, most_tiles, sum_chunks
+from .launch import IS_OLD, block_size, launch, most_tiles, sum_chunks
 
 # Rows of a segment that fill a GPU of 132 multiprocessors.
 LEAST_ROWS = 16384
@@ -81,9 +81,9 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
     All of them fit the 99 KiB of shared memory that GPUs of compute capability 8.6 and 8.9 have.
     """
     if call.dtype == torch.float32:
-        return _Blocks(64, min(64, block_size(columns)), 32, 4, 2)
+        return _Blocks(64, min(64, most, block_size(columns)), 32, 4, 2)
     if columns >= most == 256:
-        return _Blocks(128, 256, 32, 8, 4)
+        return _Blocks(128, 256, 64, 8, 2)
     return _Blocks(128, min(most, 128, block_size(columns)), 64, 8, 3)
 
 
@@ -106,7 +106,10 @@ def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
 
     Before a gated activation it is twice as wide.
     """
-    blocks = _gemm_blocks(call, call.first_rows)
+    # The error function and the two halves of gated experts leave no registers for 256 columns.
+    is_gelu = call.act_opts["ACTIVATION"] == "gelu"
+    most = 128 if is_gelu or call.gated else 256
+    blocks = _gemm_blocks(call, call.first_rows, most)
     h = call.empty(segment.rows, call.hidden)
     z = h if call.relu else call.empty(segment.rows, call.first_rows)
     launch(
@@ -162,10 +165,10 @@ def backward(
     for segment in parts:
         do, gated = call.empty(2, segment.rows, call.dim).unbind()
         launch(
-            wide.gather_gradient_kernel, (segment.tiles.shape[0] * (TILE.value // 32),), dy,
+            wide.gather_gradient_kernel, (segment.tiles.shape[0] * (TILE.value // 16),), dy,
             dy, call.order, segment.tiles, call.gates, call.b2, call.kept, do, gated, dgates,
             *segment.bounds, call.scale, dim=call.dim, K=call.k, **_offset_opts(call),
-            ROWS=32, COLUMNS=block_size(min(call.dim, 128)),
+            ROWS=16, COLUMNS=block_size(min(call.dim, 128)),
         )  # fmt: skip
         z = kept if kept.shape[0] else _hidden(call, segment)[0]
         h = z if call.relu else call.empty(segment.rows, call.hidden)
@@ -182,9 +185,7 @@ def backward(
             continue
         # A sum over several segments has a term for each: fp32.
         dtype = call.parameter_dtype if len(parts) == 1 else torch.float32
-        first = _weight_gradient(call, segment, dz, call.x, dtype, gather=True)
-        second = _weight_gradient(call, segment, gated, h, dtype, gather=False)
-        terms = sum_chunks(segment.offsets, first, second)
+        terms = _of_weights(call, segment, dz, gated, h, dtype)
         totals = [t.add_(n) for t, n in zip(totals, terms, strict=True)] if totals else terms
     if dx is None:
         return BackwardOutputs(None, None, totals)
@@ -193,29 +194,32 @@ def backward(
     )
 
 
-def _weight_gradient(
-    call: ExpertCall, segment: Segment, a: Tensor, b: Tensor, dtype: torch.dtype, gather: bool
-) -> Shares:
-    """Σ a[row] · b[row]ᵀ and Σ a[row] of each expert: (E, a's width, b's width), (E, a's width).
-
-    Or the shares of its chunks, where they are shared out.
-    """
-    sides = a.shape[1], b.shape[1]
-    blocks = _gemm_blocks(call, max(sides), 128)
-    n_tiles = -(-sides[0] // blocks.columns) * -(-sides[1] // blocks.columns)
+def _of_weights(
+    call: ExpertCall, segment: Segment, dz: Tensor, gated: Tensor, h: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The gradients of w1, b1, w2 and b2 by a segment's rows, in ``dtype`` or in fp32."""
+    dim, hidden, first_rows = call.dim, call.hidden, call.first_rows
+    blocks = _gemm_blocks(call, max(dim, first_rows), 128)
+    if call.dtype != torch.float32:
+        # Of a deeper tile the operands would take registers that the sums need.
+        blocks = blocks._replace(depth=32, stages=4)
+    elif IS_OLD:
+        blocks = blocks._replace(stages=3)
+    of_dim, of_hidden, of_first = (-(-n // blocks.columns) for n in (dim, hidden, first_rows))
+    n_tiles = of_dim * (of_first + of_hidden)
     # Where the weights alone are tiles enough for a GPU, an expert's rows need not be shared out.
-    split = n_tiles * call.n_experts < PROGRAMS // 2
-    chunk = max(segment.rows * n_tiles // PROGRAMS, 512)
+    split = n_tiles * call.n_experts < PROGRAMS
+    chunk = max(segment.rows * n_tiles // (2 * PROGRAMS), 512)
     n_chunks = most_tiles(segment.rows, chunk, call.n_experts) if split else call.n_experts
-    shares, bias = (
+    shares = [
         call.empty(n_chunks, *shape, dtype=torch.float32 if split else dtype)
-        for shape in (sides, sides[:1])
-    )
+        for shape in ((first_rows, dim), (first_rows,), (dim, hidden), (dim,))
+    ]
     launch(
-        wide.weight_backward_kernel, (n_chunks * n_tiles,), a,
-        a, b, call.order, segment.offsets, shares, bias, segment.first, chunk,
-        a_columns=sides[0], b_columns=sides[1], K=call.k, GATHER=gather, SPLIT=split,
-        ROWS=blocks.depth, COLUMNS=blocks.columns, **call.search_opts, **_offset_opts(call),
-        **call.gemm_opts, num_warps=blocks.warps, num_stages=blocks.stages,
+        wide.weight_backward_kernel, (n_chunks * n_tiles,), dz,
+        dz, call.x, gated, h, call.order, segment.offsets, *shares, segment.first, chunk,
+        first_rows=first_rows, SPLIT=split, ROWS=blocks.depth, COLUMNS=blocks.columns,
+        **call.sizes, **call.search_opts, **_offset_opts(call), **call.gemm_opts,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    return Shares(shares, bias, chunk if split else 0)
+    return sum_chunks(segment.offsets, chunk, shares) if split else shares

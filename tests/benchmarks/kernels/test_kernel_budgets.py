@@ -65,6 +65,7 @@ def test_comments_and_docstrings_are_no_part_of_the_kernels_code(tmp_path, monke
     ):
         (tmp_path / "kernel.py").write_text(text, encoding="utf-8")
         monkeypatch.setattr("benchmarks.kernels.matrix._KERNELS", tmp_path)
-        found.append(kernel_sources())
+        found.append(kernel_sources([("f", 64)]))
     same, too, other = found
     assert same == too != other
+    assert kernel_sources([("f", 32)]) != other

@@ -68,7 +68,6 @@ def assert_fits(row):
     assert row["shared_bytes"] <= GPUS[row["capability"]].block_shared, row
 
 
-@pytest.mark.xfail(TRITON < (3, 6), reason="with Triton 3.4 some kernels spill 8 to 320 bytes")
 @pytest.mark.parametrize(
     ("dim", "dtype"),
     [
@@ -101,7 +100,6 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(TRITON < (3, 6), reason="with Triton 3.4 some kernels spill 8 to 320 bytes")
 @pytest.mark.parametrize(
     ("dim", "dtype", "activation", "kernels"),
     [

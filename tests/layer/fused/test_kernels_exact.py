@@ -27,7 +27,7 @@ CASES = {
     "half dropped": ({"dropout": 0.5, "noise": "never", "residual": True}, {}),
     "all dropped": ({"dropout": 1.0}, {}),
     "eval": ({"activation": "gelu_tanh"}, {"training": False}),
-    "narrow, in slices": ({"dim": 40, "hidden_dim": 100}, {"batch": 2, "values": [[1], [2]]}),
+    "narrow, in slices": ({"dim": 30, "hidden_dim": 100}, {"batch": 2, "values": [[1], [2]]}),
     "wide": ({"dim": 130, "hidden_dim": 70}, {"batch": 2, "values": [[1], [2]]}),
     "wide, gelu": (
         {"dim": 136, "hidden_dim": 150, "n_experts": 3, "activation": "gelu", "bias": False},
@@ -66,7 +66,7 @@ def test_rows_in_many_tiles_and_chunks_equal_the_naive_loop(dim, monkeypatch):
     check_all({**OPTIONS, **few}, {**CALL, **call}, torch.float32)
 
 
-@pytest.mark.parametrize(("dim", "activation"), [(100, "relu"), (136, "gelu")])
+@pytest.mark.parametrize(("dim", "activation"), [(30, "relu"), (136, "gelu")])
 def test_hidden_layers_a_segment_at_a_time_equal_the_naive_loop(dim, activation, monkeypatch):
     monkeypatch.setattr(wide, "LEAST_ROWS", 30)
     monkeypatch.setattr(experts, "keeps_hidden", lambda *_: False)
@@ -79,8 +79,8 @@ def test_hidden_layers_a_segment_at_a_time_equal_the_naive_loop(dim, activation,
     monkeypatch.setattr(wide, "segments", spy)
     options = {"dim": dim, "hidden_dim": 200, "n_experts": 3, "activation": activation}
     check_all({**OPTIONS, **options}, {**CALL, "tokens": 30}, torch.float32)
-    # Forward and backward; up to D = 128 only the latter has the hidden layer in memory.
-    assert [len(segments) > 2 for segments in seen] == [True] * (2 if dim > 128 else 1)
+    # Forward and backward; up to D = 32 only the latter has the hidden layer in memory.
+    assert [len(segments) > 2 for segments in seen] == [True] * (2 if dim > 32 else 1)
 
 
 @pytest.mark.parametrize("dim", [16, 136])

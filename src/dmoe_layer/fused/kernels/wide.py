@@ -242,32 +242,16 @@ def _sum_of_products(
     return total, bias
 
 
-@triton.jit(do_not_specialize=["base", "chunk_rows"])
-def weight_backward_kernel(
-    a_ptr, b_ptr, order_ptr, offsets_ptr, shares_ptr, bias_ptr,
-    base, chunk_rows,
-    n_experts: tl.constexpr, a_columns: tl.constexpr, b_columns: tl.constexpr, K: tl.constexpr,
-    OFFSET: tl.constexpr, GATHER: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit
+def _share_of_weight(
+    a_ptr, b_ptr, order_ptr, share_ptr, bias_ptr, chunk, tile, first, last, base,
+    a_columns: tl.constexpr, b_columns: tl.constexpr, K: tl.constexpr, OFFSET: tl.constexpr,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's share Σ_row a[row] · b[row]ᵀ, (a_columns, b_columns), and of the bias, Σ_row a.
-
-    GATHER: b's rows are tokens. SPLIT: chunks of ``chunk_rows``, to be summed afterwards; else one
-    program has all rows of its expert, and writes the gradient itself.
-    """
+    """Writes a tile of Σ_row a[row] · b[row]ᵀ, and if it is the first of its rows Σ_row a."""
     tiles_b: tl.constexpr = (b_columns + COLUMNS - 1) // COLUMNS
-    tiles: tl.constexpr = (a_columns + COLUMNS - 1) // COLUMNS * tiles_b
-    chunk = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
     i = (tile // tiles_b) * COLUMNS + tl.arange(0, COLUMNS)
     j = (tile % tiles_b) * COLUMNS + tl.arange(0, COLUMNS)
-    if SPLIT:
-        # Searched, not read: a chunk of hundreds of rows has time for it.
-        expert, first, last = rows_of_tile(offsets_ptr, n_experts, chunk, chunk_rows, EXPERTS)
-        if expert >= n_experts:
-            return
-    else:
-        first, last = tl.load(offsets_ptr + chunk), tl.load(offsets_ptr + chunk + 1)
     if tile % tiles_b == 0:
         total, bias = _sum_of_products(
             a_ptr, b_ptr, order_ptr, first, last, base, i, j, a_columns, b_columns, K, OFFSET,
@@ -282,4 +266,43 @@ def weight_backward_kernel(
         )  # fmt: skip
     inside = (i < a_columns)[:, None] & (j < b_columns)[None, :]
     at = (chunk * a_columns + i)[:, None] * b_columns + j[None, :]
-    tl.store(shares_ptr + at, total.to(shares_ptr.dtype.element_ty), mask=inside)
+    tl.store(share_ptr + at, total.to(share_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["base", "chunk_rows"])
+def weight_backward_kernel(
+    dz_ptr, x_ptr, gated_ptr, h_ptr, order_ptr, offsets_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
+    base, chunk_rows,
+    n_experts: tl.constexpr, first_rows: tl.constexpr, hidden: tl.constexpr, dim: tl.constexpr,
+    K: tl.constexpr, OFFSET: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A chunk's share of dw1 = Σ_row dz[row] · x[token]ᵀ and db1 = Σ_row dz[row].
+
+    And of dw2 and db2, by (gate · do)[row] and h[row].
+
+    SPLIT: chunks of ``chunk_rows``, to be summed afterwards; else one program has all rows of its
+    expert, and writes the gradient itself.
+    """
+    columns: tl.constexpr = (dim + COLUMNS - 1) // COLUMNS
+    tiles_1: tl.constexpr = (first_rows + COLUMNS - 1) // COLUMNS * columns
+    tiles: tl.constexpr = tiles_1 + columns * ((hidden + COLUMNS - 1) // COLUMNS)
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    if SPLIT:
+        # Searched, not read: a chunk of hundreds of rows has time for it.
+        expert, first, last = rows_of_tile(offsets_ptr, n_experts, chunk, chunk_rows, EXPERTS)
+        if expert >= n_experts:
+            return
+    else:
+        first, last = tl.load(offsets_ptr + chunk), tl.load(offsets_ptr + chunk + 1)
+    if tile < tiles_1:
+        _share_of_weight(
+            dz_ptr, x_ptr, order_ptr, dw1_ptr, db1_ptr, chunk, tile, first, last, base,
+            first_rows, dim, K, OFFSET, True, PRECISION, ROWS, COLUMNS,
+        )  # fmt: skip
+    else:
+        _share_of_weight(
+            gated_ptr, h_ptr, order_ptr, dw2_ptr, db2_ptr, chunk, tile - tiles_1, first, last,
+            base, dim, hidden, K, OFFSET, False, PRECISION, ROWS, COLUMNS,
+        )  # fmt: skip
