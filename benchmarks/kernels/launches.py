@@ -141,7 +141,7 @@ def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Itera
     """
     from triton.runtime import JITFunction
 
-    from dmoe_layer.fused import narrow, router
+    from dmoe_layer.fused import narrow, router, wide
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         take(Launch(kernel, arguments, options, grid))
@@ -152,6 +152,7 @@ def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Itera
         mock.patch.object(backend, "_obstacle_of_machine", return_value=""),
         mock.patch.object(narrow, "compute_capability", return_value=capability),
         mock.patch.object(router, "compute_capability", return_value=capability),
+        mock.patch.object(wide, "compute_capability", return_value=capability),
     ):
         yield
 

@@ -321,9 +321,12 @@ class DMoE(LazyDim):
         """
         self._check_input(x, mask)
         given = current_attributes() if attributes is None else attributes
-        # One copy for router and experts, which keep it for backward.
+        # One copy for router and experts, which keep it for backward. The router gets a view of it,
+        # and the experts the copy itself: their gradient comes first, and PyTorch adds the router's
+        # to it in place, as it would not if it were that of a view.
         moved = self._samples_first(x)
-        x_BTD = rearrange(moved, "b ... d -> b (...) d").contiguous()
+        x_TD = rearrange(moved, "b ... d -> (b ...) d").contiguous()
+        x_BTD = x_TD.view(moved.shape[0], math.prod(moved.shape[1:-1]), moved.shape[-1])
         # (B, T, D) or, of a mask, the tokens inside alone, sample after sample, (T, D).
         tokens, tokens_per_sample, inside_T = x_BTD, None, None
         if mask is not None:
@@ -331,7 +334,7 @@ class DMoE(LazyDim):
             mask_like_x = mask.to(x.device).unsqueeze(self.channel_dim)
             mask_BT = self._samples_first(mask_like_x).reshape(x_BTD.shape[:2])
             tokens_per_sample, inside_T = mask_BT.sum(dim=1), mask_BT.reshape(-1).nonzero()[:, 0]
-            tokens = x_BTD.flatten(0, 1).index_select(0, inside_T)
+            tokens = x_TD = x_TD.index_select(0, inside_T)
 
         dtype = autocast_dtype(x) or x.dtype
         backend = load(choose(self, x_BTD, dtype).backend)
@@ -346,10 +349,10 @@ class DMoE(LazyDim):
         options = ExpertOptions(self.activation, p, seed, dtype)
         # Of plain PyTorch the plan is the routing itself, as the router's hooks have left it.
         plan = routing.expert_indices if backend.plans_by_routing else route.plan_of(routing)
-        y_TD = backend.experts(tokens.flatten(0, -2), plan, routing.gates, weights, options)
+        y_TD = backend.experts(x_TD, plan, routing.gates, weights, options)
 
         if inside_T is not None:  # index_put, since index_copy and index_add keep y for backward
-            y_TD = y_TD.new_zeros(x_BTD.flatten(0, 1).shape).index_put((inside_T,), y_TD)
+            y_TD = y_TD.new_zeros(x_BTD.shape).flatten(0, 1).index_put((inside_T,), y_TD)
         y = y_TD.reshape(moved.shape).movedim((0, -1), (self.batch_dim, self.channel_dim))
         y = _in_memory_format_of(x, y)
         y = x + y if self.residual else y

@@ -67,16 +67,17 @@ class _Blocks(NamedTuple):
 
 
 def _forward_blocks(call: ExpertCall) -> _Blocks:
-    if call.dtype == torch.float32:
-        return _Blocks(64, 32, 4, 2)
     # More rows share the weights that a program reads; D = 24's hidden layer is three times 32.
-    if call.dim <= 32:
-        # On compute capability 10.0 Triton 3.9 spills without a second stage, and 3.4 with it,
-        # where experts are gated.
-        staged = not call.gated and compute_capability(call.x.device) >= 100
-        return _Blocks(128, 32, 4, 2 if staged else 1)
-    # Activations take registers; ReLU takes none.
-    return _Blocks(128, 32 if call.relu and call.dim <= 64 else 16, 8)
+    # Activations take registers, and so do the two halves of gated experts; ReLU takes none.
+    is_half = call.dtype != torch.float32
+    rows = 128 if is_half else 64
+    if call.dim > 32:
+        return _Blocks(rows, 32 if call.relu and call.dim <= 64 else 16, 8)
+    if call.gated:
+        return _Blocks(rows, 16, 4, 2)
+    # On compute capability 10.0 Triton 3.9 spills without a second stage.
+    staged = is_half and compute_capability(call.x.device) >= 100
+    return _Blocks(rows, 32, 4, 2 if staged else 1)
 
 
 def _row_blocks(call: ExpertCall) -> _Blocks:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import wide
 from .kernels.common import TILE
-from .launch import IS_OLD, block_size, launch, most_tiles, sum_chunks
+from .launch import IS_OLD, block_size, compute_capability, launch, most_tiles, sum_chunks
 
 # Rows of a segment that fill a GPU of 132 multiprocessors.
 LEAST_ROWS = 16384
@@ -106,10 +106,8 @@ def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
 
     Before a gated activation it is twice as wide.
     """
-    # The error function and the two halves of gated experts leave no registers for 256 columns.
-    is_gelu = call.act_opts["ACTIVATION"] == "gelu"
-    most = 128 if is_gelu or call.gated else 256
-    blocks = _gemm_blocks(call, call.first_rows, most)
+    # Activations take registers, in which 256 columns would not fit; ReLU takes none.
+    blocks = _gemm_blocks(call, call.first_rows, 256 if call.relu else 128)
     h = call.empty(segment.rows, call.hidden)
     z = h if call.relu else call.empty(segment.rows, call.first_rows)
     launch(
@@ -156,8 +154,10 @@ def backward(
     """
     # Few columns, for da, z and h stand in registers together: with all of them Triton 3.7 spills
     # on compute capability 8.0, even where the activation is ReLU. With both halves of a gated
-    # expert's z, half of that again.
+    # expert's z, half of that again; and with an activation's registers a tile half as deep.
     blocks = _gemm_blocks(call, call.hidden, 32 if call.gated else 64)
+    if not call.relu and call.dtype != torch.float32:
+        blocks = blocks._replace(depth=32, stages=4)
     dx, rest = call.pair_sums() if of_rows else (None, None)
     dgates = call.empty(1 + -(-call.hidden // blocks.columns), call.rows, dtype=torch.float32)
     totals: list[Tensor] = []
@@ -203,7 +203,7 @@ def _of_weights(
     if call.dtype != torch.float32:
         # Of a deeper tile the operands would take registers that the sums need.
         blocks = blocks._replace(depth=32, stages=4)
-    elif IS_OLD:
+    elif IS_OLD and compute_capability(call.x.device) >= 100:
         blocks = blocks._replace(stages=3)
     of_dim, of_hidden, of_first = (-(-n // blocks.columns) for n in (dim, hidden, first_rows))
     n_tiles = of_dim * (of_first + of_hidden)
