@@ -151,8 +151,8 @@ def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Itera
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(backend, "_obstacle_of_machine", return_value=""),
         mock.patch.object(narrow, "compute_capability", return_value=capability),
-        mock.patch.object(router, "compute_capability", return_value=capability),
         mock.patch.object(wide, "compute_capability", return_value=capability),
+        mock.patch.object(router, "compute_capability", return_value=capability),
     ):
         yield
 

@@ -87,6 +87,28 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
     return _Blocks(128, min(most, 128, block_size(columns)), 64, 8, 3)
 
 
+def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
+    # Few columns, for da, z and h stand in registers together: with all of them Triton 3.7 spills
+    # on compute capability 8.0, even where the activation is ReLU. With both halves of a gated
+    # expert's z, half of that again; and with an activation's registers a tile half as deep.
+    blocks = _gemm_blocks(call, call.hidden, 32 if call.gated else 64)
+    if call.relu or call.dtype == torch.float32:
+        return blocks
+    if IS_OLD:
+        blocks = blocks._replace(rows=64, columns=min(blocks.columns, 32))
+    return blocks._replace(depth=32, stages=4)
+
+
+def _weight_blocks(call: ExpertCall) -> _Blocks:
+    blocks = _gemm_blocks(call, max(call.dim, call.first_rows), 128)
+    if call.dtype == torch.float32:
+        return blocks._replace(warps=8) if IS_OLD else blocks
+    if compute_capability(call.x.device) >= 90:
+        return blocks
+    # Of a deeper tile the operands, in registers, would leave too few to the sums.
+    return blocks._replace(depth=32, stages=4)
+
+
 def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
     """The tokens' outputs, (T, D), and the hidden layer to keep."""
     y, rest = call.pair_sums()
@@ -152,12 +174,7 @@ def backward(
 
     ``kept`` is the saved hidden layer, (R, H) or, if gated, (R, 2H), or empty.
     """
-    # Few columns, for da, z and h stand in registers together: with all of them Triton 3.7 spills
-    # on compute capability 8.0, even where the activation is ReLU. With both halves of a gated
-    # expert's z, half of that again; and with an activation's registers a tile half as deep.
-    blocks = _gemm_blocks(call, call.hidden, 32 if call.gated else 64)
-    if not call.relu and call.dtype != torch.float32:
-        blocks = blocks._replace(depth=32, stages=4)
+    blocks = _hidden_backward_blocks(call)
     dx, rest = call.pair_sums() if of_rows else (None, None)
     dgates = call.empty(1 + -(-call.hidden // blocks.columns), call.rows, dtype=torch.float32)
     totals: list[Tensor] = []
@@ -199,12 +216,7 @@ def _of_weights(
 ) -> list[Tensor]:
     """The gradients of w1, b1, w2 and b2 by a segment's rows, in ``dtype`` or in fp32."""
     dim, hidden, first_rows = call.dim, call.hidden, call.first_rows
-    blocks = _gemm_blocks(call, max(dim, first_rows), 128)
-    if call.dtype != torch.float32:
-        # Of a deeper tile the operands would take registers that the sums need.
-        blocks = blocks._replace(depth=32, stages=4)
-    elif IS_OLD and compute_capability(call.x.device) >= 100:
-        blocks = blocks._replace(stages=3)
+    blocks = _weight_blocks(call)
     of_dim, of_hidden, of_first = (-(-n // blocks.columns) for n in (dim, hidden, first_rows))
     n_tiles = of_dim * (of_first + of_hidden)
     # Where the weights alone are tiles enough for a GPU, an expert's rows need not be shared out.
