@@ -55,7 +55,7 @@ def matrix_rows(
 
     done = {(row.what, row.sources) for row in old}
     for capability, dtype, dim in product(capabilities, dtypes, widths):
-        launches = _launches(capability, dtype, dim)
+        launches = recorded_launches(capability, dtype, dim)
         sources = kernel_sources(launches)
         if ((triton.__version__, capability, dtype, dim), sources) in done:
             continue
@@ -83,7 +83,9 @@ def matrix_rows(
         )
 
 
-def _launches(capability: int, dtype: str, dim: int) -> dict[tuple[Any, ...], tuple[Launch, str]]:
+def recorded_launches(
+    capability: int, dtype: str, dim: int
+) -> dict[tuple[Any, ...], tuple[Launch, str]]:
     """Each launch of a width by its key, with the activation that it is first compiled for."""
     found: dict[tuple[Any, ...], tuple[Launch, str]] = {}
     for activation in fused_activations():
