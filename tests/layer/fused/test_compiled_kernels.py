@@ -41,7 +41,6 @@ found = [
 ]
 print(json.dumps([dataclasses.asdict(row) for row in found]))
 """
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # Two for each dtype: the five GPUs' kernels and the three dtypes' are all compiled.
 CAPABILITIES = {"fp32": (80, 90), "fp16": (86, 100), "bf16": (89, 90)}
 
@@ -81,7 +80,9 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
     kernels = {(row["capability"], row["kernel"]) for row in found}
     wide = {"hidden_kernel", "hidden_backward_kernel", "output_kernel", "weight_backward_kernel"}
     narrow = {"mlp_kernel", "mlp_backward_kernel", "weight_gradients_kernel"}
-    mlp = wide if dim == 768 else {"mlp_kernel"} | wide if dtype == "fp32" else narrow
+    if dtype == "fp32":  # whose narrowest experts stay in registers in forward
+        narrow = {"mlp_kernel"} | wide if dim == 24 else wide
+    mlp = wide if dim == 768 else narrow
     for capability in CAPABILITIES[dtype]:
         for kernel in {"route_kernel", "sort_kernel", "route_backward_kernel"} | mlp:
             assert (capability, kernel) in kernels
@@ -109,7 +110,7 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
             "geglu",
             {"mlp_kernel", "mlp_backward_kernel", "weight_gradients_kernel"},
         ),
-        (48, "fp32", "swiglu", {"mlp_kernel", "hidden_kernel", "hidden_backward_kernel"}),
+        (32, "fp32", "swiglu", {"mlp_kernel", "hidden_kernel", "hidden_backward_kernel"}),
         (96, "fp16", "geglu_tanh", {"mlp_kernel", "hidden_kernel", "hidden_backward_kernel"}),
         (768, "fp32", "geglu", {"hidden_kernel", "hidden_backward_kernel"}),
     ],
