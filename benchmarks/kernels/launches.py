@@ -33,7 +33,7 @@ class Launch(NamedTuple):
     @property
     def variant(self) -> str:
         """The options that this launch of the kernel uses."""
-        flags = ("GATHER", "SPLIT", "NOISY")
+        flags = ("SPLIT", "NOISY")
         words = [flag.lower() for flag in flags if self.options.get(flag)]
         if self._has("kept_ptr"):
             words.append("drop")
@@ -158,7 +158,7 @@ def intercepted(take: Callable[[Launch], object], capability: int = 90) -> Itera
 
 
 def fused_activations() -> list[str]:
-    """The block sizes that the kernels have."""
+    """The activations that the kernels have."""
     return [name for name, activation in ACTIVATIONS.items() if activation.fused]
 
 
