@@ -112,7 +112,7 @@ class Prediction(NamedTuple):
 def predict(shape: Shape) -> Prediction:
     """The prediction of a training step at a shape, beside those of other providers."""
     step, lines = LayerStep.of(shape, DTYPE, balanced=False), []
-    seconds, router = {"triton": _gradient_sum(shape)}, 0.0
+    seconds, router = {"triton": 0.0}, 0.0
     for launch in step.launches():
         binary = read_binary(launch, CAPABILITY)
         found = launch_seconds(launch, binary, step)
@@ -184,12 +184,6 @@ class _OnGpu(Layer):
     def forward(self, x_BTD: Tensor, attributes_B: Tensor) -> Tensor:
         y_BTD: Tensor = self.layer(x_BTD, attributes_B)
         return y_BTD
-
-
-def _gradient_sum(shape: Shape) -> float:
-    """The time in which autograd adds the two gradients of x, the router's and the experts'."""
-    moved = 3 * shape.total_tokens * shape.dim * DTYPE.itemsize
-    return moved / H200.bandwidth / OF_BANDWIDTH
 
 
 def provider_seconds(provider: Provider, shape: Shape) -> float:

@@ -57,7 +57,8 @@ def kernel_work(kernel: str, options: dict[str, Any], d: int, element: int) -> W
             written = (4 + slope) * N_EXPERTS + (8 + 1 + 4) * K
             return Work(4 * N_EXPERTS * d, fill(d, "DIM"), row, written, options["TOKENS"])
         case "route_backward_kernel":
-            read = row + (4 + slope) * N_EXPERTS + (1 + 4 + 4) * K
+            # Beside x the gradient of the experts, to which it adds its own.
+            read = 2 * row + (4 + slope) * N_EXPERTS + (1 + 4 + 4) * K
             return Work(8 * N_EXPERTS * d, fill(d, "DIM"), read, row, options["TOKENS"])
         case "sort_kernel":
             return Work(0, 1, K, 4 * K, options["TOKENS"])
@@ -99,7 +100,9 @@ def warp_instructions(launch: Launch, by_depth: Sequence[int]) -> float:
     Args:
         by_depth: of the binary, ``loops.instructions_by_depth``.
     """
-    total, times = 0.0, 1.0
+    # Of the weights' products a program computes one, in one of its kernel's four branches. Few
+    # instructions stand outside of these.
+    total, times = 0.0, 1 / 4 if launch.kernel.__name__ == "weight_backward_kernel" else 1.0
     for count, passes in zip_longest(by_depth, (1, *trips(launch)), fillvalue=1):
         times *= passes
         total += count * times
@@ -133,8 +136,7 @@ def trips(launch: Launch) -> tuple[float, ...]:
             return (cut(options["dim"], "COLUMNS"),)
         case "weight_backward_kernel":
             rows = launch.value("order_ptr").shape[0] / options["n_experts"]
-            passes = cut(launch.value("chunk_rows") if options["SPLIT"] else rows, "ROWS")
-            return (passes / 4,)  # of four loops each program passes one
+            return (cut(launch.value("chunk_rows") if options["SPLIT"] else rows, "ROWS"),)
         case _:
             return ()
 

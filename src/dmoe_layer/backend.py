@@ -58,7 +58,9 @@ class Backend(NamedTuple):
         route: (x, weights, rows_BN, tokens_per_sample, k, seed) -> (Routing, plan); see
             ``eager.router.route``.
         experts: (x_TD, plan, gates_TK, weights, options) -> y_TD; see ``eager.experts.experts``.
-        plans_by_routing: Whether its plan is the routing's ``expert_indices``.
+        plans_by_routing: Whether its plan is the routing's ``expert_indices``. Else the plan is a
+            named tuple with a field ``x``: the tokens for the experts, or None if they are those
+            of the router's input.
     """
 
     route: Callable[..., tuple[Routing, Any]]

@@ -48,8 +48,8 @@ def _(x, w, b, rows, counts, k, seed, *_, **__):  # type: ignore[no-untyped-def]
 
 
 @_formula_of("fused_route_backward")
-def _(dlogits, dgates, chosen, gates, slopes, *inputs, **_):  # type: ignore[no-untyped-def]
-    return 2 * _router(*inputs, seed=slopes)
+def _(dlogits, dgates, chosen, gates, slopes, x, w, b, *options, **_):  # type: ignore[no-untyped-def]
+    return 2 * _router(x, w, b, *options[:2], slopes)
 
 
 def _products(gates_TK: Sequence[int], *weights: Sequence[int]) -> int:

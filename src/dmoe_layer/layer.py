@@ -13,7 +13,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
@@ -325,7 +324,7 @@ class DMoE(LazyDim):
         # and the experts the copy itself: their gradient comes first, and PyTorch adds the router's
         # to it in place, as it would not if it were that of a view.
         moved = self._samples_first(x)
-        x_TD = rearrange(moved, "b ... d -> (b ...) d").contiguous()
+        x_TD = moved.flatten(0, -2).contiguous()
         x_BTD = x_TD.view(moved.shape[0], math.prod(moved.shape[1:-1]), moved.shape[-1])
         # (B, T, D) or, of a mask, the tokens inside alone, sample after sample, (T, D).
         tokens, tokens_per_sample, inside_T = x_BTD, None, None
@@ -348,19 +347,23 @@ class DMoE(LazyDim):
         weights = ExpertWeights(self.w1_EHD, self.w1_bias, self.w2_EDH, self.w2_bias)
         options = ExpertOptions(self.activation, p, seed, dtype)
         # Of plain PyTorch the plan is the routing itself, as the router's hooks have left it.
-        plan = routing.expert_indices if backend.plans_by_routing else route.plan_of(routing)
+        plan = routing.expert_indices if backend.plans_by_routing else route.plan_of(routing, tokens)
         y_TD = backend.experts(x_TD, plan, routing.gates, weights, options)
 
         if inside_T is not None:  # index_put, since index_copy and index_add keep y for backward
             y_TD = y_TD.new_zeros(x_BTD.shape).flatten(0, 1).index_put((inside_T,), y_TD)
-        y = y_TD.reshape(moved.shape).movedim((0, -1), (self.batch_dim, self.channel_dim))
+        y = y_TD.reshape(moved.shape)
+        if moved is not x:
+            y = y.movedim((0, -1), (self.batch_dim, self.channel_dim))
         y = _in_memory_format_of(x, y)
         y = x + y if self.residual else y
         record(routing, self.router.sizes)
         return (y, routing) if return_routing else y
 
     def _samples_first(self, x: Tensor) -> Tensor:
-        """``x`` as a view (batch, ..., D)."""
+        """``x`` as (batch, ..., D): itself, or a view of it."""
+        if self.batch_dim == 0 and self.channel_dim in (-1, x.ndim - 1):
+            return x
         return x.movedim((self.batch_dim, self.channel_dim), (0, -1))
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:

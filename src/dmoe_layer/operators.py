@@ -59,11 +59,19 @@ def undispatched(operator: Any) -> Callable[..., Any]:
 
 
 def differentiable(
-    operator: Any, save_for_backward: Callable[..., None], backward: Callable[..., Any]
+    operator: Any,
+    save_for_backward: Callable[..., None],
+    backward: Callable[..., Any],
+    passes_first: bool = False,
 ) -> Callable[..., Any]:
     """Registers an operator's derivative; returns the function to call, as ``undispatched`` does.
 
     In eager PyTorch that function calls an ``autograd.Function`` of the same three functions.
+
+    With ``passes_first`` that function has one more output: its first input, if that needs a
+    gradient. Who uses it in place of the input leaves the gradient to ``backward``, which gets it
+    as ``passed``, and can add it where it computes its own. Of a registered operator the output is
+    None, since none may return what it was given.
     """
     operator.register_autograd(backward, setup_context=save_for_backward)
     function = function_of_operator(operator)
@@ -71,14 +79,25 @@ def differentiable(
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = function(*inputs)
         save_for_backward(ctx, inputs, output)
-        return output
+        if not passes_first:
+            return output
+        return *output, inputs[0] if ctx.needs_input_grad[0] else None
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def backward_of_passed(ctx: Any, *grads: Any) -> Any:
+        return backward(ctx, *grads[:-1], passed=grads[-1])
+
+    methods = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(backward_of_passed if passes_first else backward),
+    }
     name = getattr(function, "__name__", "operator")
     eager: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
-        return eager.apply(*inputs) if _is_eager(inputs) else operator(*inputs)
+        if _is_eager(inputs):
+            return eager.apply(*inputs)
+        output = operator(*inputs)
+        return (*output, None) if passes_first else output
 
     return call
 

@@ -30,6 +30,7 @@ class BackendRoute:
 
     Attributes:
         plan: What the backend's ``experts`` needs from the call. It is set when the call is over.
+            A named tuple, or None.
         wants_attributes: Whether anyone will read the attributes of the Routing, one per token.
     """
 
@@ -38,15 +39,19 @@ class BackendRoute:
     ) -> None:
         self._route, self.wants_attributes = route, wants_attributes
         self.plan: Any = None
+        self._x: Tensor | None = None
         self._indices: Tensor | None = None
 
-    def __call__(self, *inputs: Any) -> Routing:
-        routing, self.plan = self._route(*inputs)
-        self._indices = routing.expert_indices
+    def __call__(self, x: Tensor, *inputs: Any) -> Routing:
+        routing, self.plan = self._route(x, *inputs)
+        self._x, self._indices = x, routing.expert_indices
         return routing
 
-    def plan_of(self, routing: Routing) -> Any:
-        """Returns the plan; raises if a hook or a user's own router has chosen other experts."""
+    def plan_of(self, routing: Routing, x: Tensor) -> Any:
+        """Returns the plan; raises if a hook or a user's own router has chosen other experts.
+
+        If it has scored other tokens than x, the plan's ``x`` is not for the experts.
+        """
         replaced = not torch.compiler.is_compiling() and routing.expert_indices is not self._indices
         if self.plan is None or replaced:
             raise RuntimeError(
@@ -54,6 +59,8 @@ class BackendRoute:
                 "but the kernels have already sorted the tokens by expert. Use backend='eager', "
                 "which takes the new experts."
             )
+        if self.plan.x is not None and self._x is not x:
+            return self.plan._replace(x=None)
         return self.plan
 
 

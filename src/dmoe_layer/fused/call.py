@@ -97,6 +97,7 @@ class ExpertCall:
         launch(
             sums.sum_pairs_kernel, (-(-y.shape[0] // rows), -(-self.dim // width)), y,
             rest, y, y.shape[0], dim=self.dim, REST=self.k - 1, ROWS=rows, DIM=width,
+            num_warps=2,
         )  # fmt: skip
         return y
 
@@ -108,5 +109,6 @@ def draw_kept(order_R: Tensor, dim: int, dropout: float, seed: Tensor) -> Tensor
     launch(
         draw_kept_kernel, (-(-kept.numel() // 256),), kept,
         kept, int(seed), in_steps(dropout, seed)[0], kept.numel(), BLOCK=256,
+        num_warps=2,
     )  # fmt: skip
     return kept

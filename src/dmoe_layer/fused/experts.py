@@ -14,21 +14,24 @@ from ..tensors import ExpertOptions, ExpertWeights
 from . import narrow, wide
 from .call import ExpertCall, draw_kept
 from .launch import contiguous
-from .router import SortedPairs
+from .router import Plan, SortedPairs
 
 
 def experts(
     x_TD: Tensor,
-    pairs: SortedPairs,
+    plan: Plan,
     gates_TK: Tensor,
     weights: ExpertWeights,
     options: ExpertOptions,
 ) -> Tensor:
     """Σ_j gates[t, j] · Expert_{indices[t, j]}(x[t]) for every token: (T, D), in x's dtype.
 
-    ``pairs`` is the router's sort by expert. Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), with
+    ``plan`` is the router's. Expert(x) = Dropout(w2 · act(w1 · x + b1) + b2), with
     operands in ``options.dtype`` and sums in fp32.
     """
+    pairs = plan.pairs
+    if plan.x is not None:
+        x_TD = plan.x.flatten(0, -2)
     is_narrow = narrow.fuses_forward(x_TD.shape[1], options.dtype)
     keep = not is_narrow and keeps_hidden(x_TD, gates_TK, weights)
     kept_RW = _kept(pairs, x_TD.shape[1], options)

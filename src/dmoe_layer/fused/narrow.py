@@ -101,7 +101,7 @@ def _weight_blocks(call: ExpertCall) -> _Blocks:
 
 def _warps(call: ExpertCall) -> int:
     # The same rows in more threads take fewer registers of each, and more instructions.
-    return 8 if IS_OLD and call.dim > 32 else 4
+    return 8 if IS_OLD and (call.dim > 32 or call.gated) else 4
 
 
 def forward(call: ExpertCall) -> Tensor:

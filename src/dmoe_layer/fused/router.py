@@ -12,6 +12,7 @@ from ..tensors import RouterWeights, Routing
 from .kernels import routing as kernels
 from .kernels.common import TILE
 from .launch import (
+    IS_OLD,
     block_size,
     compute_capability,
     contiguous,
@@ -25,7 +26,7 @@ CHUNKS = 1024
 
 
 class SortedPairs(NamedTuple):
-    """The (token, slot) pairs by expert: what this backend's router leaves to its experts.
+    """The (token, slot) pairs by expert.
 
     Attributes:
         order_R: (T·k,) int32, each pair t·k + j, sorted by expert.
@@ -38,6 +39,20 @@ class SortedPairs(NamedTuple):
     tiles: Tensor
 
 
+class Plan(NamedTuple):
+    """What this backend's router leaves to its experts.
+
+    Attributes:
+        pairs: The sort by expert.
+        x: The router's x, as one of its outputs, or None. The experts take it in place of their
+            own. So their gradient of x goes to the router's backward, whose kernel adds it where it
+            computes its own.
+    """
+
+    pairs: SortedPairs
+    x: Tensor | None
+
+
 def route(
     x: Tensor,
     weights: RouterWeights,
@@ -45,12 +60,12 @@ def route(
     tokens_per_sample: Tensor | None,
     k: int,
     seed: Tensor | None,
-) -> tuple[Routing, SortedPairs]:
+) -> tuple[Routing, Plan]:
     """Computes what ``eager.router.route`` does in one kernel; the plan is the sort by expert."""
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     found = _route(x, *weights, rows_BN, tokens_per_sample, k, seed, trained and seed is not None)
-    logits_TE, indices_TK, gates_TK, *pairs, _, _ = found
-    return Routing(indices_TK, gates_TK, logits_TE), SortedPairs(*pairs)
+    logits_TE, indices_TK, gates_TK, *pairs, _, _, passed = found
+    return Routing(indices_TK, gates_TK, logits_TE), Plan(SortedPairs(*pairs), passed)
 
 
 @torch.library.custom_op("dmoe_layer::fused_route", mutates_args=())
@@ -91,7 +106,7 @@ def _fused_route(
         kernels.sort_kernel, tiles, x,
         chosen, samples.offsets, ends, order, offsets, pair_tiles,
         samples.count, samples.each, pair_tiles.shape[0],
-        n_experts=n_experts, K=k, **samples.blocks,
+        n_experts=n_experts, K=k, num_warps=2, **samples.blocks,
     )  # fmt: skip
     return logits, indices, gates, order, offsets, pair_tiles, chosen, slopes
 
@@ -133,10 +148,11 @@ def fused_route_backward(
     b_A2E: Tensor,
     rows_BN: Tensor | None,
     tokens_per_sample: Tensor | None,
+    others: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, w and b."""
+    """The gradients of x, w and b; to that of x it adds ``others``, if they are given."""
     dlogits, dgates, chosen, gates, slopes = contiguous(dlogits, dgates, chosen, gates, slopes)
-    x, w_A2ED, rows_BN = contiguous(x, w_A2ED, rows_BN)
+    x, w_A2ED, rows_BN, others = contiguous(x, w_A2ED, rows_BN, others)
     samples = _Samples(x, w_A2ED, rows_BN, tokens_per_sample)
     n_experts, dim = w_A2ED.shape[2:]
     # A chunk's share of dw is 2·E·D numbers, and a quarter of its tokens' x at most.
@@ -150,7 +166,7 @@ def fused_route_backward(
     routers = x.new_empty((n_chunks, max(samples.attributes, 1)), dtype=torch.int32)
     launch(
         kernels.route_backward_kernel, (*chunks, -(-dim // samples.backward["DIM"])), x,
-        dlogits, dgates, chosen, gates, slopes, x, w_A2ED, rows_BN, samples.offsets,
+        dlogits, dgates, chosen, gates, slopes, x, w_A2ED, rows_BN, samples.offsets, others,
         dx, dw_shares, db_shares, routers, samples.count, samples.each, chunk,
         n_experts=n_experts, dim=dim, K=chosen.shape[1], **{**samples.blocks, **samples.backward},
     )  # fmt: skip
@@ -206,6 +222,10 @@ class _Samples:
         many = experts > 16
         widest = 32 if many else 64 if dtype == torch.float32 else 128
         dim = block_size(min(x.shape[-1], widest))
+        if many:
+            warps = 16 if experts > 32 else 8
+        else:  # In fewer threads the same tokens take fewer instructions, but more registers.
+            warps = 2 if experts <= 8 and dim <= 64 and dtype != torch.float32 else 4
         self.tile = 32 if many else 128 if x.shape[-1] <= 64 else 64
         self.blocks: dict[str, Any] = {
             "TOKENS": self.tile,
@@ -216,7 +236,7 @@ class _Samples:
             "DIM": dim,
             "ATTRIBUTES": self.attributes,
             "DOT": triton_dtype(dtype),
-            "num_warps": 16 if experts > 32 else 8 if many else 4,
+            "num_warps": warps,
         }
         # The backward's products are of fp32 numbers. Of the blocks that spill nothing these have
         # the fewest instructions a token; its chunks are multiples of the forward's tile, and so of
@@ -227,7 +247,7 @@ class _Samples:
         elif is_half:
             tokens, warps = 64, 4 if dim <= 64 else 8
         elif dim > 32:
-            tokens, warps = 32, 4
+            tokens, warps = 16 if IS_OLD else 32, 4
         else:
             # On compute capability 10.0 Triton 3.9 spills with few tokens, and on 8.0 with many.
             tokens, warps = 16 if compute_capability(x.device) < 100 else 64, 4
@@ -258,16 +278,18 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(chosen, gates, slopes if keep_slopes else None, x, w, b, rows, counts)
 
 
-def _backward(ctx: Any, dlogits: Any, _: Any, dgates: Any, *__: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dlogits: Any, _: Any, dgates: Any, *__: Any, passed: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     if dlogits is None and dgates is None:
-        return (None,) * 8
+        return passed, *[None] * 7
     if ctx.lacks_slopes:
         raise RuntimeError(
             "dmoe_layer::fused_route: got keep_slopes=False with a seed, so that the gradient of "
             "the noise is not known. Call it with keep_slopes=True to differentiate it."
         )
-    return *_route_backward(dlogits, dgates, *ctx.saved_tensors), *[None] * 5
+    return *_route_backward(dlogits, dgates, *ctx.saved_tensors, passed), *[None] * 5
 
 
-_route = differentiable(_fused_route, _save_for_backward, _backward)
+_route = differentiable(_fused_route, _save_for_backward, _backward, passes_first=True)
 _route_backward = refuse_double_backward(fused_route_backward)

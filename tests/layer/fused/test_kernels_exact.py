@@ -113,7 +113,8 @@ def test_the_kernels_operators_pass_opcheck(dim):
     given = [t.detach() for t in (x, w, b)]
     grads = (torch.randn(34, 4, device=HERE), torch.randn(34, 2, device=HERE))
     torch.library.opcheck(
-        router.fused_route_backward, (*grads, chosen, gates, slopes, *given, rows, None)
+        router.fused_route_backward,
+        (*grads, chosen, gates, slopes, *given, rows, None, torch.randn_like(given[0])),
     )
     shapes = ((4, 20, dim), (4, 20), (4, dim, 20), (4, dim))
     weights = [torch.randn(s, device=HERE, requires_grad=True) for s in shapes]

@@ -31,7 +31,9 @@ def route_backward(ragged=False):
     tokens = SAMPLES * TOKENS
     grads = torch.randn(tokens, EXPERTS, device=HERE), torch.randn(tokens, 2, device=HERE)
     given = (t.detach() for t in (x, w, b))
-    return router.fused_route_backward, (*grads, chosen, gates, slopes, *given, rows, counts)
+    others = torch.randn(x.shape, device=HERE)
+    inputs = (*grads, chosen, gates, slopes, *given, rows, counts, others)
+    return router.fused_route_backward, inputs
 
 
 def experts_inputs(dim, activation="gelu"):

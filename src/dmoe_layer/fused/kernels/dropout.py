@@ -45,9 +45,11 @@ def _at_least(u, threshold, below):
 def load_kept(kept_ptr, row_R, live_R, first_word, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
     """Which of COLUMNS entries are kept, from the row's word ``first_word`` on: [R, COLUMNS]."""
     column = tl.arange(0, COLUMNS)
-    at = kept_ptr + row_R * WORDS + first_word
-    words = tl.load(at, mask=live_R & (first_word < WORDS), other=0)[:, None]
+    # One for each row, because Triton 3.9's interpreter cannot join a scalar to a mask.
+    word_R = first_word + tl.zeros_like(row_R)
+    at = kept_ptr + row_R * WORDS + word_R
+    words = tl.load(at, mask=live_R & (word_R < WORDS), other=0)[:, None]
     for i in tl.static_range(1, (COLUMNS + 31) // 32):
-        more = tl.load(at + i, mask=live_R & (first_word + i < WORDS), other=0)[:, None]
+        more = tl.load(at + i, mask=live_R & (word_R + i < WORDS), other=0)[:, None]
         words = tl.where((column < 32 * i)[None, :], words, more)
     return ((words >> (column % 32)[None, :]) & 1) != 0

@@ -224,7 +224,7 @@ def sort_kernel(
 @triton.jit(do_not_specialize=["n_samples", "sample_tokens", "chunk_tokens"])
 def route_backward_kernel(
     dlogits_ptr, dgates_ptr, chosen_ptr, gates_ptr, slopes_ptr,
-    x_ptr, w_ptr, rows_ptr, offsets_ptr, dx_ptr, dw_ptr, db_ptr, routers_ptr,
+    x_ptr, w_ptr, rows_ptr, offsets_ptr, others_ptr, dx_ptr, dw_ptr, db_ptr, routers_ptr,
     n_samples, sample_tokens, chunk_tokens,
     n_experts: tl.constexpr, dim: tl.constexpr, K: tl.constexpr,
     TOKENS: tl.constexpr, SAMPLES: tl.constexpr, EXPERTS: tl.constexpr, DIM: tl.constexpr,
@@ -232,6 +232,7 @@ def route_backward_kernel(
 ):  # fmt: skip
     """dx of a chunk of one sample's tokens, and the chunk's share of dw (2, E, D) and db (2, E).
 
+    To dx it adds ``others``, the gradient that other uses of x have left, if there is any.
     The third axis of the grid has DIM features each. No atomics: each share is written once, with
     the sample's routers beside it, and summed afterwards in the same order every time.
     """
@@ -289,6 +290,8 @@ def route_backward_kernel(
         x_TD = tl.load(x_ptr + before * dim + at_td, mask=live_td, other=0).to(tl.float32)
         dw_CD = dot(tl.trans(d_TC), x_TD, dw_CD, PRECISION)
         dx_TD = dot(d_TC, w_CD, None, PRECISION)
+        if others_ptr is not None:
+            dx_TD += tl.load(others_ptr + before * dim + at_td, mask=live_td, other=0)
         tl.store(dx_ptr + before * dim + at_td, dx_TD.to(dx_ptr.dtype.element_ty), mask=live_td)
     c = tl.arange(0, 2 * EXPERTS)
     share = chunk * 2 * n_experts + (c % 2) * n_experts + c // 2
