@@ -53,6 +53,7 @@ if [ "$CALL" = first ]; then
     box prewarm 50 6 "$PYTHON" -m benchmarks.kernels prewarm
     right 170
     box goals 108 1 "$PYTHON" -m benchmarks --shapes goals --rounds 10 --out "$FILES/goals"
+    last_goals
     for shape in stage-0 stage-0-wide 2d; do
         box "sweep-$shape" 20 9 "$PYTHON" -m benchmarks.kernels sweep "$shape" --out "$FILES"
     done

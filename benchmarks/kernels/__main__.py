@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from dataclasses import astuple, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from ..arguments import ArgumentError, chosen_names, run_command
 from ..output import README, RESULTS, ResultsFolder, write_csv
 from .gpus import GPUS
 from .launches import LayerStep
-from .matrix import WIDTHS, matrix_rows, merged, read_matrix
+from .matrix import PRECISIONS, WIDTHS, matrix_rows, merged, read_matrix
 from .predict import predict, section
 from .prewarm import compilations, prewarm
 from .report import DTYPES, GOALS, REPORTED, kernel_rows
@@ -54,7 +55,7 @@ def _matrix(options: argparse.Namespace) -> None:
     """
     capabilities = chosen_names("capabilities", options.capabilities, [*map(str, GPUS)])
     widths = chosen_names("widths", options.widths, [*map(str, WIDTHS)])
-    dtypes = chosen_names("dtypes", options.dtypes, DTYPES)
+    dtypes = chosen_names("dtypes", options.dtypes, PRECISIONS)
     path, new = RESULTS / "kernels-matrix.csv", []
     old = read_matrix(path)
     for row in matrix_rows([*map(int, capabilities)], dtypes, [*map(int, widths)], old):
@@ -79,15 +80,9 @@ def _prewarm(options: argparse.Namespace) -> None:
         ArgumentError: there is no GPU, or nothing could be compiled.
     """
     _require_gpu("prewarm")
-    began, steps = time.perf_counter(), []
+    began = time.perf_counter()
     major, minor = torch.cuda.get_device_capability()
-    for shape in GOALS.values():
-        # As the benchmark and the sweep run it.
-        own = LayerStep.of(shape, torch.bfloat16, balanced=False, capability=10 * major + minor)
-        steps += [own, replace(own, training=False)]
-        if not options.own:
-            steps += [replace(own, blocks=blocks) for blocks in CANDIDATES[shape.name]]
-    todo = compilations(steps)
+    todo = compilations(timed_steps(10 * major + minor, options.own))
     failed = 0
     for what, error in prewarm(todo, options.processes):
         failed += 1
@@ -96,6 +91,21 @@ def _prewarm(options: argparse.Namespace) -> None:
     print(f"{len(todo) - failed} of {len(todo)} kernels compiled in {seconds:.0f} s", flush=True)
     if failed == len(todo):
         raise ArgumentError("prewarm: no kernel could be compiled.")
+
+
+def timed_steps(capability: int, own: bool) -> list[LayerStep]:
+    """The steps that the benchmark runs at the goals' shapes, and those of the sweep if not ``own``.
+
+    It times training and eval mode and the router alone, and checks the gradients of eval mode.
+    """
+    steps = []
+    for shape in GOALS.values():
+        step = LayerStep.of(shape, torch.bfloat16, balanced=False, capability=capability)
+        ways = product((True, False), repeat=2)
+        steps += [replace(step, training=train, gradients=grad) for train, grad in ways]
+        if not own:
+            steps += [replace(step, blocks=blocks) for blocks in CANDIDATES[shape.name]]
+    return steps
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -122,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_report)
     commands = parser.add_subparsers(metavar="command")
     matrix = commands.add_parser("matrix", help="Compiles all widths, dtypes and activations.")
-    for name, known in (("capabilities", GPUS), ("dtypes", DTYPES), ("widths", WIDTHS)):
+    for name, known in (("capabilities", GPUS), ("dtypes", PRECISIONS), ("widths", WIDTHS)):
         some = ",".join(map(str, known))
         words = f"The {name} to compile, separated by commas: all, or some of {some}."
         matrix.add_argument(f"--{name}", default="all", help=f"{words} The default is all.")

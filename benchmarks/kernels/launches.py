@@ -74,12 +74,13 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerStep:
-    """A step of a DMoE: a training step, or a call in eval mode.
+    """A step of a DMoE: a training step, or a call in eval mode, with gradients or without.
 
     Attributes:
         balanced: the loss has a term of the router's logits, as one that balances experts.
         blocks: other blocks than the layer's own, as :func:`other_blocks` reads them.
         capability: of the GPU that it is launched for.
+        autocast: under ``torch.autocast`` in bf16, which leaves parameters and x in ``dtype``.
     """
 
     dim: int
@@ -91,9 +92,11 @@ class LayerStep:
     tokens: int = 256  # of a sample
     values: int = 3
     training: bool = True
+    gradients: bool = True
     balanced: bool = True
     blocks: str = ""
     capability: int = 90
+    autocast: bool = False
 
     @classmethod
     def of(cls, shape: Shape, dtype: torch.dtype, **others: Any) -> LayerStep:
@@ -106,7 +109,11 @@ class LayerStep:
     def launches(self) -> list[Launch]:
         """The launches of the step, in their order."""
         launches: list[Launch] = []
-        with intercepted(launches.append, self.capability), other_blocks(self.blocks):
+        with (
+            intercepted(launches.append, self.capability),
+            other_blocks(self.blocks),
+            torch.autocast("cpu", torch.bfloat16, enabled=self.autocast),
+        ):
             self._run()
         return launches
 
@@ -124,9 +131,10 @@ class LayerStep:
         ).to_empty(device="cpu")
         x = torch.empty(self.batch, self.tokens, self.dim, dtype=self.dtype)
         attributes_B = torch.arange(self.batch) % self.values
-        if not self.training:
+        layer.train(self.training)
+        if not self.gradients:
             with torch.no_grad():
-                layer.eval()(x, attributes_B)
+                layer(x, attributes_B)
             return
         y, routing = layer(x.requires_grad_(), attributes_B, return_routing=True)
         outputs = [y, routing.logits] if self.balanced else [y]

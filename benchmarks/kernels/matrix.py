@@ -12,11 +12,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
+
 from ..machine import ROOT
 from .binary import read_resources
 from .launches import Launch, LayerStep, fused_activations
 from .report import DTYPES
 
+# The layer's own dtypes, and parameters and x in fp32 under autocast in bf16.
+PRECISIONS = (*DTYPES, "autocast")
 WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _KERNELS = ROOT / "src" / "dmoe_layer" / "fused" / "kernels"
 
@@ -89,7 +93,11 @@ def recorded_launches(
     """Each launch of a width by its key, with the activation that it is first compiled for."""
     found: dict[tuple[Any, ...], tuple[Launch, str]] = {}
     for activation in fused_activations():
-        for launch in LayerStep(dim, DTYPES[dtype], activation, capability=capability).launches():
+        step = LayerStep(
+            dim, DTYPES.get(dtype, torch.float32), activation, capability=capability,
+            autocast=dtype not in DTYPES,
+        )  # fmt: skip
+        for launch in step.launches():
             found.setdefault(launch.key, (launch, activation))
     return found
 

@@ -47,13 +47,18 @@ class ExpertCall:
         kept_RW: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.x_dtype = dtype, x_TD.dtype
+        # Whether autocast has chosen a smaller dtype than that of x, which the outputs have.
+        self.autocast = x_TD.dtype.itemsize > dtype.itemsize
+        # Rounded here once, as kernels would each time that they read them: in fp32 rows would take
+        # twice the registers and the traffic.
+        x_TD, *weights_in_dtype = (
+            p if p is None or p.dtype == dtype else p.to(dtype) for p in (x_TD, *weights)
+        )
         self.x, self.gates, self.kept, self.order, self.offsets, self.tiles = contiguous(
             x_TD, gates_TK, kept_RW, *pairs
         )
-        self.w1, self.b1, self.w2, self.b2 = contiguous(
-            *[p if p is None or p.dtype == dtype else p.to(dtype) for p in weights]
-        )
+        self.w1, self.b1, self.w2, self.b2 = contiguous(*weights_in_dtype)
         self.parameter_dtype = weights.w1_EHD.dtype
         self.n_experts, self.dim, self.hidden = weights.w2_EDH.shape
         self.first_rows = weights.w1_EHD.shape[1]  # of an expert: H, or 2H if gated
@@ -81,12 +86,12 @@ class ExpertCall:
     def pair_sums(self) -> tuple[Tensor, Tensor | None]:
         """Makes the memory for the pairs' rows, which are summed for each token.
 
-        The first pair of each token has (T, D) in the dtype of x, which becomes the sum. The others
-        have (T·(k - 1), D). So the sum needs no further memory.
+        The first pair of each token has (T, D) in the dtype of the layer's x, which becomes the sum.
+        The others have (T·(k - 1), D). So the sum needs no further memory.
         """
         tokens, others = self.x.shape[0], self.k - 1
         rest = self.empty(tokens * others, self.dim) if others else None
-        return torch.empty_like(self.x), rest
+        return torch.empty_like(self.x, dtype=self.x_dtype), rest
 
     def sum_pairs(self, y: Tensor, rest: Tensor | None) -> Tensor:
         """Adds the rest to ``y``, and returns it."""
@@ -96,8 +101,8 @@ class ExpertCall:
         rows = 2048 // width
         launch(
             sums.sum_pairs_kernel, (-(-y.shape[0] // rows), -(-self.dim // width)), y,
-            rest, y, y.shape[0], dim=self.dim, REST=self.k - 1, ROWS=rows, DIM=width,
-            num_warps=2,
+            rest, y, y.shape[0], dim=self.dim, REST=self.k - 1, **self.offset_opts(self.dim),
+            ROWS=rows, DIM=width, num_warps=2,
         )  # fmt: skip
         return y
 

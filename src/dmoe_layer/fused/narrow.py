@@ -73,6 +73,8 @@ def _forward_blocks(call: ExpertCall) -> _Blocks:
     rows = 128 if is_half else 64
     if call.dim > 32:
         return _Blocks(rows, 32 if call.relu and call.dim <= 64 else 16, 8)
+    if IS_OLD and call.autocast:
+        rows = 64
     # Programs of compute capability 10.0 get few registers, so that more of them run at a time.
     if call.gated or (is_half and compute_capability(call.x.device) >= 100):
         return _Blocks(rows, 16, 4, 2)
@@ -117,6 +119,7 @@ def forward(call: ExpertCall) -> Tensor:
 
 def backward(call: ExpertCall, dy: Tensor, of_rows: bool, of_weights: bool) -> BackwardOutputs:
     """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``."""
+    dy = dy.to(call.dtype)  # as in ``ExpertCall``
     dx, dgates = _of_rows(call, dy) if of_rows else (None, None)
     return BackwardOutputs(dx, dgates, _of_weights(call, dy) if of_weights else [])
 

@@ -12,7 +12,6 @@ from ..tensors import RouterWeights, Routing
 from .kernels import routing as kernels
 from .kernels.common import TILE
 from .launch import (
-    IS_OLD,
     block_size,
     compute_capability,
     contiguous,
@@ -239,18 +238,17 @@ class _Samples:
             "num_warps": warps,
         }
         # The backward's products are of fp32 numbers. Of the blocks that spill nothing these have
-        # the fewest instructions a token; its chunks are multiples of the forward's tile, and so of
+        # the fewest instructions a token, or nearly; its chunks are multiples of the forward's tile, and so of
         # these. Where x is in half precision, one product of tf32 has digits enough for dx and dw.
         is_half = x.dtype != torch.float32
         if many:
             tokens, warps = 16, 8
         elif is_half:
             tokens, warps = 64, 4 if dim <= 64 else 8
-        elif dim > 32:
-            tokens, warps = 16 if IS_OLD else 32, 4
+        elif dim <= 32 and compute_capability(x.device) >= 100:
+            tokens, warps = 64, 4  # of which Triton 3.9 spills with few
         else:
-            # On compute capability 10.0 Triton 3.9 spills with few tokens, and on 8.0 with many.
-            tokens, warps = 16 if compute_capability(x.device) < 100 else 64, 4
+            tokens, warps = 16, 4
         self.backward: dict[str, Any] = {
             "TOKENS": tokens,
             "DIM": dim,

@@ -90,14 +90,16 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
 def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
     # Few columns, for da, z and h stand in registers together: with all of them Triton 3.7 spills
     # on compute capability 8.0, even where the activation is ReLU. With both halves of a gated
-    # expert's z, half of that again; and with an activation's registers a tile half as deep. With
-    # half as many rows there are a fifth more instructions, and on compute capability 9.0 no need.
+    # expert's z, half of that again; and with an activation's registers a tile half as deep. Half
+    # as many rows, with a fifth more instructions, only where GPUs and compilers need that.
     blocks = _gemm_blocks(call, call.hidden, 32 if call.gated else 64)
     if call.relu or call.dtype == torch.float32:
         return blocks
     if IS_OLD:
         blocks = blocks._replace(columns=min(blocks.columns, 32))
-    rows = 128 if compute_capability(call.x.device) == 90 and not IS_OLD else 64
+    capability = compute_capability(call.x.device)
+    few = capability >= 100 if call.gated else capability in (86, 89)
+    rows = 64 if IS_OLD or few else 128
     return blocks._replace(rows=rows, depth=32, stages=4)
 
 
@@ -156,7 +158,12 @@ def _rows_product(
     kept: Tensor | None = None,
 ) -> None:
     """The pairs' weight · row, (D, n) by n numbers; with bias, dropout and gate where given."""
-    blocks, sizes = _gemm_blocks(call, call.dim), {**call.sizes, "hidden": rows.shape[1]}
+    # Under autocast y is in fp32: to write it takes twice the registers, and of 256 columns more
+    # shared memory than some GPUs have.
+    blocks = _gemm_blocks(call, call.dim, 128 if call.autocast else 256)
+    if IS_OLD and call.autocast:
+        blocks = blocks._replace(rows=64, warps=4)
+    sizes = {**call.sizes, "hidden": rows.shape[1]}
     launch(
         wide.output_kernel, blocks.grid(segment.tiles.shape[0], call.dim), rows,
         rows, call.order, segment.tiles, weight, bias, gates, kept, y, rest, *segment.bounds,
@@ -187,7 +194,8 @@ def backward(
             wide.gather_gradient_kernel, (segment.tiles.shape[0] * (TILE.value // 16),), dy,
             dy, call.order, segment.tiles, call.gates, call.b2, call.kept, do, gated, dgates,
             *segment.bounds, call.scale, dim=call.dim, K=call.k, **_offset_opts(call),
-            ROWS=16, COLUMNS=block_size(min(call.dim, 128)), num_warps=2,
+            ROWS=16, COLUMNS=block_size(min(call.dim, 128)),
+            num_warps=4 if call.autocast else 2,
         )  # fmt: skip
         z = kept if kept.shape[0] else _hidden(call, segment)[0]
         h = z if call.relu else call.empty(segment.rows, call.hidden)

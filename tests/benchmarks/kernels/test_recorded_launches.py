@@ -23,9 +23,15 @@ sys.path[:0] = ["tests"]
 import harness.fake_gpu
 import torch
 from benchmarks.kernels import prewarm
+from benchmarks.kernels.__main__ import timed_steps
 from benchmarks.kernels.launches import LayerStep, intercepted
 from benchmarks.kernels.report import GOALS
 from benchmarks.kernels.sweep import CANDIDATES
+from benchmarks.layer import runner
+from benchmarks.layer.check import relative_error
+from benchmarks.layer.ours import Ours
+from benchmarks.layer.problem import Problem
+from benchmarks.measure import Stopwatch
 from benchmarks.profiled import Meter
 from dmoe_layer import DMoE
 
@@ -58,12 +64,25 @@ for name in ("stage-0", "stage-0-wide"):
     found["memory"][name] = [held / x.nbytes - 1, peak / x.nbytes - 1]
     del layer, x, y, dy, tensor
 
+warm = {one.launch.key for one in prewarm.compilations(timed_steps(90, own=True))}
+found["cold"], watch = [], Stopwatch(cpu)
+for shape in GOALS.values():
+    problem = Problem.random(shape, "cpu", torch.bfloat16)
+    layer, launches = Ours(problem, "eager"), []
+    layer.layer.backend = "triton"
+    with intercepted(launches.append):
+        relative_error(layer, problem)  # of numbers that nobody computed
+        runner.step_laps(watch, layer.train(), problem)
+        runner.eval_laps(watch, layer, problem)
+        runner._route(layer, problem)
+    found["cold"] += [l.kernel.__name__ for l in launches if l.key not in warm]
+
 def files():
     return sorted(f for _, _, names in os.walk(os.environ["TRITON_CACHE_DIR"]) for f in names)
 
 cheap = ("sum_pairs_kernel", "sort_kernel")  # to compile
 launches = [l for l in step("stage-0").launches() if l.kernel.__name__ in cheap]
-todo = prewarm.compilations([step("stage-0"), step("stage-0", training=False)])
+todo = prewarm.compilations([step("stage-0"), step("stage-0", gradients=False)])
 todo = [one for one in todo if one.launch.kernel.__name__ in cheap]
 found["todo"], found["errors"] = len(todo), [prewarm.compile_one(one) for one in todo]
 found["files"] = [len(files())]
@@ -102,6 +121,10 @@ def found(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_all_that_the_benchmark_runs_at_the_goals_shapes_is_prewarmed(found):
+    assert found["cold"] == []
 
 
 def test_a_training_step_launches_as_many_kernels_as_it_did(found):

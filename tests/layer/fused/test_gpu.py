@@ -19,31 +19,37 @@ def layer_and_input(batch, tokens, dim, dtype, **options):
     return DMoE(dim, **options), x, torch.arange(batch, device="cuda") % 3
 
 
-def truth(layer, x, routed, dy):
-    """y and the gradients of gates and experts, in fp64, for the experts that were chosen.
+def truth(layer, x, a, routed, dy):
+    """y and the gradients of x, router and experts, in fp64, for the experts that were chosen.
 
     With GELU: among so many tokens some are always at ReLU's kink, where rounding turns a gradient
     on or off.
     """
-    names = ("w1_EHD", "w1_bias", "w2_EDH", "w2_bias")
-    w1, b1, w2, b2 = (getattr(layer, n).detach().double().requires_grad_() for n in names)
-    x = x.detach().double().flatten(0, 1).requires_grad_()
-    gates = routed.gates.detach().double().requires_grad_()
+    x_BTD = x.detach().double().requires_grad_()
+    w, b, w1, b1, w2, b2 = (p.detach().double().requires_grad_() for p in weights_of(layer))
+    logits_BTE = x_BTD @ w[a, 0].mT + b[a, 0, None]
+    gates = logits_BTE.flatten(0, 1).gather(1, routed.expert_indices).softmax(dim=1)
+    x = x_BTD.flatten(0, 1)
     y = torch.zeros_like(x)
     for e in range(layer.n_experts):
         token, slot = (routed.expert_indices == e).nonzero(as_tuple=True)
         out = torch.nn.functional.gelu(x[token] @ w1[e].mT + b1[e]) @ w2[e].mT + b2[e]
         y = y.index_add(0, token, out * gates[token, slot, None])
-    return [y, *torch.autograd.grad(y, (gates, w1, b1, w2, b2), dy.double().flatten(0, 1))]
+    inputs = (x_BTD, w, b, w1, b1, w2, b2)
+    return [y, *torch.autograd.grad(y, inputs, dy.double().flatten(0, 1))]
+
+
+def weights_of(layer):
+    router = layer.router
+    return router.w_A2ED, router.bias, layer.w1_EHD, layer.w1_bias, layer.w2_EDH, layer.w2_bias
 
 
 def errors(layer, x, a):
-    """Largest difference over the largest true value: y, and the gradients of gates and experts."""
+    """Largest difference over the largest true value: y, and the gradients of x and parameters."""
     y, routed = layer(x, a, return_routing=True)
     dy = torch.randn_like(y)
-    experts = (layer.w1_EHD, layer.w1_bias, layer.w2_EDH, layer.w2_bias)
-    found = [y.flatten(0, 1), *torch.autograd.grad(y, (routed.gates, *experts), dy)]
-    pairs = zip(found, truth(layer, x, routed, dy), strict=True)
+    found = [y.flatten(0, 1), *torch.autograd.grad(y, (x, *weights_of(layer)), dy)]
+    pairs = zip(found, truth(layer, x, a, routed, dy), strict=True)
     return [((f.double() - t).abs().max() / t.abs().max()).item() for f, t in pairs]
 
 

@@ -46,6 +46,23 @@ def test_autocast_computes_in_its_dtype_and_keeps_that_of_x():
 
 
 @pytest.mark.parametrize("dim", [16, 136])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_gradients_under_autocast_are_those_of_fp32_but_for_rounding(dim, activation):
+    ours, eager = pair(dim=dim, activation=activation, noise="never", dropout=0.0)
+    x = torch.randn(2, 150, dim, device=HERE, requires_grad=True)
+    a = torch.tensor([0, 2], device=HERE)
+    with torch.autocast(HERE, dtype=torch.bfloat16):
+        y = ours(x, a)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *ours.parameters()], dy)
+    expected = torch.autograd.grad(eager(x, a), [x, *eager.parameters()], dy)
+    for gradient, true in zip(found, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - true).abs().max() <= TOLERANCE[torch.bfloat16] * true.abs().max()
+        assert not torch.allclose(gradient, true, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [16, 136])
 def test_nan_in_one_sample_stays_in_that_sample(dim):
     layer, _ = pair(dim=dim)
     layer.eval()

@@ -80,7 +80,8 @@ def test_dropout_is_drawn_once_a_step_and_not_at_all_in_eval(dim, dtype):
 def test_sums_over_pairs_take_no_memory_of_their_own_and_those_of_one_no_launch():
     x = torch.zeros(5, 8)
     for k in (1, 2, 3):
-        sums = mock.Mock(x=x, k=k, dim=8, empty=lambda *shape: torch.zeros(shape))
+        sums = mock.Mock(x=x, x_dtype=x.dtype, k=k, dim=8, empty=lambda *shape: torch.zeros(shape))
+        sums.offset_opts = lambda width: {}
         y, rest = call.ExpertCall.pair_sums(sums)
         assert y.shape == x.shape
         assert rest is None if k == 1 else rest.shape == (5 * (k - 1), 8)

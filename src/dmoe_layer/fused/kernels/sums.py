@@ -7,10 +7,14 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["tokens"])
 def sum_pairs_kernel(
     rest_ptr, y_ptr, tokens,
-    dim: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    dim: tl.constexpr, REST: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """y[t] += Σ_j rest[t·REST + j], in fp32; y has each token's first pair already."""
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """y[t] += Σ_j rest[t·REST + j], in fp32; y has each token's first pair already.
+
+    OFFSET is the type of offsets into both.
+    """
+    token = tl.program_id(0).to(OFFSET) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * DIM + tl.arange(0, DIM)
     live = (token < tokens)[:, None] & (d < dim)[None, :]
     y_at = y_ptr + token[:, None] * dim + d[None, :]
