@@ -94,7 +94,7 @@ def _prewarm(options: argparse.Namespace) -> None:
 
 
 def timed_steps(capability: int, own: bool) -> list[LayerStep]:
-    """The steps that the benchmark runs at the goals' shapes, and those of the sweep if not ``own``.
+    """The steps of the benchmark at the goals' shapes, and those of the sweep if not ``own``.
 
     It times training and eval mode and the router alone, and checks the gradients of eval mode.
     """

@@ -2,8 +2,9 @@
 
 This is a model, not a measurement. A launch takes the longest of four times: its instructions at
 the rate at which they issue, its waits shared by the programs that wait together, its memory
-traffic, and its matrix products. For other providers the model adds up the traffic and the products
-of each PyTorch operation, counted in a step of fewer tokens on a CPU, without a wait between them.
+traffic, and its matrix products. The few operations of PyTorch between the kernels are left out.
+For other providers the model adds up the traffic and the products of each PyTorch operation,
+counted in a step of fewer tokens on a CPU, without a wait between them.
 """
 
 from __future__ import annotations

@@ -347,7 +347,9 @@ class DMoE(LazyDim):
         weights = ExpertWeights(self.w1_EHD, self.w1_bias, self.w2_EDH, self.w2_bias)
         options = ExpertOptions(self.activation, p, seed, dtype)
         # Of plain PyTorch the plan is the routing itself, as the router's hooks have left it.
-        plan = routing.expert_indices if backend.plans_by_routing else route.plan_of(routing, tokens)
+        plan: Any = routing.expert_indices
+        if not backend.plans_by_routing:
+            plan = route.plan_of(routing, tokens)
         y_TD = backend.experts(x_TD, plan, routing.gates, weights, options)
 
         if inside_T is not None:  # index_put, since index_copy and index_add keep y for backward

@@ -52,13 +52,11 @@ class ExpertCall:
         self.autocast = x_TD.dtype.itemsize > dtype.itemsize
         # Rounded here once, as kernels would each time that they read them: in fp32 rows would take
         # twice the registers and the traffic.
-        x_TD, *weights_in_dtype = (
-            p if p is None or p.dtype == dtype else p.to(dtype) for p in (x_TD, *weights)
+        rounded = [t if t is None or t.dtype == dtype else t.to(dtype) for t in (x_TD, *weights)]
+        self.x, self.w1, self.b1, self.w2, self.b2 = contiguous(*rounded)
+        self.gates, self.kept, self.order, self.offsets, self.tiles = contiguous(
+            gates_TK, kept_RW, *pairs
         )
-        self.x, self.gates, self.kept, self.order, self.offsets, self.tiles = contiguous(
-            x_TD, gates_TK, kept_RW, *pairs
-        )
-        self.w1, self.b1, self.w2, self.b2 = contiguous(*weights_in_dtype)
         self.parameter_dtype = weights.w1_EHD.dtype
         self.n_experts, self.dim, self.hidden = weights.w2_EDH.shape
         self.first_rows = weights.w1_EHD.shape[1]  # of an expert: H, or 2H if gated
@@ -86,8 +84,8 @@ class ExpertCall:
     def pair_sums(self) -> tuple[Tensor, Tensor | None]:
         """Makes the memory for the pairs' rows, which are summed for each token.
 
-        The first pair of each token has (T, D) in the dtype of the layer's x, which becomes the sum.
-        The others have (T·(k - 1), D). So the sum needs no further memory.
+        The first pair of each token has (T, D), which becomes the sum, in the dtype of the layer's
+        x. The others have (T·(k - 1), D). So the sum needs no further memory.
         """
         tokens, others = self.x.shape[0], self.k - 1
         rest = self.empty(tokens * others, self.dim) if others else None

@@ -237,9 +237,10 @@ class _Samples:
             "DOT": triton_dtype(dtype),
             "num_warps": warps,
         }
-        # The backward's products are of fp32 numbers. Of the blocks that spill nothing these have
-        # the fewest instructions a token, or nearly; its chunks are multiples of the forward's tile, and so of
-        # these. Where x is in half precision, one product of tf32 has digits enough for dx and dw.
+        # The backward's products are of fp32 numbers. Of the blocks that spill nothing with any
+        # Triton these have the fewest instructions a token; its chunks are multiples of the
+        # forward's tile, and so of these. Where x is in half precision, one product of tf32 has
+        # digits enough for dx and dw.
         is_half = x.dtype != torch.float32
         if many:
             tokens, warps = 16, 8

@@ -158,8 +158,7 @@ def _rows_product(
     kept: Tensor | None = None,
 ) -> None:
     """The pairs' weight · row, (D, n) by n numbers; with bias, dropout and gate where given."""
-    # Under autocast y is in fp32: to write it takes twice the registers, and of 256 columns more
-    # shared memory than some GPUs have.
+    # Under autocast y is in fp32: to write it takes twice the registers.
     blocks = _gemm_blocks(call, call.dim, 128 if call.autocast else 256)
     if IS_OLD and call.autocast:
         blocks = blocks._replace(rows=64, warps=4)

@@ -4,12 +4,20 @@ import dataclasses
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 from harness.kernel_reports import committed_rows
 
 from benchmarks.kernels.gpus import GPUS
-from benchmarks.kernels.matrix import MatrixRow, kernel_sources, merged, read_matrix
+from benchmarks.kernels.matrix import (
+    PRECISIONS,
+    WIDTHS,
+    MatrixRow,
+    kernel_sources,
+    merged,
+    read_matrix,
+)
 from benchmarks.kernels.report import GOALS, REPORTED
 from benchmarks.output import RESULTS, write_csv
 
@@ -28,35 +36,41 @@ def test_the_report_is_of_all_goals_dtypes_and_gpus():
     assert len({row.triton for row in REPORT}) == 1
 
 
-# Where a kernel spills two registers, on one or two of the five GPUs.
-SPILLING = {
-    ("3.4.0", "mlp_backward_kernel drop swiglu"),
-    ("3.4.0", "weight_backward_kernel split swiglu"),
-    ("3.6.0", "hidden_backward_kernel gelu"),
-    ("3.9.0", "hidden_backward_kernel geglu"),
-}
+# Those of PyTorch 2.8 and 2.9, and the newest.
+TRITONS = ("3.4.0", "3.6.0", "3.9.0")
 
 
 def test_nothing_spills_and_everything_fits():
     for row in REPORT + MATRIX:
         # 99 KiB where a GPU of compute capability 8.6 or 8.9 has no more.
         assert row.shared_bytes <= GPUS[row.capability].block_shared, row
-    assert all(row.stack_bytes == 0 for row in REPORT)
-    found = {(row.triton, row.stack_in): row.stack_bytes for row in MATRIX if row.stack_bytes}
-    assert found == dict.fromkeys(SPILLING, 8)
+        assert row.stack_bytes == 0, row
 
 
-PROGRAM = """
+def test_the_matrix_has_all_widths_dtypes_and_gpus_by_three_tritons():
+    expected = set(product(TRITONS, GPUS, PRECISIONS, WIDTHS))
+    assert {row.what for row in MATRIX} == expected
+
+
+SAMPLE = [
+    (80, "fp32", 768),
+    (86, "bf16", 256),
+    (89, "autocast", 96),
+    (90, "bf16", 24),
+    (100, "fp16", 48),
+]
+PROGRAM = f"""
 from benchmarks.kernels.matrix import kernel_sources, recorded_launches
-for row in ((90, "bf16", 24), (80, "fp32", 768)):
-    print(kernel_sources(recorded_launches(*row)))
+from dmoe_layer.fused import narrow, wide
+for old in (True, False):  # Triton 3.4 has blocks of its own
+    narrow.IS_OLD = wide.IS_OLD = old
+    for row in {SAMPLE}:
+        print(kernel_sources(recorded_launches(*row)))
 """
 
 
 def test_the_matrix_is_of_the_code_as_it_stands():
-    triton = pytest.importorskip("triton")
-    if triton.__version__.startswith("3.4."):
-        pytest.skip("with Triton 3.4 the kernels have other blocks")
+    pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         check=True,
@@ -65,9 +79,10 @@ def test_the_matrix_is_of_the_code_as_it_stands():
         env={**os.environ, "TRITON_INTERPRET": "0"},  # which records nothing
         encoding="utf-8",
     )
-    rows = {row.what: row.sources for row in MATRIX}
-    expected = [rows["3.6.0", 90, "bf16", 24], rows["3.6.0", 80, "fp32", 768]]
-    assert done.stdout.split() == expected
+    sources = {row.what: row.sources for row in MATRIX}
+    old, *new = ([sources[(triton, *row)] for row in SAMPLE] for triton in TRITONS)
+    assert done.stdout.split() == old + new[0]
+    assert new[0] == new[1]
 
 
 @pytest.mark.parametrize("name", BUDGETS)
