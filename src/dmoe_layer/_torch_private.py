@@ -213,12 +213,15 @@ def stop_being_lazy(module: nn.Module) -> None:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook, of this module or of all modules, sees what the module returns.
+    """Whether a forward hook, of this module or of all, sees what it is given or returns.
 
     If PyTorch has the hooks under other names, the answer is yes.
     """
-    everybodys = getattr(nn.modules.module, "_global_forward_hooks", True)
-    return bool(getattr(module, "_forward_hooks", True)) or bool(everybodys)
+    everybodys = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    own = ("_forward_hooks", "_forward_pre_hooks")
+    return any(getattr(nn.modules.module, name, True) for name in everybodys) or any(
+        getattr(module, name, True) for name in own
+    )
 
 
 def drop_forward_hooks(module: nn.Module) -> None:

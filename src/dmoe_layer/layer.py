@@ -338,8 +338,9 @@ class DMoE(LazyDim):
         dtype = autocast_dtype(x) or x.dtype
         backend = load(choose(self, x_BTD, dtype).backend)
         # The router is called as a module, so that its hooks run: offloading brings it in by one.
-        wanted = return_routing or records() or is_watched(self.router)
-        route = BackendRoute(backend.route, wanted)
+        watched = is_watched(self.router)
+        wanted = return_routing or records() or watched
+        route = BackendRoute(backend.route, wanted, passes_x=not watched)
         routing = self.router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
         # A user may have replaced it by an nn.Identity or by None.
         p = getattr(self.dropout, "p", 0.0)
@@ -349,7 +350,7 @@ class DMoE(LazyDim):
         # Of plain PyTorch the plan is the routing itself, as the router's hooks have left it.
         plan: Any = routing.expert_indices
         if not backend.plans_by_routing:
-            plan = route.plan_of(routing, tokens)
+            plan = route.plan_of(routing)
         y_TD = backend.experts(x_TD, plan, routing.gates, weights, options)
 
         if inside_T is not None:  # index_put, since index_copy and index_add keep y for backward

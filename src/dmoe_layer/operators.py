@@ -81,7 +81,8 @@ def differentiable(
         save_for_backward(ctx, inputs, output)
         if not passes_first:
             return output
-        return *output, inputs[0] if ctx.needs_input_grad[0] else None
+        # Detached, since what is changed in place after it would otherwise be an error of its own.
+        return *output, inputs[0].detach() if ctx.needs_input_grad[0] else None
 
     def backward_of_passed(ctx: Any, *grads: Any) -> Any:
         return backward(ctx, *grads[:-1], passed=grads[-1])

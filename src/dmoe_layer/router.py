@@ -35,23 +35,26 @@ class BackendRoute:
     """
 
     def __init__(
-        self, route: Callable[..., tuple[Routing, Any]], wants_attributes: bool = True
+        self,
+        route: Callable[..., tuple[Routing, Any]],
+        wants_attributes: bool = True,
+        passes_x: bool = False,
     ) -> None:
-        self._route, self.wants_attributes = route, wants_attributes
+        """With ``passes_x`` the experts take the plan's x. Not with a router that anyone watches:
+
+        he would find their gradient in that of its input, or might give it other tokens.
+        """
+        self._route, self.wants_attributes, self._passes_x = route, wants_attributes, passes_x
         self.plan: Any = None
-        self._x: Tensor | None = None
         self._indices: Tensor | None = None
 
-    def __call__(self, x: Tensor, *inputs: Any) -> Routing:
-        routing, self.plan = self._route(x, *inputs)
-        self._x, self._indices = x, routing.expert_indices
+    def __call__(self, *inputs: Any) -> Routing:
+        routing, self.plan = self._route(*inputs)
+        self._indices = routing.expert_indices
         return routing
 
-    def plan_of(self, routing: Routing, x: Tensor) -> Any:
-        """Returns the plan; raises if a hook or a user's own router has chosen other experts.
-
-        If it has scored other tokens than x, the plan's ``x`` is not for the experts.
-        """
+    def plan_of(self, routing: Routing) -> Any:
+        """Returns the plan; raises if a hook or a user's own router has chosen other experts."""
         replaced = not torch.compiler.is_compiling() and routing.expert_indices is not self._indices
         if self.plan is None or replaced:
             raise RuntimeError(
@@ -59,9 +62,9 @@ class BackendRoute:
                 "but the kernels have already sorted the tokens by expert. Use backend='eager', "
                 "which takes the new experts."
             )
-        if self.plan.x is not None and self._x is not x:
-            return self.plan._replace(x=None)
-        return self.plan
+        if self._passes_x or self.plan.x is None:
+            return self.plan
+        return self.plan._replace(x=None)
 
 
 class AttributeRouter(LazyDim):
@@ -282,5 +285,9 @@ class AttributeRouter(LazyDim):
 
 
 def is_watched(router: nn.Module) -> bool:
-    """Whether anyone but the layer sees what a router returns: a hook, or a class of the user's."""
-    return type(router) is not AttributeRouter or has_forward_hooks(router)
+    """Whether anyone but the layer sees what a router is given and returns.
+
+    It may be a hook, a class of the user's, or a function in the place of ``forward``.
+    """
+    is_own = type(router) is AttributeRouter and "forward" not in vars(router)
+    return not is_own or has_forward_hooks(router)

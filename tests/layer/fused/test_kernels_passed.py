@@ -62,16 +62,61 @@ def test_experts_take_the_layers_own_tokens_whatever_the_router_was_given(before
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_experts_gradient_comes_back_where_the_router_has_none():
-    layers, x = pair(**QUIET), make_x()
-    for layer in layers:
-        layer.router.register_forward_hook(
-            lambda router, args, routed: routed._replace(gates=routed.gates.detach())
-        )
-    found, expected = (
-        torch.autograd.grad(layer(x, A2).square().sum(), [x, layer.w1_EHD]) for layer in layers
+def no_gradient_in_the_router(router):
+    router.forward = torch.no_grad()(router.forward)
+
+
+def no_gradient_of_the_routers_input(router):
+    router.register_forward_pre_hook(
+        lambda router, args: args[0].register_hook(torch.zeros_like) and None
     )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def detached_gates(router):
+    router.register_forward_hook(
+        lambda router, args, routed: routed._replace(gates=routed.gates.detach())
+    )
+
+
+def changed_input(router):
+    def halve(router, args, routed):
+        with torch.no_grad():
+            args[0].mul_(0.5)
+
+    router.register_forward_hook(halve)
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [no_gradient_in_the_router, no_gradient_of_the_routers_input, detached_gates, changed_input],
+)
+def test_who_watches_the_router_finds_no_gradient_of_the_experts_there(watch):
+    layers, x, found = pair(**QUIET), make_x(), []
+    for layer in layers:
+        watch(layer.router)
+        y = layer(x * 1, A2)
+        if watch is changed_input:
+            found.append(y)
+        else:
+            found.append(torch.autograd.grad(y.square().sum(), [x, layer.w1_EHD]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_routing_and_output_of_detached_gates_are_two_graphs():
+    for layer in pair(**QUIET):
+        detached_gates(layer.router)
+        y, routed = layer(make_x(), A2, return_routing=True)
+        y.sum().backward()
+        routed.logits.sum().backward()
+
+
+def test_x_that_is_changed_in_place_after_the_call_is_refused_in_backward():
+    for layer in pair(**QUIET):
+        x = make_x() * 1
+        y = layer(x, A2)
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 def test_x_without_a_gradient_is_not_passed():
