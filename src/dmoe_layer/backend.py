@@ -59,8 +59,8 @@ class Backend(NamedTuple):
             ``eager.router.route``.
         experts: (x_TD, plan, gates_TK, weights, options) -> y_TD; see ``eager.experts.experts``.
         plans_by_routing: Whether its plan is the routing's ``expert_indices``. Else the plan is a
-            named tuple with a field ``x``: the tokens for the experts, or None if they are those
-            of the router's input.
+            named tuple with a field ``x``: the tokens that the experts take, or None if they
+            take the layer's own.
     """
 
     route: Callable[..., tuple[Routing, Any]]

@@ -40,9 +40,10 @@ class BackendRoute:
         wants_attributes: bool = True,
         passes_x: bool = False,
     ) -> None:
-        """With ``passes_x`` the experts take the plan's x. Not with a router that anyone watches:
+        """With ``passes_x`` the experts take the plan's x.
 
-        he would find their gradient in that of its input, or might give it other tokens.
+        Not with a router that anyone watches: the gradient of its input would have theirs in it,
+        and a hook might give it other tokens.
         """
         self._route, self.wants_attributes, self._passes_x = route, wants_attributes, passes_x
         self.plan: Any = None
@@ -289,5 +290,5 @@ def is_watched(router: nn.Module) -> bool:
 
     It may be a hook, a class of the user's, or a function in the place of ``forward``.
     """
-    is_own = type(router) is AttributeRouter and "forward" not in vars(router)
+    is_own = type(router) is AttributeRouter and "forward" not in router.__dict__
     return not is_own or has_forward_hooks(router)
