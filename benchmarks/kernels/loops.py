@@ -30,6 +30,13 @@ def instructions_by_depth(code: str) -> tuple[int, ...]:
         >>> instructions_by_depth(code)
         (2, 2)
     """
+    instructions, loops = find_loops(code)
+    depths = Counter(sum(i in loop for loop in loops) for i in range(len(instructions)))
+    return tuple(depths[depth] for depth in range(1 + max(depths, default=0)))
+
+
+def find_loops(code: str) -> tuple[list[str], list[set[int]]]:
+    """The names of all instructions, and of each loop the numbers of those in it."""
     at: list[int] = []
     names: list[str] = []
     target: dict[int, int] = {}
@@ -58,8 +65,7 @@ def instructions_by_depth(code: str) -> tuple[int, ...]:
         first = place.get(address, last + 1)
         if first <= last and last in (body := _loop(first, last, follows)):
             bodies.setdefault(first, set()).update(body)
-    depths = Counter(sum(i in body for body in bodies.values()) for i in range(len(at)))
-    return tuple(depths[depth] for depth in range(1 + max(depths, default=0)))
+    return names, list(bodies.values())
 
 
 def _loop(first: int, last: int, follows: list[list[int]]) -> set[int]:

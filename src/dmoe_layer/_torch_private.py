@@ -217,10 +217,12 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
     If PyTorch has the hooks under other names, the answer is yes.
     """
-    everybodys = ("_global_forward_hooks", "_global_forward_pre_hooks")
-    own = ("_forward_hooks", "_forward_pre_hooks")
-    return any(getattr(nn.modules.module, name, True) for name in everybodys) or any(
-        getattr(module, name, True) for name in own
+    everybodys, own = vars(nn.modules.module), vars(module)
+    return bool(
+        everybodys.get("_global_forward_hooks", True)
+        or everybodys.get("_global_forward_pre_hooks", True)
+        or own.get("_forward_hooks", True)
+        or own.get("_forward_pre_hooks", True)
     )
 
 

@@ -338,13 +338,15 @@ class DMoE(LazyDim):
         dtype = autocast_dtype(x) or x.dtype
         backend = load(choose(self, x_BTD, dtype).backend)
         # The router is called as a module, so that its hooks run: offloading brings it in by one.
-        watched = is_watched(self.router)
+        router = self.router
+        watched = is_watched(router)
         wanted = return_routing or records() or watched
         route = BackendRoute(backend.route, wanted, passes_x=not watched)
-        routing = self.router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
+        routing = router(tokens, given, tokens_per_sample=tokens_per_sample, route=route)
         # A user may have replaced it by an nn.Identity or by None.
-        p = getattr(self.dropout, "p", 0.0)
-        seed = draw_seed() if p > 0 and self.dropout.training else None
+        dropout = self.dropout
+        p = getattr(dropout, "p", 0.0)
+        seed = draw_seed() if p > 0 and dropout.training else None
         weights = ExpertWeights(self.w1_EHD, self.w1_bias, self.w2_EDH, self.w2_bias)
         options = ExpertOptions(self.activation, p, seed, dtype)
         # Of plain PyTorch the plan is the routing itself, as the router's hooks have left it.
@@ -360,7 +362,7 @@ class DMoE(LazyDim):
             y = y.movedim((0, -1), (self.batch_dim, self.channel_dim))
         y = _in_memory_format_of(x, y)
         y = x + y if self.residual else y
-        record(routing, self.router.sizes)
+        record(routing, router.sizes)
         return (y, routing) if return_routing else y
 
     def _samples_first(self, x: Tensor) -> Tensor:
@@ -388,10 +390,11 @@ class DMoE(LazyDim):
                 f"x: got {describe(x)}, which has {width} at channel_dim={self.channel_dim}, "
                 f"expected {expected}."
             )
-        check_device(x, self.w1_EHD, "layer")
-        if x.dtype != self.w1_EHD.dtype and autocast_dtype(x) is None:
+        w1_EHD = self.w1_EHD
+        check_device(x, w1_EHD, "layer")
+        if x.dtype != w1_EHD.dtype and autocast_dtype(x) is None:
             raise TypeError(
-                f"x: got {x.dtype}, but the layer's parameters are {self.w1_EHD.dtype}. Convert "
+                f"x: got {x.dtype}, but the layer's parameters are {w1_EHD.dtype}. Convert "
                 "one with .to(dtype), or run under torch.autocast."
             )
         if mask is None:

@@ -68,7 +68,7 @@ class ExpertCall:
         self.act_opts = {"ACTIVATION": activation, "GATED": self.gated}
         self.sizes = {"dim": self.dim, "hidden": self.hidden, "K": self.k}
         self.search_opts = {"n_experts": self.n_experts, "EXPERTS": block_size(self.n_experts, 2)}
-        self.gemm_opts = {"PRECISION": gemm_precision()}
+        self.gemm_opts = {"PRECISION": gemm_precision(dtype)}
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)

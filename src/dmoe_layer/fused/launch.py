@@ -50,12 +50,14 @@ def most_tiles(rows: int, block: int, groups: int) -> int:
     return rows // block + max(groups, 1)
 
 
-def gemm_precision() -> str:
-    """How tensor cores compute a GEMM of fp32 numbers.
+def gemm_precision(dtype: torch.dtype) -> str:
+    """How tensor cores compute a GEMM of fp32 numbers; of others it changes nothing.
 
     They compute three products of tf32 parts, which are as exact as fp32. They compute only one if
     the user has allowed that for PyTorch's own matmul.
     """
+    if dtype != torch.float32:
+        return "tf32x3"
     matmul = torch.backends.cuda.matmul
     # If both settings exist, it is an error to read the old one after the new one was written.
     new = getattr(matmul, "fp32_precision", None)

@@ -83,6 +83,8 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
     if call.dtype == torch.float32:
         return _Blocks(64, min(64, most, block_size(columns)), 32, 4, 2)
     if columns >= most == 256:
+        if IS_OLD and compute_capability(call.x.device) < 90:
+            return _Blocks(128, 256, 32, 8, 4)  # Deeper ones would spill.
         return _Blocks(128, 256, 64, 8, 2)
     return _Blocks(128, min(most, 128, block_size(columns)), 64, 8, 3)
 
@@ -106,7 +108,7 @@ def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
 def _weight_blocks(call: ExpertCall) -> _Blocks:
     blocks = _gemm_blocks(call, max(call.dim, call.first_rows), 128)
     if call.dtype == torch.float32:
-        return blocks._replace(depth=16, warps=8) if IS_OLD else blocks
+        return blocks._replace(depth=16 if call.dim <= 32 else 32, warps=8) if IS_OLD else blocks
     if compute_capability(call.x.device) >= 90:
         return blocks
     # Of a deeper tile the operands, in registers, would leave too few to the sums.
@@ -116,15 +118,13 @@ def _weight_blocks(call: ExpertCall) -> _Blocks:
 def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
     """The tokens' outputs, (T, D), and the hidden layer to keep."""
     y, rest = call.pair_sums()
-    kept = call.empty(0)
     for segment in segments(call, keep):
         z, h = _hidden(call, segment)
         _rows_product(
             call, segment, h, call.w2, (call.hidden, 1), y, rest, call.b2, call.gates, call.kept
         )
-        if keep:
-            kept = z
-    return call.sum_pairs(y, rest), kept
+    # To keep it all, all of it is in one segment.
+    return call.sum_pairs(y, rest), z if keep else call.empty(0)
 
 
 def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,8 @@ def test_tf32_is_taken_from_either_of_pytorchs_settings(api):
     def ask(value):
         code = (
             f"import torch; torch.backends.cuda.matmul.{api} = {value!r}\n"
-            "from dmoe_layer.fused.launch import gemm_precision; print(gemm_precision())"
+            "from dmoe_layer.fused.launch import gemm_precision; "
+            "print(gemm_precision(torch.float32))"
         )
         run = [sys.executable, "-c", code]
         return subprocess.run(run, check=True, capture_output=True, encoding="utf-8").stdout.strip()

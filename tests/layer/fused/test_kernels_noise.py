@@ -17,21 +17,42 @@ DRAWS = (2**15, 8)
 N = math.prod(DRAWS)
 
 
-# The largest errors that NVIDIA's PTX manual allows lg2.approx, sin.approx and cos.approx, with
-# signs that change from draw to draw.
+# The largest errors that NVIDIA's PTX manual allows the approximations, with signs that change
+# from number to number: relative ones of ex2 (2**-22), sqrt and rcp (2**-23), absolute ones of lg2,
+# sin and cos.
+@triton.jit
+def _sign(x):
+    return tl.where(tl.sin(1e6 * tl.where(tl.abs(x) < 1e9, x, 0.0)) < 0, 1.0, -1.0)
+
+
+@triton.jit
+def _exp2_with_errors(x):
+    return tl.exp2(x) * (1 + 2.4e-7 * _sign(x))
+
+
+@triton.jit
+def _root_with_errors(x):
+    return tl.sqrt(x) * (1 + 1.2e-7 * _sign(x))
+
+
+@triton.jit
+def _reciprocal_with_errors(x):
+    return 1 / x * (1 - 1.2e-7 * _sign(x))
+
+
 @triton.jit
 def _log2_with_errors(x):
-    return tl.log2(x) + 2.4e-7 * tl.where(tl.sin(1e6 * x) < 0, 1.0, -1.0)  # at 1 beyond 0
+    return tl.log2(x) + 2.4e-7 * _sign(x)  # at 1 beyond 0
 
 
 @triton.jit
 def _sine_with_errors(x):
-    return tl.sin(x) + 6.8e-7 * tl.where(tl.sin(1e6 * x) < 0, -1.0, 1.0)
+    return tl.sin(x) - 6.8e-7 * _sign(x)
 
 
 @triton.jit
 def _cosine_with_errors(x):
-    return tl.cos(x) + 6.8e-7 * tl.where(tl.sin(1e6 * x) < 0, -1.0, 1.0)
+    return tl.cos(x) - 6.8e-7 * _sign(x)
 
 
 @pytest.fixture(params=["as it is", "with the errors of a GPU's approximations"])
@@ -40,9 +61,8 @@ def approximations(request, monkeypatch):
         return
     if HERE == "cuda":
         pytest.skip("a GPU has its own")
-    monkeypatch.setattr(kernels, "_log2", _log2_with_errors)
-    monkeypatch.setattr(kernels, "_sine", _sine_with_errors)
-    monkeypatch.setattr(kernels, "_cosine", _cosine_with_errors)
+    for name in ("exp2", "log2", "root", "sine", "cosine", "reciprocal"):
+        monkeypatch.setattr(kernels, f"_{name}", globals()[f"_{name}_with_errors"])
 
 
 @pytest.mark.usefixtures("approximations")
@@ -102,6 +122,7 @@ def _softplus_kernel(x_ptr, value_ptr, slope_ptr, COUNT: tl.constexpr):
     tl.store(slope_ptr + i, slope)
 
 
+@pytest.mark.usefixtures("approximations")
 def test_softplus_and_its_slope_are_exact_from_the_smallest_to_the_largest():
     x = torch.cat([torch.linspace(-80, 80, 500), torch.tensor([-math.inf, math.inf, 0.0, -0.0])])
     x = torch.cat([x, torch.linspace(-8, -4, 512 - len(x))]).to(HERE)

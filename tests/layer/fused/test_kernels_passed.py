@@ -4,6 +4,9 @@ import pytest
 import torch
 from harness.kernels import HERE, pair
 
+from dmoe_layer.fused import router
+from dmoe_layer.tensors import RouterWeights
+
 A2 = torch.tensor([0, 2])
 QUIET = {"noise": "never", "dropout": 0.0}
 
@@ -132,3 +135,12 @@ def test_x_without_a_gradient_is_not_passed():
     layer(make_x().detach(), A2)
     layer(make_x(), A2)
     assert passed == [False, True]
+
+
+def test_a_gradient_of_the_experts_alone_is_passed_on():
+    layer, _ = pair(**QUIET)
+    x, dx = make_x(), torch.randn(2, 18, 16, device=HERE)
+    weights = RouterWeights(layer.router.w_A2ED, layer.router.bias)
+    _, plan = router.route(x, weights, A2[:, None].to(HERE), None, 2, None)
+    (found,) = torch.autograd.grad(plan.x, [x], dx)
+    torch.testing.assert_close(found, dx, rtol=0, atol=0)
