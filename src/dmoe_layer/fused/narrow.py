@@ -89,11 +89,11 @@ def _weight_blocks(call: ExpertCall) -> _Blocks:
     """A slice's sums stand in registers, and rows are read two tiles ahead.
 
     Five stages are two tiles, for a row's place in x is read before it. The two halves of gated
-    experts leave no registers for that, nor do the operands of D > 32 before compute capability
-    9.0, whose matrix products read shared memory.
+    experts leave registers for one tile ahead, and on compute capability 10.0 for none. Nor do the
+    operands of D > 32 before 9.0, whose matrix products read shared memory.
     """
     if call.gated:
-        return _Blocks(64, 16, 4)
+        return _Blocks(64, 16, 4, 3 if compute_capability(call.x.device) < 100 else 1)
     if call.dim <= 32:
         return _Blocks(64, 32, 4, 3 if IS_OLD else 5)
     if compute_capability(call.x.device) >= 90:

@@ -15,14 +15,15 @@ from benchmarks.kernels.loops import find_loops
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[3]
-PROGRAM = """
+PROGRAM = r"""
 import sys, torch
 from benchmarks.kernels.binary import compile_for, dump
 from benchmarks.kernels.launches import LayerStep
-capability = int(sys.argv[3])
-launches = LayerStep(int(sys.argv[1]), torch.bfloat16, capability=capability).launches()
-launch = next(launch for launch in launches if launch.kernel.__name__ == sys.argv[2])
-print(dump("--dump-sass", compile_for(launch, capability)))
+dim, activation, kernel, *capabilities = sys.argv[1:]
+for capability in map(int, capabilities):
+    step = LayerStep(int(dim), torch.bfloat16, activation, capability=capability)
+    launch = next(launch for launch in step.launches() if launch.kernel.__name__ == kernel)
+    print(dump("--dump-sass", compile_for(launch, capability)), end="\f")
 """
 
 
@@ -34,30 +35,42 @@ def row_loops(code):
     return [[names[i] for i in loop] for loop in innermost]
 
 
-@pytest.mark.skipif(
-    not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists(),
-    reason="this Triton brings no disassembler",
-)
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(
-    ("dim", "kernel", "count"),
-    [(24, "weight_gradients_kernel", 1), (768, "weight_backward_kernel", 4)],
-)
-def test_rows_are_fetched_ahead_and_summed_without_passing_numbers_on(
-    dim, kernel, count, capability
-):
+def disassemblies(*what):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(dim), kernel, str(capability)],
+        [sys.executable, "-c", PROGRAM, *map(str, what)],
         capture_output=True,
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    found = row_loops(done.stdout)
-    assert len(found) == count  # of the wide kernel, for each layer, with the bias and without
-    for names in found:
-        assert any(name.startswith("LDGSTS") for name in names)
-        # A sum over threads passes numbers on by SHFL.BFLY. By SHFL.IDX, on 10.0, a warp takes the
-        # number of its first thread, which is the number of all.
-        assert not any(name.startswith("SHFL") and name != "SHFL.IDX" for name in names)
+    return done.stdout.split("\f")[:-1]
+
+
+@pytest.mark.skipif(
+    not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists(),
+    reason="this Triton brings no disassembler",
+)
+@pytest.mark.parametrize(
+    ("dim", "activation", "kernel", "count", "capabilities"),
+    [
+        (24, "relu", "weight_gradients_kernel", 1, (80, 90, 100)),
+        (24, "swiglu", "weight_gradients_kernel", 1, (80, 90)),
+        (48, "gelu", "weight_gradients_kernel", 1, (90, 100)),
+        # For each layer, with the bias and without.
+        (768, "relu", "weight_backward_kernel", 4, (80, 90, 100)),
+    ],
+)
+def test_rows_are_fetched_ahead_and_summed_without_passing_numbers_on(
+    dim, activation, kernel, count, capabilities
+):
+    codes = disassemblies(dim, activation, kernel, *capabilities)
+    assert len(codes) == len(capabilities)
+    for code in codes:
+        found = row_loops(code)
+        assert len(found) == count
+        for names in found:
+            assert any(name.startswith("LDGSTS") for name in names)
+            # A sum over threads passes numbers on by SHFL.BFLY. By SHFL.IDX, on 10.0, a warp takes
+            # the number of its first thread, which is the number of all.
+            assert not any(name.startswith("SHFL") and name != "SHFL.IDX" for name in names)
