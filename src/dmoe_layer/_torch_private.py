@@ -217,12 +217,12 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
     If PyTorch has the hooks under other names, the answer is yes.
     """
-    everybodys, own = vars(nn.modules.module), vars(module)
+    everybodys = nn.modules.module
     return bool(
-        everybodys.get("_global_forward_hooks", True)
-        or everybodys.get("_global_forward_pre_hooks", True)
-        or own.get("_forward_hooks", True)
-        or own.get("_forward_pre_hooks", True)
+        getattr(everybodys, "_global_forward_hooks", True)
+        or getattr(everybodys, "_global_forward_pre_hooks", True)
+        or getattr(module, "_forward_hooks", True)
+        or getattr(module, "_forward_pre_hooks", True)
     )
 
 

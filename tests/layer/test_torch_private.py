@@ -86,3 +86,11 @@ def test_hooks_under_other_names_leave_a_lazy_layer_usable():
         assert layer(torch.randn(2, 3, 16)).shape == (2, 3, 16)
     with pytest.raises(ValueError, match="expected dim=16"):
         layer(torch.randn(2, 3, 8))
+
+
+@pytest.mark.parametrize("renamed", ["_forward_hooks", "_forward_pre_hooks"])
+def test_hooks_under_another_name_count_as_hooks(renamed):
+    names = {"_forward_hooks": {}, "_forward_pre_hooks": {}}
+    assert not _torch_private.has_forward_hooks(SimpleNamespace(**names))
+    del names[renamed]
+    assert _torch_private.has_forward_hooks(SimpleNamespace(**names))

@@ -76,9 +76,11 @@ def _forward_blocks(call: ExpertCall) -> _Blocks:
     if IS_OLD and call.autocast:
         rows = 64
     # Programs of compute capability 10.0 get few registers, so that more of them run at a time.
-    if call.gated or (is_half and compute_capability(call.x.device) >= 100):
+    capability = compute_capability(call.x.device)
+    if call.gated or (is_half and capability >= 100):
         return _Blocks(rows, 16, 4, 2)
-    return _Blocks(rows, 32, 4)
+    # On 8.6 and 8.9 wider slices of fp32 would spill.
+    return _Blocks(rows, 16 if not is_half and capability in (86, 89) else 32, 4)
 
 
 def _row_blocks(call: ExpertCall) -> _Blocks:
@@ -89,11 +91,13 @@ def _weight_blocks(call: ExpertCall) -> _Blocks:
     """A slice's sums stand in registers, and rows are read two tiles ahead.
 
     Five stages are two tiles, for a row's place in x is read before it. The two halves of gated
-    experts leave registers for one tile ahead, and on compute capability 10.0 for none. Nor do the
-    operands of D > 32 before 9.0, whose matrix products read shared memory.
+    experts leave registers for one tile ahead, if its rows are whole vectors of 8 numbers, and on
+    compute capability 10.0 for none. Nor do the operands of D > 32 before 9.0, whose matrix
+    products read shared memory.
     """
     if call.gated:
-        return _Blocks(64, 16, 4, 3 if compute_capability(call.x.device) < 100 else 1)
+        ahead = call.dim % 8 == 0 and compute_capability(call.x.device) < 100
+        return _Blocks(64, 16, 4, 3 if ahead else 1)
     if call.dim <= 32:
         return _Blocks(64, 32, 4, 3 if IS_OLD else 5)
     if compute_capability(call.x.device) >= 90:

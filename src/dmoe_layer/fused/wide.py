@@ -83,8 +83,9 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
     if call.dtype == torch.float32:
         return _Blocks(64, min(64, most, block_size(columns)), 32, 4, 2)
     if columns >= most == 256:
-        if IS_OLD and compute_capability(call.x.device) < 90:
-            return _Blocks(128, 256, 32, 8, 4)  # Deeper ones would spill.
+        capability = compute_capability(call.x.device)
+        if capability in (86, 89) or (IS_OLD and capability < 90):
+            return _Blocks(128, 256, 32, 8, 4)  # Deeper ones take fewer instructions, but spill.
         return _Blocks(128, 256, 64, 8, 2)
     return _Blocks(128, min(most, 128, block_size(columns)), 64, 8, 3)
 
@@ -108,7 +109,11 @@ def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
 def _weight_blocks(call: ExpertCall) -> _Blocks:
     blocks = _gemm_blocks(call, max(call.dim, call.first_rows), 128)
     if call.dtype == torch.float32:
-        return blocks._replace(depth=16 if call.dim <= 32 else 32, warps=8) if IS_OLD else blocks
+        if not IS_OLD:
+            return blocks
+        # At these widths a tile half as deep spills on compute capability 10.0; at others a deeper
+        # one does, on one GPU or another.
+        return blocks._replace(depth=32 if call.dim in (32, 64) else 16, warps=8)
     if compute_capability(call.x.device) >= 90:
         return blocks
     # Of a deeper tile the operands, in registers, would leave too few to the sums.
@@ -123,7 +128,7 @@ def forward(call: ExpertCall, keep: bool) -> tuple[Tensor, Tensor]:
         _rows_product(
             call, segment, h, call.w2, (call.hidden, 1), y, rest, call.b2, call.gates, call.kept
         )
-    # To keep it all, all of it is in one segment.
+    # The hidden layer is kept only if all rows are in one segment.
     return call.sum_pairs(y, rest), z if keep else call.empty(0)
 
 

@@ -138,7 +138,7 @@ def test_tf32_is_taken_from_either_of_pytorchs_settings(api):
         code = (
             f"import torch; torch.backends.cuda.matmul.{api} = {value!r}\n"
             "from dmoe_layer.fused.launch import gemm_precision; "
-            "print(gemm_precision(torch.float32))"
+            "print(gemm_precision(torch.float32), gemm_precision(torch.bfloat16))"
         )
         run = [sys.executable, "-c", code]
         return subprocess.run(run, check=True, capture_output=True, encoding="utf-8").stdout.strip()
@@ -146,4 +146,4 @@ def test_tf32_is_taken_from_either_of_pytorchs_settings(api):
     if not hasattr(torch.backends.cuda.matmul, api):
         pytest.skip(f"this PyTorch has no {api}")
     yes, no = (True, False) if api == "allow_tf32" else ("tf32", "ieee")
-    assert (ask(yes), ask(no)) == ("tf32", "tf32x3")
+    assert (ask(yes), ask(no)) == ("tf32 tf32x3", "tf32x3 tf32x3")
