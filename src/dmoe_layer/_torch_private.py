@@ -50,7 +50,10 @@ def in_functional_derivative(x: Tensor) -> bool:
         except (NotImplementedError, RuntimeError):
             return True
         return False
-    active = [level.key() for level in stack() or ()]
+    levels = stack()
+    if not levels:
+        return False
+    active = [level.key() for level in levels]
     return kinds.Jvp in active or (torch.is_grad_enabled() and kinds.Grad in active)
 
 
