@@ -82,12 +82,18 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
     """
     if call.dtype == torch.float32:
         return _Blocks(64, min(64, most, block_size(columns)), 32, 4, 2)
-    if columns >= most == 256:
+    if columns >= most == 256 and not (call.dim % 32 or call.hidden % 32):
         capability = compute_capability(call.x.device)
         if capability in (86, 89) or (IS_OLD and capability < 90):
             return _Blocks(128, 256, 32, 8, 4)  # Deeper ones take fewer instructions, but spill.
         return _Blocks(128, 256, 64, 8, 2)
-    return _Blocks(128, min(most, 128, block_size(columns)), 64, 8, 3)
+    blocks = _Blocks(128, min(most, 128, block_size(columns)), 64, 8, 3)
+    return blocks if _has_vectors(call) else blocks._replace(depth=32, stages=4)
+
+
+def _has_vectors(call: ExpertCall) -> bool:
+    """Whether rows are whole vectors of 8 numbers; else each number's address takes registers."""
+    return not (call.dim % 8 or call.hidden % 8)
 
 
 def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
@@ -107,7 +113,8 @@ def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
 
 
 def _weight_blocks(call: ExpertCall) -> _Blocks:
-    blocks = _gemm_blocks(call, max(call.dim, call.first_rows), 128)
+    most = 128 if _has_vectors(call) else 64
+    blocks = _gemm_blocks(call, max(call.dim, call.first_rows), most)
     if call.dtype == torch.float32:
         if not IS_OLD:
             return blocks

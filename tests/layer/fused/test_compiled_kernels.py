@@ -41,6 +41,7 @@ found = [
 ]
 print(json.dumps([dataclasses.asdict(row) for row in found]))
 """
+WIDE = {"hidden_kernel", "hidden_backward_kernel", "output_kernel", "weight_backward_kernel"}
 # Two for each dtype: the five GPUs' kernels and the three dtypes' are all compiled.
 CAPABILITIES = {"fp32": (80, 90), "fp16": (86, 100), "bf16": (89, 90)}
 
@@ -78,11 +79,10 @@ def assert_fits(row):
 def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
     found = compiled(dim, dtype, {"fp32": "gelu", "fp16": "silu", "bf16": "relu"}[dtype])
     kernels = {(row["capability"], row["kernel"]) for row in found}
-    wide = {"hidden_kernel", "hidden_backward_kernel", "output_kernel", "weight_backward_kernel"}
     narrow = {"mlp_kernel", "mlp_backward_kernel", "weight_gradients_kernel"}
     if dtype == "fp32":  # whose narrowest experts stay in registers in forward
-        narrow = {"mlp_kernel"} | wide if dim == 24 else wide
-    mlp = wide if dim == 768 else narrow
+        narrow = {"mlp_kernel"} | WIDE if dim == 24 else WIDE
+    mlp = WIDE if dim == 768 else narrow
     for capability in CAPABILITIES[dtype]:
         for kernel in {"route_kernel", "sort_kernel", "route_backward_kernel"} | mlp:
             assert (capability, kernel) in kernels
@@ -98,6 +98,15 @@ def test_kernels_compile_fit_and_do_not_spill(dim, dtype):
                 for row in committed
                 if (row.dtype, row.dim) == (dtype, dim) and row.capability in CAPABILITIES[dtype]
             }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [72, 257])
+def test_experts_of_widths_that_fill_no_tile_compile_fit_and_do_not_spill(dim):
+    found = [row for row in compiled(dim, "bf16") if row["kernel"] in WIDE]
+    assert {row["kernel"] for row in found} == WIDE
+    for row in found:
+        assert_fits(row)
 
 
 @pytest.mark.slow
