@@ -79,7 +79,8 @@ def checked_copy(attributes: Any) -> Attributes:
     check_form(values)
     _refuse_meta(values)
     values = values.to(torch.int64, copy=True)
-    return Attributes(values, None if exporting() else _bounds_2N(values), from_scope=True)
+    bounds_2N = None if exporting() else torch.stack(_bounds(values)).to("cpu")
+    return Attributes(values, bounds_2N, from_scope=True)
 
 
 def as_sizes(sizes: Any) -> tuple[int, ...] | None:
@@ -109,11 +110,13 @@ def _columns(values: Tensor) -> Tensor:
     return values if values.ndim == 2 else values.reshape(-1, 1)
 
 
-def _bounds_2N(values: Tensor) -> Tensor:
+def _bounds(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of each attribute, (n,) int64 each; 0 without samples."""
     values_BN = _columns(values).to(torch.int64)
     if values_BN.shape[0] == 0:
-        return torch.zeros(2, values_BN.shape[1], dtype=torch.int64, device="cpu")
-    return torch.stack(torch.aminmax(values_BN, dim=0)).to("cpu")
+        values_BN = values_BN.new_zeros(1, values_BN.shape[1])
+    low_N, high_N = torch.aminmax(values_BN, dim=0)
+    return low_N, high_N
 
 
 def _refuse_meta(values: Tensor) -> None:
@@ -185,12 +188,11 @@ def _check_attributes(
     unknown: str,
 ) -> Tensor:
     values_BN = _columns_of(x, batch, attributes, sizes)
-    if bounds_2N is None:  # In Python: for the few samples of a batch PyTorch takes far longer.
-        columns = list(zip(*values_BN.tolist(), strict=True))
-        bounds = [[*map(min, columns)], [*map(max, columns)]]
+    if bounds_2N is None:
+        lows, highs = (bound_N.tolist() for bound_N in _bounds(values_BN))
     else:
-        bounds = bounds_2N.tolist()
-    _check_values(values_BN, bounds, sizes, unknown)
+        lows, highs = bounds_2N.tolist()
+    _check_values(values_BN, lows, highs, sizes, unknown)
     # Copied, as a caller may write to its tensor before backward reads these.
     values_BN = values_BN.to(x.device, torch.int64, non_blocking=True, copy=True)
     if values_BN.shape[0] != batch:
@@ -292,10 +294,13 @@ def _likely_cause(x: Tensor, batch: int, values_BN: Tensor) -> str:
 
 
 def _check_values(
-    values_BN: Tensor, bounds: list[list[int]], sizes: list[int] | None, unknown: str
+    values_BN: Tensor,
+    lows: list[int],
+    highs: list[int],
+    sizes: list[int] | None,
+    unknown: str,
 ) -> None:
     lowest = 0 if unknown == "error" and sizes is not None else -1
-    lows, highs = bounds
     for column, (low, high) in enumerate(zip(lows, highs, strict=True)):
         highest = high if sizes is None else sizes[column] - 1
         if low >= lowest and high <= highest:

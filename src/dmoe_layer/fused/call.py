@@ -61,6 +61,8 @@ class ExpertCall:
         self.n_experts, self.dim, self.hidden = weights.w2_EDH.shape
         self.first_rows = weights.w1_EHD.shape[1]  # of an expert: H, or 2H if gated
         self.gated = ACTIVATIONS[activation].gated
+        # Whether rows are whole vectors of 8 numbers; else each number's address takes registers.
+        self.has_vectors = not (self.dim % 8 or self.hidden % 8)
         self.rows, self.k = len(self.order), gates_TK.shape[1]
         self.relu = activation == "relu"
         self.scale = in_steps(dropout, kept_RW)[1]

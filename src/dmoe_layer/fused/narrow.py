@@ -91,12 +91,12 @@ def _weight_blocks(call: ExpertCall) -> _Blocks:
     """A slice's sums stand in registers, and rows are read two tiles ahead.
 
     Five stages are two tiles, for a row's place in x is read before it. The two halves of gated
-    experts leave registers for one tile ahead, if its rows are whole vectors of 8 numbers, and on
-    compute capability 10.0 for none. Nor do the operands of D > 32 before 9.0, whose matrix
-    products read shared memory.
+    experts leave registers for one tile ahead, if its rows are whole vectors, and on compute
+    capability 10.0 for none. Nor do the operands of D > 32 before 9.0, whose matrix products read
+    shared memory.
     """
     if call.gated:
-        ahead = call.dim % 8 == 0 and compute_capability(call.x.device) < 100
+        ahead = call.has_vectors and compute_capability(call.x.device) < 100
         return _Blocks(64, 16, 4, 3 if ahead else 1)
     if call.dim <= 32:
         return _Blocks(64, 32, 4, 3 if IS_OLD else 5)

@@ -88,12 +88,7 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
             return _Blocks(128, 256, 32, 8, 4)  # Deeper ones take fewer instructions, but spill.
         return _Blocks(128, 256, 64, 8, 2)
     blocks = _Blocks(128, min(most, 128, block_size(columns)), 64, 8, 3)
-    return blocks if _has_vectors(call) else blocks._replace(depth=32, stages=4)
-
-
-def _has_vectors(call: ExpertCall) -> bool:
-    """Whether rows are whole vectors of 8 numbers; else each number's address takes registers."""
-    return not (call.dim % 8 or call.hidden % 8)
+    return blocks if call.has_vectors else blocks._replace(depth=32, stages=4)
 
 
 def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
@@ -113,7 +108,7 @@ def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
 
 
 def _weight_blocks(call: ExpertCall) -> _Blocks:
-    most = 128 if _has_vectors(call) else 64
+    most = 128 if call.has_vectors else 64
     blocks = _gemm_blocks(call, max(call.dim, call.first_rows), most)
     if call.dtype == torch.float32:
         if not IS_OLD:

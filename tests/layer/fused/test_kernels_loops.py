@@ -65,12 +65,13 @@ def test_rows_are_fetched_ahead_and_summed_without_passing_numbers_on(
     dim, activation, kernel, count, capabilities
 ):
     codes = disassemblies(dim, activation, kernel, *capabilities)
-    assert len(codes) == len(capabilities)
-    for code in codes:
+    for capability, code in zip(capabilities, codes, strict=True):
         found = row_loops(code)
         assert len(found) == count
         for names in found:
             assert any(name.startswith("LDGSTS") for name in names)
-            # A sum over threads passes numbers on by SHFL.BFLY. By SHFL.IDX, on 10.0, a warp takes
-            # the number of its first thread, which is the number of all.
-            assert not any(name.startswith("SHFL") and name != "SHFL.IDX" for name in names)
+            # On 10.0 products may stand behind the program's end, where no loop is found.
+            assert capability == 100 or any("MMA" in name for name in names)
+            # There a narrow kernel's warps take their own number from their first thread, once.
+            own = ["SHFL.IDX"] if capability == 100 and dim < 768 else []
+            assert [name for name in names if name.startswith("SHFL")] in ([], own)

@@ -18,8 +18,8 @@ N = math.prod(DRAWS)
 
 
 # The largest errors that NVIDIA's PTX manual allows the approximations, with signs that change
-# from number to number: relative ones of ex2 (2**-22), sqrt and rcp (2**-23), absolute ones of lg2,
-# sin and cos.
+# from number to number: relative ones of ex2 (2**-22), sqrt and rcp (2**-23), absolute ones of
+# sin and cos, and of lg2 both (2**-22).
 @triton.jit
 def _sign(x):
     return tl.where(tl.sin(1e6 * tl.where(tl.abs(x) < 1e9, x, 0.0)) < 0, 1.0, -1.0)
@@ -42,7 +42,8 @@ def _reciprocal_with_errors(x):
 
 @triton.jit
 def _log2_with_errors(x):
-    return tl.log2(x) + 2.4e-7 * _sign(x)  # at 1 beyond 0
+    log = tl.log2(x)
+    return log + 2.4e-7 * tl.maximum(tl.abs(log), 1.0) * _sign(x)  # at 1 beyond 0
 
 
 @triton.jit
