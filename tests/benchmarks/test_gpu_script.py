@@ -6,9 +6,11 @@ A stub stands in for the interpreter, and one for ``timeout``, which writes down
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ os.execvp(command[0], command)
 """
 # What each command prints last, leaves in its folder, and answers.
 PYTHON = """#!{python}
-import os, sys
+import os, sys, time
 from pathlib import Path
 words = " ".join(sys.argv[1:])
 kept = os.environ["PYTHONPATH"].split(":")[-1], os.environ.get("PYTHONUNBUFFERED", "buffered")
@@ -50,6 +52,9 @@ if "--shapes" in words:
         print("| shape | what |")
         print("| " + shape + " | times faster | met |")
 print("said by", words[:60])
+if "STUB_HANGING" in os.environ and os.environ["STUB_HANGING"] in words:
+    sys.stdout.flush()
+    time.sleep(3)
 failing = os.environ.get("STUB_FAILING")
 sys.exit(1 if failing and failing in words else 0)
 """
@@ -62,29 +67,34 @@ pytestmark = pytest.mark.skipif(
 class Run:
     """A call of the script with stubs in place of all that it runs."""
 
-    def __init__(self, folder, call, **environment):
+    def __init__(self, folder, call, meanwhile=lambda script: None, **environment):
         for name, text in (("timeout", TIMEOUT), ("python", PYTHON)):
             stub = folder / name
             stub.write_text(text.format(python=sys.executable), encoding="utf-8")
             stub.chmod(0o755)
-        log, self.out = folder / "log", folder / "out"
+        log, self.out, temporary = folder / "log", folder / "out", folder / "temporary"
+        temporary.mkdir()
         log.touch()
-        done = subprocess.run(
+        script = subprocess.Popen(
             ["bash", ROOT / "benchmarks" / "gpu.sh", *call],
             env={
                 **os.environ,
                 "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
                 "PYTHON": str(folder / "python"),
                 "OUT": str(self.out),
+                "TMPDIR": str(temporary),
                 "STUB_LOG": str(log),
                 "PYTHONPATH": "packages",
                 "PYTHONUNBUFFERED": "",
                 **environment,
             },
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
         )
-        self.status, self.printed, self.errors = done.returncode, done.stdout, done.stderr
+        meanwhile(script)
+        self.printed, self.errors = script.communicate()
+        self.status = script.returncode
         lines = log.read_text(encoding="utf-8").splitlines()
         self.boxes = [int(line.split()[1]) for line in lines if line.startswith("box")]
         self.commands = [line for line in lines if line.startswith("run")]
@@ -124,6 +134,33 @@ def test_where_a_test_fails_nothing_is_timed(tmp_path, call):
     assert not [c for c in run.commands if "-m benchmarks --" in c or "sweep" in c]
     with tarfile.open(run.out / f"{call}.tar.gz") as tar:
         assert "./correctness.txt" in tar.getnames()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(("box", "hanging"), [("correctness", "-m pytest"), ("goals", "--shapes")])
+def test_a_call_that_is_killed_leaves_what_was_printed_until_then(tmp_path, box, hanging, sent):
+    sleep = tmp_path / "sleep"
+    sleep.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(0.1)\n", encoding="utf-8")
+    sleep.chmod(0o755)
+    found = tmp_path / "out" / "first.tar.gz"
+
+    def saved():
+        with tarfile.open(found) as tar:
+            name = f"./{box}.txt"
+            return name in tar.getnames() and b"said by" in tar.extractfile(name).read()
+
+    def kill(script):
+        for _ in range(300):
+            time.sleep(0.1)
+            if found.exists() and saved():
+                break
+        os.kill(script.pid, sent)
+
+    run = Run(tmp_path, ["first"], kill, STUB_HANGING=hanging)
+    assert run.status == -sent
+    assert saved()
+    # Goals are not kept back until their box ends.
+    assert ("| stage-0 | times faster | met |" in run.printed) == (box == "goals")
 
 
 def test_goals_that_were_reached_are_said_last_though_their_run_was_cut_short(tmp_path):
