@@ -34,7 +34,17 @@ NEED_TRITON = {
     ),
     *(
         f"dmoe_layer.fused.kernels.{name}"
-        for name in ("common", "dropout", "narrow", "noise", "routing", "sums", "wide")
+        for name in (
+            "activations",
+            "approximations",
+            "common",
+            "dropout",
+            "narrow",
+            "noise",
+            "routing",
+            "sums",
+            "wide",
+        )
     ),
 }
 NEED_NNUNET = {

@@ -55,6 +55,13 @@ class Launch(NamedTuple):
         return math.prod(self.grid)
 
     @property
+    def window_rows(self) -> int:
+        """The rows of a window of tiles, in a launch that sums over an expert's rows."""
+        from dmoe_layer.fused.kernels.common import TILE
+
+        return int(self.value("window_tiles") * TILE.value)
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that are compiled alike."""
         values = []

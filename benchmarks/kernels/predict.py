@@ -78,7 +78,7 @@ def launch_seconds(launch: Launch, binary: Binary, step: LayerStep) -> Seconds:
     # What is not loaded ahead is waited for each time that a loop is passed: rows by rows, from
     # memory; or the weights of all rows, slice by slice, from the L2 cache.
     passes = 1 if binary.loads_ahead else max((1, *trips(launch)[:1]))
-    by_rows = any(p.name.startswith("chunk_") for p in launch.kernel.params)
+    by_rows = any(p.name in ("window_tiles", "chunk_tokens") for p in launch.kernel.params)
     waits = WAIT * passes if by_rows else WAIT + WAIT_FOR_L2 * passes
     work = kernel_work(launch.kernel.__name__, launch.options, step.dim, DTYPE.itemsize)
     if work is None:

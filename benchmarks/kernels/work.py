@@ -123,7 +123,7 @@ def trips(launch: Launch) -> tuple[float, ...]:
         case "mlp_kernel" | "mlp_backward_kernel":
             return (cut(options["hidden"], "HIDDEN"),)
         case "weight_gradients_kernel":
-            return (cut(launch.value("chunk_rows"), "ROWS"),)
+            return (cut(launch.window_rows, "ROWS"),)
         case "route_kernel":
             return (cut(options["dim"], "DIM"),)
         case "route_backward_kernel":
@@ -136,7 +136,7 @@ def trips(launch: Launch) -> tuple[float, ...]:
             return (cut(options["dim"], "COLUMNS"),)
         case "weight_backward_kernel":
             rows = launch.value("order_ptr").shape[0] / options["n_experts"]
-            return (cut(launch.value("chunk_rows") if options["SPLIT"] else rows, "ROWS"),)
+            return (cut(launch.window_rows if options["SPLIT"] else rows, "ROWS"),)
         case _:
             return ()
 

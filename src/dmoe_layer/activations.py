@@ -2,8 +2,8 @@
 
 To add one, write a row in ``ACTIVATIONS``, its formula in ``tests/naive.py``, and its name in the
 docstring of ``DMoE``. The Triton kernels have theirs in the functions ``activate`` and ``slope`` of
-``fused/kernels/common.py``. If you add no branch there, set ``fused=False``. The eager backend then
-computes every layer with that activation.
+``fused/kernels/activations.py``. If you add no branch there, set ``fused=False``. The eager backend
+then computes every layer with that activation.
 """
 
 from __future__ import annotations

@@ -40,8 +40,9 @@ MAX_EXPERTS, MAX_K = 64, 8
 # most of a tile is empty, and a sample's share of the router's gradient is larger than its x. Also,
 # each program searches all samples for its own.
 MIN_TOKENS_PER_SAMPLE, MAX_SAMPLES = 16, 4096
-# Numbers of (token, slot) pairs have 32 bits. What they point to may be larger.
-MAX_PAIRS = 2**31 - 1
+# Numbers of (token, slot) pairs have 32 bits. So have those behind the last of them in a block, and
+# the largest block, a chunk of the router's backward, has 2**21. What they point to may be larger.
+MAX_PAIRS = 2**31 - 2**22
 
 
 class Choice(NamedTuple):
@@ -185,7 +186,8 @@ def _obstacle(layer: Any, x_BTD: Tensor, dtype: torch.dtype) -> str:
     samples, tokens = x_BTD.shape[:2]
     if samples * tokens * layer.k > MAX_PAIRS:
         return (
-            f"{samples * tokens} tokens times k = {layer.k} is more than the kernels take, 2³¹ - 1"
+            f"{samples * tokens} tokens times k = {layer.k} is more than the kernels take, "
+            f"{MAX_PAIRS}"
         )
     if layer.attribute_sizes is None:
         return ""

@@ -60,16 +60,21 @@ def kernel_dropout(p, indices_TK, n_experts, dim, dtype):
     return of_pairs.view(*indices_TK.shape, dim) * scale
 
 
-def expert_tiles(offsets):
-    """The tile map of pairs in this order by expert, computed without a kernel."""
+def expert_tiles(counts):
+    """Where each expert's pairs and tiles begin, (2, E + 1), and the map of the tiles.
+
+    ``counts`` are the numbers of pairs of each expert. Computed without a kernel.
+    """
+    pairs = list(itertools.accumulate(counts, initial=0))
     rows = [
         (e, first, min(first + TILE.value, stop), 0)
-        for e, (start, stop) in enumerate(itertools.pairwise(offsets.tolist()))
+        for e, (start, stop) in enumerate(itertools.pairwise(pairs))
         for first in range(start, stop, TILE.value)
     ]
-    most = int(offsets[-1]) // TILE.value + len(offsets) - 1
-    rows += [(0, 0, 0, 0)] * (most - len(rows))
-    return torch.tensor(rows, dtype=torch.int32, device=offsets.device)
+    tiles = [sum(row[0] < e for row in rows) for e in range(len(pairs))]
+    rows += [(0, 0, 0, 0)] * (pairs[-1] // TILE.value + len(counts) - len(rows))
+    offsets = torch.tensor([pairs, tiles], dtype=torch.int32, device=HERE)
+    return offsets, torch.tensor(rows, dtype=torch.int32, device=HERE)
 
 
 run_kernels = partial(run_both, device=HERE, noise=kernel_noise, dropout=kernel_dropout)

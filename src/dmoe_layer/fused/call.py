@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,6 @@ class ExpertCall:
         # Options of the kernels, each for those that take it.
         self.act_opts = {"ACTIVATION": activation, "GATED": self.gated}
         self.sizes = {"dim": self.dim, "hidden": self.hidden, "K": self.k}
-        self.search_opts = {"n_experts": self.n_experts, "EXPERTS": block_size(self.n_experts, 2)}
         self.gemm_opts = {"PRECISION": gemm_precision(dtype)}
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -82,6 +82,12 @@ class ExpertCall:
     def offset_opts(self, width: int) -> dict[str, Any]:
         """The option of kernels whose tensors have at most ``width`` numbers for each pair."""
         return {"OFFSET": offset_type(self.rows * width)}
+
+    @cached_property
+    def wide_offset_opts(self) -> dict[str, Any]:
+        """The same of the wide experts' kernels."""
+        # 2: hidden_backward_kernel writes a number for each pair and slice, after one for each.
+        return self.offset_opts(max(self.first_rows, self.dim, 2))
 
     def pair_sums(self) -> tuple[Tensor, Tensor | None]:
         """Makes the memory for the pairs' rows, which are summed for each token.
@@ -113,7 +119,7 @@ def draw_kept(order_R: Tensor, dim: int, dropout: float, seed: Tensor) -> Tensor
     kept = order_R.new_empty((order_R.shape[0], -(-dim // 32)))
     launch(
         draw_kept_kernel, (-(-kept.numel() // 256),), kept,
-        kept, int(seed), in_steps(dropout, seed)[0], kept.numel(), BLOCK=256,
-        num_warps=2,
+        kept, int(seed), in_steps(dropout, seed)[0], kept.numel(),
+        OFFSET=offset_type(kept.numel()), BLOCK=256, num_warps=2,
     )  # fmt: skip
     return kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from ..operators import PLAIN_TENSORS
+from .kernels.common import TILE
 from .kernels.sums import sum_chunks_kernel
 
 
@@ -48,6 +49,26 @@ def block_size(size: int, least: int = 16) -> int:
 def most_tiles(rows: int, block: int, groups: int) -> int:
     """The most tiles that ``rows`` in ``groups`` can need, however they are split; at least one."""
     return rows // block + max(groups, 1)
+
+
+class Windows(NamedTuple):
+    """How the tile map is cut for sums over an expert's rows, see ``kernels.common.rows_of_chunk``.
+
+    Attributes:
+        number: How many windows there are.
+        tiles: How many tiles each has.
+        first_tile: The number of the first tile that is cut.
+    """
+
+    number: int
+    tiles: int
+    first_tile: int
+
+    @classmethod
+    def of(cls, tiles: int, rows: int, first_tile: int = 0) -> Windows:
+        """Cuts ``tiles`` tiles, so that each window has ``rows`` rows or more, or all there are."""
+        each = min(-(-rows // TILE.value), tiles)
+        return cls(-(-tiles // each), each, first_tile)
 
 
 def gemm_precision(dtype: torch.dtype) -> str:
@@ -92,20 +113,20 @@ def offset_type(numbers: int) -> Any:
     return tl.int32 if numbers < LEAST_INT64 else tl.int64
 
 
-def sum_chunks(offsets: Tensor, chunk_rows: int, shares: list[Tensor]) -> list[Tensor]:
-    """Sums the shares in the gradients of w1, b1, w2 and b2 over the chunks of each group.
+def sum_chunks(offsets: Tensor, windows: Windows, shares: list[Tensor]) -> list[Tensor]:
+    """Sums the shares in the gradients of w1, b1, w2 and b2 over the chunks of each expert.
 
-    A group's rows are cut into chunks of ``chunk_rows``; shares are (chunks, ...) in fp32, sums
-    (groups, ...). The order of a sum is always the same. One launch computes all of them.
+    Shares are (windows + E, ...) in fp32, sums (E, ...). The order of a sum is always the same. One
+    launch computes all of them.
     """
-    groups = offsets.shape[0] - 1
-    totals = [s.new_empty((groups, *s.shape[1:])) for s in shares]
+    n_experts = offsets.shape[1] - 1
+    totals = [s.new_empty((n_experts, *s.shape[1:])) for s in shares]
     numbers = [s.shape[1:].numel() for s in shares]
     block = sum_block(max(numbers))
     launch(
-        sum_chunks_kernel, (groups, sum(-(-n // block) for n in numbers)), offsets,
-        *shares, *totals, *numbers, offsets, groups, chunk_rows,
-        GROUPS=block_size(groups, 2), CHUNKS=4096 // block, BLOCK=block,
+        sum_chunks_kernel, (n_experts, sum(-(-n // block) for n in numbers)), offsets,
+        *shares, *totals, *numbers, offsets, n_experts, *windows,
+        OFFSET=offset_type(max(s.numel() for s in shares)), CHUNKS=4096 // block, BLOCK=block,
     )  # fmt: skip
     return totals
 

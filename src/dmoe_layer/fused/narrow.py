@@ -14,14 +14,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import narrow
-from .launch import (
-    IS_OLD,
-    block_size,
-    compute_capability,
-    launch,
-    most_tiles,
-    sum_chunks,
-)
+from .launch import IS_OLD, Windows, block_size, compute_capability, launch, sum_chunks
 
 
 def fuses_forward(dim: int, dtype: torch.dtype) -> bool:
@@ -71,38 +64,53 @@ def _forward_blocks(call: ExpertCall) -> _Blocks:
     # Activations take registers, and so do the two halves of gated experts; ReLU takes none.
     is_half = call.dtype != torch.float32
     rows = 128 if is_half else 64
-    if call.dim > 32:
-        return _Blocks(rows, 32 if call.relu and call.dim <= 64 else 16, 8)
-    if IS_OLD and call.autocast:
-        rows = 64
-    # Programs of compute capability 10.0 get few registers, so that more of them run at a time.
     capability = compute_capability(call.x.device)
-    if call.gated or (is_half and capability >= 100):
-        return _Blocks(rows, 16, 4, 2)
-    # On 8.6 and 8.9 wider slices of fp32 would spill.
-    return _Blocks(rows, 16 if not is_half and capability in (86, 89) else 32, 4)
+    # Programs of compute capability 10.0 get few registers, so that more of them run at a time.
+    is_few = IS_OLD and capability >= 100 and not call.relu
+    if is_few:
+        rows //= 2
+    if call.dim > 32:
+        hidden = 32 if call.relu and call.dim <= 64 else 16
+        return _Blocks(rows, hidden, 8, 2 if is_few else 1)
+    if (IS_OLD and call.autocast) or (call.gated and is_half and capability < 90):
+        rows = 64
+    if call.gated or is_few or (is_half and capability >= 100):
+        # With two stages Triton 3.4 spills on 8.6 and 8.9.
+        return _Blocks(rows, 16, 4, 3 if IS_OLD and is_half and capability in (86, 89) else 2)
+    # On 8.6 and 8.9 wider slices of so many rows, or of fp32, would spill.
+    is_tight = capability in (86, 89) and not (is_half and (call.relu or rows == 64))
+    return _Blocks(rows, 16 if is_tight else 32, 4)
 
 
 def _row_blocks(call: ExpertCall) -> _Blocks:
-    return _Blocks(64, 32, _warps(call))
+    # A stage more, which reads nothing ahead, leaves more registers to a program.
+    capability = compute_capability(call.x.device)
+    if call.dim > 32:
+        is_tight = capability >= 100
+    else:
+        is_tight = IS_OLD and capability in (86, 89) and call.act_opts["ACTIVATION"] == "gelu"
+    return _Blocks(64, 32, _warps(call), 2 if is_tight else 1)
 
 
 def _weight_blocks(call: ExpertCall) -> _Blocks:
     """A slice's sums stand in registers, and rows are read two tiles ahead.
 
-    Five stages are two tiles, for a row's place in x is read before it. The two halves of gated
-    experts leave registers for one tile ahead, if its rows are whole vectors, and on compute
-    capability 10.0 for none. Nor do the operands of D > 32 before 9.0, whose matrix products read
-    shared memory.
+    Five stages are two tiles, for a row's place in x is read before it; three are one. The two
+    halves of gated experts leave registers for one tile, if its rows are whole vectors, and with
+    Triton 3.4 or on compute capability 10.0 for one of half as many rows. So do the operands of
+    D > 32 before 9.0, whose matrix products read shared memory.
     """
+    capability = compute_capability(call.x.device)
     if call.gated:
-        ahead = call.has_vectors and compute_capability(call.x.device) < 100
-        return _Blocks(64, 16, 4, 3 if ahead else 1)
+        rows = 32 if IS_OLD or capability >= 100 else 64
+        return _Blocks(rows, 16, 4, 3 if call.has_vectors else 1)
     if call.dim <= 32:
         return _Blocks(64, 32, 4, 3 if IS_OLD else 5)
-    if compute_capability(call.x.device) >= 90:
-        return _Blocks(32, 64, _warps(call), 5)
-    return _Blocks(64, 16, _warps(call))
+    if capability >= 90:
+        return _Blocks(32, 64, _warps(call), 4 if capability >= 100 else 5)
+    # Wider slices spill with Triton 3.4 or on 8.6 and 8.9, and those of GELU with Triton 3.6.
+    is_tight = IS_OLD or capability in (86, 89) or call.act_opts["ACTIVATION"] == "gelu"
+    return _Blocks(32, 16 if is_tight else 32, 4, 3)
 
 
 def _warps(call: ExpertCall) -> int:
@@ -146,18 +154,18 @@ def _of_weights(call: ExpertCall, dy: Tensor) -> list[Tensor]:
     programs = max(PROGRAMS - slices * call.n_experts, PROGRAMS // 2)
     # The shares of all chunks together are about as large as x: no more chunks than that.
     least = call.k * (call.first_rows + call.hidden)
-    chunk = max(call.rows * slices // programs, least, blocks.rows)
-    chunk = -(-chunk // blocks.rows) * blocks.rows
-    n_chunks = most_tiles(call.rows, chunk, call.n_experts)
+    windows = Windows.of(call.tiles.shape[0], max(call.rows * slices // programs, least))
+    n_chunks = windows.number + call.n_experts
     first, second = (call.first_rows, call.dim), (call.dim, call.hidden)
     shapes = (first, first[:1], second, second[:1])
     w1, b1, w2, b2 = (call.empty(n_chunks, *shape, dtype=torch.float32) for shape in shapes)
     launch(
         narrow.weight_gradients_kernel, (n_chunks * slices,), dy,
-        dy, call.x, call.order, call.offsets, call.gates, call.w1, call.b1, call.w2, call.kept,
-        w1, b1, w2, b2, chunk, call.scale, **call.search_opts, **_options(call, blocks),
+        dy, call.x, call.order, call.tiles, call.offsets, call.gates, call.w1, call.b1, call.w2,
+        call.kept, w1, b1, w2, b2, *windows, call.scale, n_experts=call.n_experts,
+        **_options(call, blocks),
     )  # fmt: skip
-    return sum_chunks(call.offsets, chunk, [w1, b1, w2, b2])
+    return sum_chunks(call.offsets, windows, [w1, b1, w2, b2])
 
 
 def _options(call: ExpertCall, blocks: _Blocks) -> dict[str, Any]:

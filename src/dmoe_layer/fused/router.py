@@ -17,6 +17,7 @@ from .launch import (
     contiguous,
     launch,
     most_tiles,
+    offset_type,
     triton_dtype,
 )
 
@@ -29,7 +30,8 @@ class SortedPairs(NamedTuple):
 
     Attributes:
         order_R: (T·k,) int32, each pair t·k + j, sorted by expert.
-        offsets: (E + 1,) int64; expert e's are ``order_R[offsets[e] : offsets[e + 1]]``.
+        offsets: (2, E + 1) int32; expert e's pairs are ``order_R[offsets[0, e] : offsets[0, e +
+            1]]``, and its tiles ``tiles[offsets[1, e] : offsets[1, e + 1]]``.
         tiles: (tiles, 4) int32, the map of ``kernels.common.write_tiles`` of those.
     """
 
@@ -123,7 +125,7 @@ def _outputs(x: Tensor, w_A2ED: Tensor, k: int, keep_slopes: bool) -> tuple[Tens
         x.new_empty((tokens, k), dtype=torch.int64),
         x.new_empty((tokens, k), dtype=torch.float32),
         x.new_empty((tokens * k,), dtype=torch.int32),
-        x.new_empty((n_experts + 1,), dtype=torch.int64),
+        x.new_empty((2, n_experts + 1), dtype=torch.int32),
         x.new_empty((most_tiles(tokens * k, TILE.value, n_experts), 4), dtype=torch.int32),
         x.new_empty((tokens, k), dtype=torch.int8),
         x.new_empty((tokens, n_experts) if keep_slopes else (0,), dtype=slope_dtype),
@@ -174,7 +176,8 @@ def fused_route_backward(
     blocks = -(-2 * n_experts * dim // block) + -(-2 * n_experts // block)
     launch(
         kernels.sum_routers_kernel, (len(w_A2ED), blocks), x,
-        dw_shares, db_shares, routers, dw, db, n_chunks, n_experts=n_experts, dim=dim,
+        dw_shares, db_shares, routers, dw, db, n_chunks,
+        n_experts=n_experts, dim=dim, OFFSET=offset_type(dw_shares.numel()),
         ROUTERS=routers.shape[1], CHUNKS=at_once, BLOCK=block,
     )  # fmt: skip
     return dx, dw, db
@@ -242,21 +245,23 @@ class _Samples:
         # forward's tile, and so of these. Where x is in half precision, one product of tf32 has
         # digits enough for dx and dw.
         is_half = x.dtype != torch.float32
+        tokens, warps, stages = 16, 4, 1
         if many:
-            tokens, warps = 16, 8
+            warps = 8
         elif is_half:
             tokens, warps = 64, 4 if dim <= 64 else 8
-        elif dim <= 32 and compute_capability(x.device) >= 100:
-            tokens, warps = 64, 4  # of which Triton 3.9 spills with few
-        else:
-            tokens, warps = 16, 4
+        elif dim <= 32:
+            capability = compute_capability(x.device)
+            tokens = 64 if capability >= 100 else 16  # of which Triton 3.9 spills with few
+            # With one Triton 3.4 and 3.6 spill.
+            stages = 2 if capability >= 100 or capability in (86, 89) else 1
         self.backward: dict[str, Any] = {
             "TOKENS": tokens,
             "DIM": dim,
             "ATTRIBUTES": self.attributes,
             "PRECISION": "tf32" if is_half else "tf32x3",
             "num_warps": warps,
-            "num_stages": 1,
+            "num_stages": stages,
         }
 
     def programs(self, block: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ layer again, a segment of rows at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import wide
 from .kernels.common import TILE
-from .launch import IS_OLD, block_size, compute_capability, launch, most_tiles, sum_chunks
+from .launch import IS_OLD, Windows, block_size, compute_capability, launch, sum_chunks
 
 # Rows of a segment that fill a GPU of 132 multiprocessors.
 LEAST_ROWS = 16384
@@ -24,12 +24,11 @@ LEAST_ROWS = 16384
 class Segment(NamedTuple):
     """Rows of the sorted order whose hidden layer is in memory at one time.
 
-    ``offsets`` are the experts' own within the segment; ``tiles`` those that have rows of it.
+    ``tiles`` are those that have rows of it, and maybe some before and after these.
     """
 
     first: int
     rows: int
-    offsets: Tensor
     tiles: Tensor
 
     @property
@@ -40,7 +39,7 @@ class Segment(NamedTuple):
 def segments(call: ExpertCall, at_once: bool) -> Iterator[Segment]:
     """All rows at once; or so many that their hidden layer is about as large as x."""
     if at_once or call.rows * call.first_rows <= call.x.numel():
-        yield Segment(0, call.rows, call.offsets, call.tiles)
+        yield Segment(0, call.rows, call.tiles)
         return
     most = max(call.x.numel() // call.first_rows, LEAST_ROWS)
     for first in range(0, call.rows, most):
@@ -48,7 +47,7 @@ def segments(call: ExpertCall, at_once: bool) -> Iterator[Segment]:
         # Where every tile is full, row r is in tile r // TILE, and each expert has one that is not.
         first_tile, last_tile = first // TILE.value, (first + rows - 1) // TILE.value
         tiles = call.tiles[first_tile : last_tile + call.n_experts + 1]
-        yield Segment(first, rows, call.offsets.clamp(first, first + rows), tiles)
+        yield Segment(first, rows, tiles)
 
 
 class _Blocks(NamedTuple):
@@ -95,16 +94,18 @@ def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
     # Few columns, for da, z and h stand in registers together: with all of them Triton 3.7 spills
     # on compute capability 8.0, even where the activation is ReLU. With both halves of a gated
     # expert's z, half of that again; and with an activation's registers a tile half as deep. Half
-    # as many rows, with a fifth more instructions, only where GPUs and compilers need that.
+    # as many rows or columns, with a fifth more instructions, only where GPUs and compilers need
+    # that.
     blocks = _gemm_blocks(call, call.hidden, 32 if call.gated else 64)
     if call.relu or call.dtype == torch.float32:
         return blocks
-    if IS_OLD:
-        blocks = blocks._replace(columns=min(blocks.columns, 32))
     capability = compute_capability(call.x.device)
-    few = capability >= 100 if call.gated else capability in (86, 89)
-    rows = 64 if IS_OLD or few else 128
-    return blocks._replace(rows=rows, depth=32, stages=4)
+    if IS_OLD or capability in (86, 89):
+        blocks = blocks._replace(columns=min(blocks.columns, 32))
+    few = capability >= 100 if call.gated else capability < 90
+    if not (IS_OLD or few):
+        return blocks._replace(depth=32, stages=4)
+    return blocks._replace(rows=64, depth=32, stages=4, warps=4 if capability < 90 else 8)
 
 
 def _weight_blocks(call: ExpertCall) -> _Blocks:
@@ -115,7 +116,9 @@ def _weight_blocks(call: ExpertCall) -> _Blocks:
             return blocks
         # At these widths a tile half as deep spills on compute capability 10.0; at others a deeper
         # one does, on one GPU or another.
-        return blocks._replace(depth=32 if call.dim in (32, 64) else 16, warps=8)
+        if call.dim in (32, 64):
+            return blocks._replace(depth=32, warps=8, stages=3 if call.gated else 2)
+        return blocks._replace(depth=16, warps=8)
     if compute_capability(call.x.device) >= 90:
         return blocks
     # Of a deeper tile the operands, in registers, would leave too few to the sums.
@@ -139,14 +142,15 @@ def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
 
     Before a gated activation it is twice as wide.
     """
-    # Activations take registers, in which 256 columns would not fit; ReLU takes none.
-    blocks = _gemm_blocks(call, call.first_rows, 256 if call.relu else 128)
+    # On compute capability 10.0 both halves of a gated expert take registers that 256 columns lack.
+    is_large = call.gated and compute_capability(call.x.device) >= 100
+    blocks = _gemm_blocks(call, call.first_rows, 128 if is_large else 256)
     h = call.empty(segment.rows, call.hidden)
     z = h if call.relu else call.empty(segment.rows, call.first_rows)
     launch(
         wide.hidden_kernel, blocks.grid(segment.tiles.shape[0], call.first_rows), h,
         call.x, call.order, segment.tiles, call.w1, call.b1, None if call.relu else z, h,
-        *segment.bounds, **call.sizes, **_offset_opts(call), **call.gemm_opts, **call.act_opts,
+        *segment.bounds, **call.sizes, **call.wide_offset_opts, **call.gemm_opts, **call.act_opts,
         **blocks.options,
     )  # fmt: skip
     return z, h
@@ -174,12 +178,8 @@ def _rows_product(
         wide.output_kernel, blocks.grid(segment.tiles.shape[0], call.dim), rows,
         rows, call.order, segment.tiles, weight, bias, gates, kept, y, rest, *segment.bounds,
         call.scale, stride_d=strides[0], stride_h=strides[1],
-        **sizes, **_offset_opts(call), **call.gemm_opts, **blocks.options,
+        **sizes, **call.wide_offset_opts, **call.gemm_opts, **blocks.options,
     )  # fmt: skip
-
-
-def _offset_opts(call: ExpertCall) -> dict[str, Any]:
-    return call.offset_opts(max(call.first_rows, call.dim))
 
 
 def backward(
@@ -199,7 +199,7 @@ def backward(
         launch(
             wide.gather_gradient_kernel, (segment.tiles.shape[0] * (TILE.value // 16),), dy,
             dy, call.order, segment.tiles, call.gates, call.b2, call.kept, do, gated, dgates,
-            *segment.bounds, call.scale, dim=call.dim, K=call.k, **_offset_opts(call),
+            *segment.bounds, call.scale, dim=call.dim, K=call.k, **call.wide_offset_opts,
             ROWS=16, COLUMNS=block_size(min(call.dim, 128)),
             num_warps=4 if call.autocast else 2,
         )  # fmt: skip
@@ -210,7 +210,7 @@ def backward(
             wide.hidden_backward_kernel, blocks.grid(segment.tiles.shape[0], call.hidden), dy,
             do, call.order, segment.tiles, call.gates, call.w2, z, None if call.relu else h, dz,
             dgates, *segment.bounds, call.rows, call.scale, dim=call.dim, hidden=call.hidden,
-            **_offset_opts(call), **call.gemm_opts, **call.act_opts, **blocks.options,
+            **call.wide_offset_opts, **call.gemm_opts, **call.act_opts, **blocks.options,
         )  # fmt: skip
         if dx is not None:
             _rows_product(call, segment, dz, call.w1, (1, call.dim), dx, rest)
@@ -237,17 +237,22 @@ def _of_weights(
     n_tiles = of_dim * (of_first + of_hidden)
     # Where the weights alone are tiles enough for a GPU, an expert's rows need not be shared out.
     split = n_tiles * call.n_experts < PROGRAMS
-    chunk = max(segment.rows * n_tiles // (2 * PROGRAMS), 512)
-    n_chunks = most_tiles(segment.rows, chunk, call.n_experts) if split else call.n_experts
+    if split:
+        rows = max(segment.rows * n_tiles // (2 * PROGRAMS), 512)
+        first_tile = segment.first // TILE.value
+        windows = Windows.of(segment.tiles.shape[0], rows, first_tile)
+    else:
+        windows = Windows(0, 1, 0)
+    n_chunks = windows.number + call.n_experts
     shares = [
         call.empty(n_chunks, *shape, dtype=torch.float32 if split else dtype)
         for shape in ((first_rows, dim), (first_rows,), (dim, hidden), (dim,))
     ]
     launch(
         wide.weight_backward_kernel, (n_chunks * n_tiles,), dz,
-        dz, call.x, gated, h, call.order, segment.offsets, *shares, segment.first, chunk,
-        first_rows=first_rows, SPLIT=split, ROWS=blocks.depth, COLUMNS=blocks.columns,
-        **call.sizes, **call.search_opts, **_offset_opts(call), **call.gemm_opts,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        dz, call.x, gated, h, call.order, segment.tiles, call.offsets, *shares, *segment.bounds,
+        *windows, n_experts=call.n_experts, first_rows=first_rows, SPLIT=split,
+        ROWS=blocks.depth, COLUMNS=blocks.columns, **call.sizes, **call.wide_offset_opts,
+        **call.gemm_opts, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    return sum_chunks(segment.offsets, chunk, shares) if split else shares
+    return sum_chunks(call.offsets, windows, shares) if split else shares

@@ -48,6 +48,17 @@ def test_what_the_kernels_cannot_take_is_said_and_auto_takes_eager(options, shap
         assert words in backend.explain(layer, x)
 
 
+def test_more_pairs_than_have_numbers_are_left_to_the_eager_backend():
+    layer, _ = pair(k=2)
+    tokens = backend.MAX_PAIRS // 2
+    x = torch.zeros(1, 1, 16, device=HERE)
+    assert backend.explain(layer, x.expand(1, tokens, 16)).startswith("triton: ")
+    refused = backend.explain(layer, x.expand(1, tokens + 1, 16))
+    assert refused.startswith("error: ")
+    assert f"{tokens + 1} tokens times k = 2 is more than the kernels take" in refused
+    assert f", {2**31 - 2**22}" in refused
+
+
 def test_explain_says_which_backend_and_why():
     narrow, eager = pair()
     x = torch.randn(2, 16, 16, device=HERE)

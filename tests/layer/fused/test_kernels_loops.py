@@ -55,8 +55,8 @@ def disassemblies(*what):
     ("dim", "activation", "kernel", "count", "capabilities"),
     [
         (24, "relu", "weight_gradients_kernel", 1, (80, 90, 100)),
-        (24, "swiglu", "weight_gradients_kernel", 1, (80, 90)),
-        (48, "gelu", "weight_gradients_kernel", 1, (90, 100)),
+        (24, "swiglu", "weight_gradients_kernel", 1, (80, 90, 100)),
+        (48, "gelu", "weight_gradients_kernel", 1, (80, 86, 90, 100)),
         # For each layer, with the bias and without.
         (768, "relu", "weight_backward_kernel", 4, (80, 90, 100)),
     ],

@@ -10,7 +10,7 @@ from harness.saved import bytes_of, saved_for_backward
 from dmoe_layer import DMoE
 from dmoe_layer.fused import router
 from dmoe_layer.fused.kernels import routing as kernels
-from dmoe_layer.fused.launch import launch
+from dmoe_layer.fused.launch import launch, offset_type
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -26,7 +26,7 @@ def test_pairs_are_sorted_by_expert_and_then_by_token():
         )
         assert torch.equal(chosen.long(), indices)
         assert torch.equal(order.long(), indices.flatten().argsort(stable=True))
-        assert offsets.diff().tolist() == indices.flatten().bincount(minlength=5).tolist()
+        assert offsets[0].diff().tolist() == indices.flatten().bincount(minlength=5).tolist()
         top = logits.topk(3)
         assert torch.equal(indices, top.indices)
         torch.testing.assert_close(gates, top.values.softmax(dim=-1))
@@ -99,7 +99,8 @@ def test_each_row_of_the_table_gets_the_shares_of_all_its_chunks_and_of_no_other
     found = [torch.empty(5, *shares.shape[1:], device=HERE) for shares in (dw, db)]
     launch(
         kernels.sum_routers_kernel, (5, 3), dw, dw, db, routers, *found, chunks,
-        n_experts=n_experts, dim=dim, ROUTERS=2, CHUNKS=128, BLOCK=16,
+        n_experts=n_experts, dim=dim, OFFSET=offset_type(dw.numel()), ROUTERS=2, CHUNKS=128,
+        BLOCK=16,
     )  # fmt: skip
     for ours, shares in zip(found, (dw, db), strict=True):
         for row in range(5):

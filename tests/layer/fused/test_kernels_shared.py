@@ -1,5 +1,6 @@
 """What the experts' kernels share: the tile map, dropout's bits, offsets of 64 bits, the sums."""
 
+import itertools
 from unittest import mock
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 from harness.kernels import CALL, HERE, OPTIONS, check_all, expert_tiles, pair, triton
 
 from dmoe_layer.fused import call, launch, narrow, router, wide
+from dmoe_layer.fused.kernels import common
+from dmoe_layer.tensors import ExpertWeights
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+TILE = common.TILE.value
 SMALL = {"n_experts": 2, "k": 2, "hidden_dim": 20}
 ONE = {"batch": 1, "values": [[2]], "tokens": 17}
 
@@ -18,8 +22,10 @@ ONE = {"batch": 1, "values": [[2]], "tokens": 17}
 def test_the_sort_leaves_the_map_of_tiles(tokens, n_experts, k):
     x, w = torch.randn(2, tokens // 2, 8, device=HERE), torch.randn(1, 2, n_experts, 8, device=HERE)
     b = torch.zeros(1, 2, n_experts, device=HERE)
-    *_, offsets, tiles, _, _ = router._fused_route(x, w, b, None, None, k, None, False)
-    assert torch.equal(tiles, expert_tiles(offsets))
+    _, experts, *_, offsets, tiles, _, _ = router._fused_route(x, w, b, None, None, k, None, False)
+    counts = experts.flatten().bincount(minlength=n_experts).tolist()
+    for found, expected in zip((offsets, tiles), expert_tiles(counts), strict=True):
+        assert torch.equal(found, expected)
     rows = (tiles[:, 2] - tiles[:, 1]).tolist()
     assert sum(rows) == tokens * k
 
@@ -91,21 +97,74 @@ def test_sums_over_pairs_take_no_memory_of_their_own_and_those_of_one_no_launch(
 
 
 @pytest.mark.parametrize("block", [128, 512])
-@pytest.mark.parametrize("chunk", [2, 4])
-def test_one_launch_sums_the_chunks_of_all_four_gradients(chunk, block, monkeypatch):
+@pytest.mark.parametrize(("window", "first_tile"), [(1, 0), (2, 0), (3, 2), (4, 7)])
+def test_one_launch_sums_the_chunks_of_all_four_gradients(window, first_tile, block, monkeypatch):
     monkeypatch.setattr(launch, "sum_block", lambda _: block)
-    rows = (0, 5, 1, 150)  # of these, more chunks than a program takes at a time
-    offsets = torch.tensor((0, *rows), device=HERE).cumsum(0)
-    chunks = [-(-n // chunk) for n in rows]
-    # Shares past the last chunk are nobody's.
+    # Of the fourth expert there are more chunks than a program takes at once.
+    pairs = (0, 5 * TILE, 1, 150 * TILE - 1, 0)
+    offsets, tiles = expert_tiles(pairs)
+    windows = launch.Windows.of(len(tiles) - first_tile, window * TILE - 5, first_tile)
+    assert windows.tiles == window
+    # A window past the last tile, and one whose first tile is another expert's, are not its own.
+    owner = [int(e) if stop else None for e, _, stop, _ in tiles[first_tile::window].tolist()]
+    owner += range(len(pairs))
     shapes = ((5, 130), (5,), (130, 3), (130,))
-    shares = [torch.randn(sum(chunks) + 2, *shape, device=HERE) for shape in shapes]
+    shares = [torch.randn(len(owner), *shape, device=HERE) for shape in shapes]
     with mock.patch.object(launch, "launch", wraps=launch.launch) as spy:
-        found = launch.sum_chunks(offsets, chunk, shares)
+        found = launch.sum_chunks(offsets, windows, shares)
     assert spy.call_count == 1
     for one, share in zip(found, shares, strict=True):
-        parts = share[: sum(chunks)].split(chunks)
-        torch.testing.assert_close(one, torch.stack([part.sum(dim=0) for part in parts]))
+        for e, total in enumerate(one):
+            own = [share[c] for c, of in enumerate(owner) if of == e]
+            torch.testing.assert_close(total, torch.stack(own).sum(dim=0))
+
+
+def wide_call(counts, dim):
+    """A call of fp32 experts of ``dim`` hidden units, which have so many pairs each, k = 1."""
+    offsets, tiles = expert_tiles(counts)
+    n_experts, rows = len(counts), sum(counts)
+    order = torch.randperm(rows, device=HERE).to(torch.int32)
+    shapes = ((n_experts, dim, dim), (n_experts, dim)) * 2
+    weights = ExpertWeights(*(torch.randn(shape, device=HERE) for shape in shapes))
+    x, gates = torch.randn(rows, dim, device=HERE), torch.rand(rows, 1, device=HERE)
+    pairs = router.SortedPairs(order, offsets, tiles)
+    return call.ExpertCall(x, pairs, gates, weights, "relu", 0.0, None, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("window", "split"), [(1, True), (2, True), (3, True), (50, True), (1, False)]
+)
+@pytest.mark.parametrize(
+    "counts",
+    [
+        # An expert with no pairs; one that begins and ends in a window.
+        [0, 5, 3 * TILE, 1, 0, 6 * TILE + 7, TILE - 1],
+        # One that goes on behind the tiles of a segment.
+        [5, 3, 11 * TILE],
+    ],
+)
+def test_each_row_is_in_one_chunk_of_its_expert(counts, window, split, monkeypatch):
+    # The segments, of 300 rows, end within tiles.
+    monkeypatch.setattr(wide, "PROGRAMS", 2**30 if split else 1)
+    monkeypatch.setattr(wide, "LEAST_ROWS", 300)
+    real = launch.Windows.of
+    of = staticmethod(lambda tiles, _, first=0: real(tiles, window * TILE, first))
+    monkeypatch.setattr(launch.Windows, "of", of)
+    experts = wide_call(counts, 16)
+    experts.first_rows = 2**30  # so large that a hidden layer is never whole in memory
+    segments = list(wide.segments(experts, False))
+    experts.first_rows = 16
+    assert len(segments) == -(-sum(counts) // 300) > 4
+    starts = experts.offsets[0].tolist()
+    for segment in segments:
+        dz, gated, h = torch.randn(3, segment.rows, 16, device=HERE)
+        found = wide._of_weights(experts, segment, dz, gated, h, torch.float32)
+        x = experts.x[experts.order.long()][slice(*segment.bounds)]
+        for e, (start, stop) in enumerate(itertools.pairwise(starts)):
+            own = slice(max(start - segment.first, 0), max(stop - segment.first, 0))
+            true = (dz[own].mT @ x[own], dz[own].sum(0), gated[own].mT @ h[own], gated[own].sum(0))
+            for one, expected in zip(found, true, strict=True):
+                torch.testing.assert_close(one[e], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("module", [narrow, wide])

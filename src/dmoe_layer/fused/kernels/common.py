@@ -1,9 +1,10 @@
-"""What the kernels share: which rows a program has, where they go, activations, random bits."""
+"""What the kernels share: which rows a program has, where they go, random bits."""
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from .approximations import INTERPRETED
+
 # Rows of an entry in the tile map: the most that any kernel's program has.
 TILE = tl.constexpr(128)
 
@@ -19,30 +20,12 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(offsets_ptr, n_groups, tile, block, GROUPS: tl.constexpr):
-    """(group, first row, last row) of a tile, where each group has rows of its own.
-
-    Group g's rows are ``offsets[g]`` to ``offsets[g + 1]``, cut into tiles of ``block`` rows; no
-    tile has rows of two groups. How many tiles there are only the GPU knows, so more programs are
-    launched than needed: those past the last tile get ``group >= n_groups``.
-    """
-    g = tl.arange(0, GROUPS)
-    start_G = tl.load(offsets_ptr + g, mask=g < n_groups, other=0)
-    stop_G = tl.load(offsets_ptr + g + 1, mask=g < n_groups, other=0)
-    tiles_G = (stop_G - start_G + block - 1) // block
-    end_G = tl.cumsum(tiles_G, axis=0)
-    group = tl.sum((end_G <= tile).to(tl.int32), axis=0)
-    first_G = start_G + (tile - (end_G - tiles_G)) * block
-    first = tl.sum(tl.where(g == group, first_G, 0), axis=0)
-    stop = tl.sum(tl.where(g == group, stop_G, 0), axis=0)
-    return group, first, tl.minimum(first + block, stop)
-
-
-@triton.jit
 def write_tiles(tiles_ptr, start_G, stop_G, tile, n_tiles, GROUPS: tl.constexpr):
     """Entries ``tile`` of the tile map, (tiles, 4): group, first row, last row, and 0.
 
-    Tiles have TILE rows as ``rows_of_tile`` cuts them, and those past the last have none.
+    Group g's rows are ``start[g]`` to ``stop[g]``, cut into tiles of TILE rows; no tile has rows of
+    two groups. How many tiles there are only the GPU knows, so the map has room for more than
+    there are. The entries past the last tile are zeros.
     """
     g = tl.arange(0, GROUPS)
     tiles_G = (stop_G - start_G + TILE - 1) // TILE
@@ -63,13 +46,37 @@ def write_tiles(tiles_ptr, start_G, stop_G, tile, n_tiles, GROUPS: tl.constexpr)
 def rows_of_program(tiles_ptr, program, ROWS: tl.constexpr):
     """(group, first row, how many rows) of a program of at most ROWS, TILE // ROWS to a tile.
 
-    Read from the map: to search the offsets, as ``rows_of_tile`` does, takes 250 instructions, a
-    quarter of what a narrow kernel's program has. Without rows of its own there are 0 or fewer.
+    Read from the map: to search the groups' rows takes 250 instructions, a quarter of what a narrow
+    kernel's program has. Without rows of its own there are 0 or fewer.
     """
     at = tiles_ptr + program // (TILE // ROWS) * 4
     group, first, last = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     first += program % (TILE // ROWS) * ROWS
     return group, first, tl.minimum(last - first, ROWS)
+
+
+@triton.jit
+def rows_of_chunk(
+    tiles_ptr, offsets_ptr, n_experts, chunk, n_windows, window_tiles, first_tile,
+):  # fmt: skip
+    """(expert, first row, last row) of a chunk, for sums over an expert's rows.
+
+    The tile map, whose first entry is tile ``first_tile`` here, is cut into windows of
+    ``window_tiles`` tiles. Chunk c has the rows that window c has of the expert of its first tile.
+    An expert that begins inside a window has chunk ``n_windows`` + expert for its rows there. So
+    each row is in one chunk, and no program searches for its own.
+    """
+    if chunk < n_windows:
+        at = tiles_ptr + chunk * window_tiles * 4
+        expert, first = tl.load(at), tl.load(at + 1)
+        n_tiles = tl.where(tl.load(at + 2) > first, window_tiles, 0)
+    else:
+        expert = chunk - n_windows
+        first = tl.load(offsets_ptr + expert)
+        tile = tl.maximum(tl.load(offsets_ptr + n_experts + 1 + expert) - first_tile, 0)
+        n_tiles = tl.cdiv(tile, window_tiles) * window_tiles - tile
+    rows = tl.minimum(n_tiles * TILE, tl.load(offsets_ptr + expert + 1) - first)
+    return expert, first, first + rows
 
 
 @triton.jit
@@ -88,50 +95,6 @@ def store_pairs(
         at = (token * (K - 1) + slot - 1)[:, None] * columns + n[None, :]
         is_other = inside & (slot > 0)[:, None]
         tl.store(rest_ptr + at, value_RN.to(rest_ptr.dtype.element_ty), mask=is_other)
-
-
-@triton.jit
-def sigmoid(z):
-    return 1 / (1 + tl.exp(-z))
-
-
-@triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    """The activation of z in fp32; of a gated one that of its gate."""
-    if ACTIVATION == "relu":
-        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
-        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh" or ACTIVATION == "geglu_tanh":
-        # (1 + tanh(u)) / 2 is the logistic function of 2u.
-        return z * sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    elif ACTIVATION == "quick_gelu":
-        return z * sigmoid(1.702 * z)
-    else:
-        known: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "swiglu"
-        tl.static_assert(known, "the kernels have no such activation")
-        return z * sigmoid(z)
-
-
-@triton.jit
-def slope(z, da, ACTIVATION: tl.constexpr):
-    """da times the activation's derivative at z, in fp32; of a gated one that of its gate."""
-    if ACTIVATION == "relu":
-        return tl.where(z > 0, da, 0.0)
-    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
-        normal = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        return da * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * normal)
-    elif ACTIVATION == "gelu_tanh" or ACTIVATION == "geglu_tanh":
-        s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return da * (s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z))
-    elif ACTIVATION == "quick_gelu":
-        s = sigmoid(1.702 * z)
-        return da * (s + z * s * (1 - s) * 1.702)
-    else:
-        known: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "swiglu"
-        tl.static_assert(known, "the kernels have no such activation")
-        s = sigmoid(z)
-        return da * (s + z * s * (1 - s))
 
 
 @triton.jit

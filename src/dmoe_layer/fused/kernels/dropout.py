@@ -12,7 +12,9 @@ from .common import random_words
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "n_words"])
-def draw_kept_kernel(kept_ptr, seed, threshold, n_words, BLOCK: tl.constexpr):
+def draw_kept_kernel(
+    kept_ptr, seed, threshold, n_words, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Writes ``n_words`` words of 32 bits, each 1 where the entry is kept.
 
     An entry is kept if its 16-bit random number u >= threshold. Bit i of the 32 numbers of a word
@@ -20,7 +22,7 @@ def draw_kept_kernel(kept_ptr, seed, threshold, n_words, BLOCK: tl.constexpr):
     not the threshold's, else as what is below it. So each of 16 words is one instruction, and the
     bits are packed from the start.
     """
-    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    word = tl.program_id(0).to(OFFSET) * BLOCK + tl.arange(0, BLOCK)
     kept = tl.full([BLOCK, 1], 0xFFFFFFFF, tl.uint32)
     for i in tl.static_range(4):
         a, b, c, d = random_words(seed, word, tl.full([1], i, tl.int32), 1)

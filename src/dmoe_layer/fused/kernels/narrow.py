@@ -8,7 +8,8 @@ OFFSET is the type of offsets into tensors with a row for each token or pair.
 import triton
 import triton.language as tl
 
-from .common import activate, dot, rows_of_program, rows_of_tile, slope, store_pairs
+from .activations import activate, slope
+from .common import dot, rows_of_chunk, rows_of_program, store_pairs
 from .dropout import load_kept
 
 
@@ -173,14 +174,14 @@ def _rows_of_backward(
     return x_RD, do_RD, tl.load(gates_ptr + pair, mask=live, other=0) * scale
 
 
-@triton.jit(do_not_specialize=["chunk_rows"])
+@triton.jit(do_not_specialize=["n_windows", "window_tiles", "first_tile"])
 def weight_gradients_kernel(
-    dy_ptr, x_ptr, order_ptr, offsets_ptr, gates_ptr, w1_ptr, b1_ptr, w2_ptr, kept_ptr,
-    dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, chunk_rows, scale,
+    dy_ptr, x_ptr, order_ptr, tiles_ptr, offsets_ptr, gates_ptr, w1_ptr, b1_ptr, w2_ptr, kept_ptr,
+    dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, n_windows, window_tiles, first_tile, scale,
     n_experts: tl.constexpr, dim: tl.constexpr, hidden: tl.constexpr, K: tl.constexpr,
     OFFSET: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """A chunk's share of dw1, db1, dw2 and db2 in a slice of the hidden layer.
 
@@ -188,11 +189,10 @@ def weight_gradients_kernel(
     one has read the others find in cache.
     """
     slices: tl.constexpr = (hidden + HIDDEN - 1) // HIDDEN
-    chunk = (tl.program_id(0) // slices).to(tl.int64)
-    # Searched, not read: a chunk of thousands of rows has time for it.
-    expert, first, last = rows_of_tile(offsets_ptr, n_experts, chunk, chunk_rows, EXPERTS)
-    if expert >= n_experts:
-        return
+    chunk = tl.program_id(0) // slices
+    expert, first, last = rows_of_chunk(
+        tiles_ptr, offsets_ptr, n_experts, chunk, n_windows, window_tiles, first_tile
+    )
     dtype: tl.constexpr = w1_ptr.dtype.element_ty
     d = tl.arange(0, DIM)
     first_rows: tl.constexpr = 2 * hidden if GATED else hidden
@@ -218,8 +218,8 @@ def weight_gradients_kernel(
     db2_DG = tl.zeros([DIM, 16], tl.float32)
     order_ptr += first
     if kept_ptr is not None:
-        kept_ptr += first * ((dim + 31) // 32)
-    rows = (last - first).to(tl.int32)
+        kept_ptr += first.to(tl.int64) * ((dim + 31) // 32)
+    rows = last - first
     for tile in range(0, rows, ROWS):
         row = tile + tl.arange(0, ROWS)
         live = row < rows
@@ -241,18 +241,18 @@ def weight_gradients_kernel(
             dlinear_HR = tl.trans(dlinear_RH)
             dlinear_HD = dot(dlinear_HR, x_RD, dlinear_HD, PRECISION)
             dlinear_b_HG = dot(dlinear_HR, ones_RG, dlinear_b_HG, "tf32x3")
-    row = chunk * first_rows + h
-    at = row[:, None] * dim + d[None, :]
+    own = chunk.to(tl.int64)
+    dw1_ptr += own * first_rows * dim
+    db1_ptr += own * first_rows
+    at = h[:, None] * dim + d[None, :]
     live_hd = (h < hidden)[:, None] & (d < dim)[None, :]
     tl.store(dw1_ptr + at, dw1_HD, mask=live_hd)
     # Sixteen columns, all equal.
-    tl.store(db1_ptr + row, tl.max(db1_HG, axis=1), mask=h < hidden)
+    tl.store(db1_ptr + h, tl.max(db1_HG, axis=1), mask=h < hidden)
     if GATED:
-        row += hidden
-        at = row[:, None] * dim + d[None, :]
-        tl.store(dw1_ptr + at, dlinear_HD, mask=live_hd)
-        tl.store(db1_ptr + row, tl.max(dlinear_b_HG, axis=1), mask=h < hidden)
-    at = (chunk * dim + d)[None, :] * hidden + h[:, None]
-    tl.store(dw2_ptr + at, dw2_HD, mask=live_hd)
+        tl.store(dw1_ptr + at + hidden * dim, dlinear_HD, mask=live_hd)
+        tl.store(db1_ptr + h + hidden, tl.max(dlinear_b_HG, axis=1), mask=h < hidden)
+    at = d[None, :] * hidden + h[:, None]
+    tl.store(dw2_ptr + own * dim * hidden + at, dw2_HD, mask=live_hd)
     if start_h == 0:
-        tl.store(db2_ptr + chunk * dim + d, tl.max(db2_DG, axis=1), mask=d < dim)
+        tl.store(db2_ptr + own * dim + d, tl.max(db2_DG, axis=1), mask=d < dim)

@@ -7,7 +7,7 @@ weights stand as columns 2e and 2e + 1 of one matrix, so that one GEMM gives bot
 import triton
 import triton.language as tl
 
-from .common import dot, rows_of_tile, write_tiles
+from .common import TILE, dot, write_tiles
 from .noise import normal_noise, softplus_and_slope
 
 
@@ -24,9 +24,16 @@ def _tokens_of_program(offsets_ptr, n_samples, sample_tokens, block, SAMPLES: tl
         count = tl.minimum(sample_tokens - start, block)
         return sample, sample * sample_tokens + start, count
     else:
-        tile = tl.program_id(0)
-        sample, first, last = rows_of_tile(offsets_ptr, n_samples, tile, block, SAMPLES)
-        return sample, first.to(tl.int32), (last - first).to(tl.int32)
+        tile, s = tl.program_id(0), tl.arange(0, SAMPLES)
+        start_S = tl.load(offsets_ptr + s, mask=s < n_samples, other=0).to(tl.int32)
+        stop_S = tl.load(offsets_ptr + s + 1, mask=s < n_samples, other=0).to(tl.int32)
+        tiles_S = (stop_S - start_S + block - 1) // block
+        end_S = tl.cumsum(tiles_S, axis=0)
+        sample = tl.sum((end_S <= tile).to(tl.int32), axis=0)
+        first_S = start_S + (tile - (end_S - tiles_S)) * block
+        first = tl.sum(tl.where(s == sample, first_S, 0), axis=0)
+        stop = tl.sum(tl.where(s == sample, stop_S, 0), axis=0)
+        return sample, first, tl.minimum(stop - first, block)
 
 
 @triton.jit
@@ -180,9 +187,9 @@ def sort_kernel(
 
     ``ends`` (E, tiles) are the sums of the counts up to and with each tile's, expert after expert,
     so that the entry before a tile's own is where its first pair goes. The first program writes
-    ``starts`` (E + 1), where each expert's pairs begin. Pairs of one expert stay in the order of
-    their tokens: nothing depends on which program runs first. The tile map of that order is shared
-    out among the programs.
+    ``starts`` (2, E + 1), where each expert's pairs begin, and where its tiles do. Pairs of one
+    expert stay in the order of their tokens: nothing depends on which program runs first. The tile
+    map of that order is shared out among the programs.
     """
     sample, first, count = _tokens_of_program(
         offsets_ptr, n_samples, sample_tokens, TOKENS, SAMPLES
@@ -195,8 +202,11 @@ def sort_kernel(
         pair_tile = first_tile + tl.arange(0, 16)
         write_tiles(pair_tiles_ptr, start, stop, pair_tile, n_pair_tiles, EXPERTS)
     if tile == 0:
-        tl.store(starts_ptr + 1 + e, stop.to(tl.int64), mask=e < n_experts)
-        tl.store(starts_ptr, tl.zeros([], tl.int64))
+        tile_stop = tl.cumsum((stop - start + TILE - 1) // TILE, axis=0)
+        tl.store(starts_ptr + 1 + e, stop, mask=e < n_experts)
+        tl.store(starts_ptr + n_experts + 2 + e, tile_stop, mask=e < n_experts)
+        tl.store(starts_ptr, 0)
+        tl.store(starts_ptr + n_experts + 1, 0)
     if sample >= n_samples:
         return
     t = tl.arange(0, TOKENS)
@@ -236,7 +246,7 @@ def route_backward_kernel(
     The third axis of the grid has DIM features each. No atomics: each share is written once, with
     the sample's routers beside it, and summed afterwards in the same order every time.
     """
-    chunk = _tile().to(tl.int64)
+    chunk = _tile()
     is_first = tl.program_id(2) == 0
     d = tl.program_id(2) * DIM + tl.arange(0, DIM)
     sample, first, count = _tokens_of_program(
@@ -294,25 +304,26 @@ def route_backward_kernel(
             dx_TD += tl.load(others_ptr + before * dim + at_td, mask=live_td, other=0)
         tl.store(dx_ptr + before * dim + at_td, dx_TD.to(dx_ptr.dtype.element_ty), mask=live_td)
     c = tl.arange(0, 2 * EXPERTS)
-    share = chunk * 2 * n_experts + (c % 2) * n_experts + c // 2
-    real_c = c // 2 < n_experts
-    at = share[:, None] * dim + d[None, :]
-    tl.store(dw_ptr + at, dw_CD, mask=real_c[:, None] & (d < dim)[None, :])
+    row_C = c % 2 * n_experts + c // 2
+    real_C = c // 2 < n_experts
+    own = chunk.to(tl.int64) * 2 * n_experts
+    at = row_C[:, None] * dim + d[None, :]
+    tl.store(dw_ptr + own * dim + at, dw_CD, mask=real_C[:, None] & (d < dim)[None, :])
     if is_first:
-        tl.store(db_ptr + share, tl.sum(db_TC, axis=0), mask=real_c)
+        tl.store(db_ptr + own + row_C, tl.sum(db_TC, axis=0), mask=real_C)
 
 
 @triton.jit
 def _sum_of_router(
     shares_ptr, routers_ptr, table_ptr, n_chunks, row, block, numbers,
-    ROUTERS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, ROUTERS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = block * BLOCK + tl.arange(0, BLOCK)
     live = i < numbers
     total_CB = tl.zeros([CHUNKS, BLOCK], tl.float32)
     for first in range(0, n_chunks, CHUNKS):
         c = first + tl.arange(0, CHUNKS)
-        at = c.to(tl.int64)[:, None] * numbers + i[None, :]
+        at = c.to(OFFSET)[:, None] * numbers + i[None, :]
         for router in tl.static_range(ROUTERS):
             theirs = tl.load(routers_ptr + c * ROUTERS + router, mask=c < n_chunks, other=-1)
             # Shares of other rows are not read, so that no NaN of theirs gets in.
@@ -325,7 +336,7 @@ def _sum_of_router(
 @triton.jit(do_not_specialize=["n_chunks"])
 def sum_routers_kernel(
     dw_shares_ptr, db_shares_ptr, routers_ptr, dw_ptr, db_ptr, n_chunks,
-    n_experts: tl.constexpr, dim: tl.constexpr,
+    n_experts: tl.constexpr, dim: tl.constexpr, OFFSET: tl.constexpr,
     ROUTERS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dw and db of a row of the table: the sum of the shares of the chunks that it has routed.
@@ -338,10 +349,10 @@ def sum_routers_kernel(
     if block < blocks:
         _sum_of_router(
             dw_shares_ptr, routers_ptr, dw_ptr, n_chunks, row, block, numbers,
-            ROUTERS, CHUNKS, BLOCK,
+            OFFSET, ROUTERS, CHUNKS, BLOCK,
         )  # fmt: skip
     else:
         _sum_of_router(
             db_shares_ptr, routers_ptr, db_ptr, n_chunks, row, block - blocks, 2 * n_experts,
-            ROUTERS, CHUNKS, BLOCK,
+            OFFSET, ROUTERS, CHUNKS, BLOCK,
         )  # fmt: skip

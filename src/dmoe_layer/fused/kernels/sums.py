@@ -25,18 +25,18 @@ def sum_pairs_kernel(
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["w1", "b1", "w2", "b2", "chunk_rows"])
+@triton.jit(do_not_specialize=["w1", "b1", "w2", "b2", "n_windows", "window_tiles", "first_tile"])
 def sum_chunks_kernel(
     w1_ptr, b1_ptr, w2_ptr, b2_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, w1, b1, w2, b2,
-    offsets_ptr, n_groups, chunk_rows,
-    GROUPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    offsets_ptr, n_experts, n_windows, window_tiles, first_tile,
+    OFFSET: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the shares of each group's chunks, always in one order.
+    """The sum of the shares of each expert's chunks, see ``rows_of_chunk``, always in one order.
 
-    Of four tensors, of ``w1``, ``b1``, ``w2`` and ``b2`` numbers a group: one launch takes the CPU
-    less time than four.
+    Of four tensors, of ``w1``, ``b1``, ``w2`` and ``b2`` numbers an expert: one launch takes the
+    CPU less time than four.
     """
-    group = tl.program_id(0)
+    expert = tl.program_id(0)
     # Whose block it is.
     block, shares_ptr, total_ptr, numbers = tl.program_id(1), w1_ptr, dw1_ptr, w1
     if block >= tl.cdiv(numbers, BLOCK):
@@ -50,17 +50,17 @@ def sum_chunks_kernel(
                 shares_ptr, total_ptr, numbers = b2_ptr, db2_ptr, b2
     i = block * BLOCK + tl.arange(0, BLOCK)
     live = i < numbers
-    g = tl.arange(0, GROUPS)
-    start_G = tl.load(offsets_ptr + g, mask=g < n_groups, other=0)
-    stop_G = tl.load(offsets_ptr + g + 1, mask=g < n_groups, other=0)
-    chunks_G = (stop_G - start_G + chunk_rows - 1) // chunk_rows
-    first = tl.sum(tl.where(g < group, chunks_G, 0), axis=0)
-    last = first + tl.sum(tl.where(g == group, chunks_G, 0), axis=0)
+    # The windows whose first tile is the expert's, after its rows that no such window has.
+    tiles_ptr = offsets_ptr + n_experts + 1 + expert
+    tile, end = tl.load(tiles_ptr) - first_tile, tl.load(tiles_ptr + 1) - first_tile
+    first = tl.minimum(tl.cdiv(tl.maximum(tile, 0), window_tiles), n_windows)
+    last = tl.minimum(tl.cdiv(tl.maximum(end, 0), window_tiles), n_windows)
     total = tl.zeros([BLOCK], tl.float32)
-    for chunk in range(first, last, CHUNKS):
-        c = chunk + tl.arange(0, CHUNKS).to(tl.int64)
-        at = c[:, None] * numbers + i[None, :]
-        share = tl.load(shares_ptr + at, mask=(c < last)[:, None] & live[None, :], other=0)
+    for window in range(first - 1, last, CHUNKS):
+        c = window + tl.arange(0, CHUNKS)
+        inside = (c < last)[:, None] & live[None, :]
+        c = tl.where(c < first, n_windows + expert, c).to(OFFSET)
+        share = tl.load(shares_ptr + c[:, None] * numbers + i[None, :], mask=inside, other=0)
         total += tl.sum(share, axis=0)
-    at = group.to(tl.int64) * numbers + i
-    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=live)
+    total_ptr += expert.to(tl.int64) * numbers
+    tl.store(total_ptr + i, total.to(total_ptr.dtype.element_ty), mask=live)

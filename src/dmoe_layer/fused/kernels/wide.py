@@ -8,7 +8,8 @@ stores its result. OFFSET is the type of offsets into tensors with a row for eac
 import triton
 import triton.language as tl
 
-from .common import activate, dot, rows_of_program, rows_of_tile, slope, store_pairs
+from .activations import activate, slope
+from .common import dot, rows_of_chunk, rows_of_program, store_pairs
 from .dropout import load_kept
 
 
@@ -187,7 +188,7 @@ def hidden_backward_kernel(
     at_z = row[:, None] * first_rows + n[None, :]
     z = tl.load(z_ptr + at_z, mask=inside, other=0).to(tl.float32)
     h = activate(z, ACTIVATION)
-    pair = tl.load(order_ptr + first + tl.arange(0, ROWS), mask=live, other=0).to(tl.int64)
+    pair = tl.load(order_ptr + first + tl.arange(0, ROWS), mask=live, other=0).to(OFFSET)
     gate = tl.load(gates_ptr + pair, mask=live, other=0) * scale
     if GATED:
         dlinear = da * h * gate[:, None]
@@ -201,7 +202,7 @@ def hidden_backward_kernel(
     if h_ptr is not None:
         tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
     dgate = tl.sum(da * h, axis=1) * scale
-    tl.store(dgates_ptr + (1 + part).to(tl.int64) * n_pairs + pair, dgate, mask=live)
+    tl.store(dgates_ptr + (1 + part).to(OFFSET) * n_pairs + pair, dgate, mask=live)
 
 
 @triton.jit
@@ -222,7 +223,7 @@ def _sum_of_products(
     ones = tl.full([ROWS, 16], 1, tl.float32).to(dtype)
     order_ptr += first
     first_row = (first - base).to(OFFSET)
-    rows = (last - first).to(tl.int32)
+    rows = last - first
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         live = row < rows
@@ -257,7 +258,7 @@ def _share_of_weight(
             a_ptr, b_ptr, order_ptr, first, last, base, i, j, a_columns, b_columns, K, OFFSET,
             GATHER, True, PRECISION, ROWS,
         )  # fmt: skip
-        own = bias_ptr + chunk * a_columns + i
+        own = bias_ptr + chunk.to(tl.int64) * a_columns + i
         tl.store(own, tl.max(bias, axis=1).to(bias_ptr.dtype.element_ty), mask=i < a_columns)
     else:
         total, bias = _sum_of_products(
@@ -265,37 +266,37 @@ def _share_of_weight(
             GATHER, False, PRECISION, ROWS,
         )  # fmt: skip
     inside = (i < a_columns)[:, None] & (j < b_columns)[None, :]
-    at = (chunk * a_columns + i)[:, None] * b_columns + j[None, :]
+    share_ptr += chunk.to(tl.int64) * a_columns * b_columns
+    at = i[:, None] * b_columns + j[None, :]
     tl.store(share_ptr + at, total.to(share_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["base", "chunk_rows"])
+@triton.jit(do_not_specialize=["base", "stop", "n_windows", "window_tiles", "first_tile"])
 def weight_backward_kernel(
-    dz_ptr, x_ptr, gated_ptr, h_ptr, order_ptr, offsets_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
-    base, chunk_rows,
+    dz_ptr, x_ptr, gated_ptr, h_ptr, order_ptr, tiles_ptr, offsets_ptr,
+    dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, base, stop, n_windows, window_tiles, first_tile,
     n_experts: tl.constexpr, first_rows: tl.constexpr, hidden: tl.constexpr, dim: tl.constexpr,
     K: tl.constexpr, OFFSET: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A chunk's share of dw1 = Σ_row dz[row] · x[token]ᵀ and db1 = Σ_row dz[row].
 
     And of dw2 and db2, by (gate · do)[row] and h[row].
 
-    SPLIT: chunks of ``chunk_rows``, to be summed afterwards; else one program has all rows of its
-    expert, and writes the gradient itself.
+    SPLIT: chunks as ``rows_of_chunk`` cuts them, to be summed afterwards; else one program has all
+    rows of its expert, and writes the gradient itself.
     """
     columns: tl.constexpr = (dim + COLUMNS - 1) // COLUMNS
     tiles_1: tl.constexpr = (first_rows + COLUMNS - 1) // COLUMNS * columns
     tiles: tl.constexpr = tiles_1 + columns * ((hidden + COLUMNS - 1) // COLUMNS)
-    chunk = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    chunk, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if SPLIT:
-        # Searched, not read: a chunk of hundreds of rows has time for it.
-        expert, first, last = rows_of_tile(offsets_ptr, n_experts, chunk, chunk_rows, EXPERTS)
-        if expert >= n_experts:
-            return
+        _, first, last = rows_of_chunk(
+            tiles_ptr, offsets_ptr, n_experts, chunk, n_windows, window_tiles, first_tile
+        )
     else:
         first, last = tl.load(offsets_ptr + chunk), tl.load(offsets_ptr + chunk + 1)
+    first, last = tl.maximum(first, base), tl.minimum(last, stop)
     if tile < tiles_1:
         _share_of_weight(
             dz_ptr, x_ptr, order_ptr, dw1_ptr, db1_ptr, chunk, tile, first, last, base,

@@ -1,4 +1,6 @@
-"""The kernels' noise is normal, by exact functions and by a GPU's approximations of them."""
+"""The kernels' noise is normal, and their activations are exact: by functions as NumPy has them,
+and by a GPU's approximations of them.
+"""
 
 import math
 
@@ -10,6 +12,8 @@ from torch.nn.functional import softplus
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+from dmoe_layer.activations import ACTIVATIONS  # noqa: E402
+from dmoe_layer.fused.kernels import activations  # noqa: E402
 from dmoe_layer.fused.kernels import noise as kernels  # noqa: E402
 from dmoe_layer.fused.launch import launch  # noqa: E402
 
@@ -63,7 +67,9 @@ def approximations(request, monkeypatch):
     if HERE == "cuda":
         pytest.skip("a GPU has its own")
     for name in ("exp2", "log2", "root", "sine", "cosine", "reciprocal"):
-        monkeypatch.setattr(kernels, f"_{name}", globals()[f"_{name}_with_errors"])
+        monkeypatch.setattr(kernels, name, globals()[f"_{name}_with_errors"])
+    for name in ("exp2", "reciprocal"):
+        monkeypatch.setattr(activations, name, globals()[f"_{name}_with_errors"])
 
 
 @pytest.mark.usefixtures("approximations")
@@ -133,3 +139,27 @@ def test_softplus_and_its_slope_are_exact_from_the_smallest_to_the_largest():
     torch.testing.assert_close(value.cpu().double(), softplus(true), rtol=1e-4, atol=0)
     torch.testing.assert_close(value.cpu().double(), softplus(true), rtol=3e-7, atol=3e-7)
     torch.testing.assert_close(slope.cpu().double(), true.sigmoid(), rtol=1e-5, atol=0)
+
+
+@triton.jit
+def _activation_kernel(z_ptr, h_ptr, dz_ptr, ACTIVATION: tl.constexpr, COUNT: tl.constexpr):
+    i = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    z = tl.load(z_ptr + i)
+    tl.store(h_ptr + i, activations.activate(z, ACTIVATION))
+    tl.store(dz_ptr + i, activations.slope(z, tl.full([COUNT], -3.0, tl.float32), ACTIVATION))
+
+
+@pytest.mark.usefixtures("approximations")
+@pytest.mark.parametrize("name", [name for name, a in ACTIVATIONS.items() if not a.gated])
+def test_activations_and_their_slopes_are_exact_from_the_smallest_to_the_largest(name):
+    special = torch.tensor([math.nan, math.inf, 0.0, -0.0, 1e30, -1e30, 1e-30, -200.0])
+    z = torch.cat([torch.linspace(-12, 12, 8184), special]).to(HERE)
+    h, dz = torch.empty_like(z), torch.empty_like(z)
+    launch(_activation_kernel, (16,), z, z, h, dz, name, COUNT=512)
+    true = z.cpu().double().requires_grad_()
+    expected = ACTIVATIONS[name].forward(true)
+    (slope,) = torch.autograd.grad(-3 * expected.sum(), true)
+    close = {"rtol": 3e-7, "atol": 5e-7, "equal_nan": True}
+    torch.testing.assert_close(h.cpu().double(), expected.detach(), **close)
+    known = z.cpu().abs() <= 200  # beyond, the true formula has infinity times zero
+    torch.testing.assert_close(dz.cpu().double()[known], slope[known], rtol=1e-6, atol=2e-6)
