@@ -21,7 +21,7 @@ from .report import DTYPES
 
 # The layer's own dtypes, and parameters and x in fp32 under autocast in bf16.
 PRECISIONS = (*DTYPES, "autocast")
-WIDTHS = (16, 24, 32, 48, 64, 96, 128, 256, 768, 1024)
+WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _KERNELS = ROOT / "src" / "dmoe_layer" / "fused" / "kernels"
 
 

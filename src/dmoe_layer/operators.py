@@ -138,6 +138,6 @@ def _is_eager(inputs: tuple[Any, ...]) -> bool:
         if type(given) in PLAIN_TENSORS:
             if given.is_meta or is_batched(given):
                 return False
-        elif isinstance(given, Tensor):
+        elif given is not None and isinstance(given, Tensor):  # which is slow
             return False
     return True

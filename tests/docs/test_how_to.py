@@ -41,8 +41,8 @@ def test_the_script_for_several_processes_gives_them_the_same_weights(tmp_path):
         [sys.executable, "-m", "torch.distributed.run", *arguments],
         cwd=tmp_path, capture_output=True, encoding="utf-8",
     )  # fmt: skip
-    # Not by its exit code: now and then PyTorch 2.13 aborts a process that ends, since Gloo's thread
-    # still frees what is left of the barrier (github.com/pytorch/pytorch/pull/179291).
+    # Not by its exit code: now and then PyTorch 2.13 aborts a process that ends, since a thread of
+    # Gloo still frees what is left of the barrier (github.com/pytorch/pytorch/pull/179291).
     sums = dict(re.findall(r"process (\d): weights sum to ([\d.]+)", run.stdout))
     assert sums.keys() == {"0", "1"}, run.stderr
     assert sums["0"] == sums["1"]

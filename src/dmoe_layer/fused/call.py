@@ -14,7 +14,7 @@ from ..tensors import ExpertWeights
 from .kernels import sums
 from .kernels.common import TILE
 from .kernels.dropout import draw_kept_kernel
-from .launch import block_size, contiguous, gemm_precision, launch, offset_type
+from .launch import block_size, contiguous, converted, gemm_precision, launch, offset_type
 from .router import SortedPairs
 
 # Programs that fill a GPU of 132 multiprocessors a few times.
@@ -53,7 +53,7 @@ class ExpertCall:
         self.autocast = x_TD.dtype.itemsize > dtype.itemsize
         # Rounded here once, as kernels would each time that they read them: in fp32 rows would take
         # twice the registers and the traffic.
-        rounded = [t if t is None or t.dtype == dtype else t.to(dtype) for t in (x_TD, *weights)]
+        rounded = [None if t is None else converted(t, dtype) for t in (x_TD, *weights)]
         self.x, self.w1, self.b1, self.w2, self.b2 = contiguous(*rounded)
         self.gates, self.kept, self.order, self.offsets, self.tiles = contiguous(
             gates_TK, kept_RW, *pairs

@@ -13,7 +13,7 @@ from ..operators import differentiable, refuse_double_backward, undispatched
 from ..tensors import ExpertOptions, ExpertWeights
 from . import narrow, wide
 from .call import ExpertCall, draw_kept
-from .launch import contiguous
+from .launch import contiguous, converted
 from .router import Plan, SortedPairs
 
 
@@ -130,10 +130,10 @@ def fused_experts_backward(
     own = w1_EHD.dtype
     dweights: list[Tensor] | list[None] = found.weights or [None] * 4
     dw1, db1, dw2, db2 = (
-        _nothing(x_TD, own) if gradient is None or parameter is None else gradient.to(own)
+        _nothing(x_TD, own) if gradient is None or parameter is None else converted(gradient, own)
         for gradient, parameter in zip(dweights, weights, strict=True)
     )
-    return dx, dgates.to(gates_TK.dtype), dw1, db1, dw2, db2
+    return dx, converted(dgates, gates_TK.dtype), dw1, db1, dw2, db2
 
 
 @fused_experts_backward.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,11 @@ def contiguous(*tensors: Any) -> tuple[Any, ...]:
             t = t.as_subclass(Tensor).contiguous()
         found.append(t)
     return tuple(found)
+
+
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``; ``to`` takes ten times as long to find that nothing is to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def block_size(size: int, least: int = 16) -> int:
@@ -93,6 +99,7 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     ]
 
 
+@functools.cache  # since PyTorch asks for all properties of a GPU each time
 def compute_capability(device: torch.device) -> int:
     """That of a GPU, times ten. Without a GPU, in the interpreter, the answer is 90."""
     if device.type != "cuda":

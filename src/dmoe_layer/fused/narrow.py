@@ -14,7 +14,15 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import narrow
-from .launch import IS_OLD, Windows, block_size, compute_capability, launch, sum_chunks
+from .launch import (
+    IS_OLD,
+    Windows,
+    block_size,
+    compute_capability,
+    converted,
+    launch,
+    sum_chunks,
+)
 
 
 def fuses_forward(dim: int, dtype: torch.dtype) -> bool:
@@ -131,7 +139,7 @@ def forward(call: ExpertCall) -> Tensor:
 
 def backward(call: ExpertCall, dy: Tensor, of_rows: bool, of_weights: bool) -> BackwardOutputs:
     """The gradients of x and gates if ``of_rows``, of the weights if ``of_weights``."""
-    dy = dy.to(call.dtype)  # as in ``ExpertCall``
+    dy = converted(dy, call.dtype)  # as in ``ExpertCall``
     dx, dgates = _of_rows(call, dy) if of_rows else (None, None)
     return BackwardOutputs(dx, dgates, _of_weights(call, dy) if of_weights else [])
 

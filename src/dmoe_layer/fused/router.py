@@ -120,14 +120,15 @@ def _outputs(x: Tensor, w_A2ED: Tensor, k: int, keep_slopes: bool) -> tuple[Tens
     """
     tokens, n_experts = x.numel() // x.shape[-1], w_A2ED.shape[2]
     slope_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    indices = x.new_empty((tokens, k), dtype=torch.int64)
     return (
         x.new_empty((tokens, n_experts), dtype=torch.float32),
-        x.new_empty((tokens, k), dtype=torch.int64),
-        x.new_empty((tokens, k), dtype=torch.float32),
+        indices,
+        torch.empty_like(indices, dtype=torch.float32),
         x.new_empty((tokens * k,), dtype=torch.int32),
         x.new_empty((2, n_experts + 1), dtype=torch.int32),
         x.new_empty((most_tiles(tokens * k, TILE.value, n_experts), 4), dtype=torch.int32),
-        x.new_empty((tokens, k), dtype=torch.int8),
+        torch.empty_like(indices, dtype=torch.int8),
         x.new_empty((tokens, n_experts) if keep_slopes else (0,), dtype=slope_dtype),
     )
 
