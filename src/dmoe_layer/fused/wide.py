@@ -90,6 +90,15 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
     return blocks if call.has_vectors else blocks._replace(depth=32, stages=4)
 
 
+def _is_unrolled(call: ExpertCall) -> bool:
+    """Whether a product over D has many passes, but few enough that the assembler unrolls its loop.
+
+    Before compute capability 9.0 it does so with up to 10 passes of 64 numbers. Many then take more
+    registers than a loop.
+    """
+    return 512 <= call.dim <= 640
+
+
 def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
     # Few columns, for da, z and h stand in registers together: with all of them Triton 3.7 spills
     # on compute capability 8.0, even where the activation is ReLU. With both halves of a gated
@@ -102,10 +111,22 @@ def _hidden_backward_blocks(call: ExpertCall) -> _Blocks:
     capability = compute_capability(call.x.device)
     if IS_OLD or capability in (86, 89):
         blocks = blocks._replace(columns=min(blocks.columns, 32))
-    few = capability >= 100 if call.gated else capability < 90
+    if call.gated:
+        few = capability >= 100 or (capability in (86, 89) and _is_unrolled(call))
+    else:
+        few = capability < 90
     if not (IS_OLD or few):
         return blocks._replace(depth=32, stages=4)
-    return blocks._replace(rows=64, depth=32, stages=4, warps=4 if capability < 90 else 8)
+    # In fp16 Triton 3.9 spills GELU by tanh on 8.6 and 8.9: at some widths in few warps, at others
+    # in many.
+    is_tight = (
+        call.act_opts["ACTIVATION"] == "gelu_tanh"
+        and call.dtype == torch.float16
+        and capability in (86, 89)
+        and not IS_OLD
+    )
+    warps = 8 if capability >= 90 or (is_tight and call.dim < 512) else 4
+    return blocks._replace(rows=64, depth=32, stages=4, warps=warps)
 
 
 def _weight_blocks(call: ExpertCall) -> _Blocks:
@@ -143,7 +164,11 @@ def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
     Before a gated activation it is twice as wide.
     """
     # On compute capability 10.0 both halves of a gated expert take registers that 256 columns lack.
-    is_large = call.gated and compute_capability(call.x.device) >= 100
+    # Before 9.0 those of GELU do at some widths.
+    if compute_capability(call.x.device) >= 90:
+        is_large = call.gated and compute_capability(call.x.device) >= 100
+    else:
+        is_large = call.act_opts["ACTIVATION"] == "gelu" and _is_unrolled(call)
     blocks = _gemm_blocks(call, call.first_rows, 128 if is_large else 256)
     h = call.empty(segment.rows, call.hidden)
     z = h if call.relu else call.empty(segment.rows, call.first_rows)
