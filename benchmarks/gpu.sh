@@ -88,7 +88,7 @@ if [ "$CALL" = first ]; then
         box "sweep-$shape" 20 9 "$PYTHON" -m benchmarks.kernels sweep "$shape" --out "$FILES"
     done
 else
-    box prewarm 30 6 "$PYTHON" -m benchmarks.kernels prewarm --own
+    box prewarm 36 6 "$PYTHON" -m benchmarks.kernels prewarm --own
     right 55 "gpu"
     box goals 55 1 "$PYTHON" -m benchmarks --shapes goals --rounds 20 --out "$FILES/goals" \
         --providers triton,mask-loop,gemm-loop,grouped-mm,dense

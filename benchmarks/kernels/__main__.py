@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from dataclasses import astuple, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from .predict import predict, section
 from .prewarm import compilations, prewarm
 from .report import DTYPES, GOALS, REPORTED, kernel_rows
 from .sweep import CANDIDATES, measure_sweep, sweep_table
+
+# The features and the tokens of the 3D network's stages at a patch of 1x192x192x96.
+NETWORK_STAGES = ((24, 442368), (24, 55296), (48, 6912), (96, 864), (192, 108))
 
 
 def main(words: list[str] | None = None) -> int:
@@ -94,9 +98,10 @@ def _prewarm(options: argparse.Namespace) -> None:
 
 
 def timed_steps(capability: int, own: bool) -> list[LayerStep]:
-    """The steps of the benchmark at the goals' shapes, and those of the sweep if not ``own``.
+    """The steps of the benchmark at the goals' shapes, and those that gpu.sh times beside it.
 
-    It times training and eval mode and the router alone, and checks the gradients of eval mode.
+    Those are the 3D network's if ``own``, else the sweep's. The benchmark times training and eval
+    mode and the router alone, and checks the gradients of eval mode.
     """
     steps = []
     for shape in GOALS.values():
@@ -105,7 +110,22 @@ def timed_steps(capability: int, own: bool) -> list[LayerStep]:
         steps += [replace(step, training=train, gradients=grad) for train, grad in ways]
         if not own:
             steps += [replace(step, blocks=blocks) for blocks in CANDIDATES[shape.name]]
+    if own:
+        steps += network_steps(capability)
     return steps
+
+
+def network_steps(capability: int) -> list[LayerStep]:
+    """Those of the 3D network's experts under autocast, of either dtype that their x may have."""
+    step = partial(
+        LayerStep, dtype=torch.float32, batch=1, values=4, balanced=False, capability=capability,
+        autocast=True,
+    )  # fmt: skip
+    return [
+        step(dim, tokens=tokens, x_dtype=x_dtype)
+        for dim, tokens in NETWORK_STAGES
+        for x_dtype in (torch.bfloat16, torch.float32)
+    ]
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -141,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
     warm = commands.add_parser("prewarm", help="Compiles all that is timed. It needs a GPU.")
     warm.add_argument(
-        "--own", action="store_true", help="Leave out the other block sizes of the sweep."
+        "--own",
+        action="store_true",
+        help="Compile the 3D network's layers in place of the other block sizes of the sweep.",
     )
     warm.add_argument(
         "--processes",

@@ -1,4 +1,4 @@
-"""What GPUs of a compute capability can do, from the vendor's data sheets."""
+"""What GPUs of a compute capability can do, by the vendor's data sheets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ A100 = GPU(164 << 10, 108, 2.0e12, {"fp32": 156e12 / 3, "fp16": 312e12, "bf16": 
 A10 = GPU(100 << 10, 72, 0.6e12, {"fp32": 62.5e12 / 3, "fp16": 125e12, "bf16": 125e12}, 48, 16)
 L40S = GPU(100 << 10, 142, 0.864e12, {"fp32": 183e12 / 3, "fp16": 362e12, "bf16": 362e12}, 48, 24)
 H100 = GPU(228 << 10, 132, 3.35e12, {"fp32": 495e12 / 3, "fp16": 989e12, "bf16": 989e12})
-# As measured on one by others' copies and products, not from its data sheet.
+# What its copies and products are assumed to reach; its data sheet says 4.8e12 and 989e12.
 H200 = GPU(228 << 10, 132, 4.3e12, {"fp32": 495e12 / 3, "fp16": 790e12, "bf16": 790e12})
 B200 = GPU(228 << 10, 148, 8.0e12, {"fp32": 1125e12 / 3, "fp16": 2250e12, "bf16": 2250e12})
 GPUS = {80: A100, 86: A10, 89: L40S, 90: H100, 100: B200}  # by compute capability, times ten

@@ -88,6 +88,7 @@ class LayerStep:
         blocks: other blocks than the layer's own, as :func:`other_blocks` reads them.
         capability: of the GPU that it is launched for.
         autocast: under ``torch.autocast`` in bf16, which leaves parameters and x in ``dtype``.
+        x_dtype: of x, if it is another, as behind a convolution under autocast.
     """
 
     dim: int
@@ -104,6 +105,7 @@ class LayerStep:
     blocks: str = ""
     capability: int = 90
     autocast: bool = False
+    x_dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, shape: Shape, dtype: torch.dtype, **others: Any) -> LayerStep:
@@ -136,7 +138,8 @@ class LayerStep:
             device="meta",
             dtype=self.dtype,
         ).to_empty(device="cpu")
-        x = torch.empty(self.batch, self.tokens, self.dim, dtype=self.dtype)
+        x_dtype = self.x_dtype or self.dtype
+        x = torch.empty(self.batch, self.tokens, self.dim, dtype=x_dtype)
         attributes_B = torch.arange(self.batch) % self.values
         layer.train(self.training)
         if not self.gradients:

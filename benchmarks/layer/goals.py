@@ -216,7 +216,7 @@ def _gpu_goals(found: _Measured) -> list[Goal]:
         what = "peak memory above x, y and all gradients, in T·d"
         result.append(Goal(shape, what, excess, bounds.excess, at_most=True))
         share = router.roofline_share if router else None
-        what = "router kernel, as a share of the measured copy bandwidth"
+        what = "router kernel, as a share of the copy bandwidth"
         result.append(Goal(shape, what, share, _ROUTER_SHARE))
     return result
 

@@ -32,7 +32,7 @@ class GemmLoop(Routed):
         for e, x_RD in enumerate(x_TD.index_select(0, token_R).split(counts)):
             h_RH = F.linear(x_RD, self.w1_EHD[e], self.w1_bias[e]).relu_()
             outs.append(F.linear(h_RH, self.w2_EDH[e], self.w2_bias[e]))
-        out_RD = self.drop(torch.cat(outs)) * gates_TK.flatten()[order_R, None]
+        out_RD = self.drop(torch.cat(outs)) * gates_TK.flatten().index_select(0, order_R)[:, None]
         return torch.zeros_like(x_TD).index_add(0, token_R, out_RD)
 
 
@@ -54,7 +54,7 @@ class GroupedMm(Routed):
         h_RH = (z_RH + bias_rows(self.w1_bias, expert_R)).relu_()
         out_RD = F.grouped_mm(h_RH, self.w2_EDH.mT, offs=offsets_E)
         out_RD = out_RD + bias_rows(self.w2_bias, expert_R)
-        out_RD = self.drop(out_RD) * gates_TK.flatten()[order_R, None]
+        out_RD = self.drop(out_RD) * gates_TK.flatten().index_select(0, order_R)[:, None]
         return torch.zeros_like(x_TD).index_add(0, token_R, out_RD)
 
 

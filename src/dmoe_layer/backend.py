@@ -38,7 +38,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_EXPERTS, MAX_K = 64, 8
 # A tile holds tokens of one sample, since each sample has a router. If samples have few tokens,
 # most of a tile is empty, and a sample's share of the router's gradient is larger than its x. Also,
-# each program searches all samples for its own.
+# with a mask each program searches all samples for its own.
 MIN_TOKENS_PER_SAMPLE, MAX_SAMPLES = 16, 4096
 # Numbers of (token, slot) pairs have 32 bits. So have those behind the last of them in a block, and
 # the largest block, a chunk of the router's backward, has 2**21. What they point to may be larger.

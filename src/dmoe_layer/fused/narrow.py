@@ -48,8 +48,8 @@ def fuses_backward(dim: int, dtype: torch.dtype, activation: str) -> bool:
 class _Blocks(NamedTuple):
     """How a kernel of narrow experts is cut: rows, slice of the hidden layer, warps, stages.
 
-    Chosen from what Triton 3.4 to 3.9 make of them for compute capability 8.0 to 10.0: nothing
-    spilled; then few instructions a row; then many warps to a multiprocessor.
+    Chosen from what Triton 3.4, 3.6 and 3.9 make of them for compute capability 8.0 to 10.0:
+    nothing spilled; then few instructions a row; then many warps to a multiprocessor.
     """
 
     rows: int
@@ -101,12 +101,12 @@ def _row_blocks(call: ExpertCall) -> _Blocks:
 
 
 def _weight_blocks(call: ExpertCall) -> _Blocks:
-    """A slice's sums stand in registers, and rows are read two tiles ahead.
+    """A slice's sums stand in registers, and rows are read up to two tiles ahead.
 
-    Five stages are two tiles, for a row's place in x is read before it; three are one. The two
-    halves of gated experts leave registers for one tile, if its rows are whole vectors, and with
-    Triton 3.4 or on compute capability 10.0 for one of half as many rows. So do the operands of
-    D > 32 before 9.0, whose matrix products read shared memory.
+    Five stages are two tiles, for a row's place in x is read before it; three or four are one. The
+    two halves of gated experts leave registers for one tile, if its rows are whole vectors, and
+    with Triton 3.4 or on compute capability 10.0 for one of half as many rows. So do the operands
+    of D > 32 before 9.0, whose matrix products read shared memory.
     """
     capability = compute_capability(call.x.device)
     if call.gated:

@@ -107,7 +107,7 @@ def _fused_route(
         kernels.sort_kernel, tiles, x,
         chosen, samples.offsets, ends, order, offsets, pair_tiles,
         samples.count, samples.each, pair_tiles.shape[0],
-        n_experts=n_experts, K=k, num_warps=2, **samples.blocks,
+        n_experts=n_experts, K=k, num_warps=2 if n_experts <= 32 else 4, **samples.blocks,
     )  # fmt: skip
     return logits, indices, gates, order, offsets, pair_tiles, chosen, slopes
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import language as tl
 
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import wide
@@ -93,7 +94,7 @@ def _gemm_blocks(call: ExpertCall, columns: int, most: int = 256) -> _Blocks:
 def _is_unrolled(call: ExpertCall) -> bool:
     """Whether a product over D has many passes, but few enough that the assembler unrolls its loop.
 
-    Before compute capability 9.0 it does so with up to 10 passes of 64 numbers. Many then take more
+    So it was seen at these widths before compute capability 9.0. Unrolled, the passes take more
     registers than a loop.
     """
     return 512 <= call.dim <= 640
@@ -166,10 +167,10 @@ def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
     # On compute capability 10.0 both halves of a gated expert take registers that 256 columns lack.
     # Before 9.0 those of GELU do at some widths.
     if compute_capability(call.x.device) >= 90:
-        is_large = call.gated and compute_capability(call.x.device) >= 100
+        is_tight = call.gated and compute_capability(call.x.device) >= 100
     else:
-        is_large = call.act_opts["ACTIVATION"] == "gelu" and _is_unrolled(call)
-    blocks = _gemm_blocks(call, call.first_rows, 128 if is_large else 256)
+        is_tight = call.act_opts["ACTIVATION"] == "gelu" and _is_unrolled(call)
+    blocks = _gemm_blocks(call, call.first_rows, 128 if is_tight else 256)
     h = call.empty(segment.rows, call.hidden)
     z = h if call.relu else call.empty(segment.rows, call.first_rows)
     launch(
@@ -194,8 +195,9 @@ def _rows_product(
     kept: Tensor | None = None,
 ) -> None:
     """The pairs' weight · row, (D, n) by n numbers; with bias, dropout and gate where given."""
-    # Under autocast y is in fp32: to write it takes twice the registers.
-    blocks = _gemm_blocks(call, call.dim, 128 if call.autocast else 256)
+    # Under autocast y is in fp32: to write it takes twice the registers. So do offsets of 64 bits.
+    is_tight = call.autocast or call.wide_offset_opts["OFFSET"] == tl.int64
+    blocks = _gemm_blocks(call, call.dim, 128 if is_tight else 256)
     if IS_OLD and call.autocast:
         blocks = blocks._replace(rows=64, warps=4)
     sizes = {**call.sizes, "hidden": rows.shape[1]}

@@ -36,7 +36,7 @@ def test_the_report_is_of_all_goals_dtypes_and_gpus():
     assert len({row.triton for row in REPORT}) == 1
 
 
-# Those of PyTorch 2.8 and 2.9, and the newest.
+# Those of PyTorch 2.8 and 2.10, and the newest.
 TRITONS = ("3.4.0", "3.6.0", "3.9.0")
 
 
@@ -54,7 +54,9 @@ def test_the_matrix_has_all_widths_dtypes_and_gpus_by_three_tritons():
 
 SAMPLE = [
     (80, "fp32", 768),
+    (80, "bf16", 512),
     (86, "bf16", 256),
+    (86, "fp16", 512),
     (89, "autocast", 96),
     (90, "bf16", 24),
     (100, "fp16", 48),

@@ -19,11 +19,12 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import json, os, sys
+from itertools import product
 sys.path[:0] = ["tests"]
 import harness.fake_gpu
 import torch
 from benchmarks.kernels import prewarm
-from benchmarks.kernels.__main__ import timed_steps
+from benchmarks.kernels.__main__ import NETWORK_STAGES, timed_steps
 from benchmarks.kernels.launches import LayerStep, intercepted
 from benchmarks.kernels.report import GOALS
 from benchmarks.kernels.sweep import CANDIDATES
@@ -33,7 +34,7 @@ from benchmarks.layer.ours import Ours
 from benchmarks.layer.problem import Problem
 from benchmarks.measure import Stopwatch
 from benchmarks.profiled import Meter
-from dmoe_layer import DMoE
+from dmoe_layer import DMoE, routing
 
 def step(name, **options):
     return LayerStep.of(GOALS[name], torch.bfloat16, balanced=False, **options)
@@ -75,6 +76,14 @@ for shape in GOALS.values():
         runner.step_laps(watch, layer.train(), problem)
         runner.eval_laps(watch, layer, problem)
         runner._route(layer, problem)
+    found["cold"] += [l.kernel.__name__ for l in launches if l.key not in warm]
+
+for (dim, tokens), dtype in product(NETWORK_STAGES, (torch.bfloat16, torch.float32)):
+    layer = DMoE(dim, attribute_sizes=4, residual=True, channel_dim=1, backend="triton")
+    x, launches = torch.empty(1, dim, tokens, 1, 1, dtype=dtype, requires_grad=True), []
+    with intercepted(launches.append), torch.autocast("cpu", torch.bfloat16):
+        with routing(torch.tensor([3])):
+            layer(x).sum().backward()
     found["cold"] += [l.kernel.__name__ for l in launches if l.key not in warm]
 
 def files():
@@ -123,7 +132,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_all_that_the_benchmark_runs_at_the_goals_shapes_is_prewarmed(found):
+def test_all_that_the_benchmark_and_the_3d_network_run_is_prewarmed(found):
     assert found["cold"] == []
 
 

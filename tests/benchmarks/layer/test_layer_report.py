@@ -115,7 +115,7 @@ def test_gpu_goals_take_the_best_peer_of_the_same_maths():
     assert by_words["mask-loop"] == 4.0
     assert by_words["the fastest other, scattermoe"] == 2.5
     assert by_words["a dense MLP of equal active FLOPs"] == 0.5
-    router = found["router kernel, as a share of the measured copy bandwidth"]
+    router = found["router kernel, as a share of the copy bandwidth"]
     assert (router.measured, router.bound, router.met) == (0.65, 0.7, False)
 
 

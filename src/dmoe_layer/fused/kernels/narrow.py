@@ -163,7 +163,7 @@ def _rows_of_backward(
     dy_ptr, x_ptr, gates_ptr, kept_ptr, row, pair, live, d, scale,
     dim: tl.constexpr, K: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The x, the dO and the gate of each pair, and the scale of dropout."""
+    """The x and the dO of each pair, and its gate times dropout's scale."""
     at = (pair // K)[:, None] * dim + d[None, :]
     inside = live[:, None] & (d < dim)[None, :]
     x_RD = tl.load(x_ptr + at, mask=inside, other=0).to(dtype)
