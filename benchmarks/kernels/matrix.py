@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import functools
 import hashlib
 import io
 import tokenize
@@ -29,7 +31,7 @@ _KERNELS = ROOT / "src" / "dmoe_layer" / "fused" / "kernels"
 class MatrixRow:
     """A line of the CSV: the worst of the binaries of a width, all activations together.
 
-    ``sources`` tells the kernels' code and blocks apart. ``stack_bytes`` are what spills;
+    ``sources`` tells its kernels' code and blocks apart. ``stack_bytes`` are what spills;
     ``stack_in`` and ``shared_in`` are the kernels that have most of it, empty where none has any.
     """
 
@@ -119,20 +121,46 @@ def read_matrix(path: Path) -> list[MatrixRow]:
 
 
 def kernel_sources(launches: Iterable[tuple[Any, ...]]) -> str:
-    """Eight digits of the kernels' code, without comments and docstrings, and of launches' keys."""
-    digest = hashlib.sha256(repr(sorted(map(repr, launches))).encode())
-    for path in sorted(_KERNELS.glob("*.py")):
-        before = tokenize.NEWLINE
-        for token in tokenize.generate_tokens(
-            io.StringIO(path.read_text(encoding="utf-8")).readline
-        ):
-            is_docstring = token.type == tokenize.STRING and before in _STARTS
-            if token.type not in (tokenize.COMMENT, tokenize.NL):
-                before = token.type
-                if not is_docstring and token.string.strip():
-                    digest.update(token.string.encode() + b"\n")
-    return digest.hexdigest()[:8]
+    """Eight digits of launches' keys, and of their kernels' code with all that it uses."""
+    code, found = _code(_KERNELS), set()
+    keys = sorted(launches, key=repr)
+    names = [str(key[0]) for key in keys]
+    while names:
+        name = names.pop()
+        if name in code and name not in found:
+            found.add(name)
+            names += code[name]
+    used = [code[name] for name in sorted(found)]
+    return hashlib.sha256(repr((keys, used)).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _code(folder: Path) -> dict[str, list[str]]:
+    """The tokens of each function and constant, without comments and docstrings."""
+    code = {}
+    for path in folder.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines(keepends=True)
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                first = min([node.lineno, *(word.lineno for word in node.decorator_list)])
+                code[node.name] = _tokens("".join(lines[first - 1 : node.end_lineno]))
+            elif isinstance(node, ast.Assign):
+                constant = "".join(lines[node.lineno - 1 : node.end_lineno])
+                code.update(dict.fromkeys(map(ast.unparse, node.targets), _tokens(constant)))
+    return code
+
+
+def _tokens(text: str) -> list[str]:
+    found, before = [], tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        is_docstring = token.type == tokenize.STRING and before in _STARTS
+        if token.type not in (tokenize.COMMENT, tokenize.NL):
+            before = token.type
+            if not is_docstring and token.string.strip():
+                found.append(token.string)
+    return found
 
 
 # What stands before a docstring.
-_STARTS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
+_STARTS = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)

@@ -111,16 +111,22 @@ def test_a_newer_row_of_the_matrix_takes_an_olders_place_and_the_file_comes_back
     assert read_matrix(tmp_path / "none.csv") == []
 
 
-def test_comments_and_docstrings_are_no_part_of_the_kernels_code(tmp_path, monkeypatch):
+def test_a_kernels_code_is_its_own_and_what_it_uses_without_comments(tmp_path, monkeypatch):
+    used = "A = 1\n\n\ndef g():\n    return A\n\n\n"
     found = []
     for text in (
-        '"""One."""\n\n\ndef f():\n    """Two."""\n    return 1  # three\n',
-        '"""Other."""\n\n\ndef f():\n    # none\n    return 1\n',
-        '"""One."""\n\n\ndef f():\n    """Two."""\n    return 2\n',
+        used + 'def f():\n    """One."""\n    return g()  # two\n',
+        used + "def f():\n    # three\n    return g()\n\n\ndef h():\n    return 1\n",
+        used + "def f():\n    return 1 + g()\n",
+        used.replace("1", "2") + "def f():\n    return g()\n",
+        "import jit\n" + used.replace("def", "@jit\ndef") + "def f():\n    return g()\n",
     ):
-        (tmp_path / "kernel.py").write_text(text, encoding="utf-8")
-        monkeypatch.setattr("benchmarks.kernels.matrix._KERNELS", tmp_path)
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        (folder / "kernel.py").write_text(text, encoding="utf-8")
+        monkeypatch.setattr("benchmarks.kernels.matrix._KERNELS", folder)
         found.append(kernel_sources([("f", 64)]))
-    same, too, other = found
-    assert same == too != other
-    assert kernel_sources([("f", 32)]) != other
+    same, too, *others = found
+    assert same == too
+    assert len({same, *others}) == 4
+    assert kernel_sources([("f", 32)]) != found[-1]

@@ -160,3 +160,14 @@ def test_explain_says_that_gated_experts_leave_registers_sooner(activation, dim,
     x = torch.randn(2, 16, dim, device=HERE, dtype=dtype)
     assert backend.explain(layer, x).endswith(words) or words == "is wide"
     assert words in backend.explain(layer, x)
+
+
+@pytest.mark.parametrize("dim", [8, 40, 136])
+def test_biases_whose_product_overflows_leave_no_nan_where_every_row_is_small(dim):
+    options = {"activation": "swiglu", "hidden_dim": 16, "dropout": 0.0, "noise": "never"}
+    layer, _ = pair(**SMALL, **options, dim=dim, dtype=torch.float16, attribute_sizes=None)
+    with torch.no_grad():
+        layer.w1_EHD.fill_(-300 / dim)
+        layer.w1_bias.fill_(300.0)  # 300 · 300 is no number of fp16
+    layer(torch.ones(1, 20, dim, dtype=torch.float16, device=HERE)).sum().backward()
+    assert layer.w2_EDH.grad.isfinite().all()

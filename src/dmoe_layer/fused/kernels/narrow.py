@@ -231,6 +231,10 @@ def weight_gradients_kernel(
             x_RD, do_RD, gate, w1_HD, b1_H, w2_HD, linear_HD, linear_b_H,
             ACTIVATION, GATED, PRECISION,
         )  # fmt: skip
+        if GATED:
+            # After the last row there are products of biases, which may be infinite in fp16. Their
+            # product with a gradient of 0 would be NaN.
+            h_RH = tl.where(live[:, None], h_RH, 0.0)
         gated_RD = (do_RD * gate[:, None]).to(dtype)
         dz_HR = tl.trans(dz_RH)
         dw1_HD = dot(dz_HR, x_RD, dw1_HD, PRECISION)
