@@ -83,11 +83,16 @@ class ExpertCall:
         """The option of kernels whose tensors have at most ``width`` numbers for each pair."""
         return {"OFFSET": offset_type(self.rows * width)}
 
+    @property
+    def wide_width(self) -> int:
+        """The most numbers that the wide experts' kernels have for each pair."""
+        # 2: hidden_backward_kernel writes a number for each pair and slice, after one for each.
+        return max(self.first_rows, self.dim, 2)
+
     @cached_property
     def wide_offset_opts(self) -> dict[str, Any]:
-        """The same of the wide experts' kernels."""
-        # 2: hidden_backward_kernel writes a number for each pair and slice, after one for each.
-        return self.offset_opts(max(self.first_rows, self.dim, 2))
+        """The option of these kernels."""
+        return self.offset_opts(self.wide_width)
 
     def pair_sums(self) -> tuple[Tensor, Tensor | None]:
         """Makes the memory for the pairs' rows, which are summed for each token.

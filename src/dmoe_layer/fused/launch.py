@@ -115,9 +115,14 @@ IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5)
 LEAST_INT64 = 2**31
 
 
+def needs_int64(numbers: int) -> bool:
+    """Whether offsets into a tensor of that size have 64 bits."""
+    return numbers >= LEAST_INT64
+
+
 def offset_type(numbers: int) -> Any:
     """The type of offsets into a tensor of that size; 32 bits take half the instructions."""
-    return tl.int32 if numbers < LEAST_INT64 else tl.int64
+    return tl.int64 if needs_int64(numbers) else tl.int32
 
 
 def sum_chunks(offsets: Tensor, windows: Windows, shares: list[Tensor]) -> list[Tensor]:

@@ -11,12 +11,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import language as tl
 
 from .call import PROGRAMS, BackwardOutputs, ExpertCall
 from .kernels import wide
 from .kernels.common import TILE
-from .launch import IS_OLD, Windows, block_size, compute_capability, launch, sum_chunks
+from .launch import (
+    IS_OLD,
+    Windows,
+    block_size,
+    compute_capability,
+    launch,
+    needs_int64,
+    sum_chunks,
+)
 
 # Rows of a segment that fill a GPU of 132 multiprocessors.
 LEAST_ROWS = 16384
@@ -196,7 +203,7 @@ def _rows_product(
 ) -> None:
     """The pairs' weight · row, (D, n) by n numbers; with bias, dropout and gate where given."""
     # Under autocast y is in fp32: to write it takes twice the registers. So do offsets of 64 bits.
-    is_tight = call.autocast or call.wide_offset_opts["OFFSET"] == tl.int64
+    is_tight = call.autocast or needs_int64(call.rows * call.wide_width)
     blocks = _gemm_blocks(call, call.dim, 128 if is_tight else 256)
     if IS_OLD and call.autocast:
         blocks = blocks._replace(rows=64, warps=4)
