@@ -103,6 +103,7 @@ def _fused_route(
         **samples.blocks, **samples.scoring,
     )  # fmt: skip
     ends = counts.cumsum(0, dtype=torch.int32)  # backend.py: fewer than 2³¹ pairs
+    # In two warps Triton 3.7 spills where experts are many.
     launch(
         kernels.sort_kernel, tiles, x,
         chosen, samples.offsets, ends, order, offsets, pair_tiles,

@@ -173,10 +173,11 @@ def _hidden(call: ExpertCall, segment: Segment) -> tuple[Tensor, Tensor]:
     """
     # On compute capability 10.0 both halves of a gated expert take registers that 256 columns lack.
     # Before 9.0 those of GELU do at some widths.
-    if compute_capability(call.x.device) >= 90:
-        is_tight = call.gated and compute_capability(call.x.device) >= 100
+    capability, activation = compute_capability(call.x.device), call.act_opts["ACTIVATION"]
+    if call.gated:
+        is_tight = capability >= 100
     else:
-        is_tight = call.act_opts["ACTIVATION"] == "gelu" and _is_unrolled(call)
+        is_tight = capability < 90 and activation == "gelu" and _is_unrolled(call)
     blocks = _gemm_blocks(call, call.first_rows, 128 if is_tight else 256)
     h = call.empty(segment.rows, call.hidden)
     z = h if call.relu else call.empty(segment.rows, call.first_rows)
